@@ -1,0 +1,36 @@
+"""The errors a program ends with, each with the exit code that a launcher reads.
+
+Codes 42 and 127-255 ask for a restart; the others say that a restart would fail the same way.
+"""
+
+EXIT_PREEMPTED = 42
+
+
+class RunError(Exception):
+    """An error that ends a program with one line on stderr and its own exit code."""
+
+    exit_code = 1
+
+
+class ConfigError(RunError, ValueError):
+    """A config, flag, or working directory that cannot be used."""
+
+    exit_code = 78
+
+
+class DataError(RunError):
+    """Training data that is missing or damaged."""
+
+    exit_code = 65
+
+
+class NonFiniteError(RunError):
+    """A loss or gradient became NaN or infinite."""
+
+    exit_code = 70
+
+
+class CheckpointError(RunError):
+    """A checkpoint that cannot be written, read, or fitted to the model."""
+
+    exit_code = 74

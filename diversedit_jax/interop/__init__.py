@@ -1,0 +1,1 @@
+"""Between the weights of public releases and our models."""

@@ -1,0 +1,354 @@
+"""The representation-diversity loss of DiverseDiT (arXiv 2603.04239, Eqs. 9-15), in its published readings.
+
+The paper, the authors' release and their later constant-weight branch differ; `PRESETS` holds all three. The functions
+take the outputs of L blocks, one [b n d] each, as a tuple, a list, or one array [l b n d], from any framework, and
+compute in float32 (float64 for float64 input). Blocks are counted from 0 here; `aligned` is a block's depth, from 1.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from diversedit_jax.api import AuxLoss
+
+EPS = 1e-8
+
+Features = Sequence[Float[Array, "b n d"]] | Float[Array, "l b n d"]
+Pairs = Sequence[tuple[int, int]] | np.ndarray | Array  # [p 2]; a traced array where pairs are redrawn in the step
+
+RULES = ("release", "random_layers", "random_pairs", "all", "adjacent", "mirror")
+
+
+def select_pairs(
+    num_blocks: int,
+    rule: str = "release",
+    *,
+    k: int = 10,
+    aligned: int | None = None,
+    key: PRNGKeyArray | None = None,
+    seed: int = 0,
+) -> Pairs:
+    """The pairs of blocks that are compared, [p 2], blocks counted from 0.
+
+    release:        the released code's fixed list of at most `k` pairs, row by row: from block 0, or, where the block at
+                    depth `aligned` (from 1) is aligned to an encoder, from block k - aligned - 1, negative ones counting
+                    from the end. A list of one block against the next ten, in effect.
+    random_layers:  all pairs among `k` random blocks (the paper, suppl. B).
+    random_pairs:   `k` random pairs.
+    all, adjacent:  every pair; each block with the next.
+    mirror:         block i with block L - 1 - i, the pairs of the long residual connections.
+
+    The random rules draw with `key` if given (traced, redrawn at every step), else once from `seed`.
+    """
+    if num_blocks < 2:
+        raise ValueError(f"diversity compares blocks: at least 2 are needed, the network has {num_blocks}")
+    if aligned is not None and not 1 <= aligned <= num_blocks:
+        raise ValueError(f"aligned block {aligned} is outside the network: it has blocks 1 to {num_blocks}")
+    least = 2 if rule == "random_layers" else 1
+    if k < least:
+        raise ValueError(f"rule {rule!r} with k = {k} compares nothing: k must be at least {least}")
+    upper = np.stack(np.triu_indices(num_blocks, 1), axis=1)
+    match rule:
+        case "release":
+            limit = min(k, len(upper))
+            rows = range(num_blocks) if aligned is None else range(limit - aligned - 1, limit + aligned - 1)
+            walk = [(i % num_blocks, j % num_blocks) for i in rows for j in range(i + 1, num_blocks)]
+            pairs = np.array([(i, j) for i, j in walk if i != j][:limit])
+        case "random_layers":
+            chosen = jnp.sort(_permutation(key, seed, num_blocks)[:k])
+            rows, columns = np.triu_indices(len(chosen), 1)
+            pairs = jnp.stack([chosen[rows], chosen[columns]], axis=1)
+        case "random_pairs":
+            pairs = jnp.asarray(upper)[_permutation(key, seed, len(upper))[:k]]
+        case "all":
+            pairs = upper
+        case "adjacent":
+            pairs = np.array([(i, i + 1) for i in range(num_blocks - 1)])
+        case "mirror":
+            pairs = np.array([(i, num_blocks - 1 - i) for i in range(num_blocks // 2)])
+        case _:
+            raise ValueError(f"unknown pair rule {rule!r}; known: {', '.join(RULES)}")
+    if len(pairs) == 0:
+        raise ValueError(f"rule {rule!r} with k = {k} and aligned = {aligned} gives no pair for {num_blocks} blocks")
+    return pairs if key is not None else np.asarray(pairs)
+
+
+def _permutation(key: PRNGKeyArray | None, seed: int, n: int) -> Array:
+    return jnp.asarray(np.random.default_rng(seed).permutation(n)) if key is None else jax.random.permutation(key, n)
+
+
+def orthogonality(
+    features: Features, pairs: Pairs, *, of_cosine: str = "signed", detach: str | None = None
+) -> Float[Array, ""]:
+    """L_orth: the mean over pairs of the cosine between the blocks' mean features (Eqs. 9-10).
+
+    of_cosine: `signed` as published, or `abs` or `squared`. detach: stop the gradient of the `first` or the `second`
+    block of every pair.
+    """
+    means = jnp.stack([f.mean(axis=(0, 1)) for f in _blocks(features)])
+    units = means / _norm(means, axis=1)
+    first, second = _detach(units, units, detach)
+    cosines = jnp.sum(first[pairs[:, 0]] * second[pairs[:, 1]], axis=1)
+    return _of_cosine(cosines, of_cosine).mean()
+
+
+def mutual_information(
+    features: Features, pairs: Pairs, *, of_cosine: str = "abs", detach: str | None = None
+) -> Float[Array, ""]:
+    """L_MI: the mean over pairs of the mean cosine between two blocks' features of the same token (Eqs. 11-12).
+
+    of_cosine, applied to each pair's mean: `abs` as released, `signed` as in the paper, or `squared`. Known pairs cost
+    one reduction each; traced pairs cost the [l l] matrix of all mean cosines.
+    """
+    blocks = _blocks(features)
+    scales = [1 / _norm(f, axis=-1) for f in blocks]  # [b n 1]: the unit features are never stored
+    tokens = blocks[0].shape[0] * blocks[0].shape[1]
+    if isinstance(pairs, np.ndarray):
+        cosines = []
+        for i, j in pairs.tolist():
+            (f_i, scale_i), (f_j, scale_j) = _detach((blocks[i], scales[i]), (blocks[j], scales[j]), detach)
+            cosines.append(jnp.sum(jnp.sum(f_i * f_j, axis=-1, keepdims=True) * scale_i * scale_j) / tokens)
+        cosines = jnp.stack(cosines)
+    else:
+        units = jnp.stack([f * scale for f, scale in zip(blocks, scales, strict=True)])
+        first, second = _detach(units, units, detach)
+        highest = jax.lax.Precision.HIGHEST
+        cosines = jnp.einsum("lbnd,mbnd->lm", first, second, precision=highest)[pairs[:, 0], pairs[:, 1]] / tokens
+    return _of_cosine(cosines, of_cosine).mean()
+
+
+def dispersion(
+    features: Features,
+    *,
+    absolute: bool = True,
+    scale: float = 0.25,
+    clamp: bool = True,
+    block_weights: Float[Array, " l"] | None = None,
+) -> Float[Array, ""]:
+    """L_disp: minus the variance over channels of the channels' mean normalised activation (Eqs. 13-14).
+
+    Each block is normalised along the samples (b n), channel by channel; the means over samples are averaged over the
+    blocks (with `block_weights`, if given), divided by the largest, and their population variance is divided by `scale`.
+    `absolute` averages magnitudes and `clamp` limits the variance to [0, 1], both as released. The paper writes neither:
+    its form divides by a signed maximum and is unbounded.
+    """
+    usage = []
+    for f in _blocks(features):
+        size = jnp.abs(f) if absolute else f
+        usage.append(size.mean(axis=(0, 1)) / _norm(f, axis=(0, 1))[0, 0])
+    usage = jnp.average(jnp.stack(usage), axis=0, weights=block_weights)
+    variance = jnp.var(usage / (usage.max() + EPS)) / scale
+    return -(jnp.clip(variance, 0, 1) if clamp else variance)
+
+
+def adaptive_weight(
+    loss: Float[Array, ""], lo: float = 0.1, hi: float = 0.5, *, denominator: str = "hi", detach: bool = False
+) -> Float[Array, ""]:
+    """The weight of the diversity loss (Eq. 15): 0 up to `lo`, a ramp, 1 above `hi`.
+
+    The published ramp (loss - lo) / hi jumps from 0.8 to 1 at `hi`; denominator `hi-lo` makes it continuous. The release
+    lets the gradient pass through the weight; `detach` stops it.
+    """
+    if not 0 <= lo < hi:
+        raise ValueError(f"the weight's ramp needs 0 <= lo < hi, given lo = {lo}, hi = {hi}")
+    if denominator not in ("hi", "hi-lo"):
+        raise ValueError(f"the ramp's denominator is 'hi' or 'hi-lo', given {denominator!r}")
+    loss = jax.lax.stop_gradient(loss) if detach else loss
+    ramp = (loss - lo) / (hi if denominator == "hi" else hi - lo)
+    return jnp.where(loss > hi, 1.0, jnp.where(loss > lo, ramp, 0.0))
+
+
+class Settings(NamedTuple):
+    """One reading of the loss: which pairs, which form of each term, which weight."""
+
+    rule: str = "release"
+    k: int = 10
+    redraw: bool = False  # random rules: new pairs at every step
+    weights: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3)  # of L_orth, L_MI, L_disp
+    orthogonality: str = "signed"
+    mutual_information: str = "abs"
+    dispersion_absolute: bool = True
+    dispersion_scale: float = 0.25
+    dispersion_clamp: bool = True
+    dispersion_blocks: str = "all"  # or "selected": those in a pair
+    weight: str = "adaptive"  # or "constant"
+    lo: float = 0.1
+    hi: float = 0.5
+    denominator: str = "hi"
+    detach_weight: bool = False
+    coefficient: float = 1.0
+
+
+PRESETS = {
+    "release": Settings(),
+    "release_const": Settings(weight="constant", coefficient=0.001),
+    "paper": Settings(
+        rule="random_layers",
+        redraw=True,
+        weights=(0.33, 0.33, 0.33),
+        mutual_information="signed",
+        dispersion_absolute=False,
+        dispersion_scale=1.0,
+        dispersion_clamp=False,
+        dispersion_blocks="selected",
+    ),
+}
+
+
+def diversity_loss(
+    features: Features,
+    pairs: Pairs | None = None,
+    settings: Settings = PRESETS["release"],
+    *,
+    aligned: int | None = None,
+    groups: int = 1,
+    detach: str | None = None,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """L_div = w_orth L_orth + w_MI L_MI + w_disp L_disp, times its adaptive weight and coefficient (Eqs. 9-15).
+
+    Args:
+        features: the outputs of L blocks, [b n d] each.
+        pairs: [p 2], from `select_pairs`; by default those of `settings`, fixed.
+        aligned: the depth (from 1) of the block aligned to an encoder, for the released pair rule.
+        groups: the statistics, and the weight, are taken within each of `groups` equal parts of the batch and averaged;
+            the published runs took them per GPU, 32 examples each.
+        detach: stop the gradient of the `first` or the `second` block of each pair.
+
+    Returns: the weighted loss, and its parts: orthogonality, mutual_information, dispersion, loss (unweighted), weight.
+    """
+    blocks = _blocks(features)
+    if pairs is None:
+        pairs = select_pairs(len(blocks), settings.rule, k=settings.k, aligned=aligned)
+    pairs = pairs if isinstance(pairs, jax.Array) else np.asarray(pairs)
+    compute = partial(_diversity_loss, pairs=pairs, settings=settings, detach=detach)
+    if groups == 1:
+        return compute(blocks)
+    batch = blocks[0].shape[0]
+    if groups < 1 or batch % groups:
+        raise ValueError(f"a batch of {batch} cannot be cut into {groups} equal groups")
+    split = tuple(f.reshape(groups, batch // groups, *f.shape[1:]) for f in blocks)
+    return jax.tree.map(jnp.mean, jax.vmap(compute)(split))
+
+
+def _diversity_loss(blocks: tuple[Array, ...], *, pairs: Pairs, settings: Settings, detach: str | None):
+    s = settings
+    selected = jnp.zeros(len(blocks), blocks[0].dtype).at[pairs.reshape(-1)].set(1)
+    terms = {
+        "orthogonality": orthogonality(blocks, pairs, of_cosine=s.orthogonality, detach=detach),
+        "mutual_information": mutual_information(blocks, pairs, of_cosine=s.mutual_information, detach=detach),
+        "dispersion": dispersion(
+            blocks,
+            absolute=s.dispersion_absolute,
+            scale=s.dispersion_scale,
+            clamp=s.dispersion_clamp,
+            block_weights=selected if s.dispersion_blocks == "selected" else None,
+        ),
+    }
+    loss = sum(weight * term for weight, term in zip(s.weights, terms.values(), strict=True))
+    if s.weight == "adaptive":
+        weight = adaptive_weight(loss, s.lo, s.hi, denominator=s.denominator, detach=s.detach_weight)
+    else:
+        weight = jnp.ones_like(loss)
+    return s.coefficient * weight * loss, terms | {"loss": loss, "weight": s.coefficient * weight}
+
+
+def make(
+    *,
+    preset: str = "release",
+    aligned: int | None = None,
+    groups: int = 1,
+    detach: str | None = None,
+    warmup_steps: int = 0,
+    seed: int = 0,
+    rule: str | None = None,
+    k: int | None = None,
+    redraw: bool | None = None,
+    weights: tuple[float, float, float] | None = None,
+    orthogonality: str | None = None,
+    mutual_information: str | None = None,
+    dispersion_absolute: bool | None = None,
+    dispersion_scale: float | None = None,
+    dispersion_clamp: bool | None = None,
+    dispersion_blocks: str | None = None,
+    weight: str | None = None,
+    lo: float | None = None,
+    hi: float | None = None,
+    denominator: str | None = None,
+    detach_weight: bool | None = None,
+    coefficient: float | None = None,
+) -> AuxLoss:
+    """The diversity loss for the trainer: a preset, and what differs from it (None: as the preset has it).
+
+    preset: `release` (the authors' first code), `release_const` (their later branch: constant weight 0.001) or `paper`.
+    warmup_steps: the term grows linearly from 0 over so many steps (their third branch: 10,000). seed: the draw of the
+    random pair rules where `redraw` is off. The other options: `Settings`, `diversity_loss` and `select_pairs`.
+    """
+    given = locals()
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+    changes = {field: given[field] for field in Settings._fields if given[field] is not None}
+    settings = PRESETS[preset]._replace(**changes)
+    for field, choices in CHOICES.items():
+        value = detach if field == "detach" else getattr(settings, field)
+        if value not in choices:
+            raise ValueError(f"diversity: {field} = {value!r}; known: {', '.join(map(str, choices))}")
+    if len(settings.weights) != 3:
+        raise ValueError(f"diversity: weights are three, of L_orth, L_MI and L_disp; given {settings.weights}")
+
+    def init(key, forward, batch):
+        return {}
+
+    def apply(params, forward, batch, teacher, step, key):
+        blocks = forward.features[1:]
+        drawn = key if settings.redraw and settings.rule.startswith("random") else None
+        pairs = select_pairs(len(blocks), settings.rule, k=settings.k, aligned=aligned, key=drawn, seed=seed)
+        loss, metrics = diversity_loss(blocks, pairs, settings, groups=groups, detach=detach)
+        ramp = jnp.minimum(1.0, step / warmup_steps) if warmup_steps else 1.0
+        return ramp * loss, metrics | {"weight": ramp * metrics["weight"]}
+
+    return AuxLoss(init, apply)
+
+
+CHOICES = {
+    "rule": RULES,
+    "orthogonality": ("signed", "abs", "squared"),
+    "mutual_information": ("signed", "abs", "squared"),
+    "dispersion_blocks": ("all", "selected"),
+    "weight": ("adaptive", "constant"),
+    "denominator": ("hi", "hi-lo"),
+    "detach": (None, "first", "second"),
+}
+
+
+def _blocks(features: Features) -> tuple[Array, ...]:
+    """The features as a tuple in at least float32; an error names the block whose shape is wrong."""
+    shapes = [jnp.shape(f) for f in features]
+    if len(shapes) < 2:
+        raise ValueError(f"diversity compares blocks: at least 2 are needed, given {len(shapes)}")
+    for index, shape in enumerate(shapes):
+        if len(shape) != 3:
+            raise ValueError(f"block {index}: features have shape {shape}, wanted [batch, tokens, width]")
+        if shape != shapes[0]:
+            raise ValueError(f"block {index}: features have shape {shape}, but block 0 has {shapes[0]}")
+    return tuple(jnp.asarray(f).astype(jnp.promote_types(jnp.result_type(f), jnp.float32)) for f in features)
+
+
+def _norm(x: Array, axis: int | tuple[int, ...]) -> Array:
+    """The L2 norm along `axis`, kept as an axis of size 1, at least EPS, with a gradient of zero below it."""
+    return jnp.sqrt(jnp.maximum(jnp.sum(x * x, axis=axis, keepdims=True), EPS**2))
+
+
+def _detach(first, second, which: str | None):
+    """Stop the gradient of the `first` or the `second` of two pytrees."""
+    if which == "first":
+        return jax.lax.stop_gradient(first), second
+    return first, jax.lax.stop_gradient(second) if which == "second" else second
+
+
+def _of_cosine(cosine: Array, form: str) -> Array:
+    return {"signed": cosine, "abs": jnp.abs(cosine), "squared": cosine**2}[form]

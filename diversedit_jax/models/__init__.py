@@ -1,0 +1,47 @@
+"""Networks in Flax NNX, one model per file; to the rest of the package a network is two pure functions."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+from jaxtyping import Array
+
+from diversedit_jax import slots
+from diversedit_jax.api import Network, Params
+
+
+class Model(NamedTuple):
+    """A network as pure functions over a nested dict of arrays.
+
+    init:  key -> params.
+    apply: (params, x_t, t, y) -> (prediction, features).
+    """
+
+    init: Callable[[Array], Params]
+    apply: Callable[..., tuple[Array, Sequence[Array]]]
+
+    def network(self, params: Params) -> Network:
+        """The network with its parameters bound."""
+        return lambda *inputs: self.apply(params, *inputs)
+
+
+def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
+    """The module that `build` makes, split once: jit then sees plain dicts, which dispatch fastest."""
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+
+    def init(key: Array) -> Params:
+        return nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key))))
+
+    def apply(params: Params, *inputs: Array):
+        return nnx.merge(graphdef, params)(*inputs)
+
+    return Model(init, apply)
+
+
+def make(name: str, shape: tuple[int, int, int], num_classes: int, cuts: Sequence[int] = (), **options) -> Model:
+    """The model `name` for images of `shape` (h, w, c); the options are the keywords of `models.<name>.make`.
+
+    cuts: the features that losses read one at a time (see `AuxLoss.blocks`).
+    """
+    return slots.make("models", name, tuple(shape), num_classes, tuple(cuts), **options)

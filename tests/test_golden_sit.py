@@ -1,0 +1,83 @@
+"""Equal to the public SiT of REPA and to DiverseDiT's release: outputs, features, losses, every gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diversedit_jax import paths
+from diversedit_jax.losses.diversity import diversity_loss, select_pairs
+from diversedit_jax.objectives.flow_matching import regress
+from tests import reference
+
+CASES = [("sit_plain", "none"), ("sit_diversedit", "release")]
+ENCODER_DEPTH = reference.CONFIG["encoder_depth"]
+RULES = {"first": None, "projection": ENCODER_DEPTH}
+
+
+def projection_loss(features, arrays, target):
+    """REPA's loss on the output of block ENCODER_DEPTH, through the reference's projector."""
+    z = features[ENCODER_DEPTH]
+    for layer in (0, 2, 4):
+        z = z @ arrays[f"projectors.0.{layer}.weight"].T + arrays[f"projectors.0.{layer}.bias"]
+        z = jax.nn.silu(z) if layer < 4 else z
+    unit = z / jnp.linalg.norm(z, axis=-1, keepdims=True)
+    return z, -jnp.mean(jnp.sum(unit * target / np.linalg.norm(target, axis=-1, keepdims=True), axis=-1))
+
+
+def forward(name, skip, params, **options):
+    gold = reference.numbers(name)
+    network = reference.model(skip, **options).network(params)
+    return regress(network, paths.make("linear"), gold["lat"], gold["noise"], gold["t"], gold["y"])
+
+
+@pytest.mark.parametrize(("name", "skip"), CASES)
+def test_forward_equals_the_reference(name, skip):
+    gold, params = reference.numbers(name), reference.params(name)
+    result = forward(name, skip, params)
+    np.testing.assert_allclose(result.x_t, gold["xt"], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(result.loss, gold["denoising_loss"], rtol=1e-5)
+    out, _ = reference.model(skip).apply(params, gold["xt"], gold["t"], gold["y"])
+    np.testing.assert_allclose(out, gold["out"], rtol=1e-5, atol=1e-5 * np.abs(gold["out"]).max())
+    for block, (ours, theirs) in enumerate(zip(result.features[1:], gold["block_feats"], strict=True)):
+        scale = np.abs(theirs).max()
+        np.testing.assert_allclose(ours / scale, theirs / scale, atol=1e-5, err_msg=f"features of block {block}")
+    z, loss = projection_loss(result.features, reference.weights(name), gold["z_target"])
+    np.testing.assert_allclose(z, gold["zs"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(loss, gold["proj_loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "skip"), CASES)
+@pytest.mark.parametrize("rule", RULES)
+def test_diversity_terms_equal_the_release(name, skip, rule):
+    gold = reference.numbers(name)
+    pairs = select_pairs(len(gold["block_feats"]), aligned=RULES[rule])
+    np.testing.assert_array_equal(pairs, gold[f"pairs_{rule}"])
+    _, terms = diversity_loss(forward(name, skip, reference.params(name)).features[1:], pairs)
+    for ours, theirs in [("orthogonality", "orth"), ("mutual_information", "mi"), ("dispersion", "disp"), ("loss", "div")]:
+        np.testing.assert_allclose(terms[ours], gold[f"{theirs}_{rule}"], rtol=2e-5, atol=1e-6, err_msg=ours)
+
+
+@pytest.mark.parametrize(("name", "skip"), CASES)
+@pytest.mark.parametrize("remat", ["named", "none"])
+def test_every_gradient_equals_the_reference(name, skip, remat):
+    gold, arrays = reference.numbers(name), reference.weights(name)
+    expected = reference.weights(f"{name}_grads")
+    projectors = {key: value for key, value in arrays.items() if key.startswith("projectors")}
+
+    def total(params, projectors):
+        result = forward(name, skip, params, remat=remat)
+        _, projection = projection_loss(result.features, projectors, gold["z_target"])
+        _, terms = diversity_loss(result.features[1:])
+        return result.loss.mean() + 0.5 * projection + 0.5 * terms["loss"]
+
+    loss, (grads, projector_grads) = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(reference.params(name), projectors)
+    np.testing.assert_allclose(loss, gold["total_for_grad"], rtol=1e-5)
+    wanted = {"model": reference.params(f"{name}_grads"), "projectors": {key: expected[key] for key in projectors}}
+    found = {"model": grads, "projectors": projector_grads}
+
+    def compare(path, ours, theirs):
+        scale = np.abs(theirs).max()
+        np.testing.assert_allclose(ours / scale, theirs / scale, atol=1e-4, err_msg=jax.tree_util.keystr(path))
+
+    jax.tree_util.tree_map_with_path(compare, found, wanted)

@@ -1,0 +1,135 @@
+"""Samplers: equal to REPA's; of the stated order; guidance by the network itself changes nothing; the SDE keeps the marginal."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diversedit_jax import paths, samplers
+from diversedit_jax.errors import ConfigError
+from diversedit_jax.guidance import guide
+from tests import reference
+
+LINEAR = paths.make("linear")
+
+
+@pytest.mark.parametrize(("name", "skip"), [("plain", "none"), ("diversedit", "release")])
+def test_samplers_equal_the_reference(name, skip):
+    gold = reference.numbers(f"samplers_{name}")
+    network = reference.model(skip).network(reference.params(f"sit_{name}"))
+    steps = int(gold["num_steps"])
+    even, stochastic = samplers.uniform_times(steps), samplers.last_step_times(steps)
+
+    @jax.jit
+    def run(scale, low, high):
+        velocity = guide(network, gold["y"], reference.NULL, scale=scale, interval=(low, high))
+        return {
+            "euler": samplers.euler(velocity, gold["xT"], even),
+            "heun": samplers.heun(velocity, gold["xT"], even),
+            "sde": samplers.euler_maruyama(velocity, gold["xT"], stochastic, lambda i: gold["sde_eps"][i]),
+        }
+
+    plain, guided, heun = run(1.0, 0.0, 1.0), run(1.8, 0.0, 0.7), run(2.5, 0.2, 0.8)
+    assert run._cache_size() == 1, "a scale or an interval compiled the sampler again"
+    found = {"euler": plain["euler"], "sde": plain["sde"], "euler_cfg": guided["euler"], "sde_cfg": guided["sde"]}
+    for key, ours in (found | {"heun_cfg": heun["heun"]}).items():
+        scale = np.abs(gold[key]).max()
+        np.testing.assert_allclose(ours / scale, gold[key] / scale, atol=1e-4, err_msg=key)
+
+
+def gaussian_velocity(mean, std, path):
+    """The exact velocity of x ~ N(mean, std^2), noise ~ N(0, 1): E[dx_t/dt | x_t]."""
+
+    def velocity(x, t, t_step):
+        alpha, sigma, d_alpha, d_sigma = (curve(t) for curve in path)
+        gain = (d_alpha * alpha * std**2 + d_sigma * sigma) / (alpha**2 * std**2 + sigma**2)
+        return d_alpha * mean + gain * (x - alpha * mean)
+
+    return velocity
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+def test_order_of_convergence_on_a_gaussian_flow(path, solver, order):
+    mean, std = 0.7, 0.4
+    with jax.enable_x64(True):
+        noise = jnp.linspace(-2.0, 2.0, 16).reshape(1, 4, 4, 1)
+        exact = mean + std * noise  # the flow of Gaussians maps standard deviations to standard deviations
+        velocity = gaussian_velocity(mean, std, paths.make(path))
+        errors = [
+            float(jnp.abs(getattr(samplers, solver)(velocity, noise, samplers.uniform_times(n)) - exact).max())
+            for n in (64, 128, 256)
+        ]
+    slopes = np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
+    np.testing.assert_allclose(slopes, order, atol=0.1, err_msg=f"errors {errors}")
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.0], ids=lambda s: f"w={s}sigma")
+def test_the_sde_keeps_the_marginal(path, scale):
+    mean, std, count = 0.7, 0.4, 40_000
+    curve = paths.make(path)
+    keys = jax.random.split(jax.random.key(0), count)
+    noise = samplers.normal_per_image(keys, (1, 1, 1))
+    start = jax.vmap(lambda key: jax.random.normal(key, (1, 1, 1)))(keys)
+    times = samplers.last_step_times(400, last=0.005)
+    velocity = gaussian_velocity(mean, std, curve)
+    x = samplers.euler_maruyama(velocity, start, times, noise, curve, diffusion=lambda t: scale * curve.sigma(t))
+    # four standard errors, and the bias of a first-order method at 400 steps
+    assert abs(float(x.mean()) - mean) < 4 * std / count**0.5 + 2e-3
+    assert abs(float(x.std()) - std) < 4 * std / (2 * count) ** 0.5 + 2e-3
+
+
+def test_an_images_noise_does_not_depend_on_its_batch():
+    keys = jax.random.split(jax.random.key(3), 6)
+    whole = samplers.normal_per_image(keys, (2, 2, 1))(5)
+    part = samplers.normal_per_image(keys[2:4], (2, 2, 1))(5)
+    np.testing.assert_array_equal(whole[2:4], part)
+    assert len(np.unique(np.asarray(whole))) == whole.size
+
+
+def shift_network(x, t, y):
+    """A network whose velocity is its label."""
+    return jnp.broadcast_to(y[:, None, None, None].astype(x.dtype), x.shape), ()
+
+
+def test_guidance_by_the_same_network_is_a_no_op():
+    y = jnp.array([4, 4, 4])
+    x = jnp.ones((3, 2, 2, 4))
+    v = guide(shift_network, y, null=4, scale=7.5)(x, jnp.float32(0.5), jnp.float32(0.5))
+    np.testing.assert_allclose(v, shift_network(x, None, y)[0])
+
+
+def test_guidance_on_the_first_channels_leaves_the_others():
+    y, x, t = jnp.array([2, 5]), jnp.zeros((2, 3, 3, 4)), jnp.float32(0.5)
+    v = guide(shift_network, y, null=1, scale=3.0, channels=3)(x, t, t)
+    np.testing.assert_allclose(v[0, 0, 0], [4, 4, 4, 2])  # 1 + 3 (2 - 1), the last channel unguided
+    np.testing.assert_allclose(v[1, 2, 1], [13, 13, 13, 5])
+
+
+def test_the_interval_is_tested_where_the_step_began():
+    seen = []
+    velocity = guide(shift_network, jnp.array([2]), null=1, scale=3.0, interval=(0.2, 0.5))
+    for t, t_step in [(0.6, 0.6), (0.5, 0.5), (0.1, 0.2), (0.5, 0.6), (0.1, 0.1)]:
+        seen.append(float(velocity(jnp.zeros((1, 1, 1, 1)), jnp.float32(t), jnp.float32(t_step))[0, 0, 0, 0]))
+    assert seen == [2, 4, 4, 2, 2]
+
+
+def test_outside_the_interval_the_unconditional_half_is_not_computed():
+    calls = []
+
+    def network(x, t, y):
+        jax.debug.callback(lambda n: calls.append(int(n)), jnp.int32(len(x)))
+        return x, ()
+
+    velocity = guide(network, jnp.array([0, 1]), null=2, scale=2.0, interval=(0.0, 0.55))
+    jax.jit(lambda x: samplers.euler(velocity, x, samplers.uniform_times(4)))(jnp.ones((2, 1, 1, 1)))
+    jax.effects_barrier()
+    assert sorted(calls) == [2, 2, 4, 4]
+
+
+def test_step_counts_that_give_no_grid_are_refused():
+    with pytest.raises(ConfigError, match="at least 1 step, given 0"):
+        samplers.uniform_times(0)
+    with pytest.raises(ConfigError, match="at least 2 steps, given 1"):
+        samplers.last_step_times(1)
