@@ -1,0 +1,136 @@
+"""Handwritten digits, 8x8 grey levels in ten classes: real images that need no download.
+
+The data are the test part of "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, UCI Machine
+Learning Repository, 1998, doi:10.24432/C50P49) as bundled in scikit-learn: 1,797 images with levels 0 .. 16. At first
+use they are written as a tfds dataset, `<data_dir>/digits/1.0.0`; later runs read that.
+"""
+
+import contextlib
+import io
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from diversedit_jax.data import Dataset
+from diversedit_jax.errors import ConfigError, DataError
+
+SHAPE = (8, 8, 1)
+NUM_CLASSES = 10
+MAX_LEVEL = 16
+SIZES = {"train": 1437, "test": 360}
+
+
+def held_out(labels: np.ndarray) -> np.ndarray:
+    """The rows of the 360 held-out images, 35 to 37 of each class, drawn once and for all."""
+    from sklearn.model_selection import train_test_split
+
+    rows = np.arange(len(labels))
+    return np.sort(train_test_split(rows, test_size=SIZES["test"], stratify=labels, random_state=0)[1])
+
+
+class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """The tfds dataset: `image` uint8 [8 8 1] with levels 0 .. 16, `label` int32, splits `train` and `test`."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    code_path = None  # nothing to download: else tfds looks for checksums here, by a package that it does not require
+
+    def _info(self):
+        features = tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Tensor(shape=SHAPE, dtype=np.uint8, encoding="bytes"),
+                "label": tfds.features.Scalar(np.int32),
+            }
+        )
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager):
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        test = held_out(digits.target)
+        train = np.setdiff1d(np.arange(len(digits.target)), test)
+        return {
+            "train": self._generate_examples(digits, train),
+            "test": self._generate_examples(digits, test),
+        }
+
+    def _generate_examples(self, digits, rows):
+        for row in rows:
+            image = digits.images[row].astype(np.uint8).reshape(SHAPE)
+            yield int(row), {"image": image, "label": np.int32(digits.target[row])}
+
+
+def cache_dir() -> Path:
+    """Where data sets are built unless told otherwise: `$XDG_CACHE_HOME/diversedit_jax`, or under `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diversedit_jax"
+
+
+def build(data_dir: Path) -> Path:
+    """The directory of the built dataset, built now if it is not there.
+
+    The files are written beside their place and moved there whole by one rename. A build that is killed leaves a
+    `building-*` directory that nobody reads; of two builds at the same time the later uses the files of the earlier.
+    Raises ConfigError where `data_dir` cannot be written.
+    """
+    home = data_dir / "digits"
+    place = home / str(Digits.VERSION)
+    if place.is_dir():
+        return place
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=home, prefix="building-", ignore_cleanup_errors=True) as beside:
+            builder = Digits(data_dir=beside, file_format="array_record")
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                builder.download_and_prepare()  # tfds announces each step and draws progress bars
+            with contextlib.suppress(OSError):
+                os.rename(builder.data_path, place)
+    except OSError as error:
+        raise ConfigError(f"digits: cannot write to data_dir {data_dir}: {error}") from error
+    if not place.is_dir():
+        raise ConfigError(f"digits: cannot write {place}; is something else of that name in the way?")
+    return place
+
+
+def levels(split: str, data_dir: str | Path | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The images, uint8 [n 8 8 1] with levels 0 .. 16, and labels, int32 [n], of `train` (n = 1437) or `test` (360).
+
+    Raises ConfigError for another split and DataError for files that do not hold what was built.
+    """
+    if split not in SIZES:
+        raise ConfigError(f"digits: split must be one of {', '.join(SIZES)}, given {split!r}")
+    place = build(Path(data_dir).expanduser() if data_dir else cache_dir())
+    try:
+        source = tfds.builder_from_directory(str(place)).as_data_source(split)
+        examples = source.__getitems__(range(len(source)))
+        images = np.stack([example["image"] for example in examples])
+        labels = np.array([example["label"] for example in examples], np.int32)
+    except Exception as error:  # array_record and tfds raise many kinds
+        cause = str(error).partition("\n")[0] or type(error).__name__
+        raise DataError(f"digits: {place} is damaged ({cause}); delete it and it is built anew") from error
+    if images.shape != (SIZES[split], *SHAPE):
+        raise DataError(
+            f"digits: {place} is damaged: images {images.shape} in {split}, "
+            f"expected {(SIZES[split], *SHAPE)}; delete it and it is built anew"
+        )
+    return images, labels
+
+
+def spread(example: dict, rng: np.random.Generator) -> dict:
+    """The example with `x` spread uniformly over one level, 1/8, so that its density is finite."""
+    noise = rng.uniform(-0.5, 0.5, example["x"].shape).astype(np.float32)
+    return example | {"x": example["x"] + noise / 8}
+
+
+def make(split: str, *, data_dir: str | None = None, dequantize: bool = True) -> Dataset:
+    """The digits: `x` float32 [8 8 1] in [-1, 1] and `y` int32; 1,437 to train on, 360 held out as `test`.
+
+    data_dir: where the dataset is built and read, by default the user's cache. dequantize: add uniform noise of one
+    level's width to each draw.
+    """
+    images, labels = levels(split, data_dir)
+    x = images.astype(np.float32) / (MAX_LEVEL / 2) - 1
+    source = [{"x": image, "y": label} for image, label in zip(x, labels, strict=True)]
+    return Dataset(source, spread if dequantize else None, SHAPE, NUM_CLASSES)

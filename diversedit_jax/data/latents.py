@@ -1,0 +1,114 @@
+"""Image latents on disk: what the Stable Diffusion VAE says of every image, computed once (tools/ has the program).
+
+The directory is a tfds dataset, file format array_record, read without TensorFlow:
+
+    dataset_info.json, features.json             names, splits, shard lengths
+    <name>-<split>.array_record-00000-of-00016   the shards
+
+and every record has two features:
+
+    moments   Tensor(shape=(2, h, w, 2c), dtype=float16, encoding='bytes'). Axis 0: the image, its mirror image.
+              Last axis: c means, then c standard deviations, of the latent distribution before scaling.
+    label     Scalar of an integer type, or ClassLabel: 0 .. num_classes - 1.
+
+ImageNet at 256x256 has h = w = 32 and c = 4: 32 KiB for an image with its mirror image, before compression.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from diversedit_jax.data import Dataset
+from diversedit_jax.errors import DataError
+
+
+def first_line(error: Exception) -> str:
+    """The kind of an error and the first line of its message: array_record raises some with no message at all."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def open_source(data_dir: Path, split: str) -> tuple[tfds.core.DatasetInfo, Any]:
+    """The metadata of the dataset in `data_dir` and its examples by index."""
+    if not data_dir.is_dir():
+        raise DataError(f"latents: data_dir {data_dir} is not a directory of this machine (a bucket must be mounted)")
+    try:
+        builder = tfds.builder_from_directory(str(data_dir))
+    except Exception as error:
+        raise DataError(f"latents: {data_dir} is not a tfds dataset: {first_line(error)}") from error
+    try:
+        records = builder.as_data_source(split) if builder.info.splits[split].num_examples else []
+    except Exception as error:
+        raise DataError(f"latents: cannot open split {split!r} of {data_dir}: {first_line(error)}") from error
+    if len(records) == 0:
+        raise DataError(f"latents: split {split!r} of {data_dir} is empty")
+    return builder.info, records
+
+
+def check(info: tfds.core.DatasetInfo, shape: tuple[int, int, int], num_classes: int) -> None:
+    """Raise DataError if the features are not those of `shape` [h w c] and `num_classes`, as far as metadata tell."""
+    h, w, c = shape
+    wanted = {"moments": ((2, h, w, 2 * c), np.float16), "label": ((), np.integer)}
+    for name, (wanted_shape, wanted_dtype) in wanted.items():
+        if name not in info.features:
+            raise DataError(f"latents: no feature {name!r}, given: {', '.join(sorted(info.features))}")
+        given = info.features[name]
+        if given.shape != wanted_shape:
+            raise DataError(f"latents: {name} has shape {given.shape}, wanted {wanted_shape} for latents of {shape}")
+        if not np.issubdtype(given.np_dtype, wanted_dtype):
+            raise DataError(f"latents: {name} is {np.dtype(given.np_dtype)}, wanted {wanted_dtype.__name__}")
+    given_classes = getattr(info.features["label"], "num_classes", None)
+    if given_classes is not None and given_classes > num_classes:
+        raise DataError(f"latents: the data have {given_classes} classes, num_classes is {num_classes}")
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Examples by index: `moments` float16 [h w 2c] and `y`; `mirrored`, those of the mirror image, if wanted."""
+
+    records: Any
+    name: str  # for messages
+    num_classes: int
+    mirror: bool
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        try:
+            record = self.records[index]
+        except Exception as error:
+            raise DataError(f"{self.name}, record {index}: {first_line(error)}") from error
+        if not 0 <= record["label"] < self.num_classes:
+            raise DataError(
+                f"{self.name}, record {index}: label {record['label']} is not in 0 .. {self.num_classes - 1}"
+            )
+        example = {"moments": record["moments"][0], "y": np.int32(record["label"])}
+        return example | {"mirrored": record["moments"][1]} if self.mirror else example
+
+
+def flip(example: dict, rng: np.random.Generator) -> dict:
+    """The example with the moments of the image or, with probability 1/2, of its mirror image."""
+    moments = example["mirrored"] if rng.random() < 0.5 else example["moments"]
+    return {"moments": moments, "y": example["y"]}
+
+
+def make(
+    split: str,
+    *,
+    data_dir: str,
+    shape: tuple[int, int, int] = (32, 32, 4),
+    num_classes: int = 1000,
+    mirror: bool = False,
+) -> Dataset:
+    """The latents in `data_dir`: `moments` float16 [h w 2c] of latents [h w c] = `shape`, and `y` int32.
+
+    mirror: each draw takes the mirror image with probability 1/2. Raises DataError if the directory, the split, a
+    feature or a label is not as the module describes.
+    """
+    info, records = open_source(Path(data_dir).expanduser(), split)
+    check(info, tuple(shape), num_classes)
+    source = Moments(records, f"{data_dir}, split {split}", num_classes, mirror)
+    return Dataset(source, flip if mirror else None, tuple(shape), num_classes)
