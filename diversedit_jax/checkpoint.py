@@ -1,0 +1,311 @@
+"""Checkpoints of a run: saved in the background, and verified to the last bit when they are read.
+
+Orbax writes the arrays. It keeps no checksum of them, names no array when a shape does not fit, and takes every
+directory with an integer for its name as a checkpoint, so each step also holds a record of ours: the shape, dtype and
+checksum of every array, and the caller's `meta`, with a crc of itself. This is the only module that imports orbax.
+"""
+
+import contextlib
+import gc
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax.traverse_util import unflatten_dict
+from jaxtyping import Array, UInt32
+from orbax.checkpoint import checkpoint_managers as policies
+
+from diversedit_jax.errors import CheckpointError, ConfigError
+from diversedit_jax.logs import silence
+
+FORMAT = 1  # of our record; a change that old code cannot read raises it
+State = Any  # a pytree of arrays
+
+
+@jax.jit
+def checksum(x: Array) -> UInt32[Array, ""]:
+    """A hash of an array's bits, the same on every mesh: the sum modulo 2^32 of a hash of each word and its position.
+
+    The hash (MurmurHash3's finalizer) is one-to-one in the word, so a change of any single word always shows; and it
+    is not linear, so that two flipped sign bits do not cancel as in a weighted sum.
+    """
+    bits = x.dtype.itemsize * 8
+    word = x.astype(jnp.uint8) if x.dtype == bool else jax.lax.bitcast_convert_type(x, f"uint{min(bits, 32)}")
+    word = word.astype(jnp.uint32)  # a 64-bit array has become two words per element, in a last axis
+    position, stride = jnp.uint32(0), 1
+    for axis in reversed(range(word.ndim)):  # not a reshape: that would gather an array that lies in shards
+        position += jax.lax.broadcasted_iota(jnp.uint32, word.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= word.shape[axis]
+    word = word + position * jnp.uint32(0x9E3779B9)
+    word = (word ^ (word >> 16)) * jnp.uint32(0x85EBCA6B)
+    word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE35)
+    return jnp.sum(word ^ (word >> 16), dtype=jnp.uint32)
+
+
+def checksums(arrays: Mapping[str, Array]) -> dict[str, int]:
+    """The checksum of each array, computed where the arrays are."""
+    return {path: int(value) for path, value in jax.device_get({k: checksum(x) for k, x in arrays.items()}).items()}
+
+
+def by_path(tree: State) -> dict[str, Any]:
+    """The leaves of a pytree by name, such as `ema/blocks/kernel` or `opt/0/mu/blocks/kernel`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves by name as nested dicts: what is on disk, free of the classes and empty nodes of an optax state."""
+    return unflatten_dict({tuple(path.split("/")): leaf for path, leaf in arrays.items()})
+
+
+def difference(stored: Mapping[str, list], target: Mapping[str, list]) -> str | None:
+    """What keeps the stored arrays {path: [shape, dtype]} from filling the target; None if they fit."""
+    paths = list(dict.fromkeys([*target, *stored]))
+    wrong = [path for path in paths if stored.get(path) != target.get(path)]
+    if not wrong:
+        return None
+
+    def text(leaf: list | None) -> str:
+        return f"{leaf[0]} {leaf[1]}" if leaf else "no such array"
+
+    first = f"{wrong[0]}: checkpoint has {text(stored.get(wrong[0]))}, config needs {text(target.get(wrong[0]))}"
+    return f"{len(wrong)} of {len(paths)} arrays differ; first: {first}"
+
+
+class Checkpoints:
+    """The checkpoints in one directory. Opening and reading change nothing there; the first save makes it.
+
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        checkpoints.save(100, state, {"seed": 0})
+        state, meta = checkpoints.restore(target)  # target: jax.ShapeDtypeStruct with shardings
+
+    Keeps the newest `keep` steps, and every multiple of `keep_every`. Only one program may save in a directory; its
+    first save removes what killed saves left there.
+    """
+
+    def __init__(self, directory: str | os.PathLike, *, keep: int = 3, keep_every: int | None = None):
+        silence()
+        self.directory = Path(directory).absolute()
+        preserved = [policies.LatestN(keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
+        self._preservation = policies.AnyPreservationPolicy(preserved)
+        self._writer: ocp.CheckpointManager | None = None
+        self._saving: int | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        with contextlib.suppress(CheckpointError) if error else contextlib.nullcontext():
+            self.close()
+
+    def steps(self) -> list[int]:
+        """The complete steps on disk, in order."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal() and path.is_dir())
+
+    def latest(self) -> int | None:
+        """The newest complete step, or None."""
+        return max(self.steps(), default=None)
+
+    def save(self, step: int, state: State, meta: Mapping[str, Any]) -> None:
+        """Save `state`, a pytree of jax arrays, and `meta`, a JSON dict, in the background.
+
+        Returns when the arrays are copied: the caller may donate them. Raises CheckpointError when the save cannot
+        start, and when the save before it has failed; nothing new is saved then.
+        """
+        self.wait()
+        if (latest := self.latest()) is not None and step <= latest:
+            raise CheckpointError(
+                f"step {step} cannot be saved: {self.directory} already holds step {latest}. Resume from it, move the "
+                f"steps from {step} on away, or use a new workdir."
+            )
+        arrays = by_path(state)
+        record = seal(step, meta, leaves_of(arrays), checksums(arrays))
+        with self._surfacing(step):
+            self._writer = self._writer or self._new_writer()
+            self._saving = step
+            items = ocp.args.Composite(state=ocp.args.PyTreeSave(nested(arrays)), meta=ocp.args.JsonSave(record))
+            if not self._writer.save(step, args=items, force=True):
+                raise CheckpointError(f"checkpoint {self.directory / str(step)}: orbax refused to save it")
+
+    def wait(self) -> None:
+        """Wait until the save under way is complete; CheckpointError if it fails."""
+        if self._writer and self._saving is not None:
+            with self._surfacing(self._saving):
+                self._writer.wait_until_finished()
+                self._saving = None
+
+    def close(self) -> None:
+        """Wait, then free the threads. The checkpoints can still be read, and a later save starts anew."""
+        self.wait()
+        writer, self._writer = self._writer, None
+        if writer:
+            writer.close()
+
+    def restore(self, target: State, step: int | None = None) -> tuple[State, dict[str, Any]]:
+        """The state and meta of `step` (default: the latest), each array verified.
+
+        `target` is a pytree of jax.ShapeDtypeStruct with shardings: any mesh will do. Raises CheckpointError if there
+        is no such step, if its arrays do not fit the target, and if anything in it is damaged.
+        """
+        return self._read(target, step, prefix="")
+
+    def restore_part(self, target: State, key: str, step: int | None = None) -> tuple[State, dict[str, Any]]:
+        """One top-level entry of the state, such as `ema`, and the meta; `target` is that entry's. As `restore`."""
+        part, meta = self._read({key: target}, step, prefix=f"{key}/")
+        return part[key], meta
+
+    def _read(self, target: State, step: int | None, prefix: str) -> tuple[State, dict[str, Any]]:
+        self.wait()
+        steps = self.steps()
+        if not steps:
+            raise CheckpointError(f"no checkpoint in {self.directory}")
+        step = steps[-1] if step is None else step
+        if step not in steps:
+            raise CheckpointError(f"no step {step} in {self.directory}; it holds {', '.join(map(str, steps))}")
+        with last_words_unheard():
+            try:
+                return self._verified(target, step, prefix)
+            except CheckpointError:
+                raise
+            except Exception as error:  # orbax raises many kinds, the bare Exception among them
+                problem = cause(error)
+            time.sleep(0.1)  # reads under way end too, and find nobody
+            gc.collect()
+        older = max((s for s in steps if s < step), default=None)
+        onward = "start from the beginning" if older is None else f"resume from step {older}"
+        raise CheckpointError(
+            f"checkpoint {self.directory / str(step)} is damaged ({problem}). Move it away to {onward}."
+        )
+
+    def _verified(self, target: State, step: int, prefix: str) -> tuple[State, dict[str, Any]]:
+        place, wanted = self.directory / str(step), by_path(target)
+        with self._reader() as reader:
+            record = unseal(reader.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta, place)
+            stored = {path: leaf for path, leaf in record["leaves"].items() if path.startswith(prefix)}
+            if problem := difference(stored, leaves_of(wanted)):
+                raise CheckpointError(f"checkpoint {place} does not fit this config: {problem}")
+            abstract = nested(wanted)
+            part = ocp.args.PyTreeRestore(
+                abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
+            )
+            arrays = by_path(reader.restore(step, args=ocp.args.Composite(state=part)).state)
+        if problem := difference(leaves_of(arrays), leaves_of(wanted)):
+            raise ValueError(problem)
+        for path, value in checksums(arrays).items():
+            if value != record["checksums"][path]:
+                raise ValueError(f"wrong checksum of {path}")
+        return jax.tree.unflatten(jax.tree.structure(target), [arrays[path] for path in wanted]), record["meta"]
+
+    def _new_writer(self) -> ocp.CheckpointManager:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        return ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                save_decision_policy=policies.FixedIntervalPolicy(1),  # the caller decides when
+                preservation_policy=self._preservation,
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+                lightweight_initialize=True,  # reads no old step, so a damaged one cannot stop a save
+            ),
+        )
+
+    def _reader(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                read_only=True, save_interval_steps=0, create=False, lightweight_initialize=True
+            ),
+        )
+
+    @contextlib.contextmanager
+    def _surfacing(self, step: int) -> Iterator[None]:
+        """Turn a failed write into one line, and drop orbax's manager: the next one removes the unfinished files."""
+        try:
+            yield
+        except Exception as error:
+            writer, self._writer, self._saving = self._writer, None, None
+            with contextlib.suppress(Exception):
+                writer.close()
+            if isinstance(error, CheckpointError):
+                raise
+            whole = ", ".join(map(str, self.steps())) or "none"
+            raise CheckpointError(
+                f"checkpoint {self.directory / str(step)} could not be written ({cause(error)}). Whole steps: {whole}."
+            ) from error
+
+
+def leaves_of(arrays: Mapping[str, Any]) -> dict[str, list]:
+    """{path: [shape, dtype]} of arrays or ShapeDtypeStructs, as it reads back from JSON."""
+    return {path: [list(x.shape), jnp.dtype(x.dtype).name] for path, x in arrays.items()}
+
+
+def seal(step: int, meta: Mapping[str, Any], leaves: dict[str, list], sums: dict[str, int]) -> dict[str, Any]:
+    """Our record of one step, with a crc of itself."""
+    body = json.loads(json.dumps({"step": step, "meta": meta, "leaves": leaves, "checksums": sums}))
+    return {"format": FORMAT, "crc32": crc32(body), "body": body}
+
+
+def unseal(record: Mapping[str, Any], place: Path) -> dict[str, Any]:
+    """The body of a record that is whole; CheckpointError if a newer format, ValueError if damaged."""
+    if record["format"] != FORMAT:
+        raise CheckpointError(
+            f"checkpoint {place} has format {record['format']}, this version reads format {FORMAT}: "
+            "install the version that wrote it"
+        )
+    if record["crc32"] != crc32(record["body"]) or record["body"]["step"] != int(place.name):
+        raise ValueError("wrong checksum of meta")
+    return record["body"]
+
+
+def crc32(body: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
+
+
+def cause(error: BaseException) -> str:
+    """What lies at the bottom of an exception, as a short phrase on one line."""
+    while error.__cause__:
+        error = error.__cause__
+    text = " ".join(str(error).split()) or "no message"
+    text = text if len(text) <= 200 else f"{text[:120]} ... {text[-75:]}"
+    return f"{type(error).__name__}: {text}"
+
+
+@contextlib.contextmanager
+def last_words_unheard() -> Iterator[None]:
+    """Silence for what orbax leaves when a read fails: each coroutine that is destroyed prints a traceback."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    logger = logging.getLogger("asyncio")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        sys.unraisablehook, logger.disabled = hook, disabled
+
+
+def prepare_workdir(path: str | os.PathLike) -> Path:
+    """The working directory as an absolute path, made if missing; ConfigError if it cannot be written."""
+    if "://" in str(path):
+        raise ConfigError(f"workdir {path} is a URL: mount the bucket as a directory (gcsfuse) and give its path")
+    workdir = Path(path).expanduser().absolute()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=workdir, prefix=".write-test-") as file:
+            file.write(b"test")
+    except OSError as error:
+        reason = "it is a file" if workdir.is_file() else error.strerror or error
+        raise ConfigError(f"workdir {workdir} cannot be written: {reason}") from None
+    return workdir
