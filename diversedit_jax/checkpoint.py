@@ -167,7 +167,11 @@ class Checkpoints:
         part, meta = self._read({key: target}, step, prefix=f"{key}/")
         return part[key], meta
 
-    def _read(self, target: State, step: int | None, prefix: str) -> tuple[State, dict[str, Any]]:
+    def meta(self, step: int | None = None) -> dict[str, Any]:
+        """The meta of `step` (default: the latest), without its arrays. Errors as in `restore`."""
+        return self._read({}, step, prefix=None)[1]
+
+    def _read(self, target: State, step: int | None, prefix: str | None) -> tuple[State, dict[str, Any]]:
         self.wait()
         steps = self.steps()
         if not steps:
@@ -190,10 +194,12 @@ class Checkpoints:
             f"checkpoint {self.directory / str(step)} is damaged ({problem}). Move it away to {onward}."
         )
 
-    def _verified(self, target: State, step: int, prefix: str) -> tuple[State, dict[str, Any]]:
+    def _verified(self, target: State, step: int, prefix: str | None) -> tuple[State, dict[str, Any]]:
         place, wanted = self.directory / str(step), by_path(target)
         with self._reader() as reader:
             record = unseal(reader.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta, place)
+            if prefix is None:
+                return {}, record["meta"]
             stored = {path: leaf for path, leaf in record["leaves"].items() if path.startswith(prefix)}
             if problem := difference(stored, leaves_of(wanted)):
                 raise CheckpointError(f"checkpoint {place} does not fit this config: {problem}")

@@ -66,7 +66,7 @@ def euler_maruyama(
 ) -> Float[Array, "b h w c"]:
     """Euler-Maruyama for dx = (v - w/2 score) dt + sqrt(w) dW, whose marginals are the path's for every w(t) >= 0.
 
-    The last step is its mean, without noise. `diffusion` is w; by default 2 sigma(t), as in REPA (their Eq. 9 and code).
+    The last step is its mean, without noise. `diffusion` is w; by default 2 sigma(t), as in REPA's code.
     `noise` gives the draw of step i.
     """
     diffusion = diffusion or (lambda t: 2 * path.sigma(t))

@@ -5,7 +5,7 @@ A factory's signature is the one place where its options and their defaults are 
 """
 
 import difflib
-import importlib
+import importlib.util
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterable
@@ -15,9 +15,10 @@ from diversedit_jax.errors import ConfigError
 
 
 def known(slot: str) -> list[str]:
-    """The names of the modules of a slot package such as `losses`."""
+    """The names that a slot such as `losses` knows: its modules that have a factory."""
     package = importlib.import_module(f"diversedit_jax.{slot}")
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    return [name for name in names if hasattr(importlib.import_module(f"{package.__name__}.{name}"), "make")]
 
 
 def suggestion(given: str, candidates: Iterable[str]) -> str:
@@ -35,9 +36,12 @@ def factory(slot: str, name: str) -> Callable:
             return getattr(importlib.import_module(path), function)
         except (ImportError, AttributeError) as error:
             raise ConfigError(f"{slot}: cannot load {name!r}: {error}") from None
-    if name not in known(slot):
-        raise ConfigError(f"{slot}: unknown name {name!r}; {suggestion(name, known(slot))}")
-    return importlib.import_module(f"diversedit_jax.{slot}.{name}").make
+    package = importlib.import_module(f"diversedit_jax.{slot}")
+    if name.isidentifier() and importlib.util.find_spec(f"{package.__name__}.{name}"):
+        module = importlib.import_module(f"{package.__name__}.{name}")
+        if hasattr(module, "make"):
+            return module.make
+    raise ConfigError(f"{slot}: unknown name {name!r}; {suggestion(name, known(slot))}")
 
 
 def options(make: Callable) -> dict[str, inspect.Parameter]:

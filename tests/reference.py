@@ -1,4 +1,4 @@
-"""The public references' numbers in tests/data, in our layout: images [b h w c], parameters as `models.dit` names them."""
+"""The public references' numbers in tests/data, in our layout: images [b h w c], parameters of `models.dit`."""
 
 import json
 from pathlib import Path

@@ -54,7 +54,12 @@ def test_diversity_terms_equal_the_release(name, skip, rule):
     pairs = select_pairs(len(gold["block_feats"]), aligned=RULES[rule])
     np.testing.assert_array_equal(pairs, gold[f"pairs_{rule}"])
     _, terms = diversity_loss(forward(name, skip, reference.params(name)).features[1:], pairs)
-    for ours, theirs in [("orthogonality", "orth"), ("mutual_information", "mi"), ("dispersion", "disp"), ("loss", "div")]:
+    for ours, theirs in [
+        ("orthogonality", "orth"),
+        ("mutual_information", "mi"),
+        ("dispersion", "disp"),
+        ("loss", "div"),
+    ]:
         np.testing.assert_allclose(terms[ours], gold[f"{theirs}_{rule}"], rtol=2e-5, atol=1e-6, err_msg=ours)
 
 
@@ -71,7 +76,9 @@ def test_every_gradient_equals_the_reference(name, skip, remat):
         _, terms = diversity_loss(result.features[1:])
         return result.loss.mean() + 0.5 * projection + 0.5 * terms["loss"]
 
-    loss, (grads, projector_grads) = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(reference.params(name), projectors)
+    loss, (grads, projector_grads) = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(
+        reference.params(name), projectors
+    )
     np.testing.assert_allclose(loss, gold["total_for_grad"], rtol=1e-5)
     wanted = {"model": reference.params(f"{name}_grads"), "projectors": {key: expected[key] for key in projectors}}
     found = {"model": grads, "projectors": projector_grads}

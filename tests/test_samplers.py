@@ -1,4 +1,4 @@
-"""Samplers: equal to REPA's; of the stated order; guidance by the network itself changes nothing; the SDE keeps the marginal."""
+"""Samplers: equal to REPA's, of the stated order, unchanged by guiding a network by itself, true to the marginal."""
 
 import jax
 import jax.numpy as jnp

@@ -18,7 +18,7 @@ from diversedit_jax.api import AuxLoss
 
 EPS = 1e-8
 
-Features = Sequence[Float[Array, "b n d"]] | Float[Array, "l b n d"]
+Features = Sequence[Float[Array | np.ndarray, "b n d"]] | Float[Array | np.ndarray, "l b n d"]
 Pairs = Sequence[tuple[int, int]] | np.ndarray | Array  # [p 2]; a traced array where pairs are redrawn in the step
 
 RULES = ("release", "random_layers", "random_pairs", "all", "adjacent", "mirror")
@@ -35,9 +35,9 @@ def select_pairs(
 ) -> Pairs:
     """The pairs of blocks that are compared, [p 2], blocks counted from 0.
 
-    release:        the released code's fixed list of at most `k` pairs, row by row: from block 0, or, where the block at
-                    depth `aligned` (from 1) is aligned to an encoder, from block k - aligned - 1, negative ones counting
-                    from the end. A list of one block against the next ten, in effect.
+    release:        the released code's fixed list of at most `k` pairs, row by row: from block 0, or, where the block
+                    at depth `aligned` (from 1) is aligned to an encoder, from block k - aligned - 1, negative ones
+                    counting from the end. In effect, mostly one block against the next ten.
     random_layers:  all pairs among `k` random blocks (the paper, suppl. B).
     random_pairs:   `k` random pairs.
     all, adjacent:  every pair; each block with the next.
@@ -91,6 +91,7 @@ def orthogonality(
     block of every pair.
     """
     means = jnp.stack([f.mean(axis=(0, 1)) for f in _blocks(features)])
+    pairs = _known_or_traced(pairs, len(means))
     units = means / _norm(means, axis=1)
     first, second = _detach(units, units, detach)
     cosines = jnp.sum(first[pairs[:, 0]] * second[pairs[:, 1]], axis=1)
@@ -106,6 +107,7 @@ def mutual_information(
     one reduction each; traced pairs cost the [l l] matrix of all mean cosines.
     """
     blocks = _blocks(features)
+    pairs = _known_or_traced(pairs, len(blocks))
     scales = [1 / _norm(f, axis=-1) for f in blocks]  # [b n 1]: the unit features are never stored
     tokens = blocks[0].shape[0] * blocks[0].shape[1]
     if isinstance(pairs, np.ndarray):
@@ -133,9 +135,9 @@ def dispersion(
     """L_disp: minus the variance over channels of the channels' mean normalised activation (Eqs. 13-14).
 
     Each block is normalised along the samples (b n), channel by channel; the means over samples are averaged over the
-    blocks (with `block_weights`, if given), divided by the largest, and their population variance is divided by `scale`.
-    `absolute` averages magnitudes and `clamp` limits the variance to [0, 1], both as released. The paper writes neither:
-    its form divides by a signed maximum and is unbounded.
+    blocks (with `block_weights`, if given) and divided by the largest; their population variance is divided by `scale`.
+    `absolute` averages magnitudes and `clamp` limits the variance to [0, 1], both as released. The paper writes
+    neither: its form divides by a signed maximum and is unbounded.
     """
     usage = []
     for f in _blocks(features):
@@ -151,8 +153,8 @@ def adaptive_weight(
 ) -> Float[Array, ""]:
     """The weight of the diversity loss (Eq. 15): 0 up to `lo`, a ramp, 1 above `hi`.
 
-    The published ramp (loss - lo) / hi jumps from 0.8 to 1 at `hi`; denominator `hi-lo` makes it continuous. The release
-    lets the gradient pass through the weight; `detach` stops it.
+    The published ramp (loss - lo) / hi jumps from 0.8 to 1 at `hi`; denominator `hi-lo` makes it continuous. The
+    release lets the gradient pass through the weight; `detach` stops it.
     """
     if not 0 <= lo < hi:
         raise ValueError(f"the weight's ramp needs 0 <= lo < hi, given lo = {lo}, hi = {hi}")
@@ -224,7 +226,7 @@ def diversity_loss(
     blocks = _blocks(features)
     if pairs is None:
         pairs = select_pairs(len(blocks), settings.rule, k=settings.k, aligned=aligned)
-    pairs = pairs if isinstance(pairs, jax.Array) else np.asarray(pairs)
+    pairs = _known_or_traced(pairs, len(blocks))
     compute = partial(_diversity_loss, pairs=pairs, settings=settings, detach=detach)
     if groups == 1:
         return compute(blocks)
@@ -336,6 +338,21 @@ def _blocks(features: Features) -> tuple[Array, ...]:
         if shape != shapes[0]:
             raise ValueError(f"block {index}: features have shape {shape}, but block 0 has {shapes[0]}")
     return tuple(jnp.asarray(f).astype(jnp.promote_types(jnp.result_type(f), jnp.float32)) for f in features)
+
+
+def _known_or_traced(pairs: Pairs, num_blocks: int) -> np.ndarray | Array:
+    """Pairs [p 2]: checked, as numpy's array, where their values are known; traced ones as they are."""
+    if isinstance(pairs, jax.core.Tracer):
+        return pairs
+    pairs = np.asarray(pairs)
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or not len(pairs):
+        raise ValueError(f"pairs have shape {pairs.shape}, wanted [pairs, 2]")
+    if pairs.min() < 0 or pairs.max() >= num_blocks:
+        wrong = pairs[((pairs < 0) | (pairs >= num_blocks)).any(axis=1)][0]
+        raise ValueError(
+            f"the pair {tuple(wrong.tolist())} is outside the network: it has blocks 0 to {num_blocks - 1}"
+        )
+    return pairs
 
 
 def _norm(x: Array, axis: int | tuple[int, ...]) -> Array:

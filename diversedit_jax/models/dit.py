@@ -296,7 +296,7 @@ def unpatchify(x: Float[Array, "b n p"], shape: tuple[int, int, int], patch: int
 
 
 def position_table(shape: tuple[int, int, int], patch: int, width: int) -> np.ndarray:
-    """The fixed 2-D sin-cos table [n d] of DiT: the first half of the channels encodes the column, the second the row."""
+    """The fixed 2-D sin-cos table [n d] of DiT: half of the channels encode the column, the others the row."""
     rows, columns = np.meshgrid(np.arange(shape[0] // patch), np.arange(shape[1] // patch), indexing="ij")
     frequencies = 10000.0 ** -(np.arange(width // 4) / (width // 4))
 

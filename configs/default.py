@@ -1,0 +1,42 @@
+"""Every key of a run, once. Other configs are this one plus their differences; `slot` lists all options of a name.
+
+SiT-B/2 on ImageNet latents at 256 pixels, as the paper trains it (arXiv 2603.04239, Table A1): not run by itself.
+"""
+
+from ml_collections import ConfigDict
+
+from diversedit_jax import optim, sampling
+from diversedit_jax.config import options, slot
+
+
+def get_config() -> ConfigDict:
+    """The base of all configs."""
+    config = ConfigDict()
+
+    config.seed = 0  # of parameters, data order, noise, times, labels dropped
+    config.total_steps = 400_000
+    config.batch_size = 256  # over all devices
+    config.accumulate = 1  # parts of a batch, computed one after another, for less memory
+
+    config.data = slot("data", "latents")  # what is stored
+    config.prepare = slot("prepare", "latents")  # from there to the network's space, on device
+    config.model = slot("models", "dit", size="B", patch=2)
+    config.objective = slot("objectives", "flow_matching")
+    config.losses = ConfigDict()  # auxiliary losses, label -> slot("losses", name)
+
+    config.optim = options(optim.make)
+    config.ema_decay = 0.9999  # of the weights that are sampled from; they start as a copy
+
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1})  # -1: all devices that are left
+    config.log_every = 100
+    config.checkpoint = ConfigDict(
+        {
+            "every": 5_000,
+            "keep": 3,  # the newest so many
+            "keep_every": 50_000,  # and every such step
+        }
+    )
+    config.sampler = options(sampling.make)  # of the images below, of evaluators, and the default of sample.py
+    config.samples = ConfigDict({"every": 10_000, "num": 64})  # a grid of images; every 0: at the end only
+    config.evaluators = ConfigDict()  # label -> slot("evaluators", name), and `every`
+    return config

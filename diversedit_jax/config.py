@@ -1,0 +1,125 @@
+"""Configs: ml_collections trees whose slots name a factory and hold all of its options.
+
+A config file builds slots with `slot(...)`: the defaults come from the factory's signature, so that a stored config is
+complete, and any option can be set on the command line (`--config.losses.diversity.lo=0.2`).
+"""
+
+import inspect
+import json
+import os
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from diversedit_jax import slots
+from diversedit_jax.errors import ConfigError
+
+FILE = "config.json"
+
+RESERVED = ("name", "every")  # keys of a slot that are not options of its factory
+
+# What may differ when a run is resumed: how long it runs, where it runs, what it reports and keeps.
+FREE = ("total_steps", "log_every", "mesh", "checkpoint", "samples", "evaluators")
+
+
+def options(build: typing.Callable, **changes: Any) -> ConfigDict:
+    """All keyword options of a factory with their defaults, and `changes` to them."""
+    values = {}
+    for name, parameter in slots.options(build).items():
+        default = parameter.default
+        required = default is inspect.Parameter.empty
+        values[name] = config_dict.placeholder(_kind(parameter.annotation)) if required or default is None else default
+    config = ConfigDict(values, type_safe=True)
+    for name, value in changes.items():
+        if name not in config:
+            raise ConfigError(f"{build.__module__}: no option {name!r}; {slots.suggestion(name, values)}")
+        config[name] = value
+    return config
+
+
+def _kind(annotation: Any) -> type:
+    """The type of an option that is None until it is set: of `int | None`, int."""
+    kinds = [kind for kind in typing.get_args(annotation) or (annotation,) if kind is not type(None)]
+    return typing.get_origin(kinds[0]) or kinds[0]
+
+
+def slot(kind: str, name: str, **changes: Any) -> ConfigDict:
+    """The config of a slot: `name`, and all options of what it names, with `changes` to their defaults."""
+    config = options(slots.factory(kind, name), **changes)
+    config.name = name
+    return config
+
+
+def keywords(config: ConfigDict, place: str, build: typing.Callable) -> dict[str, Any]:
+    """The options of a config as keyword arguments; one that is required and not set is an error."""
+    given = {name: _plain(value) for name, value in config.to_dict().items() if name not in RESERVED}
+    for name, parameter in slots.options(build).items():
+        if parameter.default is inspect.Parameter.empty and given.get(name) is None:
+            raise ConfigError(f"{place}.{name} is not set; give it with --{place}.{name}=VALUE")
+    return given
+
+
+def make(kind: str, config: ConfigDict, place: str, *args: Any) -> Any:
+    """Build the slot that a config describes. `place` is where the config stands, for errors: `config.model`."""
+    given = keywords(config, place, slots.factory(kind, config.name))
+    try:
+        return slots.make(kind, config.name, *args, **given)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{place}: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    return tuple(_plain(part) for part in value) if isinstance(value, list | tuple) else value
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested config as {dotted name: value}, sequences as lists, as JSON has them."""
+    leaves = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            leaves |= flat(value, f"{prefix}{name}.")
+        else:
+            leaves[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return leaves
+
+
+def claim(workdir: Path, config: ConfigDict) -> list[str]:
+    """Store a run's config in its workdir, or compare it with the one that is stored there.
+
+    Returns a line for each difference that is allowed (FREE); any other is an error that names the keys.
+    """
+    new = flat(config.to_dict())
+    notes = []
+    if (workdir / FILE).exists():
+        old = flat(read(workdir))
+        changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+        refused = [key for key in changed if key.split(".")[0] not in FREE]
+        if refused:
+            lines = "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} given" for key in refused)
+            raise ConfigError(f"{workdir} holds a run with another config ({lines}). Use its values or a new workdir")
+        notes = [f"config.{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed]
+    partial = workdir / f"{FILE}.partial"
+    partial.write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
+    os.replace(partial, workdir / FILE)
+    return notes
+
+
+def read(workdir: Path) -> dict[str, Any]:
+    """The config of the run in a workdir, as plain data."""
+    try:
+        stored = json.loads((workdir / FILE).read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{workdir} holds no run: it has no {FILE}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{workdir / FILE} is damaged: {error}") from None
+    return stored
+
+
+def load(workdir: Path) -> ConfigDict:
+    """The config of the run in a workdir."""
+    return ConfigDict(read(workdir))

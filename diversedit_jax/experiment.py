@@ -1,0 +1,78 @@
+"""From a config to the parts of a run. Whatever a config can have wrong is found here, before anything compiles."""
+
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from diversedit_jax import config as configs
+from diversedit_jax import models, optim, sampling, sharding
+from diversedit_jax.api import Prepare
+from diversedit_jax.data import Dataset
+from diversedit_jax.errors import ConfigError
+from diversedit_jax.train_state import Parts
+
+
+class Experiment(NamedTuple):
+    """A config, built."""
+
+    mesh: Mesh
+    parts: Parts
+    sample: sampling.Sample
+    rate: optax.Schedule
+
+
+def open_data(config: ConfigDict, split: str = "train") -> Dataset:
+    """The data set of a config."""
+    return configs.make("data", config.data, "config.data", split)
+
+
+def build(config: ConfigDict, shape: tuple[int, int, int], num_classes: int) -> Experiment:
+    """The parts of a run for samples of `shape` and labels 0 .. num_classes - 1; ConfigError for what cannot work."""
+    mesh = sharding.make_mesh(**config.mesh)
+    _check_steps(config)
+    losses = {label: configs.make("losses", c, f"config.losses.{label}") for label, c in config.losses.items()}
+    cuts = sorted({block for aux in losses.values() for block in aux.blocks})
+    optimizer, rate = optim.make(config.total_steps, **configs.keywords(config.optim, "config.optim", optim.make))
+    model = configs.make("models", config.model, "config.model", shape, num_classes, cuts)
+    objective = configs.make("objectives", config.objective, "config.objective", num_classes)
+    prepare = configs.make("prepare", config.prepare, "config.prepare")
+    parts = Parts(model, prepare, objective, losses, optimizer, config.ema_decay, config.accumulate)
+    sample = make_sample(config, model, shape, num_classes, mesh)
+    return Experiment(mesh, parts, sample, rate)
+
+
+def make_sample(config: ConfigDict, model: models.Model, shape: tuple, num_classes: int, mesh: Mesh):
+    """The sampler of a config."""
+    given = configs.keywords(config.sampler, "config.sampler", sampling.make)
+    return sampling.make(model, shape, num_classes, config.objective.path, mesh, **given)
+
+
+def _check_steps(config: ConfigDict) -> None:
+    for name in ("total_steps", "batch_size", "accumulate", "log_every"):
+        if config[name] < 1:
+            raise ConfigError(f"config.{name} = {config[name]}: must be positive")
+    if not 0 <= config.ema_decay < 1:
+        raise ConfigError(f"config.ema_decay = {config.ema_decay}: must be in [0, 1)")
+    at_once = jax.device_count() * config.accumulate
+    if config.batch_size % at_once:
+        below = config.batch_size // at_once * at_once
+        nearest = f"{below} or {below + at_once}" if below else f"{at_once}"
+        times = f" x {config.accumulate} accumulated parts" if config.accumulate > 1 else ""
+        raise ConfigError(
+            f"config.batch_size = {config.batch_size} is not divisible by {jax.device_count()} devices{times}; "
+            f"nearest: {nearest}"
+        )
+
+
+def prepared(prepare: Prepare, mesh: Mesh) -> Any:
+    """The frozen weights of a preparation, born where they live."""
+    abstract = jax.eval_shape(prepare.init)
+    return jax.jit(prepare.init, out_shardings=sharding.shardings(abstract, mesh))()
+
+
+def evaluator(config: ConfigDict, label: str):
+    """The evaluator `label` of a config."""
+    return configs.make("evaluators", config.evaluators[label], f"config.evaluators.{label}")

@@ -1,0 +1,88 @@
+"""What all programs share: flags, errors as one line with an exit code, and a stop that is asked for."""
+
+import contextlib
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from absl import app, flags
+
+from diversedit_jax.errors import EXIT_PREEMPTED, ConfigError, RunError
+
+
+class Stopped(Exception):
+    """The program was asked to stop, and has saved."""
+
+
+def launch(main: Callable[[], None], argv: Sequence[str] = sys.argv) -> None:
+    """Parse the flags, run `main`, exit: 0 done, 42 stopped and saved, or an error's own code (see `errors`)."""
+    app.define_help_flags()
+    try:
+        parse(argv)
+        main()
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(EXIT_PREEMPTED)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def parse(argv: Sequence[str]) -> None:
+    """Parse flags and config overrides; whatever is wrong with them becomes a ConfigError."""
+    for path in [argument.split("=", 1)[1] for argument in argv if argument.startswith("--config=")]:
+        sys.path.append(str(Path(path).absolute().parent.parent))  # a config file may import its neighbours
+    try:
+        extra = flags.FLAGS(argv)[1:]
+        if "config" in flags.FLAGS:
+            hasattr(flags.FLAGS["config"].value, "keys")  # raises if the file could not be loaded
+    except RunError:
+        raise
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
+        raise ConfigError(readable(error)) from error
+    if extra:
+        raise ConfigError(f"unexpected argument {extra[0]!r}")
+
+
+def readable(error: Exception) -> str:
+    """A flag's error on one line, an unknown config key and a missing file in our words."""
+    lines = [line.strip() for line in str(error).replace("\\n", "\n").splitlines()] or [type(error).__name__]
+    given = FLAG_NAMES.findall(lines[0])
+    if isinstance(error, AttributeError | KeyError) and given:
+        meant = FLAG_NAMES.findall(lines[1])[:1] if len(lines) > 1 and "Did you mean" in lines[1] else []
+        return f"config: no key {given[0]!r}" + (f"; did you mean {meant[0]!r}?" if meant else "")
+    if isinstance(error, FileNotFoundError) or "No such file" in lines[-1]:
+        return f"config: file {error.filename or FLAG_NAMES.findall(lines[-1])[-1]} not found"
+    if "must have a value other than None" in lines[0]:
+        return f"{lines[0].split('=')[0]} is required"
+    return lines[0]
+
+
+FLAG_NAMES = re.compile(r"['\"]([\w./-]+)['\"\\]")
+
+
+@contextlib.contextmanager
+def stop_requests(notify: Callable[[str], None]) -> Iterator[Callable[[], str | None]]:
+    """Within it, Ctrl-C and SIGTERM end nothing at once; the function given tells which came first, or None.
+
+    A second Ctrl-C interrupts as usual. Outside of the main thread signals are left as they are.
+    """
+    received: list[str] = []
+
+    def receive(number, frame):
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(signal.Signals(number).name)
+        notify(f"{received[0]}: saving after this step (Ctrl-C again quits at once)")
+
+    before = {}
+    with contextlib.suppress(ValueError):  # not the main thread
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, receive)
+    try:
+        yield lambda: received[0] if received else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

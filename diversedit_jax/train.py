@@ -1,0 +1,230 @@
+"""Train a model: python -m diversedit_jax.train --config=configs/digits.py --workdir=DIR [--config.KEY=VALUE ...]
+
+The same command resumes a run that was stopped, at the step of its last checkpoint, with the same results to the bit.
+Ctrl-C and SIGTERM save and exit with code 42. In DIR: config.json, versions.json, parameters.txt, metrics.jsonl and
+TensorBoard events, samples/ and samples.png, checkpoints/.
+"""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from diversedit_jax import config as configs
+from diversedit_jax import experiment, logs, program, sampling, sharding
+from diversedit_jax.checkpoint import Checkpoints, prepare_workdir
+from diversedit_jax.data import pipeline
+from diversedit_jax.errors import ConfigError, NonFiniteError
+from diversedit_jax.train_state import State, initializer, train_step
+
+
+def run(config: ConfigDict, workdir: str | Path) -> State:
+    """Train as `config` says, from the last checkpoint in `workdir` if there is one; returns the final state."""
+    logs.silence()
+    started = time.monotonic()
+
+    # --- The parts of the run, and everything that can be refused, before anything compiles.
+    workdir = prepare_workdir(workdir)
+    dataset = experiment.open_data(config)
+    mesh, parts, sample, rate = experiment.build(config, dataset.shape, dataset.num_classes)
+    evaluators = {label: experiment.evaluator(config, label) for label in config.evaluators}
+    key_init, key_run = jax.random.split(jax.random.key(config.seed))
+
+    checkpoints = Checkpoints(
+        workdir / "checkpoints", keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
+    )
+    start = checkpoints.latest() or 0
+    loader = pipeline.batches(
+        dataset,
+        config.batch_size,
+        seed=config.seed,
+        start=start,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    over_batch = sharding.over_batch(mesh)
+
+    def next_batch() -> dict[str, jax.Array]:
+        local = next(loader)
+        return {name: jax.make_array_from_process_local_data(over_batch, x) for name, x in local.items()}
+
+    batch = next_batch()  # reads real data, so that what is wrong with it is said now
+    init = initializer(parts, batch)
+    try:
+        abstract = jax.eval_shape(init, key_init)
+        jax.eval_shape(partial(train_step, parts), abstract, jax.eval_shape(parts.prepare.init), batch, key_run)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the config cannot be traced: {error}") from error
+    state_shardings = sharding.shardings(abstract, mesh)
+    target = sharding.placed(abstract, state_shardings)
+    notes = configs.claim(workdir, config)
+
+    # --- The state: born sharded, or read back.
+    frozen = experiment.prepared(parts.prepare, mesh)
+    if start:
+        state, _ = checkpoints.restore(target, start)
+        notes.append(f"resuming from step {start} of {config.total_steps}")
+    else:
+        state = jax.jit(init, out_shardings=state_shardings)(key_init)
+        notes.append(f"starting a new run in {workdir}")
+
+    main_process = jax.process_index() == 0
+    with contextlib.ExitStack() as stack:
+        stack.callback(checkpoints.close)
+        stack.callback(loader.close)
+        writer = stack.enter_context(logs.MetricWriter(workdir, start)) if main_process else None
+        progress = stack.enter_context(logs.Progress(config.total_steps, start, config.batch_size))
+        describe(workdir, config, state, writer, progress, notes)
+
+        # --- One compiled step.
+        step_shardings = (state_shardings, sharding.replicated(mesh))
+        compiled = jax.jit(partial(train_step, parts), donate_argnums=0, out_shardings=step_shardings)
+        begin = time.monotonic()
+        step_fn = compiled.lower(state, frozen, batch, key_run).compile()
+        progress.note(f"compiled the training step in {time.monotonic() - begin:.1f} s")
+
+        def save(step: int) -> None:
+            meta = {"next_batch": step, "shape": list(dataset.shape), "num_classes": dataset.num_classes}
+            with progress.pause():
+                checkpoints.save(step, state, meta)
+
+        def write(step: int, scalars: Mapping[str, float]) -> None:
+            if writer is not None:
+                writer.write_scalars(step, scalars)
+
+        def show_samples(step: int, path: Path) -> None:
+            labels = np.arange(config.samples.num, dtype=np.int32) % dataset.num_classes
+            images = generate(labels)
+            if writer is not None and images.dtype == np.uint8:
+                grid = logs.image_grid(images)
+                path.parent.mkdir(exist_ok=True)
+                logs.save_png(path, grid)
+                writer.write_images(step, {"samples": grid})
+
+        def generate(labels: np.ndarray) -> np.ndarray:
+            return sampling.to_images(parts.prepare.decode, frozen, sample(state["ema"], labels, config.seed))
+
+        def evaluate(step: int, label: str) -> None:
+            scores = dict(evaluators[label](generate))
+            write(step, scores)
+            progress.note(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+
+        # --- The loop. Metrics are read one step late, so that the device never waits for the host.
+        step, pending = start, None
+        stop = stack.enter_context(program.stop_requests(progress.note))
+        while step < config.total_steps and not stop():
+            state, metrics = step_fn(state, frozen, batch, key_run)
+            step += 1
+            if step < config.total_steps:
+                batch = next_batch()
+            if pending is not None:
+                check_finite(step - 1, pending, checkpoints)
+            pending = metrics
+            last = step == config.total_steps
+            logging = step == 1 or step % config.log_every == 0 or last
+            saving = due(step, config.checkpoint.every) or last or stop()
+            if logging or saving:
+                values = check_finite(step, metrics, checkpoints)
+            if logging:
+                rates = progress.report(step, shown(values))
+                write(step, values | rates | {"learning_rate": float(rate(step - 1))})
+            if saving:
+                save(step)
+            progress.update(step)
+            with progress.pause():
+                if due(step, config.samples.every) and not last:
+                    show_samples(step, workdir / "samples" / f"{step:07d}.png")
+                for label in evaluators:
+                    if due(step, config.evaluators[label].every) and not last:
+                        evaluate(step, label)
+        if stop() and step < config.total_steps:
+            if step > (checkpoints.latest() or 0) and step > start:
+                save(step)
+            checkpoints.wait()
+            raise program.Stopped(
+                f"{stop()}: stopped at step {step} of {config.total_steps}, "
+                f"{'saved' if checkpoints.latest() else 'nothing to save'}; the same command resumes"
+            )
+
+        # --- The end: the last samples, the last scores, and where everything is.
+        if start >= config.total_steps and (workdir / "samples.png").exists():
+            progress.note(
+                f"nothing to do: the checkpoint is at step {start}, config.total_steps is {config.total_steps}"
+            )
+        else:
+            for label in evaluators:
+                evaluate(step, label)
+            show_samples(step, workdir / "samples.png")
+        checkpoints.wait()
+    if main_process:
+        print(summary(workdir, checkpoints, time.monotonic() - started), flush=True)
+    return state
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens `every` so many steps happens now; 0: only at the end."""
+    return every > 0 and step % every == 0
+
+
+def check_finite(step: int, metrics: Mapping[str, jax.Array], checkpoints: Checkpoints) -> dict[str, float]:
+    """The metrics on the host; NonFiniteError, naming the first term that is not finite, if one is not."""
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    order = sorted(values, key=lambda name: (name == "loss/total", name == "grad_norm", not name.startswith("loss/")))
+    for name in order:
+        if (name.startswith("loss/") or name == "grad_norm") and not math.isfinite(values[name]):
+            with contextlib.suppress(Exception):
+                checkpoints.wait()
+            last = checkpoints.latest()
+            kept = f"the last good checkpoint is step {last}" if last else "there is no checkpoint yet"
+            raise NonFiniteError(f"{name} is {values[name]} at step {step}; nothing of it was saved, {kept}")
+    return values
+
+
+def shown(values: Mapping[str, float]) -> dict[str, float]:
+    """The metrics worth a place on the progress line: the terms as they add up, and what they weigh, <label>/loss."""
+    terms = {name.removeprefix("loss/"): value for name, value in values.items() if name.startswith("loss/")}
+    unweighted = {name: value for name, value in values.items() if name.endswith("/loss")}
+    return {"loss": terms.pop("total")} | terms | unweighted | {"grad_norm": values["grad_norm"]}
+
+
+def describe(
+    workdir: Path, config: ConfigDict, state: State, writer, progress: logs.Progress, notes: list[str]
+) -> None:
+    """Write down what runs: versions, parameters, config."""
+    for note in notes:
+        progress.note(note)
+    if writer is None:
+        return
+    versions = logs.versions()
+    overview = logs.parameter_overview(state["params"])
+    (workdir / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+    (workdir / "parameters.txt").write_text(overview + "\n")
+    writer.write_hparams(configs.flat(config.to_dict()))
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state["params"]))
+    progress.note(f"{count:,} parameters on {versions['devices']} ({versions['backend']})")
+
+
+def summary(workdir: Path, checkpoints: Checkpoints, seconds: float) -> str:
+    """Where a person finds what the run made."""
+    places = {
+        "samples": workdir / "samples.png",
+        "metrics": workdir / "metrics.jsonl",
+        "checkpoint": checkpoints.directory / str(checkpoints.latest()),
+    }
+    lines = [f"  {name:<11}{place}" for name, place in places.items() if place.exists()]
+    return "\n".join([f"done in {logs.duration(seconds)}", *lines, f"  TensorBoard: tensorboard --logdir {workdir}"])
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "Config file; --config.KEY=VALUE changes a key.", lock_config=True)
+    flags.DEFINE_string("workdir", None, "Directory of the run; made if missing.")
+    flags.mark_flags_as_required(["config", "workdir"])
+    program.launch(lambda: run(flags.FLAGS.config, flags.FLAGS.workdir))

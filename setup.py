@@ -1,0 +1,71 @@
+"""Packaging of diversedit_jax; the settings of the tools are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+
+
+def version() -> str:
+    """The version written in the package, read without importing it: jax need not be installed yet."""
+    text = (here / "diversedit_jax" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)[1]
+
+
+setup(
+    name="diversedit_jax",
+    version=version(),
+    description="Diffusion transformers with diverse internal representations, in JAX",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["diversedit_jax", "diversedit_jax.*"]),
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "tensorflow-datasets>=4.9.10",
+        "grain>=0.2.18",
+        "ml-collections>=1.1",
+        "clu>=0.0.12",
+        "numpy>=2.0",
+        "absl-py>=2.1",  # flags and the entry point of the programs
+        "array-record>=0.8.1",  # the files that tensorflow-datasets reads and writes without TensorFlow
+        "jaxtyping>=0.3.2",  # array shapes in signatures
+        "pillow>=11.0",  # PNG
+        "safetensors>=0.5",  # weights of public releases, without pickle
+        "scikit-learn>=1.6",  # the bundled digits, and the classifier that judges samples
+        "tensorboardX>=2.6.4",  # TensorBoard files without TensorFlow
+        "tqdm>=4.67",  # progress bar
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        "cuda12": ["jax[cuda12]"],  # for drivers older than CUDA 13
+        "test": [
+            "beartype>=0.21",  # checks the shapes in signatures at run time
+            "build>=1.2",  # builds the wheel that a test looks into
+            "equinox>=0.13",  # losses are tested on its models too
+            "pytest>=8.3",
+            "ruff>=0.17",
+            "setuptools>=77",  # builds the wheel without fetching a second copy
+            "tensorboard>=2.19",  # reads event files back
+        ],
+        "torch": ["torch>=2.10"],  # conversion of checkpoints, and parity tests against the references
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

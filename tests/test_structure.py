@@ -1,0 +1,218 @@
+"""The house: who imports whom, what the wheel holds, and what lies at the top of the repository."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "diversedit_jax"
+
+# Floor: (the parts of the package that live there, the third-party packages that it adds to those of lower floors).
+# A part is a module or folder directly in diversedit_jax/; "" is the package itself.
+FLOORS = {
+    0: (
+        ["", "api", "errors", "slots", "paths", "times", "samplers", "guidance", "losses", "objectives", "metrics"],
+        ["jax", "numpy", "jaxtyping"],
+    ),
+    1: (["models", "interop"], ["flax", "safetensors"]),
+    2: (
+        [
+            "train_state",
+            "optim",
+            "sharding",
+            "checkpoint",
+            "logs",
+            "prepare",
+            "config",
+            "sampling",
+            "experiment",
+            "program",
+        ],
+        ["optax", "orbax", "clu", "tensorboardX", "tqdm", "PIL", "ml_collections", "absl"],
+    ),
+    3: (["evaluators"], ["sklearn"]),
+    4: (["train", "sample", "evaluate", "analyze"], []),
+}
+# Host data stands beside the floors: it never touches jax (though grain itself loads it), and floors 2 and up use it.
+DATA_MAY_IMPORT = {"numpy", "grain", "tensorflow_datasets", "sklearn", "array_record"}
+DATA_MAY_USE = {"", "data", "errors", "slots"}
+
+NEVER = {"configs", "launch", "tests", "tools", "tensorflow", "torch"}
+
+# Import name: distribution, where they differ by more than - and _.
+DISTRIBUTIONS = {"absl": "absl-py", "orbax": "orbax-checkpoint", "PIL": "pillow", "sklearn": "scikit-learn"}
+
+TOP_LEVEL = {
+    "CHANGELOG.md",
+    "LICENSE",
+    "README.md",
+    "configs",
+    "constraints.txt",
+    "diversedit_jax",
+    "launch",
+    "pyproject.toml",
+    "setup.py",
+    "tests",
+    "tools",
+}
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def dotted(path: Path) -> str:
+    """diversedit_jax/losses/repa.py -> diversedit_jax.losses.repa"""
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+def part(module: str) -> str:
+    """The part of the package that a module lives in: diversedit_jax.losses.repa -> losses"""
+    return [*module.split("."), ""][1]
+
+
+def floor(name: str) -> int | str:
+    """The floor of a part of the package."""
+    if name == "data":
+        return "data"
+    floors = [number for number, (parts, _) in FLOORS.items() if name in parts]
+    assert floors, f"diversedit_jax.{name} is not in the house yet: place it on a floor, in FLOORS of {__file__}"
+    return floors[0]
+
+
+@cache
+def imports(path: Path) -> frozenset[str]:
+    """Dotted names that a file imports anywhere in it, also inside of functions."""
+    package = dotted(path).split(".")[: None if path.name == "__init__.py" else -1]
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, node.module or ""]).strip(".")
+            # `from diversedit_jax import slots` imports the module slots, `... import __version__` only a name.
+            modules = {f"{base}.{alias.name}" for alias in node.names} & set(map(dotted, MODULES))
+            names.update(modules or {base})
+    return frozenset(names)
+
+
+def third_party(path: Path) -> set[str]:
+    """Top-level names that a file imports from outside of the standard library and the package."""
+    return {name.partition(".")[0] for name in imports(path)} - sys.stdlib_module_names - {"diversedit_jax"}
+
+
+def allowed(where: int | str) -> tuple[set[str], set[str]]:
+    """The third-party packages that a floor may import, and the parts of the package that it may use."""
+    if where == "data":
+        return DATA_MAY_IMPORT, DATA_MAY_USE
+    below = [FLOORS[number] for number in range(where + 1)]
+    packages = {package for _, added in below for package in added}
+    parts = {name for names, _ in below for name in names}
+    return (packages | DATA_MAY_IMPORT, parts | {"data"}) if where >= 2 else (packages, parts)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_a_module_imports_its_own_and_lower_floors_only(path):
+    where = floor(part(dotted(path)))
+    packages, parts = allowed(where)
+    assert not (found := third_party(path) & NEVER), f"{dotted(path)} imports {found}: the package never does"
+    assert not (found := third_party(path) - packages), f"{dotted(path)} (floor {where}) may not import {found}"
+    used = {part(name) for name in imports(path) if name.partition(".")[0] == "diversedit_jax"}
+    assert not (found := used - parts), f"{dotted(path)} (floor {where}) may not use diversedit_jax.{found}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_a_module_says_what_it_is(path):
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{dotted(path)} has no docstring"
+
+
+def loaded_after_importing(modules: list[str]) -> set[str]:
+    """Top-level modules that a fresh Python has loaded after it imported these."""
+    code = "import importlib, sys; [importlib.import_module(m) for m in sys.argv[1:]]; print('LOADED', *sys.modules)"
+    process = subprocess.run([sys.executable, "-c", code, *modules], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return {name.partition(".")[0] for name in process.stdout.partition("LOADED")[2].split()}
+
+
+def test_floor_0_needs_jax_alone():
+    """The losses run in anybody's training code, whatever its framework."""
+    modules = [dotted(path) for path in MODULES if part(dotted(path)) in FLOORS[0][0]]
+    assert "diversedit_jax.losses" in modules
+    found = loaded_after_importing(modules) & {"flax", "optax", "orbax", "clu", "grain", "tensorflow", "torch"}
+    assert not found, f"importing floor 0 loads {found}"
+
+
+# Programs define the same flags, --config and --workdir, so no two of them fit into one process.
+PROGRAMS = [dotted(path) for path in MODULES if part(dotted(path)) in FLOORS[4][0]]
+
+
+@pytest.mark.parametrize("modules", [sorted(set(map(dotted, MODULES)) - set(PROGRAMS)), *([p] for p in PROGRAMS)])
+def test_neither_tensorflow_nor_torch_is_loaded(modules):
+    found = loaded_after_importing(modules) & {"tensorflow", "torch"}
+    assert not found, f"importing {modules} loads {found}"
+
+
+def setup_argument(name: str):
+    """A literal keyword argument of setup() in setup.py."""
+    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    return next(ast.literal_eval(n.value) for n in ast.walk(tree) if isinstance(n, ast.keyword) and n.arg == name)
+
+
+def distribution(requirement: str) -> str:
+    """The normal form of a distribution's name: `ml_collections>=1.1` -> ml-collections"""
+    return re.match(r"[\w.-]+", requirement)[0].replace("_", "-").lower()
+
+
+def test_what_the_package_imports_is_declared():
+    declared = set(map(distribution, setup_argument("install_requires")))
+    imported = set.union(*map(third_party, MODULES))
+    missing = {name for name in imported if distribution(DISTRIBUTIONS.get(name, name)) not in declared}
+    assert not missing, f"imported, but not in install_requires of setup.py: {missing}"
+
+
+def test_what_is_declared_is_pinned():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {distribution(line) for line in lines if not line.startswith("#")}
+    declared = setup_argument("install_requires") + setup_argument("extras_require")["test"]
+    assert not (missing := set(map(distribution, declared)) - pinned), f"not in constraints.txt: {missing}"
+
+
+def test_every_folder_with_modules_is_a_package():
+    bare = {str(path.parent.relative_to(ROOT)) for path in MODULES if not (path.parent / "__init__.py").exists()}
+    assert not bare, f"without __init__.py, and so left out of the wheel: {bare}"
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
+    # From a copy: setuptools leaves build/ behind, and would take stale modules from one that is there.
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in TOP_LEVEL:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif (ROOT / name).exists():
+            shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, source]
+    process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "NO_COLOR": "1"})
+    assert process.returncode == 0, process.stdout + process.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    package = source / PACKAGE.name
+    wanted = {path.relative_to(source).as_posix() for path in package.rglob("*") if path.is_file()}
+    assert held == wanted, f"missing: {sorted(wanted - held)}; too many: {sorted(held - wanted)}"
+
+
+def test_the_top_of_the_repository_is_tidy():
+    process = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if process.returncode != 0:
+        pytest.skip("not a git repository")
+    found = {name.partition("/")[0] for name in process.stdout.splitlines()}
+    extra = {name for name in found - TOP_LEVEL if not name.startswith(".")}
+    assert not extra, f"{extra} at the top of the repository: find a folder for it"

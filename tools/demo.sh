@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+set -euo pipefail
+
+usage() {
+  cat <<'USAGE'
+Usage: bash tools/demo.sh [options of diversedit_jax.train, such as --config.total_steps=200]
+
+Installs what is needed and trains the default model on handwritten digits, then says where the samples are.
+
+  WORKDIR=DIR           where the run is kept (default: runs/digits in the repository); a run found there is resumed
+  PYTHON, DIVERSEDIT_EXTRAS, DIVERSEDIT_LATEST: see tools/environment.sh
+USAGE
+}
+
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+  usage
+  exit
+fi
+
+# shellcheck source-path=SCRIPTDIR source=environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+environment
+
+workdir=${WORKDIR:-$root/runs/digits}
+case $workdir in
+  /* | *://*) ;;
+  *) workdir=$PWD/$workdir ;; # relative to where the script was called
+esac
+
+cd "$root"
+exec "$python" -m diversedit_jax.train --config=configs/digits.py --workdir="$workdir" "$@"

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+set -euo pipefail
+
+usage() {
+  cat <<'USAGE'
+Usage: bash tools/test.sh [options of pytest]
+
+Installs what is needed, checks format and style, and runs the tests on the CPU.
+
+  bash tools/test.sh                    all but the slow tests
+  bash tools/test.sh -m slow            the slow tests
+  bash tools/test.sh tests/losses -x    one folder, up to the first failure
+
+  PYTHON, DIVERSEDIT_EXTRAS, DIVERSEDIT_LATEST: see tools/environment.sh
+USAGE
+}
+
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+  usage
+  exit
+fi
+
+# shellcheck source-path=SCRIPTDIR source=environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+environment test
+
+cd "$root"
+"$python" -m ruff format --check .
+"$python" -m ruff check .
+# Of two -m options pytest takes the last.
+"$python" -m pytest -m "not slow" "$@"
