@@ -26,5 +26,4 @@ def get_config() -> ConfigDict:
     config.sampler.update({"solver": "heun", "steps": 25, "cfg_scale": 1.5, "batch_size": 500})
     config.samples.update({"every": 500, "num": 100})
     config.evaluators.digits = slot("evaluators", "digits", num=1000)
-    config.evaluators.digits.every = 0
     return config

@@ -8,7 +8,7 @@ import inspect
 import json
 import os
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ RESERVED = ("name", "every")  # keys of a slot that are not options of its facto
 FREE = ("total_steps", "log_every", "mesh", "checkpoint", "samples", "evaluators")
 
 
-def options(build: typing.Callable, **changes: Any) -> ConfigDict:
+def options(build: Callable, **changes: Any) -> ConfigDict:
     """All keyword options of a factory with their defaults, and `changes` to them."""
     values = {}
     for name, parameter in slots.options(build).items():
@@ -47,13 +47,18 @@ def _kind(annotation: Any) -> type:
 
 
 def slot(kind: str, name: str, **changes: Any) -> ConfigDict:
-    """The config of a slot: `name`, and all options of what it names, with `changes` to their defaults."""
+    """The config of a slot: `name`, and all options of what it names, with `changes` to their defaults.
+
+    Evaluators also have `every`: their interval in steps, 0 for the end of the run only.
+    """
     config = options(slots.factory(kind, name), **changes)
     config.name = name
+    if kind == "evaluators":
+        config.every = 0
     return config
 
 
-def keywords(config: ConfigDict, place: str, build: typing.Callable) -> dict[str, Any]:
+def keywords(config: ConfigDict, place: str, build: Callable) -> dict[str, Any]:
     """The options of a config as keyword arguments; one that is required and not set is an error."""
     given = {name: _plain(value) for name, value in config.to_dict().items() if name not in RESERVED}
     for name, parameter in slots.options(build).items():

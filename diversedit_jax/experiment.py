@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diversedit_jax import config as configs
-from diversedit_jax import models, optim, sampling, sharding
+from diversedit_jax import optim, sampling, sharding
 from diversedit_jax.api import Prepare
 from diversedit_jax.data import Dataset
 from diversedit_jax.errors import ConfigError
@@ -40,14 +40,9 @@ def build(config: ConfigDict, shape: tuple[int, int, int], num_classes: int) -> 
     objective = configs.make("objectives", config.objective, "config.objective", num_classes)
     prepare = configs.make("prepare", config.prepare, "config.prepare")
     parts = Parts(model, prepare, objective, losses, optimizer, config.ema_decay, config.accumulate)
-    sample = make_sample(config, model, shape, num_classes, mesh)
+    sampler = configs.keywords(config.sampler, "config.sampler", sampling.make)
+    sample = sampling.make(model, prepare, shape, num_classes, config.objective.path, mesh, **sampler)
     return Experiment(mesh, parts, sample, rate)
-
-
-def make_sample(config: ConfigDict, model: models.Model, shape: tuple, num_classes: int, mesh: Mesh):
-    """The sampler of a config."""
-    given = configs.keywords(config.sampler, "config.sampler", sampling.make)
-    return sampling.make(model, shape, num_classes, config.objective.path, mesh, **given)
 
 
 def _check_steps(config: ConfigDict) -> None:

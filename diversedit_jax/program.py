@@ -25,6 +25,9 @@ def launch(main: Callable[[], None], argv: Sequence[str] = sys.argv) -> None:
     except Stopped as stop:
         print(stop, file=sys.stderr)
         sys.exit(EXIT_PREEMPTED)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -57,10 +57,7 @@ def run(
     params, _ = checkpoints.restore_part(target, "ema", step)
     y = np.resize(chosen, num).astype(np.int32)
     begin = time.monotonic()
-    x = sample(params, y, seed)
-    images = sampling.to_images(parts.prepare.decode, experiment.prepared(parts.prepare, mesh), x)
-    if not np.isfinite(x).all():
-        raise ConfigError(f"the samples of step {step} are not finite: was the run trained with other options?")
+    images = sample(params, experiment.prepared(parts.prepare, mesh), y, seed)
     seconds = time.monotonic() - begin
 
     folder = Path(out).expanduser().absolute() if out else workdir / f"samples_{step}"

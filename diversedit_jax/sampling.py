@@ -1,4 +1,4 @@
-"""From a trained network to images: labels and one key per image in, samples out, in batches of one compiled size."""
+"""From a trained network to images: labels in, images out, in batches of one compiled size."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,23 +8,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from diversedit_jax import paths, samplers, sharding
-from diversedit_jax.api import Params
-from diversedit_jax.errors import ConfigError
+from diversedit_jax.api import Params, Prepare
+from diversedit_jax.errors import ConfigError, NonFiniteError
 from diversedit_jax.guidance import guide
 from diversedit_jax.models import Model
 from diversedit_jax.slots import suggestion
 
 SOLVERS = ("euler", "heun", "euler_maruyama")
 
-# (params, labels [n], seed) -> x [n h w c], on the host
-Sample = Callable[..., Float[np.ndarray, "n h w c"]]
+# (params, frozen, labels [n], seed) -> images [n h w c] on the host: uint8, or x itself in float32 without a decoder
+Sample = Callable[..., np.ndarray]
 
 
 def make(
     model: Model,
+    prepare: Prepare,
     shape: tuple[int, int, int],
     num_classes: int,
     path: str,
@@ -38,11 +39,11 @@ def make(
     last_step: float = 0.04,
     batch_size: int = 256,
 ) -> Sample:
-    """A function that samples, compiled at its first call; by default the papers' protocol without guidance.
+    """A function that samples and decodes, compiled at its first call; by default as the papers do without guidance.
 
     solver: `euler` (1 evaluation a step), `heun` (2) or `euler_maruyama` (stochastic, its last step from `last_step`).
     cfg_scale, guidance_interval, guidance_channels: see `guidance.guide`. Image i depends on the seed, on i and on its
-    label alone: not on the batch size or the devices, rounding aside.
+    label alone: not on the batch size or the devices, rounding aside. Samples that are not finite are an error.
     """
     if solver not in SOLVERS:
         raise ConfigError(f"unknown solver {solver!r}; {suggestion(solver, SOLVERS)}")
@@ -60,29 +61,30 @@ def make(
     times = samplers.last_step_times(steps, last_step) if stochastic else samplers.uniform_times(steps)
 
     @partial(jax.jit, out_shardings=sharding.replicated(mesh))  # so that every process can read the result
-    def run(params: Params, y: Int[Array, " b"], keys: Array, scale, interval) -> Float[Array, "b h w c"]:
+    def run(params: Params, frozen: Any, y: Int[Array, " b"], keys: Array, scale, interval) -> tuple[Array, Array]:
         start, path_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
         x = jax.vmap(lambda key: jax.random.normal(key, shape))(start)
         network = model.network(params)
         velocity = guide(network, y, num_classes, scale=scale, interval=interval, channels=guidance_channels)
         if stochastic:
-            return samplers.euler_maruyama(velocity, x, times, samplers.normal_per_image(path_keys, shape), curve)
-        return getattr(samplers, solver)(velocity, x, times)
+            x = samplers.euler_maruyama(velocity, x, times, samplers.normal_per_image(path_keys, shape), curve)
+        else:
+            x = getattr(samplers, solver)(velocity, x, times)
+        return x if prepare.decode is None else prepare.decode(frozen, x), jnp.isfinite(x).all()
 
-    def sample(params: Params, labels: Int[np.ndarray, " n"], seed: int) -> Float[np.ndarray, "n h w c"]:
+    def sample(params: Params, frozen: Any, labels: Int[np.ndarray, " n"], seed: int) -> np.ndarray:
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(labels)))
         devices = jax.device_count()
         size = -(-min(batch_size, len(labels)) // devices) * devices  # a multiple of the devices
+        guidance = jnp.float32(cfg_scale), (jnp.float32(low), jnp.float32(high))
         done = []
         for begin in range(0, len(labels), size):
             index = np.minimum(np.arange(begin, begin + size), len(labels) - 1)  # the last batch is filled up
             y, k = jax.device_put((jnp.asarray(labels, jnp.int32)[index], keys[index]), sharding.over_batch(mesh))
-            done.append(np.asarray(run(params, y, k, jnp.float32(cfg_scale), (jnp.float32(low), jnp.float32(high)))))
+            images, finite = run(params, frozen, y, k, *guidance)
+            if not finite:
+                raise NonFiniteError(f"samples {begin} to {begin + size - 1} are not finite")
+            done.append(np.asarray(images))
         return np.concatenate(done)[: len(labels)]
 
     return sample
-
-
-def to_images(decode: Callable | None, frozen: Any, x: Float[np.ndarray, "n h w c"]) -> np.ndarray:
-    """uint8 images [n h w c]; where there is no decoder, the samples themselves, float32."""
-    return x if decode is None else np.asarray(jax.jit(decode)(frozen, x))

@@ -19,7 +19,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from diversedit_jax import config as configs
-from diversedit_jax import experiment, logs, program, sampling, sharding
+from diversedit_jax import experiment, logs, program, sharding
 from diversedit_jax.checkpoint import Checkpoints, prepare_workdir
 from diversedit_jax.data import pipeline
 from diversedit_jax.errors import ConfigError, NonFiniteError
@@ -95,6 +95,7 @@ def run(config: ConfigDict, workdir: str | Path) -> State:
             meta = {"next_batch": step, "shape": list(dataset.shape), "num_classes": dataset.num_classes}
             with progress.pause():
                 checkpoints.save(step, state, meta)
+            saved.append(step)
 
         def write(step: int, scalars: Mapping[str, float]) -> None:
             if writer is not None:
@@ -110,15 +111,15 @@ def run(config: ConfigDict, workdir: str | Path) -> State:
                 writer.write_images(step, {"samples": grid})
 
         def generate(labels: np.ndarray) -> np.ndarray:
-            return sampling.to_images(parts.prepare.decode, frozen, sample(state["ema"], labels, config.seed))
+            return sample(state["ema"], frozen, labels, config.seed)
 
         def evaluate(step: int, label: str) -> None:
             scores = dict(evaluators[label](generate))
             write(step, scores)
-            progress.note(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+            progress.note("  ".join([f"step {step}", *(f"{name} {value:.4g}" for name, value in scores.items())]))
 
         # --- The loop. Metrics are read one step late, so that the device never waits for the host.
-        step, pending = start, None
+        step, pending, saved = start, None, [start]
         stop = stack.enter_context(program.stop_requests(progress.note))
         while step < config.total_steps and not stop():
             state, metrics = step_fn(state, frozen, batch, key_run)
@@ -130,7 +131,7 @@ def run(config: ConfigDict, workdir: str | Path) -> State:
             pending = metrics
             last = step == config.total_steps
             logging = step == 1 or step % config.log_every == 0 or last
-            saving = due(step, config.checkpoint.every) or last or stop()
+            saving = due(step, config.checkpoint.every) or last
             if logging or saving:
                 values = check_finite(step, metrics, checkpoints)
             if logging:
@@ -145,13 +146,14 @@ def run(config: ConfigDict, workdir: str | Path) -> State:
                 for label in evaluators:
                     if due(step, config.evaluators[label].every) and not last:
                         evaluate(step, label)
-        if stop() and step < config.total_steps:
-            if step > (checkpoints.latest() or 0) and step > start:
+        if step < config.total_steps:
+            if step > saved[-1]:
+                check_finite(step, pending, checkpoints)
                 save(step)
             checkpoints.wait()
+            kept = "saved" if checkpoints.steps() else "nothing to save"
             raise program.Stopped(
-                f"{stop()}: stopped at step {step} of {config.total_steps}, "
-                f"{'saved' if checkpoints.latest() else 'nothing to save'}; the same command resumes"
+                f"{stop()}: stopped at step {step} of {config.total_steps}, {kept}; run it again to resume"
             )
 
         # --- The end: the last samples, the last scores, and where everything is.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from diversedit_jax.api import AuxLoss, Batch, Metrics, Objective, Prepare
+from diversedit_jax.api import AuxLoss, Batch, Forward, Metrics, Objective, Prepare
 from diversedit_jax.models import Model
 
 State = dict[str, Any]
@@ -36,9 +36,12 @@ def initializer(parts: Parts, batch: Batch) -> Callable[[Array], State]:
     def init(key: Array) -> State:
         key_model, key_losses = jax.random.split(key)
         params = parts.model.init(key_model)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), batch)
-        prepared = parts.prepare.apply(parts.prepare.init(), zeros, key)
-        forward = parts.objective(parts.model.network(params), prepared, key)
+
+        def run() -> tuple[Batch, Forward]:
+            prepared = parts.prepare.apply(parts.prepare.init(), _zeros(batch), key)
+            return prepared, parts.objective(parts.model.network(params), prepared, key)
+
+        prepared, forward = _zeros(jax.eval_shape(run))  # heads take the shapes, and nothing is computed
         heads = {
             label: aux.init(jax.random.fold_in(key_losses, i), forward, prepared)
             for i, (label, aux) in enumerate(parts.losses.items())
@@ -87,7 +90,7 @@ def train_step(parts: Parts, state: State, frozen: Any, batch: Batch, run_key: A
     updates, opt = parts.optimizer.update(grads, state["opt"], trained)
     trained = optax.apply_updates(trained, updates)
     ema = optax.incremental_update(trained["params"], state["ema"], 1 - parts.ema_decay)
-    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["grad_norm"] = optax.tree.norm(grads)
     return {"step": step + 1, "ema": ema, "opt": opt, **trained}, metrics
 
 
@@ -97,10 +100,14 @@ def _accumulated(gradient: Callable, batch: Batch, key: Array, parts: int) -> tu
     split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
     keys = jax.random.split(key, parts)
     shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], split), keys[0])
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
     def add(total, part):
         return jax.tree.map(jnp.add, total, gradient(*part)), None
 
-    total, _ = jax.lax.scan(add, zeros, (split, keys))
+    total, _ = jax.lax.scan(add, _zeros(shapes), (split, keys))
     return jax.tree.map(lambda x: x / parts, total)
+
+
+def _zeros(tree):
+    """Zeros of the shapes of a pytree."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)

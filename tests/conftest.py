@@ -1,12 +1,20 @@
 """What holds for every test: eight simulated CPU devices, and shapes in signatures checked at run time."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Before jax is imported, and for the processes that tests start: a machine with an accelerator runs the same tests.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-import jax
-import jaxtyping
+# What one test has compiled, another need not: many start the same small run, some of them as a process.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="diversedit-xla-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1"
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 
 # Meshes are tested in this process. The count can only be set before the first array.
 jax.config.update("jax_num_cpu_devices", 8)

@@ -144,7 +144,8 @@ def dispersion(
         size = jnp.abs(f) if absolute else f
         usage.append(size.mean(axis=(0, 1)) / _norm(f, axis=(0, 1))[0, 0])
     usage = jnp.average(jnp.stack(usage), axis=0, weights=block_weights)
-    variance = jnp.var(usage / (usage.max() + EPS)) / scale
+    largest = usage.max()  # the release adds 1e-8 to it, which float32 does not see
+    variance = jnp.var(usage / jnp.where(jnp.abs(largest) < EPS, EPS, largest)) / scale
     return -(jnp.clip(variance, 0, 1) if clamp else variance)
 
 

@@ -1,0 +1,30 @@
+"""Parts that tests put into a run by dotted path, such as `tests.parts:terminate`."""
+
+import os
+import signal
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from diversedit_jax.api import AuxLoss
+
+
+def terminate(*, marker: str):
+    """An evaluator that asks the program to stop, once: the first time it runs."""
+
+    def run(sample):
+        if not Path(marker).exists():
+            Path(marker).touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return []
+
+    return run
+
+
+def poisoned(*, at: int):
+    """An auxiliary loss that is NaN from step `at` on (steps counted from 1)."""
+
+    def apply(params, forward, batch, teacher, step, key):
+        return jnp.where(step + 1 >= at, jnp.nan, 0.0), {}
+
+    return AuxLoss(init=lambda key, forward, batch: {}, apply=apply)

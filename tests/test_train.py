@@ -1,0 +1,286 @@
+"""A run as its user sees it: it trains, stops, resumes to the same bits, and refuses what cannot work."""
+
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs import default, digits
+from diversedit_jax import program, sample, train
+from diversedit_jax.checkpoint import Checkpoints
+from diversedit_jax.config import slot
+from diversedit_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+
+ROOT = Path(__file__).parents[1]
+
+
+def tiny(**changes):
+    """The digits config with a model that trains in seconds; `changes` by dotted key."""
+    config = digits.get_config()
+    config.update({"total_steps": 6, "batch_size": 16, "log_every": 1})
+    config.model.update({"depth": 4, "width": 16, "heads": 2})
+    config.checkpoint.update({"every": 2})
+    config.samples.update({"every": 0, "num": 10})
+    config.sampler.update({"solver": "euler", "steps": 2, "batch_size": 16})
+    del config.evaluators["digits"]
+    for name, value in changes.items():
+        config.update_from_flattened_dict({name.replace("__", "."): value})
+    return config
+
+
+def records(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    return {record["step"]: record["loss/total"] for record in records(workdir) if "loss/total" in record}
+
+
+def assert_same_bits(found, expected):
+    def compare(path, a, b):
+        same = a.dtype == b.dtype and np.array_equal(np.asarray(a), np.asarray(b), equal_nan=True)
+        assert same, f"{jax.tree_util.keystr(path)} differs"
+
+    jax.tree_util.tree_map_with_path(compare, found, expected)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run that nothing disturbed: its config, directory and final state."""
+    workdir = tmp_path_factory.mktemp("straight")
+    config = tiny()
+    return config, workdir, train.run(config, workdir)
+
+
+def test_a_run_leaves_what_it_says(straight, capfd):
+    config, workdir, state = straight
+    assert int(state["step"]) == 6
+    assert json.loads((workdir / "config.json").read_text())["losses"]["diversity"]["preset"] == "release"
+    assert json.loads((workdir / "versions.json").read_text())["jax"] == jax.__version__
+    assert "merges/linear/kernel" in (workdir / "parameters.txt").read_text()
+    assert list(workdir.glob("events.out.tfevents*"))
+    assert Checkpoints(workdir / "checkpoints").steps() == [2, 4, 6]
+    wanted = {"loss/total", "loss/objective", "loss/diversity", "grad_norm", "learning_rate"} | {
+        f"diversity/{part}" for part in ("orthogonality", "mutual_information", "dispersion", "loss", "weight")
+    }
+    for record in records(workdir):
+        assert wanted <= record.keys(), f"step {record['step']} lacks {wanted - record.keys()}"
+        parts = sum(record[f"loss/{term}"] for term in ("objective", "diversity"))
+        assert record["loss/total"] == pytest.approx(parts, rel=1e-6)
+    train.run(config, workdir)
+    out, err = capfd.readouterr()
+    assert "nothing to do: the checkpoint is at step 6" in err
+    for name in ("samples.png", "metrics.jsonl", "checkpoints/6"):
+        assert str(workdir / name) in out
+
+
+def test_stopped_and_resumed_equals_straight_to_the_bit(straight, tmp_path, capfd):
+    config = tiny()
+    config.evaluators.stop = slot("evaluators", "tests.parts:terminate", marker=str(tmp_path / "stopped"))
+    config.evaluators.stop.every = 3
+    workdir = tmp_path / "run"
+    with pytest.raises(program.Stopped, match=r"SIGTERM: stopped at step 3 of 6, saved"):
+        train.run(config, workdir)
+    assert Checkpoints(workdir / "checkpoints").steps() == [2, 3]
+    state = train.run(config, workdir)
+    assert "resuming from step 3 of 6" in capfd.readouterr().err
+    assert_same_bits(state, straight[2])
+    assert losses(workdir) == losses(straight[1])
+
+
+def test_another_config_is_refused_by_key_and_longer_runs_are_not(straight, tmp_path):
+    _, workdir, _ = straight
+    for change, key in [
+        ({"optim__learning_rate": 1e-3}, "optim.learning_rate: 0.002 there, 0.001 given"),
+        ({"seed": 1}, "seed: 0 there, 1 given"),
+        ({"batch_size": 32}, "batch_size: 16 there, 32 given"),
+    ]:
+        with pytest.raises(ConfigError, match=key):
+            train.run(tiny(**change), workdir)
+    stored = json.loads((workdir / "config.json").read_text())
+    assert stored["seed"] == 0, "a refused config was stored"
+
+
+def test_a_longer_run_continues(tmp_path):
+    constant = {"optim__decay": "constant"}
+    train.run(tiny(total_steps=3, **constant), tmp_path / "a")
+    resumed = train.run(tiny(total_steps=5, **constant), tmp_path / "a")
+    assert_same_bits(resumed, train.run(tiny(total_steps=5, **constant), tmp_path / "b"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_by_name(tmp_path):
+    config = tiny()
+    config.losses.bad = slot("losses", "tests.parts:poisoned", at=4)
+    with pytest.raises(NonFiniteError, match=r"loss/bad is nan at step 4; nothing of it was saved, .* is step 2"):
+        train.run(config, tmp_path)
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [2]
+    assert max(losses(tmp_path)) == 3
+
+
+def test_a_damaged_checkpoint_is_named_and_not_used(tmp_path):
+    train.run(tiny(), tmp_path)
+    files = sorted((tmp_path / "checkpoints" / "6").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    files[-1].write_bytes(files[-1].read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"checkpoints/6 is damaged .* resume from step 4"):
+        train.run(tiny(total_steps=8), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 20}, r"config.batch_size = 20 is not divisible by 8 devices; nearest: 16 or 24"),
+        ({"accumulate": 3}, r"not divisible by 8 devices x 3 accumulated parts; nearest: 24"),
+        ({"model__patch": 3}, r"model.patch = 3 does not divide the image of 8 x 8"),
+        ({"model__heads": 3}, r"model.heads = 3 does not divide the width 16"),
+        ({"model__skip": "relase"}, r"model.skip = 'relase' is unknown; did you mean 'release'"),
+        ({"losses__diversity__aligned": 5}, r"aligned block 5 is outside the network: it has blocks 1 to 4"),
+        ({"losses__diversity__groups": 3}, r"a batch of 16 cannot be cut into 3 equal groups"),
+        ({"losses__diversity__name": "diversty"}, r"losses: unknown name 'diversty'; did you mean 'diversity'"),
+        ({"losses__diversity__preset": "relase"}, r"unknown preset 'relase'"),
+        ({"data__name": "digit"}, r"data: unknown name 'digit'; did you mean 'digits'"),
+        ({"objective__path": "linaer"}, r"unknown path 'linaer'; did you mean 'linear'"),
+        ({"objective__label_drop": 1.5}, r"label_drop must be a probability, given 1.5"),
+        ({"optim__learning_rate": float("nan")}, r"config.optim.learning_rate = nan: must be a finite number > 0"),
+        ({"ema_decay": 7.0}, r"config.ema_decay = 7.0: must be in \[0, 1\)"),
+        ({"total_steps": 0}, r"config.total_steps = 0: must be positive"),
+        ({"mesh__data": 3}, r"data 3 x fsdp 1 = 3 devices, but JAX sees 8"),
+        ({"sampler__solver": "hen"}, r"unknown solver 'hen'; did you mean 'heun'"),
+        ({"sampler__guidance_interval": (0.7, 0.2)}, r"guidance_interval = 0.7, 0.2"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_cannot_work_is_refused_before_anything_compiles(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        train.run(tiny(**changes), tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "config.json").exists(), "a config that cannot run was stored"
+
+
+def test_missing_data_is_refused(tmp_path):
+    config = default.get_config()
+    with pytest.raises(ConfigError, match=r"config.data.data_dir is not set; give it with --config.data.data_dir"):
+        train.run(config, tmp_path)
+    config.data.data_dir = str(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="nowhere"):
+        train.run(config, tmp_path)
+
+
+def test_samples_of_a_run(straight, tmp_path):
+    _, workdir, _ = straight
+    folder = sample.run(workdir, num=12, cfg_scale=1.8, guidance_interval=(0.0, 0.7), out=tmp_path / "a")
+    with np.load(folder / "samples.npz") as file:
+        images, labels = file["arr_0"], file["labels"]
+    assert images.shape == (12, 8, 8, 1)
+    assert images.dtype == np.uint8
+    assert labels.tolist() == [*range(10), 0, 1]
+    assert (folder / "grid.png").exists()
+    again = sample.run(workdir, num=12, cfg_scale=1.8, guidance_interval=(0.0, 0.7), batch_size=8, out=tmp_path / "b")
+    with np.load(again / "samples.npz") as file:
+        difference = np.abs(file["arr_0"].astype(int) - images.astype(int)).max()
+    assert difference <= 1, "samples depend on the batch size"  # 1: rounding at the boundary of two grey levels
+    seven = sample.run(workdir, num=3, labels=[7], step=4, solver="euler_maruyama", steps=3, out=tmp_path / "c")
+    with np.load(seven / "samples.npz") as file:
+        assert file["labels"].tolist() == [7, 7, 7]
+    with pytest.raises(ConfigError, match=r"labels must be in 0 .. 9, given 10"):
+        sample.run(workdir, labels=[10])
+    with pytest.raises(CheckpointError, match="no step 3"):
+        sample.run(workdir, step=3)
+    with pytest.raises(ConfigError, match="holds no run"):
+        sample.run(tmp_path)
+
+
+# --- As processes.
+
+
+def command(workdir: Path, *options: str) -> list[str]:
+    """The digits run, small, as a command."""
+    small = ["model.width=16", "model.heads=2", "batch_size=16", "samples.num=10", "sampler.steps=2", "samples.every=0"]
+    flags = [f"--config.{option}" for option in (*small, "evaluators.digits.num=20", *options)]
+    return [sys.executable, "-m", "diversedit_jax.train", "--config=configs/digits.py", f"--workdir={workdir}", *flags]
+
+
+def start(workdir: Path, *options: str) -> subprocess.Popen:
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return subprocess.Popen(
+        command(workdir, *options),
+        cwd=ROOT,
+        env=os.environ | cache,  # so that each restart need not compile again
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/digits.py", "--config.total_stepz=3"], "no key 'total_stepz'; did you mean 'total_steps'?"),
+        (["--config=configs/nope.py"], "config: file configs/nope.py not found"),
+        (["--config=configs/digits.py", "--config.total_steps=ten"], "--config.total_steps=ten: invalid literal"),
+        (["--config=configs/digits.py", "--workdir=/proc/none"], "workdir /proc/none cannot be written"),
+        ([], "flag --config is required"),
+    ],
+    ids=["unknown key", "missing file", "wrong type", "unwritable", "nothing"],
+)
+def test_one_line_and_exit_code_78(tmp_path, arguments, message):
+    full = [sys.executable, "-m", "diversedit_jax.train", f"--workdir={tmp_path}", *arguments]
+    done = subprocess.run(full, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 78, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+
+
+def killed_and_resumed(workdir: Path, kills: int, seed: int, options: list[str]) -> str:
+    """Run to the end with `kills` random SIGKILLs and SIGTERMs on the way; the output of all runs."""
+    rng, output = random.Random(seed), []
+    for number in itertools.count():
+        process = start(workdir, *options)
+        if number < kills:
+            lines = []
+            for line in process.stdout:  # waits until it trains, then strikes at any moment
+                lines.append(line)
+                if line.startswith("step"):
+                    break
+            time.sleep(rng.uniform(0, 0.4))
+            process.send_signal(rng.choice([signal.SIGKILL, signal.SIGTERM]))
+        output.append("".join(lines if number < kills else []) + process.communicate(timeout=300)[0])
+        assert process.returncode in ((0, 42, -signal.SIGKILL) if number < kills else (0,)), output[-1]
+        if process.returncode == 0:
+            return "\n".join(output)
+
+
+def check_campaign(tmp_path: Path, kills: int, steps: int) -> None:
+    options = [f"total_steps={steps}", "checkpoint.every=7", "log_every=5"]
+    killed_and_resumed(tmp_path / "killed", kills, seed=kills, options=options)
+    killed_and_resumed(tmp_path / "straight", 0, seed=0, options=options)
+    metas = []
+    for name in ("killed", "straight"):
+        checkpoints = Checkpoints(tmp_path / name / "checkpoints")
+        assert checkpoints.latest() == steps
+        stored = json.loads(next((tmp_path / name / "checkpoints" / str(steps) / "meta").glob("metadata")).read_text())
+        metas.append(stored["body"]["checksums"])
+    assert metas[0] == metas[1], "a killed and resumed run ends with other bits"
+    assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
+    check_campaign(tmp_path, kills=2, steps=60)
+
+
+@pytest.mark.slow
+def test_killed_many_times_it_ends_with_the_same_bits(tmp_path):
+    check_campaign(tmp_path, kills=12, steps=200)
