@@ -14,8 +14,10 @@ def schedule(total_steps: int, *, learning_rate: float, decay: str, warmup_steps
         body = optax.constant_schedule(learning_rate)
     else:
         raise ConfigError(f"config.optim.decay = {decay!r} is unknown; {suggestion(decay, ('constant', 'cosine'))}")
-    warmup = optax.linear_schedule(learning_rate / max(warmup_steps, 1), learning_rate, warmup_steps)
-    return optax.join_schedules([warmup, body], [warmup_steps]) if warmup_steps else body
+    if warmup_steps == 0:
+        return body
+    warmup = optax.linear_schedule(learning_rate / warmup_steps, learning_rate, warmup_steps)
+    return optax.join_schedules([warmup, body], [warmup_steps])
 
 
 def make(

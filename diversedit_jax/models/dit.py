@@ -259,12 +259,13 @@ class DiT(nnx.Module):
 
         The scan is cut after the blocks in `cuts`: their output is then a carry and does not keep the stack alive.
         """
-        if self.policy is not None:
-            body = jax.checkpoint(body, policy=self.policy, prevent_cse=False)
         ends = [k - blocks.start for k in self.cuts if blocks.start < k < blocks.stop]
         outputs, stacks = [], []
         for begin, end in pairwise([0, *ends, len(blocks)]):
-            x, emitted = jax.lax.scan(body, x, _slice(layers, begin, end))
+            step = body
+            if self.policy is not None:  # XLA inlines a loop of one turn, and would then merge what is computed twice
+                step = jax.checkpoint(body, policy=self.policy, prevent_cse=end - begin == 1)
+            x, emitted = jax.lax.scan(step, x, _slice(layers, begin, end))
             outputs += _unstack(emitted)
             stacks.append(emitted)
             if self.capture == "merged":

@@ -1,0 +1,103 @@
+"""Every config builds, and one training step of it traces at full size; the config files say what they must."""
+
+import importlib
+import inspect
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import default
+from diversedit_jax import config as configs
+from diversedit_jax import experiment, optim, sampling
+from diversedit_jax.data import pipeline
+from diversedit_jax.errors import ConfigError
+from diversedit_jax.train_state import initializer, train_step
+from tests.test_data_latents import write
+
+NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py") if path.stem != "__init__")
+VARIANTS = [(name, None) for name in NAMES] + [(name, "512") for name in NAMES if name not in ("default", "digits")]
+MILLIONS = {"sit_b2": 130.30, "sit_l2": 457.82, "sit_xl2": 674.82}
+MILLIONS |= {"diversedit_b2": 137.40, "diversedit_l2": 483.05, "diversedit_xl2": 712.06}
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    """Small data sets in the layout of ImageNet latents, by the side of a latent."""
+    return {side: write(tmp_path_factory.mktemp(f"l{side}"), 4, (2, side, side, 8)) for side in (32, 64)}
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_one_step_traces_at_full_size(name, variant, latents):
+    module = importlib.import_module(f"configs.{name}")
+    config = module.get_config(variant) if variant else module.get_config()
+    if config.data.name == "latents":
+        config.data.data_dir = latents[64 if variant == "512" else 32]
+    dataset = experiment.open_data(config)
+    assert dataset.shape[0] == {None: 8 if name == "digits" else 32, "512": 64}[variant]
+    _, parts, _, _ = experiment.build(config, dataset.shape, dataset.num_classes)
+    loader = pipeline.batches(dataset, config.batch_size, seed=config.seed, num_threads=0)
+    batch = jax.tree.map(jnp.asarray, next(loader))
+    loader.close()
+    key = jax.random.key(0)
+    state = jax.eval_shape(initializer(parts, batch), key)
+    count = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
+    if name in MILLIONS:
+        assert count / 1e6 == pytest.approx(MILLIONS[name], abs=0.01)
+    after, metrics = jax.eval_shape(partial(train_step, parts), state, parts.prepare.init(), batch, key)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert [leaf.shape for leaf in jax.tree.leaves(after)] == [leaf.shape for leaf in jax.tree.leaves(state)]
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves((state["params"], state["ema"])))
+    assert {"loss/total", "loss/objective", "grad_norm"} <= metrics.keys()
+    assert ("loss/diversity" in metrics) == name.startswith(("diversedit", "digits"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_says_its_command_hardware_and_expected_numbers(name):
+    text = importlib.import_module(f"configs.{name}").__doc__
+    if name != "default":
+        assert f"python -m diversedit_jax.train --config=configs/{name}.py" in text
+        assert "Hardware" in text
+        assert "Expected" in text
+
+
+def test_default_holds_every_option_at_the_signatures_default():
+    config = default.get_config()
+    for held, build in [(config.optim, optim.make), (config.sampler, sampling.make)]:
+        given = {name: parameter.default for name, parameter in inspect.signature(build).parameters.items()}
+        for name, value in held.to_dict().items():
+            assert value == given[name], name
+
+
+def test_slots_hold_all_options_and_know_the_types_of_those_not_set():
+    config = configs.slot("losses", "diversity", k=5)
+    assert config.name == "diversity"
+    assert config.k == 5
+    assert config.lo is None
+    config.lo = 0.2
+    with pytest.raises(TypeError):
+        config.rule = 7
+    with pytest.raises(ConfigError, match="no option 'kk'; did you mean 'k'"):
+        configs.slot("losses", "diversity", kk=5)
+
+
+def test_a_config_survives_its_file(tmp_path):
+    config = default.get_config()
+    config.sampler.guidance_interval = (0.0, 0.7)
+    assert configs.claim(tmp_path, config) == []
+    assert configs.claim(tmp_path, config) == [], "tuples and lists are the same in JSON"
+    assert configs.flat(configs.load(tmp_path).to_dict()) == configs.flat(config.to_dict())
+    config.log_every = 7
+    assert configs.claim(tmp_path, config) == ["config.log_every: 100 -> 7"]
+    config.objective.path = "cosine"
+    with pytest.raises(ConfigError, match=r"objective.path: 'linear' there, 'cosine' given"):
+        configs.claim(tmp_path, config)
+
+
+def test_a_damaged_config_file_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"seed": 0')
+    with pytest.raises(ConfigError, match=r"config.json is damaged"):
+        configs.load(tmp_path)

@@ -1,0 +1,133 @@
+"""Time the training step of several forms of a model in one interleaved run, and compare them as ratios.
+
+    python tools/benchmark_step.py --size=B --batch_size=32 --variants=plain,skips,diversity
+
+The real step (objective, losses, AdamW, EMA) on synthetic latents that stay on the device. Rounds go through all
+variants in turn, so that what disturbs the machine disturbs them alike; a variant's time is the median over rounds.
+"""
+
+import json
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+from absl import app, flags
+
+from configs import default
+from diversedit_jax import experiment, logs, sharding
+from diversedit_jax.config import slot
+from diversedit_jax.data import synthetic
+from diversedit_jax.models.dit import SIZES
+from diversedit_jax.train_state import initializer, train_step
+
+# What a variant changes in a plain SiT: keys of the model, options of the diversity loss (None: no such loss).
+VARIANTS = {
+    "plain": ({}, None),
+    "skips": ({"skip": "release"}, None),
+    "diversity": ({"skip": "release"}, {}),
+    "all_pairs": ({"skip": "release"}, {"rule": "all"}),
+    "random_layers": ({"skip": "release"}, {"rule": "random_layers", "redraw": True}),
+    "remat_full": ({"skip": "release", "remat": "full"}, {}),
+    "remat_dots": ({"skip": "release", "remat": "dots"}, {}),
+    "remat_none": ({"skip": "release", "remat": "none"}, {}),
+    "bf16_stream": ({"skip": "release", "stream_dtype": "bfloat16"}, {}),
+}
+
+SIZE = flags.DEFINE_string("size", "B", "Model size: S, B, L or XL.")
+SIDE = flags.DEFINE_integer("side", 32, "Height and width of the latents: 32 for images of 256 pixels.")
+DEPTH = flags.DEFINE_integer("depth", None, "Blocks, to try a large width on a small machine.")
+DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Of matmuls.")
+BATCH = flags.DEFINE_integer("batch_size", 32, "Over all devices.")
+ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each variant is timed.")
+STEPS = flags.DEFINE_integer("steps", 5, "Steps in one timing.")
+NAMES = flags.DEFINE_list("variants", ["plain", "skips", "diversity"], f"Of {', '.join(VARIANTS)}.")
+OUT = flags.DEFINE_string("json", None, "File to write the figures to.")
+
+
+def multiply_adds(depth: int, width: int, tokens: int, pixels: int, skips: bool) -> int:
+    """Of one forward pass for one image; DiT's published "Gflops" are these. A training step is 3 x 2 x this."""
+    block = 12 * tokens * width**2 + 2 * tokens**2 * width + 6 * width**2
+    merge = 2 * tokens * width**2 if skips else 0
+    ends = 2 * tokens * width * pixels + 3 * width**2 + 256 * width
+    return depth * block + depth // 2 * merge + ends
+
+
+def prepare(name: str):
+    """A compiled step of a variant, its state and its batch, and what the compiler says of it."""
+    model, diversity = VARIANTS[name]
+    shape = (SIDE.value, SIDE.value, 4)
+    config = default.get_config()
+    config.batch_size = BATCH.value
+    config.prepare = slot("prepare", "pixels")
+    config.model.update({"size": SIZE.value, "dtype": DTYPE.value, **model})
+    if DEPTH.value:
+        config.model.depth = DEPTH.value
+    if diversity is not None:
+        config.losses.diversity = slot("losses", "diversity", **diversity)
+    mesh, parts, _, _ = experiment.build(config, shape, 1000)
+    data = synthetic.make("train", shape=shape)
+    examples = [data.source[i] for i in range(config.batch_size)]
+    batch = jax.device_put(
+        {key: jax.numpy.stack([example[key] for example in examples]) for key in examples[0]}, sharding.over_batch(mesh)
+    )
+    key = jax.random.key(0)
+    init = initializer(parts, batch)
+    shardings = sharding.shardings(jax.eval_shape(init, key), mesh)
+    state = jax.jit(init, out_shardings=shardings)(key)
+    outputs = (shardings, sharding.replicated(mesh))
+    begin = time.monotonic()
+    step = jax.jit(partial(train_step, parts), donate_argnums=0, out_shardings=outputs)
+    step = step.lower(state, {}, batch, key).compile()
+    memory = step.memory_analysis()
+    facts = {
+        "compile_s": round(time.monotonic() - begin, 1),
+        "temp_gib": round(memory.temp_size_in_bytes / 2**30, 3),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state["params"])),
+    }
+    tokens = (SIDE.value // config.model.patch) ** 2
+    size = SIZES[config.model.size]
+    depth, width = config.model.depth or size.depth, size.width
+    pixels = config.model.patch**2 * 4
+    facts["gmac"] = round(multiply_adds(depth, width, tokens, pixels, config.model.skip != "none") / 1e9, 2)
+    return step, state, batch, key, facts
+
+
+def main(_) -> None:
+    """Compile all, then time them in turn."""
+    logs.silence()
+    runs = {name: prepare(name) for name in NAMES.value}
+    states = {name: run[1] for name, run in runs.items()}
+    times = {name: [] for name in runs}
+    for round_ in range(ROUNDS.value + 1):
+        for name, (step, _, batch, key, _) in runs.items():
+            begin = time.perf_counter()
+            for _ in range(STEPS.value):
+                states[name], _ = step(states[name], {}, batch, key)
+            jax.block_until_ready(states[name])
+            if round_:  # the first round warms up
+                times[name].append((time.perf_counter() - begin) / STEPS.value)
+    rows = {}
+    first = statistics.median(times[NAMES.value[0]])
+    for name, (*_, facts) in runs.items():
+        seconds = statistics.median(times[name])
+        rate = BATCH.value / seconds
+        tflops = rate * facts["gmac"] * 6e9 / jax.device_count() / 1e12
+        rows[name] = {"ms": seconds * 1e3, "ratio": seconds / first, "images/s": rate, "TFLOP/s": tflops} | facts
+    versions = logs.versions()
+    where = f"{versions['devices']} ({versions['backend']}), jax {versions['jax']}"
+    print(f"SiT-{SIZE.value}/2, latents of {SIDE.value} x {SIDE.value}, batch {BATCH.value}, {DTYPE.value}, on {where}")
+    columns = {"ms": 1, "ratio": 3, "images/s": 1, "TFLOP/s": 2, "gmac": 2, "temp_gib": 2, "compile_s": 1}
+    print("".join([f"{'variant':<15}", *(f"{column:>11}" for column in columns)]))
+    for name, row in rows.items():
+        print("".join([f"{name:<15}", *(f"{row[column]:>11,.{digits}f}" for column, digits in columns.items())]))
+    if OUT.value:
+        given = {name: flags.FLAGS[name].value for name in ("size", "side", "depth", "batch_size", "dtype")}
+        Path(OUT.value).write_text(
+            json.dumps({"versions": versions, "flags": given, "variants": rows}, indent=2) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    app.run(main)
