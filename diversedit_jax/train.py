@@ -194,7 +194,8 @@ def shown(values: Mapping[str, float]) -> dict[str, float]:
     """The metrics worth a place on the progress line: the terms as they add up, and what they weigh, <label>/loss."""
     terms = {name.removeprefix("loss/"): value for name, value in values.items() if name.startswith("loss/")}
     unweighted = {name: value for name, value in values.items() if name.endswith("/loss")}
-    return {"loss": terms.pop("total")} | terms | unweighted | {"grad_norm": values["grad_norm"]}
+    first = {"loss": terms.pop("total"), "objective": terms.pop("objective")}
+    return first | terms | unweighted | {"grad_norm": values["grad_norm"]}
 
 
 def describe(
