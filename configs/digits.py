@@ -27,7 +27,8 @@ def get_config() -> ConfigDict:
     config.ema_decay = 0.995
     config.log_every = 100
     config.checkpoint.update({"every": 500, "keep_every": 0})
-    config.sampler.update({"solver": "heun", "steps": 25, "cfg_scale": 1.5, "batch_size": 500})
+    config.sampler.update({"solver": "heun", "steps": 25, "cfg_scale": 1.5, "batch_size": 100})
     config.samples.update({"every": 500, "num": 100})
     config.evaluators.digits = slot("evaluators", "digits", num=1000)
+    config.evaluators.digits.every = 500
     return config
