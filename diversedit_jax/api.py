@@ -39,13 +39,14 @@ class AuxLoss(NamedTuple):
     """An auxiliary loss: a pair of pure functions, as in optax.
 
     init:   (key, forward, batch) -> params; the parameters of heads, trained beside the model, {} if none.
-    apply:  (params, forward, batch, teacher, key) -> (loss, metrics); `teacher` is the network with EMA weights.
+    apply:  (params, forward, batch, teacher, step, key) -> (loss, metrics); the loss is the term as it is added to the
+            objective, weighted; `teacher` is the network with EMA weights, `step` counts from 0.
     blocks: the features that `apply` reads one at a time (k as in features[k]). The network cuts its scans there, so
             that reading block k keeps one [b n d] alive and not the stack of all. Leave it empty to read them all.
     """
 
     init: Callable[[Array, Forward, Batch], Params]
-    apply: Callable[[Params, Forward, Batch, Network, Array], tuple[Array, Metrics]]
+    apply: Callable[[Params, Forward, Batch, Network, Array, Array], tuple[Array, Metrics]]
     blocks: tuple[int, ...] = ()
 
 

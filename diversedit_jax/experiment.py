@@ -33,6 +33,8 @@ def build(config: ConfigDict, shape: tuple[int, int, int], num_classes: int) -> 
     """The parts of a run for samples of `shape` and labels 0 .. num_classes - 1; ConfigError for what cannot work."""
     mesh = sharding.make_mesh(**config.mesh)
     _check_steps(config)
+    for label in {"objective", "total"} & set(config.losses):
+        raise ConfigError(f"config.losses.{label}: the metrics use this name already; choose another label")
     losses = {label: configs.make("losses", c, f"config.losses.{label}") for label, c in config.losses.items()}
     cuts = sorted({block for aux in losses.values() for block in aux.blocks})
     optimizer, rate = optim.make(config.total_steps, **configs.keywords(config.optim, "config.optim", optim.make))

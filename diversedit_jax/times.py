@@ -1,4 +1,4 @@
-"""Distributions of the training time t in (0, 1)."""
+"""Distributions of the training time t in [0, 1)."""
 
 from functools import partial
 

@@ -165,6 +165,13 @@ def test_what_cannot_work_is_refused_before_anything_compiles(tmp_path, changes,
     assert not (tmp_path / "config.json").exists(), "a config that cannot run was stored"
 
 
+def test_a_label_that_the_metrics_use_is_refused(tmp_path):
+    config = tiny()
+    config.losses.objective = slot("losses", "diversity")
+    with pytest.raises(ConfigError, match=r"config.losses.objective: the metrics use this name already"):
+        train.run(config, tmp_path)
+
+
 def test_missing_data_is_refused(tmp_path):
     config = default.get_config()
     with pytest.raises(ConfigError, match=r"config.data.data_dir is not set; give it with --config.data.data_dir"):

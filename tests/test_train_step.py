@@ -1,0 +1,433 @@
+"""The training step: one result on every mesh, accumulation, EMA and teacher, auxiliary losses, optimizer, metrics."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from diversedit_jax import losses, models, objectives, optim, sharding
+from diversedit_jax.api import AuxLoss, Prepare
+from diversedit_jax.errors import ConfigError
+from diversedit_jax.models import Model
+from diversedit_jax.objectives.flow_matching import regress
+from diversedit_jax.paths import PATHS
+from diversedit_jax.train_state import Parts, initializer, train_step
+
+SHAPE, CLASSES, BATCH = (4, 4, 2), 5, 16
+KEY, RUN_KEY = jax.random.key(0), jax.random.key(1)
+
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles twice as fast
+
+
+def batch():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((BATCH, *SHAPE), dtype=np.float32), rng.integers(CLASSES, size=BATCH, dtype=np.int32)
+    return {"x": jnp.asarray(x), "y": jnp.asarray(y)}
+
+
+def small_model() -> Model:
+    """A network of two matrices, for all that does not depend on the network: features[1] is its middle."""
+
+    def init(key):
+        keys = jax.random.split(key)
+        return {"first": jax.random.normal(keys[0], (32, 32)) / 6, "second": jax.random.normal(keys[1], (32, 32)) / 6}
+
+    def apply(params, x_t, t, y):
+        x = x_t.reshape(len(x_t), 1, 32) + t[:, None, None]
+        middle = jnp.tanh(x @ params["first"]) + 0.1 * y[:, None, None]
+        return (middle @ params["second"]).reshape(x_t.shape), (x, middle)
+
+    return Model(init, apply)
+
+
+def parts(**changes) -> Parts:
+    """A small run: no preparation, no auxiliary losses, plain SGD."""
+    return Parts(
+        model=small_model(),
+        prepare=Prepare(dict, lambda frozen, batch, key: batch, None),
+        objective=objectives.make("flow_matching", CLASSES),
+        losses={},
+        optimizer=optax.sgd(0.1),
+        ema_decay=0.9,
+    )._replace(**changes)
+
+
+def start(parts: Parts):
+    return jit(initializer(parts, batch()))(KEY)
+
+
+def step_of(parts: Parts):
+    return jit(partial(train_step, parts))
+
+
+def one_step(parts: Parts, state=None, run_key=RUN_KEY):
+    return step_of(parts)(start(parts) if state is None else state, {}, batch(), run_key)
+
+
+def assert_close(found, wanted, message: str, rtol: float = 2e-5):
+    """Equal up to float32 rounding, relative to the largest element of each array."""
+
+    def compare(path, ours, theirs):
+        scale = np.abs(np.asarray(theirs)).max() + 1e-12
+        name = f"{message}: {jax.tree_util.keystr(path)}"
+        np.testing.assert_allclose(
+            np.asarray(ours) / scale, np.asarray(theirs) / scale, rtol=0, atol=rtol, err_msg=name
+        )
+
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    jax.tree_util.tree_map_with_path(compare, found, wanted)
+
+
+# --- Meshes.
+
+
+def mesh_of(data: int, fsdp: int) -> Mesh:
+    devices = np.array(jax.devices()[: data * fsdp]).reshape(data, fsdp)
+    return Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def head() -> AuxLoss:
+    """A loss with a projector, as REPA's, that reads the teacher too."""
+
+    def init(key, forward, batch):
+        width = forward.features[1].shape[-1]
+        return {"kernel": jax.random.normal(key, (width, width))}
+
+    def apply(params, forward, batch, teacher, step, key):
+        wanted = teacher(forward.x_t, forward.t, forward.y)[1][-1].mean(axis=1, keepdims=True)
+        found = forward.features[1] @ params["kernel"]
+        value = jnp.mean(jnp.square(found - wanted)) + 0.1 * jax.random.normal(key)
+        return value, {"size": jnp.abs(found).mean()}
+
+    return AuxLoss(init, apply, blocks=(1,))
+
+
+def full_parts() -> Parts:
+    """Everything together: the diffusion transformer, two auxiliary losses, AdamW."""
+    model = models.make("dit", SHAPE, CLASSES, (1,), depth=4, width=64, heads=2, skip="release", mlp_ratio=2.0)
+    aux = {"diversity": losses.make("diversity", groups=2), "head": head()}
+    optimizer, _ = optim.make(10, eps=1e-3)  # the first step of Adam divides by |gradient|: rounding is not enlarged
+    return parts(model=model, losses=aux, optimizer=optimizer)
+
+
+def on_mesh(mesh: Mesh):
+    made = full_parts()
+    init = initializer(made, batch())
+    where = sharding.shardings(jax.eval_shape(init, KEY), mesh)
+    state = jit(init, out_shardings=where)(KEY)
+    shard = jax.device_put(batch(), sharding.over_batch(mesh))
+    out = (where, sharding.replicated(mesh))
+    step = jit(partial(train_step, made), donate_argnums=0, out_shardings=out)
+    new, metrics = step(state, {}, shard, RUN_KEY)
+    return where, state, new, metrics
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return on_mesh(mesh_of(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp"),
+    [pytest.param(8, 1, marks=pytest.mark.slow), (2, 4), pytest.param(1, 8, marks=pytest.mark.slow)],
+)
+def test_every_mesh_gives_the_same_step(on_one_device, data, fsdp):
+    _, _, wanted, wanted_metrics = on_one_device
+    where, state, new, metrics = on_mesh(mesh_of(data, fsdp))
+    assert_close(metrics, wanted_metrics, f"{data} x {fsdp}: metrics")
+    assert_close(new, wanted, f"{data} x {fsdp}: state", rtol=1e-4)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state)), "the old state was not donated"
+
+    def check(path, leaf, place):
+        name = jax.tree_util.keystr(path)
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim), f"{name} is {leaf.sharding}, wanted {place}"
+        shard = leaf.addressable_shards[0].data.shape
+        split = [i for i, axis in enumerate(place.spec) if axis is not None]
+        expected = tuple(n // fsdp if i in split else n for i, n in enumerate(leaf.shape))
+        assert shard == expected, f"{name}: {leaf.shape} has shards of {shard}"
+        return bool(split) and fsdp > 1
+
+    split = jax.tree_util.tree_map_with_path(check, new, where)
+    large = [leaf.size >= sharding.SMALLEST for leaf in jax.tree.leaves(new["params"])]
+    assert sum(jax.tree.leaves(split["params"])) == (sum(large) if fsdp > 1 else 0)
+    assert jax.tree.leaves(split["ema"]) == jax.tree.leaves(split["params"])
+    moments = optax.tree.get(split["opt"], "mu")
+    assert jax.tree.leaves(moments["params"]) == jax.tree.leaves(split["params"]), "moments live elsewhere"
+
+
+def test_shardings_never_split_the_layers():
+    mesh = mesh_of(2, 4)
+    state = jax.eval_shape(initializer(full_parts(), batch()), KEY)
+    where = sharding.shardings(state, mesh)
+    for half in ("shallow", "deep", "merges"):
+        specs = [place.spec for place in jax.tree.leaves(where["params"][half])]
+        assert all(len(spec) == 0 or spec[0] is None for spec in specs)
+        assert any("fsdp" in spec for spec in specs), f"{half}: nothing is split"
+    assert "fsdp" in where["losses"]["head"]["kernel"].spec
+    assert where["step"].spec == PartitionSpec()
+    placed = sharding.placed(state, where)
+    assert_same = jax.tree.map(
+        lambda p, s, w: p.shape == s.shape and p.dtype == s.dtype and p.sharding == w, placed, state, where
+    )
+    assert all(jax.tree.leaves(assert_same))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        ({}, (8, 1)),
+        ({"data": 8}, (8, 1)),
+        ({"fsdp": 4}, (2, 4)),
+        ({"data": 2, "fsdp": -1}, (2, 4)),
+        ({"data": 1, "fsdp": 8}, (1, 8)),
+    ],
+)
+def test_make_mesh(sizes, shape):
+    assert tuple(sharding.make_mesh(**sizes).shape.values()) == shape
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data": 3}, r"data 3 x fsdp 1 = 3 devices, but JAX sees 8"),
+        ({"data": 4, "fsdp": 4}, r"data 4 x fsdp 4 = 16 devices, but JAX sees 8"),
+        ({"fsdp": 3}, r"8 devices cannot be divided by 3"),
+        ({"fsdp": 0}, r"8 devices cannot be divided by 0"),
+        ({"data": -1, "fsdp": -1}, r"8 devices cannot be divided by -1"),
+        ({"data": -2, "fsdp": -4}, r"data -2 x fsdp -4"),
+        ({"data": 0, "fsdp": 8}, r"data 0 x fsdp 8"),
+    ],
+)
+def test_make_mesh_errors(sizes, message):
+    with pytest.raises(ConfigError, match=message):
+        sharding.make_mesh(**sizes)
+
+
+# --- Accumulation.
+
+
+def deterministic(network, batch, key):
+    """Flow matching with draws that depend on the example only, so that parts of a batch draw what the whole does."""
+    x = batch["x"]
+    t = jnp.clip(jnp.abs(x[:, 0, 0, 0]), 0.05, 0.95)
+    return regress(network, PATHS["linear"], x, jnp.flip(x, axis=(1, 2)), t, batch["y"])
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_accumulated_parts_equal_the_whole(accumulate):
+    whole = parts(objective=deterministic)
+    wanted, wanted_metrics = one_step(whole)
+    new, metrics = one_step(whole._replace(accumulate=accumulate))
+    assert_close(new, wanted, "state")
+    assert_close(metrics, wanted_metrics, "metrics")
+
+
+def test_accumulated_parts_draw_differently():
+    """With noise drawn by key, parts draw anew: another estimate of the same gradient, never the same draws twice."""
+    seen = []
+
+    def objective(network, batch, key):
+        forward = objectives.make("flow_matching", CLASSES)(network, batch, key)
+        jax.debug.callback(lambda t, x: seen.append((np.asarray(t), np.asarray(x))), forward.t, forward.x)
+        return forward
+
+    state = start(parts(accumulate=4))
+    step_of(parts(objective=objective, accumulate=4))(state, {}, batch(), RUN_KEY)
+    jax.effects_barrier()
+    assert len(seen) == 4
+    assert len(np.unique([t for t, _ in seen])) == BATCH, "two parts drew the same times"
+    used = np.concatenate([x for _, x in seen])
+    assert sorted(x.tobytes() for x in used) == sorted(x.tobytes() for x in np.asarray(batch()["x"])), (
+        "not each example once"
+    )
+
+
+# --- The state.
+
+
+def test_state_at_the_start():
+    state = start(full_parts())
+    assert set(state) == {"step", "params", "ema", "losses", "opt"}
+    assert state["step"] == 0
+    jax.tree.map(np.testing.assert_array_equal, state["ema"], state["params"])
+    assert state["losses"]["diversity"] == {}
+    assert set(state["losses"]["head"]) == {"kernel"}
+    keys = [
+        jax.tree_util.keystr(path)
+        for path, leaf in jax.tree.leaves_with_path(state)
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    ]
+    assert not keys, f"random state in the state: {keys}"
+    assert {leaf.dtype for leaf in jax.tree.leaves(state)} <= {np.dtype("float32"), np.dtype("int32")}
+
+
+def test_ema_follows_the_formula_and_the_step_is_counted():
+    made = parts()
+    step, state = step_of(made), start(made)
+    ema = state["ema"]
+    for count in (1, 2, 3):
+        state, _ = step(state, {}, batch(), RUN_KEY)
+        ema = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, ema, state["params"])
+        assert state["step"] == count
+        assert_close(state["ema"], ema, f"EMA after {count} steps", rtol=1e-6)
+    assert np.abs(state["ema"]["first"] - state["params"]["first"]).max() > 1e-5
+
+
+def test_every_step_draws_anew_and_the_same_when_repeated():
+    made = parts(optimizer=optax.sgd(0.0))  # the parameters stand still, so that only the draws differ
+    step, state = step_of(made), start(made)
+    first, metrics = step(state, {}, batch(), RUN_KEY)
+    again, same = step(state, {}, batch(), RUN_KEY)
+    jax.tree.map(np.testing.assert_array_equal, (first, metrics), (again, same))
+    _, second = step(first, {}, batch(), RUN_KEY)
+    _, other = step(state, {}, batch(), jax.random.key(2))
+    assert len({float(m["loss/total"]) for m in (metrics, second, other)}) == 3
+
+
+# --- Auxiliary losses.
+
+
+def test_the_teacher_is_the_ema_network_and_gets_no_gradient():
+    def apply(params, forward, batch, teacher, step, key):
+        prediction, features = teacher(forward.x_t, forward.t, forward.y)
+        return 10 * jnp.sum(prediction**2) + jnp.sum(features[1] ** 2), {}
+
+    made = parts(losses={"taught": AuxLoss(lambda *args: {}, apply)})
+    state = start(made)
+    state["ema"] = jax.tree.map(lambda p: 2 * p + 0.1, state["params"])
+    new, metrics = one_step(made, state)
+    plain, _ = one_step(parts(), state)
+    assert_close(new["params"], plain["params"], "a loss on the teacher alone moves the parameters", rtol=1e-7)
+    assert_close(new["ema"], plain["ema"], "a loss on the teacher alone moves the EMA", rtol=1e-7)
+    as_params, other = one_step(made, state | {"ema": state["params"]})
+    assert metrics["loss/taught"] != other["loss/taught"], "the teacher does not have the EMA's weights"
+    assert_close(as_params["params"], new["params"], "parameters", rtol=1e-7)
+
+
+def test_heads_are_trained_and_stay_out_of_the_model():
+    made = parts(losses={"head": head()})
+    state = start(made)
+    new, metrics = one_step(made, state)
+    assert set(new["params"]) == set(new["ema"]) == {"first", "second"}
+    assert np.abs(new["losses"]["head"]["kernel"] - state["losses"]["head"]["kernel"]).max() > 1e-4
+    assert np.abs(new["params"]["first"] - one_step(parts(), state | {"losses": {}})[0]["params"]["first"]).max() > 1e-6
+    assert metrics["loss/total"] == metrics["loss/objective"] + metrics["loss/head"]
+
+
+def test_two_losses_start_and_draw_differently():
+    twins = parts(losses={"one": head(), "two": head()})
+    state = start(twins)
+    one, two = (state["losses"][label]["kernel"] for label in ("one", "two"))
+    assert np.abs(one - two).max() > 0.1, "two heads start with the same weights"
+    state["losses"]["two"] = state["losses"]["one"]
+    _, metrics = one_step(twins, state)
+    assert metrics["loss/one"] != metrics["loss/two"], "two losses draw with one key"
+    assert metrics["one/size"] == metrics["two/size"]
+
+
+def test_losses_see_the_step():
+    seen = parts(
+        losses={"seen": AuxLoss(lambda *args: {}, lambda p, f, b, teacher, step, key: (0.0 * step, {"step": step}))}
+    )
+    state = start(seen)
+    for count in (0, 1):
+        state, metrics = one_step(seen, state)
+        assert metrics["seen/step"] == count
+
+
+def test_metrics():
+    _, metrics = one_step(parts(losses={"head": head(), "diversity": losses.make("diversity")}, model=two_blocks()))
+    terms = ("orthogonality", "mutual_information", "dispersion", "loss", "weight")
+    names = {"loss/total", "loss/objective", "loss/head", "loss/diversity", "head/size", "grad_norm"}
+    assert set(metrics) == names | {f"diversity/{term}" for term in terms}
+    assert all(value.shape == () for value in metrics.values())
+    total = sum(metrics[f"loss/{name}"] for name in ("objective", "head", "diversity"))
+    np.testing.assert_allclose(metrics["loss/total"], total, rtol=1e-6)
+
+
+def two_blocks() -> Model:
+    small = small_model()
+
+    def apply(params, *inputs):
+        out, (x, middle) = small.apply(params, *inputs)
+        return out, (x, middle, 2 * middle + x)
+
+    return Model(small.init, apply)
+
+
+def test_gradient_norm_is_that_before_clipping():
+    _, free = one_step(parts(optimizer=optax.sgd(1.0)))
+    clipped = parts(optimizer=optax.chain(optax.clip_by_global_norm(0.01), optax.sgd(1.0)))
+    state = start(clipped)
+    new, metrics = one_step(clipped, state)
+    np.testing.assert_allclose(metrics["grad_norm"], free["grad_norm"], rtol=1e-6)
+    moved = optax.tree.norm(jax.tree.map(jnp.subtract, state["params"], new["params"]))
+    np.testing.assert_allclose(moved, 0.01, rtol=1e-3)
+
+
+def test_prepare_gets_the_frozen_weights_and_a_key():
+    def prepare(frozen, batch, key):
+        return {"x": frozen["scale"] * batch["x"] + jax.random.normal(key, batch["x"].shape), "y": batch["y"]}
+
+    def objective(network, batch, key):
+        forward = deterministic(network, batch, key)
+        return forward._replace(metrics={"spread": batch["x"].std()})
+
+    made = parts(prepare=Prepare(lambda: {"scale": jnp.zeros(())}, prepare, None), objective=objective)
+    state, step = start(made), step_of(made)
+    spread = [step(state, {"scale": jnp.float32(s)}, batch(), RUN_KEY)[1]["spread"] for s in (0, 3)]
+    np.testing.assert_allclose(spread, [1, 10**0.5], rtol=0.1)
+
+
+# --- The optimizer.
+
+
+def test_schedules():
+    def rates(**options):
+        _, rate = optim.make(100, learning_rate=2e-3, **options)
+        return [float(rate(step)) for step in (0, 1, 5, 9, 10, 55, 100, 150)]
+
+    np.testing.assert_allclose(rates(), 8 * [2e-3])
+    warm = [0.2e-3, 0.38e-3, 1.1e-3, 1.82e-3]
+    np.testing.assert_allclose(rates(warmup_steps=10), [*warm, 2e-3, 2e-3, 2e-3, 2e-3], rtol=1e-5)
+    np.testing.assert_allclose(rates(warmup_steps=10, decay="cosine"), [*warm, 2e-3, 1e-3, 0, 0], rtol=1e-5, atol=1e-10)
+    cosine = [1e-3 * (1 + np.cos(np.pi * min(step, 100) / 100)) for step in (0, 1, 5, 9, 10, 55, 100, 150)]
+    np.testing.assert_allclose(rates(decay="cosine"), cosine, rtol=1e-4, atol=1e-9)
+
+
+def test_adamw_with_clipping():
+    """The first step of Adam moves by the learning rate times the sign, whatever the gradient's size; then decay."""
+    params, grads = {"w": jnp.array([1.0, -2.0])}, {"w": jnp.array([30.0, -40.0])}
+    optimizer, _ = optim.make(10, learning_rate=0.1, weight_decay=0.5)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["w"], [-0.1 - 0.05, 0.1 + 0.1], rtol=1e-5)
+
+    for clip, wanted in [(1.0, [0.6, -0.8]), (None, [30, -40]), (100.0, [30, -40])]:
+        optimizer, _ = optim.make(10, clip=clip, b1=0.0)
+        _, state = optimizer.update(grads, optimizer.init(params), params)
+        mu = optax.tree.get(state, "mu")["w"]
+        np.testing.assert_allclose(mu, wanted, rtol=1e-5, err_msg=f"clip {clip}")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decay": "cosin"}, r"config.optim.decay = 'cosin' is unknown; did you mean 'cosine'"),
+        ({"learning_rate": 0.0}, r"config.optim.learning_rate = 0.0: must be a finite number > 0"),
+        ({"learning_rate": float("nan")}, r"learning_rate = nan: must be a finite"),
+        ({"eps": 0.0}, r"config.optim.eps = 0.0"),
+        ({"clip": 0.0}, r"config.optim.clip = 0.0"),
+        ({"b1": 1.0}, r"config.optim.b1 = 1.0: must be in \[0, 1\)"),
+        ({"b2": -0.1}, r"config.optim.b2 = -0.1"),
+        ({"weight_decay": -1.0}, r"config.optim.weight_decay = -1.0"),
+        ({"warmup_steps": -1}, r"config.optim.warmup_steps = -1: must not be negative"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_optimizer_errors(options, message):
+    with pytest.raises(ConfigError, match=message):
+        optim.make(10, **options)
