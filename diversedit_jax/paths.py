@@ -1,4 +1,5 @@
-"""Interpolants x_t = alpha(t) x + sigma(t) noise, from data at t = 0 to noise at t = 1 (SiT, arXiv 2401.08740).
+"""Interpolants x_t = alpha(t) x + sigma(t) noise, from data at t = 0 to noise at t = 1 (SiT, arXiv 2401.08740), and
+what a network may predict on them: velocity dx_t/dt, noise, or score grad log p_t(x_t).
 
 The official SiT runs time the other way; `interop` converts at the border.
 """
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from diversedit_jax.api import Network
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.slots import suggestion
 
@@ -31,20 +33,40 @@ PATHS = {
         d_alpha=lambda t: -jnp.ones_like(t),
         d_sigma=lambda t: jnp.ones_like(t),
     ),
-    # SiT's GVP: alpha^2 + sigma^2 = 1
+    # SiT's GVP: alpha^2 + sigma^2 = 1. The cosine as a sine of 1 - t, which is exact where the cosine vanishes.
     "cosine": Path(
-        alpha=lambda t: jnp.cos(t * jnp.pi / 2),
+        alpha=lambda t: jnp.sin((1 - t) * jnp.pi / 2),
         sigma=lambda t: jnp.sin(t * jnp.pi / 2),
         d_alpha=lambda t: -jnp.sin(t * jnp.pi / 2) * jnp.pi / 2,
-        d_sigma=lambda t: jnp.cos(t * jnp.pi / 2) * jnp.pi / 2,
+        d_sigma=lambda t: jnp.sin((1 - t) * jnp.pi / 2) * jnp.pi / 2,
+    ),
+    # The variance-preserving diffusion of Song et al. (arXiv 2011.13456, appendix C), beta from 0.1 to 20.
+    # alpha(1) is 0.0066 and not 0; d_sigma is infinite at t = 0.
+    "vp": Path(
+        alpha=lambda t: jnp.exp(_vp_log_alpha(t)),
+        sigma=lambda t: jnp.sqrt(-jnp.expm1(2 * _vp_log_alpha(t))),
+        d_alpha=lambda t: -_vp_beta(t) / 2 * jnp.exp(_vp_log_alpha(t)),
+        d_sigma=lambda t: _vp_beta(t) / 2 * jnp.exp(2 * _vp_log_alpha(t)) / jnp.sqrt(-jnp.expm1(2 * _vp_log_alpha(t))),
     ),
 }
 
+PREDICTIONS = ("velocity", "noise", "score")
+
+
+def _vp_beta(t: Array) -> Array:
+    return 0.1 + t * (20 - 0.1)
+
+
+def _vp_log_alpha(t: Array) -> Array:
+    """-1/2 of the integral of beta."""
+    return -t * (0.25 * t * (20 - 0.1) + 0.5 * 0.1)
+
 
 def make(name: str) -> Path:
-    """The path `name`: `linear` or `cosine`."""
+    """The path `name`: `linear`, `cosine` (SiT's GVP) or `vp`."""
     if name not in PATHS:
-        raise ConfigError(f"unknown path {name!r}; {suggestion(name, PATHS)}")
+        hint = f"SiT's GVP is 'cosine'; known: {', '.join(PATHS)}" if name.lower() == "gvp" else suggestion(name, PATHS)
+        raise ConfigError(f"unknown path {name!r}; {hint}")
     return PATHS[name]
 
 
@@ -69,9 +91,90 @@ def velocity(
     return path.d_alpha(t) * x + path.d_sigma(t) * noise
 
 
+def training_times(path: str, prediction: str) -> tuple[float, float]:
+    """The interval of training times of SiT: all of [0, 1] where the regression is finite there."""
+    if path == "vp":
+        return 1e-5, 1.0
+    return (0.0, 1.0) if prediction == "velocity" else (1e-3, 1 - 1e-3)
+
+
+def sampling_times(path: str, prediction: str) -> tuple[float, float]:
+    """The interval of times that SiT's samplers evaluate a network at."""
+    if path == "vp":
+        return 1e-3, 1.0
+    return training_times(path, prediction)
+
+
+# Conversions. With D = alpha sigma' - alpha' sigma > 0, x_t and v determine noise = (alpha v - alpha' x_t) / D and
+# x = (sigma' x_t - sigma v) / D; score = -noise / sigma. Times are scalars, or have the axes to multiply images.
+
+
+def wronskian(path: Path, t: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """D(t) = alpha sigma' - alpha' sigma: 1 for the linear path, pi / 2 for the cosine."""
+    alpha, sigma, d_alpha, d_sigma = (curve(t) for curve in path)
+    return alpha * d_sigma - d_alpha * sigma
+
+
+def data_from_velocity(
+    path: Path, v: Float[Array, "*shape"], x: Float[Array, "*shape"], t: Float[Array, "*#shape"]
+) -> Float[Array, "*shape"]:
+    """E[x | x_t] from the velocity at x_t: Tweedie's estimate, without its division by alpha."""
+    return (path.d_sigma(t) * x - path.sigma(t) * v) / wronskian(path, t)
+
+
+def noise_from_velocity(
+    path: Path, v: Float[Array, "*shape"], x: Float[Array, "*shape"], t: Float[Array, "*#shape"]
+) -> Float[Array, "*shape"]:
+    """E[noise | x_t] from the velocity at x_t."""
+    return (path.alpha(t) * v - path.d_alpha(t) * x) / wronskian(path, t)
+
+
+def velocity_from_noise(
+    path: Path, noise: Float[Array, "*shape"], x: Float[Array, "*shape"], t: Float[Array, "*#shape"]
+) -> Float[Array, "*shape"]:
+    """The velocity at x_t from the noise, where alpha(t) > 0."""
+    return (path.d_alpha(t) * x + wronskian(path, t) * noise) / path.alpha(t)
+
+
+def score_from_noise(path: Path, noise: Float[Array, "*shape"], t: Float[Array, "*#shape"]) -> Float[Array, "*shape"]:
+    """The score at x_t from the noise, where sigma(t) > 0."""
+    return -noise / path.sigma(t)
+
+
+def noise_from_score(path: Path, score: Float[Array, "*shape"], t: Float[Array, "*#shape"]) -> Float[Array, "*shape"]:
+    """The noise at x_t from the score."""
+    return -path.sigma(t) * score
+
+
 def score_from_velocity(
-    path: Path, v: Float[Array, "*shape"], x: Float[Array, "*shape"], t: Float[Array, ""]
+    path: Path, v: Float[Array, "*shape"], x: Float[Array, "*shape"], t: Float[Array, "*#shape"]
 ) -> Float[Array, "*shape"]:
     """The score of the marginal at time t > 0 from its velocity (SiT, Eq. 9), written without alpha / alpha'."""
-    alpha, sigma, d_alpha, d_sigma = (curve(t) for curve in path)
-    return (alpha * v - d_alpha * x) / (sigma * (d_alpha * sigma - alpha * d_sigma))
+    return score_from_noise(path, noise_from_velocity(path, v, x, t), t)
+
+
+def velocity_from_score(
+    path: Path, score: Float[Array, "*shape"], x: Float[Array, "*shape"], t: Float[Array, "*#shape"]
+) -> Float[Array, "*shape"]:
+    """The velocity at x_t from the score, where alpha(t) > 0."""
+    return velocity_from_noise(path, noise_from_score(path, score, t), x, t)
+
+
+def as_velocity(network: Network, path: Path, prediction: str) -> Network:
+    """A network that predicts the velocity, from one that predicts `prediction`, a name of PREDICTIONS."""
+    check_prediction(prediction)
+    if prediction == "velocity":
+        return network
+    convert = velocity_from_noise if prediction == "noise" else velocity_from_score
+
+    def velocity_network(x, t, y):
+        predicted, features = network(x, t, y)
+        return convert(path, predicted.astype(x.dtype), x, over_image(t).astype(x.dtype)), features
+
+    return velocity_network
+
+
+def check_prediction(prediction: str) -> None:
+    """ConfigError for what is not a name of PREDICTIONS."""
+    if prediction not in PREDICTIONS:
+        raise ConfigError(f"unknown prediction {prediction!r}; {suggestion(prediction, PREDICTIONS)}")

@@ -1,0 +1,86 @@
+"""Flow matching: what each prediction regresses, the meaning of the weights, the training times."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diversedit_jax import paths
+from diversedit_jax.errors import ConfigError
+from diversedit_jax.objectives import flow_matching
+from diversedit_jax.objectives.flow_matching import ERRORS, WEIGHTS, regress
+
+SHAPE = (5, 4, 4, 2)
+
+
+def inputs():
+    rng = np.random.default_rng(0)
+    x, noise, guess = (jnp.asarray(rng.standard_normal(SHAPE), jnp.float32) for _ in range(3))
+    return x, noise, guess, jnp.linspace(0.1, 0.9, SHAPE[0]), jnp.zeros(SHAPE[0], jnp.int32)
+
+
+def convert(path, v, x_t, t, prediction):
+    """A velocity as another prediction."""
+    t = paths.over_image(t)
+    if prediction == "velocity":
+        return v
+    to = paths.noise_from_velocity if prediction == "noise" else paths.score_from_velocity
+    return to(path, v, x_t, t)
+
+
+@pytest.mark.parametrize("name", paths.PATHS)
+@pytest.mark.parametrize("prediction", ["noise", "score"])
+def test_the_velocity_weight_makes_the_loss_that_of_the_velocity(name, prediction):
+    path = paths.make(name)
+    x, noise, guess, t, y = inputs()
+
+    def loss(predicted, weight):
+        def network(x_t, t, y):
+            return convert(path, guess, x_t, t, predicted), ()
+
+        return regress(network, path, x, noise, t, y, ERRORS[predicted], WEIGHTS[weight]).loss
+
+    np.testing.assert_allclose(loss(prediction, "velocity"), loss("velocity", "none"), rtol=1e-4)
+    # drift_var = D sigma / alpha; SiT: velocity (drift_var / sigma)^2, likelihood drift_var / sigma^2
+    drift_var = paths.wronskian(path, t) * path.sigma(t) / path.alpha(t)
+    plain = loss(prediction, "none")
+    np.testing.assert_allclose(loss(prediction, "velocity"), (drift_var / path.sigma(t)) ** 2 * plain, rtol=1e-5)
+    np.testing.assert_allclose(loss(prediction, "likelihood"), drift_var / path.sigma(t) ** 2 * plain, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", paths.PATHS)
+@pytest.mark.parametrize("prediction", paths.PREDICTIONS)
+def test_the_truth_has_no_loss_and_the_loss_is_in_units_of_the_noise(name, prediction):
+    path = paths.make(name)
+    x, noise, _, t, y = inputs()
+    true_velocity = paths.velocity(path, x, noise, t)
+
+    def network(x_t, t, y):
+        return convert(path, true_velocity, x_t, t, prediction), ()
+
+    np.testing.assert_allclose(regress(network, path, x, noise, t, y, ERRORS[prediction]).loss, 0, atol=1e-7)
+    if prediction != "velocity":
+        silent = regress(lambda x, t, y: (0 * x, ()), path, x, noise, t, y, ERRORS[prediction])
+        np.testing.assert_allclose(silent.loss, jnp.mean(noise**2, axis=(1, 2, 3)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("weight", ["none", "likelihood"])
+@pytest.mark.parametrize(("path", "prediction"), [("linear", "noise"), ("cosine", "score"), ("vp", "noise")])
+def test_training_times_stay_within_the_cut_off(path, prediction, weight):
+    make = flow_matching.make(3, path=path, prediction=prediction, weight=weight)
+    batch = {"x": jnp.ones((4096, 1, 1, 1)), "y": jnp.zeros(4096, jnp.int32)}
+    forward = make(lambda x, t, y: (0 * x, ()), batch, jax.random.key(0))
+    low, high = paths.training_times(path, prediction)
+    assert low <= forward.t.min() < low + 1e-3
+    assert high - 1e-3 < forward.t.max() <= high
+    assert jnp.isfinite(forward.loss).all()
+
+
+def test_what_does_not_fit_together_is_refused():
+    with pytest.raises(ConfigError, match="weight = 'likelihood' is of noise and score errors"):
+        flow_matching.make(3, weight="likelihood")
+    with pytest.raises(ConfigError, match="unknown weight 'velocty'; did you mean 'velocity'"):
+        flow_matching.make(3, prediction="noise", weight="velocty")
+    x, noise, _, t, y = inputs()
+    with pytest.raises(ConfigError, match=r"predicts \(4, 4, 4\), flow matching needs \(4, 4, 2\)"):
+        regress(lambda x, t, y: (jnp.concatenate([x, x], -1), ()), paths.make("linear"), x, noise, t, y)
