@@ -36,6 +36,7 @@ setup(
         "numpy>=2.0",
         "absl-py>=2.1",  # flags and the entry point of the programs
         "array-record>=0.8.1",  # the files that tensorflow-datasets reads and writes without TensorFlow
+        "diffrax>=0.7.2",  # the ODE solver with adaptive steps, dopri5
         "jaxtyping>=0.3.2",  # array shapes in signatures
         "pillow>=11.0",  # PNG
         "safetensors>=0.5",  # weights of public releases, without pickle

@@ -1,6 +1,7 @@
 """Solvers from noise (t = 1) to data (t = 0): functions over a velocity, the whole loop inside one `lax.scan`.
 
-They follow the published samplers of REPA and DiverseDiT number by number (see `tests/test_samplers.py`).
+They follow the published samplers of REPA, DiverseDiT and SiT number by number (see `tests/test_samplers.py` and
+`tests/test_golden_official.py`).
 """
 
 from collections.abc import Callable
@@ -10,27 +11,44 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from diversedit_jax import paths
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.guidance import Velocity
-from diversedit_jax.paths import PATHS, Path, score_from_velocity
+from diversedit_jax.paths import PATHS, Path
+from diversedit_jax.slots import suggestion
 
 Noise = Callable[[Array], Array]  # step index -> standard normal [b h w c]
 
 
-def uniform_times(steps: int) -> np.ndarray:
-    """steps + 1 equidistant times from 1 to 0."""
+def uniform_times(steps: int, first: float = 1.0, last: float = 0.0) -> np.ndarray:
+    """steps + 1 equidistant times from `first` to `last`."""
     if steps < 1:
         raise ConfigError(f"a sampler needs at least 1 step, given {steps}")
-    return np.linspace(1.0, 0.0, steps + 1)
+    return np.linspace(first, last, steps + 1)
 
 
-def last_step_times(steps: int, last: float = 0.04) -> np.ndarray:
-    """`steps` equidistant times from 1 to `last`, then 0: the grid of REPA's SDE sampler."""
+def last_step_times(steps: int, last: float = 0.04, first: float = 1.0) -> np.ndarray:
+    """`steps` equidistant times from `first` to `last`, then 0: the grid of REPA's and SiT's SDE samplers."""
     if steps < 2:
         raise ConfigError(f"the stochastic sampler needs at least 2 steps, given {steps}")
     if not 0 < last < 1:
         raise ConfigError(f"the last step must begin between 0 and 1, given {last}")
-    return np.append(np.linspace(1.0, last, steps), 0.0)
+    return np.append(np.linspace(first, last, steps), 0.0)
+
+
+def sde_times(steps: int, path: str, prediction: str, diffusion: str, last: str, last_step: float) -> np.ndarray:
+    """SiT's times for `steps` steps of a stochastic solver, the last of kind `last` and from time `last_step`.
+
+    They stay 1e-3 away from where the form `sbdm` is infinite (t = 1) and, without a last step, from where the score is
+    (t = 0). SiT's own count for `none` is one step less.
+    """
+    check_last_step(last)
+    end, first = paths.sampling_times(path, prediction)
+    if diffusion == "sbdm" and path != "vp":
+        first = min(first, 1 - 1e-3)
+    if last == "none":
+        return uniform_times(steps, first, max(end, 1e-3))
+    return last_step_times(steps, last_step, first)
 
 
 def euler(velocity: Velocity, x: Float[Array, "b h w c"], times: Float[np.ndarray, " s"]) -> Float[Array, "b h w c"]:
@@ -56,6 +74,66 @@ def heun(velocity: Velocity, x: Float[Array, "b h w c"], times: Float[np.ndarray
     return euler(velocity, x, times[-2:])
 
 
+def dopri5(
+    velocity: Velocity,
+    x: Float[Array, "b h w c"],
+    first: float = 1.0,
+    last: float = 0.0,
+    *,
+    rtol: float = 1e-3,
+    atol: float = 1e-6,
+    max_steps: int = 1000,
+) -> Float[Array, "b h w c"]:
+    """Dormand and Prince's fifth-order method with steps to a tolerance, SiT's default, through diffrax.
+
+    The steps are chosen for the batch as a whole, by the error's root mean square. A guidance interval is tested at the
+    time of each evaluation. NaN if `max_steps` steps, the rejected ones included, do not reach `last`.
+    """
+    import diffrax  # for this solver only
+
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(lambda t, x, args: velocity(x, t, t)),
+        diffrax.Dopri5(),
+        t0=jnp.asarray(first, x.dtype),
+        t1=jnp.asarray(last, x.dtype),
+        dt0=None,
+        y0=x,
+        # A step over most of the interval has passed the error's estimate with 40 times the tolerance.
+        stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol, dtmax=(first - last) / 4),
+        max_steps=max_steps,
+        throw=False,
+    )
+    return jnp.where(solution.result == diffrax.RESULTS.successful, solution.ys[-1], jnp.nan)
+
+
+# The diffusion coefficients of SiT, as its code has them: (path, t, norm) -> D, the noise of the SDE being sqrt(2 D).
+DIFFUSIONS = {
+    "constant": lambda path, t, norm: norm * jnp.ones_like(t),
+    # the reverse of the forward diffusion that has the path's marginals (Song et al., arXiv 2011.13456)
+    "sbdm": lambda path, t, norm: norm * path.sigma(t) * paths.wronskian(path, t) / path.alpha(t),
+    "sigma": lambda path, t, norm: norm * path.sigma(t),
+    "linear": lambda path, t, norm: norm * t,
+    "decreasing": lambda path, t, norm: 0.25 * (1 - norm * jnp.cos(jnp.pi * t)) ** 2,
+    "increasing_decreasing": lambda path, t, norm: norm * jnp.sin(jnp.pi * t) ** 2,
+}
+
+
+def diffusion(name: str, path: Path, norm: float = 1.0) -> Callable[[Array], Array]:
+    """w(t) = 2 D(t) for `euler_maruyama` and `sde_heun`: the form `name` of DIFFUSIONS, of magnitude `norm`."""
+    if name not in DIFFUSIONS:
+        raise ConfigError(f"unknown diffusion {name!r}; {suggestion(name, DIFFUSIONS)}")
+    return lambda t: 2 * DIFFUSIONS[name](path, t, norm)
+
+
+LAST_STEPS = ("none", "mean", "tweedie", "euler")
+
+
+def check_last_step(last: str) -> None:
+    """ConfigError for what is not a name of LAST_STEPS."""
+    if last not in LAST_STEPS:
+        raise ConfigError(f"unknown last step {last!r}; {suggestion(last, LAST_STEPS)}")
+
+
 def euler_maruyama(
     velocity: Velocity,
     x: Float[Array, "b h w c"],
@@ -63,30 +141,90 @@ def euler_maruyama(
     noise: Noise,
     path: Path = PATHS["linear"],
     diffusion: Callable[[Array], Array] | None = None,
+    last: str = "mean",
 ) -> Float[Array, "b h w c"]:
     """Euler-Maruyama for dx = (v - w/2 score) dt + sqrt(w) dW, whose marginals are the path's for every w(t) >= 0.
 
-    The last step is its mean, without noise. `diffusion` is w; by default 2 sigma(t), as in REPA's code.
-    `noise` gives the draw of step i.
+    `diffusion` is w; by default 2 sigma(t), as in REPA's code. `noise` gives the draw of step i. `last` is the last
+    step: its `mean`, without noise; `euler`, of the flow; `tweedie`, the expected x given x_t; or `none`, a step like
+    the others.
     """
-    diffusion = diffusion or (lambda t: 2 * path.sigma(t))
+    w = diffusion or (lambda t: 2 * path.sigma(t))
+    drift = _drift(velocity, path, w)
 
-    def mean(x, t, t_next):
-        v = velocity(x, t, t)
-        return x + (t_next - t) * (v - diffusion(t) / 2 * score_from_velocity(path, v, x, t))
+    def step(x, t, t_next, draw):
+        return x + (t_next - t) * drift(x, t, t) + jnp.sqrt(w(t) * (t - t_next)) * draw
 
-    def step(x, span):
-        i, (t, t_next) = span
-        return mean(x, t, t_next) + jnp.sqrt(diffusion(t) * (t - t_next)) * noise(i).astype(x.dtype), None
+    return _stochastic(step, velocity, drift, x, times, noise, path, last)
 
-    spans = _spans(times[:-1], x)
-    x, _ = jax.lax.scan(step, x, (jnp.arange(len(times) - 2), spans))
-    return mean(x, *(jnp.asarray(t, x.dtype) for t in times[-2:]))
+
+def sde_heun(
+    velocity: Velocity,
+    x: Float[Array, "b h w c"],
+    times: Float[np.ndarray, " s"],
+    noise: Noise,
+    path: Path = PATHS["linear"],
+    diffusion: Callable[[Array], Array] | None = None,
+    last: str = "mean",
+) -> Float[Array, "b h w c"]:
+    """SiT's Heun method for the same SDE: a step adds its noise first, then takes Heun's step along the drift.
+
+    Two evaluations a step, second order for w = 0. The arguments are those of `euler_maruyama`.
+    """
+    w = diffusion or (lambda t: 2 * path.sigma(t))
+    drift = _drift(velocity, path, w)
+
+    def step(x, t, t_next, draw):
+        x = x + jnp.sqrt(w(t) * (t - t_next)) * draw
+        d = drift(x, t, t)
+        d_next = drift(x + (t_next - t) * d, t_next, t)
+        return x + (t_next - t) * (d + d_next) / 2
+
+    return _stochastic(step, velocity, drift, x, times, noise, path, last)
 
 
 def normal_per_image(keys: Array, shape: tuple[int, ...]) -> Noise:
     """Draws of which each image's depend only on its own key, so that no image depends on the batch around it."""
     return lambda i: jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), shape))(keys)
+
+
+def _drift(velocity: Velocity, path: Path, w: Callable[[Array], Array]) -> Velocity:
+    """v - w/2 score."""
+
+    def drift(x, t, t_step):
+        v = velocity(x, t, t_step)
+        return v - w(t) / 2 * paths.score_from_velocity(path, v, x, t)
+
+    return drift
+
+
+def _stochastic(
+    step: Callable,
+    velocity: Velocity,
+    drift: Velocity,
+    x: Array,
+    times: np.ndarray,
+    noise: Noise,
+    path: Path,
+    last: str,
+) -> Array:
+    """`step` (x, t, t_next, draw) -> x over all spans of `times` but the last, which is taken as `last` says."""
+    check_last_step(last)
+
+    def body(x, span):
+        i, (t, t_next) = span
+        return step(x, t, t_next, noise(i).astype(x.dtype)), None
+
+    noisy = times if last == "none" else times[:-1]
+    x, _ = jax.lax.scan(body, x, (jnp.arange(len(noisy) - 1), _spans(noisy, x)))
+    t, t_next = (jnp.asarray(t, x.dtype) for t in times[-2:])
+    if last == "mean":
+        return x + (t_next - t) * drift(x, t, t)
+    if last == "euler":
+        return x + (t_next - t) * velocity(x, t, t)
+    if last == "tweedie":
+        return paths.data_from_velocity(path, velocity(x, t, t), x, t)
+    return x
 
 
 def _spans(times: np.ndarray, x: Array) -> tuple[Array, Array]:

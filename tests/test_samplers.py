@@ -7,7 +7,7 @@ import pytest
 
 from diversedit_jax import paths, samplers
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.guidance import guide
+from diversedit_jax.guidance import autoguide, guide, unlabelled
 from tests import reference
 
 LINEAR = paths.make("linear")
@@ -133,3 +133,155 @@ def test_step_counts_that_give_no_grid_are_refused():
         samplers.uniform_times(0)
     with pytest.raises(ConfigError, match="at least 2 steps, given 1"):
         samplers.last_step_times(1)
+
+
+def exact_velocity(path):
+    return gaussian_velocity(0.7, 0.4, path)
+
+
+def gaussian_samples(solver, path, form, times, last="mean", count=40_000):
+    """Samples of N(0.7, 0.4^2) by a stochastic solver with the exact velocity."""
+    curve = paths.make(path)
+    keys = jax.random.split(jax.random.key(0), count)
+    noise = samplers.normal_per_image(keys, (1, 1, 1))
+    start = jax.vmap(lambda key: jax.random.normal(key, (1, 1, 1)))(keys)
+    w = samplers.diffusion(form, curve)
+    return solver(exact_velocity(curve), start, times, noise, curve, w, last)
+
+
+@pytest.mark.parametrize("path", paths.PATHS)
+@pytest.mark.parametrize("form", samplers.DIFFUSIONS)
+@pytest.mark.parametrize("solver", [samplers.euler_maruyama, samplers.sde_heun])
+def test_every_diffusion_keeps_the_marginal(solver, form, path):
+    # to t = 1e-3 without a last step, which for forms that do not vanish with t would leave out their noise
+    times = samplers.sde_times(800, path, "velocity", form, "none", 0.04)
+    x = gaussian_samples(solver, path, form, times, "none")
+    assert abs(float(x.mean()) - 0.7) < 4 * 0.4 / 40_000**0.5 + 2e-3
+    assert abs(float(x.std()) - 0.4) < 4 * 0.4 / 80_000**0.5 + 2e-3
+
+
+@pytest.mark.parametrize("path", paths.PATHS)
+@pytest.mark.parametrize("form", samplers.DIFFUSIONS)
+def test_diffusions_are_not_negative(path, form):
+    t = jnp.linspace(1e-3, 1 - 1e-3, 50)
+    w = samplers.diffusion(form, paths.make(path))(t)
+    assert (w >= 0).all()
+    if form != "decreasing":  # SiT's norm is inside of its square
+        np.testing.assert_allclose(samplers.diffusion(form, paths.make(path), 0.5)(t), w / 2, rtol=1e-6)
+
+
+def test_sbdm_on_the_vp_path_is_the_reverse_of_its_diffusion():
+    """Its forward SDE is dx = -beta/2 x dt + sqrt(beta) dW (arXiv 2011.13456, Eq. 11): w = beta."""
+    t = jnp.linspace(0.01, 1, 20)
+    np.testing.assert_allclose(samplers.diffusion("sbdm", paths.make("vp"))(t), 0.1 + 19.9 * t, rtol=1e-5)
+
+
+@pytest.mark.parametrize("last", samplers.LAST_STEPS)
+def test_last_steps_end_at_the_data(last):
+    times = samplers.sde_times(400, "linear", "velocity", "sigma", last, 0.04)
+    x = gaussian_samples(samplers.euler_maruyama, "linear", "sigma", times, last)
+    assert abs(float(x.mean()) - 0.7) < 4 * 0.4 / 40_000**0.5 + 2e-3
+    # a step of 0.04 without noise; Tweedie's estimate lacks the variance of x given x_t
+    alpha, variance = 0.96, 0.96**2 * 0.4**2 + 0.04**2
+    gain, score = (0.04 - alpha * 0.4**2) / variance, 1 / variance
+    factor = {
+        "none": 0.4,
+        "mean": variance**0.5 * (1 - 0.04 * (gain + 0.04 * score)),
+        "euler": variance**0.5 * (1 - 0.04 * gain),
+        "tweedie": alpha * 0.4**2 / variance**0.5,
+    }[last]
+    assert abs(float(x.std()) - factor) < 4 * 0.4 / 80_000**0.5 + 2e-3
+
+
+def test_an_unknown_form_or_last_step_is_refused():
+    with pytest.raises(ConfigError, match="unknown diffusion 'sigm'; did you mean 'sigma'"):
+        samplers.diffusion("sigm", LINEAR)
+    with pytest.raises(ConfigError, match="unknown last step 'men'; did you mean 'mean'"):
+        samplers.euler_maruyama(
+            exact_velocity(LINEAR),
+            jnp.zeros((1, 1, 1, 1)),
+            samplers.last_step_times(3),
+            lambda i: jnp.zeros((1, 1, 1, 1)),
+            last="men",
+        )
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_the_stochastic_heun_is_of_second_order_without_noise(path):
+    with jax.enable_x64(True):
+        start = jnp.linspace(-2.0, 2.0, 16).reshape(1, 4, 4, 1)
+        curve = paths.make(path)
+        errors = []
+        for n in (64, 128, 256):
+            times = samplers.uniform_times(n, 1.0, 0.1)
+            given = exact_velocity(curve), start, times, lambda i: jnp.zeros_like(start), curve, lambda t: 0 * t
+            x = samplers.sde_heun(*given, last="none")
+            spread = (curve.alpha(0.1) ** 2 * 0.4**2 + curve.sigma(0.1) ** 2) ** 0.5
+            errors.append(float(jnp.abs(x - (curve.alpha(0.1) * 0.7 + spread * start)).max()))
+    slopes = np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
+    np.testing.assert_allclose(slopes, 2, atol=0.1, err_msg=f"errors {errors}")
+
+
+@pytest.mark.parametrize("path", paths.PATHS)
+def test_dopri5_keeps_its_tolerance(path):
+    with jax.enable_x64(True):
+        noise = jnp.linspace(-2.0, 2.0, 16).reshape(1, 4, 4, 1)
+        curve = paths.make(path)
+        last, first = (jnp.float64(t) for t in paths.sampling_times(path, "velocity"))
+        spread = [(curve.alpha(t) ** 2 * 0.4**2 + curve.sigma(t) ** 2) ** 0.5 for t in (first, last)]
+        # the flow maps standard deviations to standard deviations
+        exact = curve.alpha(last) * 0.7 + spread[1] * (noise - curve.alpha(first) * 0.7) / spread[0]
+        errors = []
+        for tolerance in (1e-3, 1e-5, 1e-7, 1e-9):
+            x = jax.jit(
+                lambda x, tol=tolerance: samplers.dopri5(
+                    exact_velocity(curve), x, float(first), float(last), rtol=tol, atol=tol
+                )
+            )(noise)
+            errors.append(float(jnp.abs(x - exact).max()))
+    for tolerance, error in zip((1e-3, 1e-5, 1e-7, 1e-9), errors, strict=True):
+        assert error < 20 * tolerance, f"errors {errors}"
+    assert errors[3] < errors[2] < errors[1] <= errors[0], f"errors {errors}"
+
+
+def test_dopri5_that_runs_out_of_steps_is_not_a_number():
+    x = samplers.dopri5(exact_velocity(LINEAR), jnp.ones((1, 1, 1, 1)), rtol=1e-6, max_steps=2)
+    assert jnp.isnan(x).all()
+
+
+def strong(x, t, y):
+    """A network whose prediction is 10 and its label."""
+    return 10 + shift_network(x, t, y)[0], ()
+
+
+def test_autoguidance_moves_away_from_the_weak_network():
+    y, x, t = jnp.array([2, 5]), jnp.zeros((2, 3, 3, 4)), jnp.float32(0.5)
+    v = autoguide(strong, shift_network, y, scale=3.0, channels=3)(x, t, t)
+    np.testing.assert_allclose(v[0, 0, 0], [32, 32, 32, 12])  # 2 + 3 (12 - 2)
+    np.testing.assert_allclose(v[1, 2, 1], [35, 35, 35, 15])
+    outside = autoguide(strong, shift_network, y, scale=3.0, interval=(0.6, 1.0))(x, t, t)
+    np.testing.assert_array_equal(outside, strong(x, t, y)[0])
+
+
+def test_autoguidance_by_itself_is_a_no_op():
+    y, x, t = jnp.array([2, 5]), jnp.ones((2, 3, 3, 4)), jnp.float32(0.5)
+    np.testing.assert_array_equal(autoguide(strong, strong, y, scale=7.5)(x, t, t), strong(x, t, y)[0])
+
+
+def test_autoguidance_by_the_unlabelled_network_is_classifier_free_guidance():
+    y, x, t = jnp.array([2, 5]), jnp.ones((2, 3, 3, 4)), jnp.float32(0.5)
+    auto = autoguide(strong, unlabelled(strong, 6), y, scale=2.5, channels=2)(x, t, t)
+    np.testing.assert_allclose(auto, guide(strong, y, 6, scale=2.5, channels=2)(x, t, t))
+
+
+def test_outside_the_interval_the_weak_network_does_not_run():
+    calls = []
+
+    def weak(x, t, y):
+        jax.debug.callback(lambda t: calls.append(float(t[0])), t)
+        return x, ()
+
+    velocity = autoguide(strong, weak, jnp.array([0, 1]), scale=2.0, interval=(0.0, 0.55))
+    jax.jit(lambda x: samplers.euler(velocity, x, samplers.uniform_times(4)))(jnp.ones((2, 1, 1, 1)))
+    jax.effects_barrier()
+    assert sorted(calls) == [0.25, 0.5]
