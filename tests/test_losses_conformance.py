@@ -19,6 +19,7 @@ def files(slot: str) -> list[str]:
     return sorted(path.stem for path in (PACKAGE / slot).glob("*.py") if path.stem != "__init__")
 
 
+PREDICTED = {"ddpm": 2 * 3}  # channels; 3, those of SHAPE, for the others
 LOSSES, OBJECTIVES = files("losses"), files("objectives")
 CLASSES, BATCH, TOKENS, WIDTH, DEPTH = 7, 8, 16, 24, 12
 SHAPE = (4, 4, 3)
@@ -38,21 +39,25 @@ def features(seed: int = 0) -> tuple[jax.Array, ...]:
 
 
 def network(params, x_t, t, y):
-    """A small network of the contract's form, with parameters to differentiate in."""
-    stream = jnp.tile(x_t.reshape(len(x_t), TOKENS, 3), (1, 1, WIDTH // 3)) + t[:, None, None] + 0.1 * y[:, None, None]
+    """A small network of the contract's form, with parameters to differentiate in; t may also count up to 1000."""
+    stream = (
+        jnp.tile(x_t.reshape(len(x_t), TOKENS, 3), (1, 1, WIDTH // 3))
+        + jnp.sin(t)[:, None, None]
+        + 0.1 * y[:, None, None]
+    )
     outputs = [stream]
     for kernel in params["blocks"]:
         stream = stream + jnp.tanh(stream @ kernel)
         outputs.append(stream)
-    return (stream @ params["out"]).reshape(x_t.shape), tuple(outputs)
+    return (stream @ params["out"]).reshape(*x_t.shape[:-1], -1), tuple(outputs)
 
 
-def params():
+def params(channels: int = SHAPE[-1]):
     rng = np.random.default_rng(1)
     blocks = 0.2 * rng.standard_normal((DEPTH, WIDTH, WIDTH), dtype=np.float32)
     return {
         "blocks": list(jnp.asarray(blocks)),
-        "out": jnp.asarray(0.1 * rng.standard_normal((WIDTH, 3), dtype=np.float32)),
+        "out": jnp.asarray(0.1 * rng.standard_normal((WIDTH, channels), dtype=np.float32)),
     }
 
 
@@ -146,10 +151,12 @@ def test_loss_does_not_depend_on_the_order_of_the_batch(name):
 def test_objective_keeps_the_contract(name):
     objective = objectives.make(name, CLASSES)
 
+    weights = params(PREDICTED.get(name, SHAPE[-1]))
+
     def run(params, key):
         return objective(lambda *inputs: network(params, *inputs), batch(), key)
 
-    result = jax.jit(run)(params(), jax.random.key(0))
+    result = jax.jit(run)(weights, jax.random.key(0))
     assert isinstance(result, Forward)
     assert result.loss.shape == result.t.shape == result.y.shape == (BATCH,)
     assert result.loss.dtype == jnp.float32
@@ -161,11 +168,11 @@ def test_objective_keeps_the_contract(name):
     assert (result.loss > 0).all()
     assert result.y.max() <= CLASSES
 
-    gradient = jax.jit(jax.grad(lambda p: run(p, jax.random.key(0)).loss.mean()))(params())
+    gradient = jax.jit(jax.grad(lambda p: run(p, jax.random.key(0)).loss.mean()))(weights)
     for path, leaf in jax.tree.leaves_with_path(gradient):
         assert jnp.isfinite(leaf).all()
         assert jnp.abs(leaf).max() > 0, f"no gradient reaches {jax.tree_util.keystr(path)}"
-    other = jax.jit(run)(params(), jax.random.key(1))
+    other = jax.jit(run)(weights, jax.random.key(1))
     assert jnp.any(other.noise != result.noise), "the noise does not depend on the key"
 
 

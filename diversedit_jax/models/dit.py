@@ -184,11 +184,11 @@ class DiT(nnx.Module):
         policy: Callable | None,
         capture: str,
         cuts: tuple[int, ...],
+        out_channels: int,
         *,
         rngs: nnx.Rngs,
     ):
         depth, width, heads = size
-        pixels = patch * patch * shape[-1]
         half = depth // 2
 
         def stack(build: Callable[[nnx.Rngs], nnx.Module], n: int) -> nnx.Module:
@@ -198,21 +198,22 @@ class DiT(nnx.Module):
             return Block(width, heads, mlp_ratio, qk_norm, dtype, rngs=rngs)
 
         linear = partial(nnx.Linear, dtype=dtype, kernel_init=KERNELS["xavier"], rngs=rngs)
-        self.patch_embed = linear(pixels, width)
+        self.patch_embed = linear(patch * patch * shape[-1], width)
         self.time_embed = TimeEmbedding(width, rngs=rngs)
         self.label_embed = nnx.Embed(num_classes + 1, width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs)
         self.shallow = stack(block, half)
         self.deep = stack(block, depth - half)
         self.merges = skip and stack(lambda rngs: Merge(width, skip.norm, skip.init, dtype, rngs=rngs), half)
         self.final_ada = linear(width, 2 * width, kernel_init=nnx.initializers.zeros)
-        self.final = linear(width, pixels, kernel_init=nnx.initializers.zeros)
+        self.final = linear(width, patch * patch * out_channels, kernel_init=nnx.initializers.zeros)
         self.shape, self.patch, self.depth, self.width = shape, patch, depth, width
+        self.out_shape = (*shape[:-1], out_channels)
         self.skip, self.policy, self.capture, self.cuts = skip, policy, capture, cuts
         self.dtype, self.stream_dtype = dtype, stream_dtype
 
     def __call__(
         self, x_t: Float[Array, "b h w c"], t: Float[Array, " b"], y: Int[Array, " b"]
-    ) -> tuple[Float[Array, "b h w c"], tuple[Float[Array, "b n d"], ...]]:
+    ) -> tuple[Float[Array, "b h w k"], tuple[Float[Array, "b n d"], ...]]:
         if x_t.shape[1:] != self.shape:
             raise ValueError(f"the network takes images of shape {self.shape}, given {x_t.shape[1:]}")
         x = self.patch_embed(patchify(x_t, self.patch).astype(self.dtype)).astype(jnp.float32)
@@ -252,7 +253,7 @@ class DiT(nnx.Module):
 
         shift, scale = jnp.split(self.final_ada(jax.nn.silu(c)).astype(jnp.float32), 2, axis=-1)
         out = self.final(modulate(x, shift, scale).astype(self.dtype)).astype(jnp.float32)
-        return unpatchify(out, self.shape, self.patch), tuple(features)
+        return unpatchify(out, self.out_shape, self.patch), tuple(features)
 
     def _scan(self, body: Callable, x: Array, layers, blocks: range) -> tuple[Array, list[Array], Array]:
         """Scan `body` over the layers of `blocks`; returns the last stream, what each block emits, and that stacked.
@@ -326,6 +327,7 @@ def make(
     stream_dtype: str = "float32",
     remat: str = "named",
     capture: str = "merged",
+    out_channels: int | None = None,
 ) -> Model:
     """A SiT or DiT for images or latents of `shape` (h, w, c) and labels 0 .. num_classes, the last the null label.
 
@@ -338,6 +340,7 @@ def make(
         the output are float32 always.
     remat: what the backward pass keeps: `named` (the output of each matmul), `dots`, `full` (nothing), `none` (all).
     capture: features are taken after the merge (`merged`, as the released loss does) or before it (`block`).
+    out_channels: of the prediction (None: as the input; DiT, which predicts noise and variance, has twice as many).
     """
     _known("size", size, SIZES)
     _known("skip", skip, SKIPS)
@@ -358,6 +361,9 @@ def make(
         raise ConfigError(f"model.heads = {dims.heads} does not divide the width {dims.width}")
     if dims.width % 4:
         raise ConfigError(f"model.width = {dims.width}: the 2-D position table needs a multiple of 4")
+    out_channels = shape[-1] if out_channels is None else out_channels
+    if out_channels < 1:
+        raise ConfigError(f"model.out_channels = {out_channels}: must be positive")
     for cut in cuts:
         if not 0 <= cut <= dims.depth:
             raise ConfigError(f"a loss reads block {cut}, but the model has {dims.depth} blocks")
@@ -381,6 +387,7 @@ def make(
         REMAT[remat],
         capture,
         tuple(sorted(set(cuts))),
+        out_channels,
     )
     return functional(lambda rngs: build(rngs=rngs))
 

@@ -1,0 +1,68 @@
+"""Samplers of the discrete diffusion, from its last step to its first in one `lax.scan`: DDPM's and DDIM's (arXiv
+2006.11239, 2010.02502), equal to those of DiT.
+
+`predict` is a network under `guidance.guide`: (x, step, t) -> noise, or noise and variance; the step is that of the
+trained diffusion, as a float, and t in (0, 1] its place on the time axis of guidance intervals.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from diversedit_jax import noise_schedule
+from diversedit_jax.errors import ConfigError
+from diversedit_jax.guidance import Velocity
+from diversedit_jax.noise_schedule import Schedule, at
+from diversedit_jax.samplers import Noise
+
+
+def ddpm(predict: Velocity, x: Float[Array, "b h w c"], schedule: Schedule, noise: Noise) -> Float[Array, "b h w c"]:
+    """Ancestral sampling (DDPM, Algorithm 2), with the variance that the network predicts, or beta; no noise at last.
+
+    `schedule` may be respaced. `noise` gives the draw of each step, counted from the first one taken.
+    """
+
+    def step(x, i, output, draw):
+        p = noise_schedule.reverse(schedule, output, x, i)
+        return p.mean + jnp.where(i > 0, jnp.exp(p.log_variance / 2), 0) * draw
+
+    return _loop(step, predict, x, schedule, noise)
+
+
+def ddim(
+    predict: Velocity, x: Float[Array, "b h w c"], schedule: Schedule, noise: Noise, eta: float = 0.0
+) -> Float[Array, "b h w c"]:
+    """DDIM (Eq. 12): deterministic for eta = 0, of the posterior's variance for eta = 1; a learned one is not used."""
+    if not 0 <= eta <= 1:
+        raise ConfigError(f"eta = {eta}: must be from 0 (deterministic) to 1")
+    before = schedule.alphas_bar_prev
+    sigma = eta * np.sqrt(noise_schedule.posterior_variance(schedule))  # Eq. 16; 0 in the first step
+    direction = np.sqrt(1 - before - sigma**2)
+
+    def step(x, i, output, draw):
+        predicted, _ = noise_schedule.split(output, x.shape[-1])
+        data = noise_schedule.data_from_noise(schedule, predicted, x, i)
+        return at(np.sqrt(before), i) * data + at(direction, i) * predicted + at(sigma, i) * draw
+
+    return _loop(step, predict, x, schedule, noise)
+
+
+def _loop(
+    step: Callable, predict: Velocity, x: Float[Array, "b h w c"], schedule: Schedule, noise: Noise
+) -> Float[Array, "b h w c"]:
+    """`step` (x, i, output, draw) -> x for i from the last step of the schedule to 0."""
+    count = len(schedule.timesteps)
+    if count < 2:
+        raise ConfigError(f"a discrete diffusion is sampled in at least 2 steps, given {count}")
+
+    def body(x, at_step):
+        taken, i, timestep = at_step
+        output = predict(x, timestep, (timestep + 1) / schedule.num_timesteps)
+        return step(x, i, output, noise(taken).astype(x.dtype)).astype(x.dtype), None
+
+    order = jnp.arange(count - 1, -1, -1)
+    timesteps = jnp.asarray(schedule.timesteps, x.dtype)[order]
+    return jax.lax.scan(body, x, (jnp.arange(count), order, timesteps))[0]

@@ -1,0 +1,179 @@
+"""The discrete diffusion of DDPM: its noise schedule, posterior and respacing (arXiv 2006.11239, 2102.09672).
+
+Step i = 0 is the least noisy, as t = 0 is data on paths: x_i = sqrt(alpha_bar_i) x + sqrt(1 - alpha_bar_i) noise.
+Coefficients are float64 numpy arrays, rounded to float32 where they meet an image.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from diversedit_jax.errors import ConfigError
+
+Index = Int[Array, ""] | Int[Array, " b"]  # one step for all images, or one for each
+
+
+class Schedule(NamedTuple):
+    """A diffusion of n steps, of which `timesteps` are the steps of the trained one: what the network is given."""
+
+    num_timesteps: int  # of the trained diffusion
+    timesteps: np.ndarray  # [n] integers, increasing
+    betas: np.ndarray  # [n]
+    alphas_bar: np.ndarray  # [n], the cumulative products of 1 - beta
+    alphas_bar_prev: np.ndarray  # [n], of the step before; 1 for the first
+
+
+class Gaussian(NamedTuple):
+    """A normal distribution of images, independent in each pixel."""
+
+    mean: Array
+    log_variance: Array
+
+
+def from_betas(betas: np.ndarray, num_timesteps: int, timesteps: np.ndarray) -> Schedule:
+    """The schedule of given betas."""
+    alphas_bar = np.cumprod(1 - betas)
+    return Schedule(num_timesteps, timesteps, betas, alphas_bar, np.append(1.0, alphas_bar[:-1]))
+
+
+def linear(num_timesteps: int) -> Schedule:
+    """DDPM's schedule, beta from 1e-4 to 0.02 in 1000 steps; for another number, scaled to the same total noise."""
+    if num_timesteps < 21:  # below, the last beta is 1 or more
+        raise ConfigError(f"num_timesteps = {num_timesteps}: the linear schedule needs at least 21 steps")
+    scale = 1000 / num_timesteps
+    betas = np.linspace(scale * 1e-4, scale * 0.02, num_timesteps)
+    return from_betas(betas, num_timesteps, np.arange(num_timesteps))
+
+
+def spaced(num_timesteps: int, section_counts: Sequence[int]) -> np.ndarray:
+    """The steps to keep: so many from each of equal sections, evenly from its first to its last (arXiv 2102.09672).
+
+    [250] of 1000 are 0, 4, 8, 12, 16, 20, ..., 999. The first num_timesteps mod len(section_counts) sections are longer
+    by one.
+    """
+    size, longer = divmod(num_timesteps, len(section_counts))
+    begin, kept = 0, []
+    for section, count in enumerate(section_counts):
+        length = size + (section < longer)
+        if not 1 <= count <= length:
+            raise ConfigError(f"{count} steps of a section of {length} steps: must be 1 to {length}")
+        stride = (length - 1) / (count - 1) if count > 1 else 1
+        place = 0.0
+        for _ in range(count):  # summed, not multiplied: the reference rounds the running sum
+            kept.append(begin + round(place))
+            place += stride
+        begin += length
+    return np.array(kept)
+
+
+def respace(schedule: Schedule, timesteps: np.ndarray) -> Schedule:
+    """The diffusion that visits only some steps of `schedule`, with the same marginals there."""
+    alphas_bar = schedule.alphas_bar[timesteps]
+    betas = 1 - alphas_bar / np.append(1.0, alphas_bar[:-1])
+    return from_betas(betas, schedule.num_timesteps, schedule.timesteps[timesteps])
+
+
+def posterior_variance(schedule: Schedule) -> np.ndarray:
+    """The variance of q(x_{i-1} | x_i, x) (DDPM, Eq. 7); 0 for the first step."""
+    return schedule.betas * (1 - schedule.alphas_bar_prev) / (1 - schedule.alphas_bar)
+
+
+def posterior_log_variance(schedule: Schedule) -> np.ndarray:
+    """Its logarithm, the first step's replaced by the second's, as it would be -inf."""
+    variance = posterior_variance(schedule)
+    return np.log(np.append(variance[1], variance[1:]))
+
+
+def fixed_log_variance(schedule: Schedule) -> np.ndarray:
+    """The variance beta of networks that do not learn it, in the first step the posterior's second."""
+    return np.log(np.append(posterior_variance(schedule)[1], schedule.betas[1:]))
+
+
+def at(values: np.ndarray, i: Index) -> Array:
+    """The coefficients of steps i, with the axes to multiply images."""
+    return jnp.asarray(values, jnp.float32)[i][..., None, None, None]
+
+
+def diffuse(
+    schedule: Schedule, x: Float[Array, "b h w c"], noise: Float[Array, "b h w c"], i: Index
+) -> Float[Array, "b h w c"]:
+    """x_i, a draw of q(x_i | x) (DDPM, Eq. 4)."""
+    return at(np.sqrt(schedule.alphas_bar), i) * x + at(np.sqrt(1 - schedule.alphas_bar), i) * noise
+
+
+def data_from_noise(
+    schedule: Schedule, noise: Float[Array, "b h w c"], x_i: Float[Array, "b h w c"], i: Index
+) -> Float[Array, "b h w c"]:
+    """x from x_i and its noise."""
+    return at(np.sqrt(1 / schedule.alphas_bar), i) * x_i - at(np.sqrt(1 / schedule.alphas_bar - 1), i) * noise
+
+
+def posterior(schedule: Schedule, x: Float[Array, "b h w c"], x_i: Float[Array, "b h w c"], i: Index) -> Gaussian:
+    """q(x_{i-1} | x_i, x) (DDPM, Eq. 6)."""
+    betas, alphas_bar, before = schedule.betas, schedule.alphas_bar, schedule.alphas_bar_prev
+    of_x = betas * np.sqrt(before) / (1 - alphas_bar)
+    of_x_i = (1 - before) * np.sqrt(1 - betas) / (1 - alphas_bar)
+    return Gaussian(at(of_x, i) * x + at(of_x_i, i) * x_i, at(posterior_log_variance(schedule), i))
+
+
+def split(output: Float[Array, "b h w k"], channels: int) -> tuple[Float[Array, "b h w c"], Array | None]:
+    """A network's output as (noise, v): v holds the variances, and is None if the output has only the noise."""
+    if output.shape[-1] not in (channels, 2 * channels):
+        raise ConfigError(
+            f"the network predicts {output.shape[-1]} channels: needed are {channels} (noise) or {2 * channels} (noise "
+            f"and variance); set model.out_channels"
+        )
+    return output[..., :channels], output[..., channels:] if output.shape[-1] > channels else None
+
+
+def reverse(schedule: Schedule, output: Float[Array, "b h w k"], x_i: Float[Array, "b h w c"], i: Index) -> Gaussian:
+    """p(x_{i-1} | x_i) of a network's output; its variance, if learned, lies between the posterior's (v = -1) and beta
+    (v = 1) on a logarithmic scale (arXiv 2102.09672, Eq. 15)."""
+    noise, v = split(output, x_i.shape[-1])
+    mean = posterior(schedule, data_from_noise(schedule, noise, x_i, i), x_i, i).mean
+    if v is None:
+        return Gaussian(mean, at(fixed_log_variance(schedule), i))
+    low, high = at(posterior_log_variance(schedule), i), at(np.log(schedule.betas), i)
+    fraction = (v + 1) / 2
+    return Gaussian(mean, fraction * high + (1 - fraction) * low)
+
+
+def kl(p: Gaussian, q: Gaussian) -> Array:
+    """KL(p || q) of each pixel, in nats."""
+    spread = jnp.exp(p.log_variance - q.log_variance) + (p.mean - q.mean) ** 2 * jnp.exp(-q.log_variance)
+    return 0.5 * (q.log_variance - p.log_variance + spread - 1)
+
+
+def discretized_log_likelihood(p: Gaussian, x: Array) -> Array:
+    """log p of each pixel's bin of width 2/255, the outermost open (DDPM, Eq. 13), for x in [-1, 1]."""
+    inverse = jnp.exp(-p.log_variance / 2)
+    upper = _normal_cdf(inverse * (x - p.mean + 1 / 255))
+    lower = _normal_cdf(inverse * (x - p.mean - 1 / 255))
+    mass = jnp.where(x < -0.999, upper, jnp.where(x > 0.999, 1 - lower, upper - lower))
+    return jnp.log(jnp.maximum(mass, 1e-12))
+
+
+def _normal_cdf(x: Array) -> Array:
+    """The approximation by tanh that DDPM's code and DiT's use."""
+    return 0.5 * (1 + jnp.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def bound(
+    schedule: Schedule,
+    output: Float[Array, "b h w k"],
+    x: Float[Array, "b h w c"],
+    x_i: Float[Array, "b h w c"],
+    i: Int[Array, " b"],
+) -> Float[Array, " b"]:
+    """The term of the variational bound at step i, in bits per element (DDPM, Eq. 5); its gradient leaves the predicted
+    noise alone and trains the variance (arXiv 2102.09672, section 3.1)."""
+    noise, v = split(output, x.shape[-1])
+    noise = jax.lax.stop_gradient(noise)
+    p = reverse(schedule, noise if v is None else jnp.concatenate([noise, v], axis=-1), x_i, i)
+    later = kl(posterior(schedule, x, x_i, i), p)
+    first = -discretized_log_likelihood(p, x)
+    return jnp.where(i == 0, first.mean(axis=(1, 2, 3)), later.mean(axis=(1, 2, 3))) / np.log(2)

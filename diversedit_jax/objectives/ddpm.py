@@ -1,0 +1,74 @@
+"""DDPM as DiT trains it: the noise of a discrete diffusion, and its variance by the variational bound (DiT, arXiv
+2212.09748, section 3.1; improved DDPM, arXiv 2102.09672)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from diversedit_jax import noise_schedule
+from diversedit_jax.api import Batch, Forward, Network, Objective
+from diversedit_jax.errors import ConfigError
+from diversedit_jax.noise_schedule import Schedule
+from diversedit_jax.objectives.flow_matching import drop_labels
+
+
+def regress(
+    network: Network,
+    schedule: Schedule,
+    x: Float[Array, "b h w c"],
+    noise: Float[Array, "b h w c"],
+    t: Int[Array, " b"],
+    y: Int[Array, " b"],
+) -> Forward:
+    """The squared error of the predicted noise and, if the network predicts variances too, the bound's term at step t.
+
+    The network is given the step itself, 0 .. num_timesteps - 1, as a float; so is Forward.t.
+    """
+    x_t = noise_schedule.diffuse(schedule, x, noise, t)
+    step = jnp.asarray(schedule.timesteps, jnp.float32)[t]
+    output, features = network(x_t, step, y)
+    output = output.astype(jnp.float32)
+    predicted, v = noise_schedule.split(output, x.shape[-1])
+    loss = jnp.mean((predicted - noise) ** 2, axis=(1, 2, 3))
+    metrics = {"mse": loss.mean()}
+    if v is not None:
+        vb = noise_schedule.bound(schedule, output, x, x_t, t)
+        metrics["vb"] = vb.mean()
+        loss = loss + vb
+    return Forward(loss, x, noise, step, x_t, y, features, metrics)
+
+
+def make(
+    num_classes: int, *, num_timesteps: int = 1000, label_drop: float = 0.1, learn_sigma: bool = True
+) -> Objective:
+    """The objective of DiT, with its defaults.
+
+    num_timesteps: of the diffusion, betas linear from 1e-4 to 0.02 (at 1000). learn_sigma: the network has twice the
+    channels (`model.out_channels`), the second half for the variance. label_drop: the probability with which a label
+    becomes the null label, `num_classes`.
+    """
+    if not 0 <= label_drop <= 1:
+        raise ConfigError(f"label_drop must be a probability, given {label_drop}")
+    schedule = noise_schedule.linear(num_timesteps)
+
+    def objective(network: Network, batch: Batch, key: Array) -> Forward:
+        key_t, key_noise, key_drop = jax.random.split(key, 3)
+        x = batch["x"]
+
+        def checked(x_t, t, y):
+            output, features = network(x_t, t, y)
+            wanted = x.shape[-1] * (2 if learn_sigma else 1)
+            if output.shape[-1] != wanted:
+                raise ConfigError(
+                    f"the network predicts {output.shape[-1]} channels, objective ddpm with learn_sigma = "
+                    f"{learn_sigma} "
+                    f"needs {wanted}: set model.out_channels"
+                )
+            return output, features
+
+        t = jax.random.randint(key_t, (len(x),), 0, num_timesteps)
+        noise = jax.random.normal(key_noise, x.shape)
+        y = drop_labels(key_drop, batch["y"], label_drop, null=num_classes)
+        return regress(checked, schedule, x, noise, t, y)
+
+    return objective
