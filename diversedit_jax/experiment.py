@@ -43,7 +43,8 @@ def build(config: ConfigDict, shape: tuple[int, int, int], num_classes: int) -> 
     prepare = configs.make("prepare", config.prepare, "config.prepare")
     parts = Parts(model, prepare, objective, losses, optimizer, config.ema_decay, config.accumulate)
     sampler = configs.keywords(config.sampler, "config.sampler", sampling.make)
-    sample = sampling.make(model, prepare, shape, num_classes, config.objective.path, mesh, **sampler)
+    source = sampling.trained(config.objective.to_dict())
+    sample = sampling.make(model, prepare, shape, num_classes, source, mesh, **sampler)
     return Experiment(mesh, parts, sample, rate)
 
 

@@ -15,11 +15,12 @@ import numpy as np
 from absl import flags
 
 from diversedit_jax import config as configs
-from diversedit_jax import experiment, logs, program, sampling, sharding
+from diversedit_jax import experiment, logs, program, samplers, sampling, sharding
 from diversedit_jax.checkpoint import Checkpoints
 from diversedit_jax.errors import ConfigError
 
-OVERRIDES = ("solver", "steps", "cfg_scale", "guidance_interval", "guidance_channels", "batch_size")
+OVERRIDES = ("solver", "steps", "cfg_scale", "guidance_interval", "guidance_channels")
+OVERRIDES += ("diffusion", "last_step_kind", "last_step", "rtol", "atol", "eta", "batch_size")
 
 
 def run(
@@ -88,6 +89,12 @@ if __name__ == "__main__":
     flags.DEFINE_float("cfg_scale", None, "Scale of classifier-free guidance; 1: none.")
     flags.DEFINE_list("guidance_interval", None, "lo,hi: guide while lo <= t <= hi; t = 1 is noise.")
     flags.DEFINE_integer("guidance_channels", None, "Guide the first so many channels only.")
+    flags.DEFINE_string("diffusion", None, f"Of stochastic solvers, one of {', '.join(samplers.DIFFUSIONS)}.")
+    flags.DEFINE_string("last_step_kind", None, f"Of stochastic solvers, one of {', '.join(samplers.LAST_STEPS)}.")
+    flags.DEFINE_float("last_step", None, "Of stochastic solvers: the time at which the last step begins.")
+    flags.DEFINE_float("rtol", None, "Of dopri5: the relative tolerance.")
+    flags.DEFINE_float("atol", None, "Of dopri5: the absolute tolerance.")
+    flags.DEFINE_float("eta", None, "Of ddim: 0 is deterministic, 1 has the posterior's variance.")
     flags.DEFINE_integer("batch_size", None, "Samples at a time, over all devices.")
 
     def main() -> None:

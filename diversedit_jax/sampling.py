@@ -1,8 +1,8 @@
 """From a trained network to images: labels in, images out, in batches of one compiled size."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +10,41 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from diversedit_jax import paths, samplers, sharding
-from diversedit_jax.api import Params, Prepare
+from diversedit_jax import ddpm_samplers, noise_schedule, paths, samplers, sharding
+from diversedit_jax.api import Network, Params, Prepare
 from diversedit_jax.errors import ConfigError, NonFiniteError
 from diversedit_jax.guidance import guide
 from diversedit_jax.models import Model
 from diversedit_jax.slots import suggestion
 
-SOLVERS = ("euler", "heun", "euler_maruyama")
+FLOW_SOLVERS = ("euler", "heun", "dopri5", "euler_maruyama", "sde_heun")
+DDPM_SOLVERS = ("ddpm", "ddim")
+SOLVERS = FLOW_SOLVERS + DDPM_SOLVERS
 
 # (params, frozen, labels [n], seed) -> images [n h w c] on the host: uint8, or x itself in float32 without a decoder
 Sample = Callable[..., np.ndarray]
+
+# (guide: network -> velocity, network, x, noise) -> x at the end
+Solve = Callable[[Callable[[Network], Callable], Network, Array, samplers.Noise], Array]
+
+
+class Flow(NamedTuple):
+    """What a network of `objectives.flow_matching` was trained to predict."""
+
+    path: str = "linear"
+    prediction: str = "velocity"
+
+
+class Diffusion(NamedTuple):
+    """What a network of `objectives.ddpm` was trained on."""
+
+    num_timesteps: int = 1000
+
+
+def trained(objective: Mapping[str, Any]) -> Flow | Diffusion:
+    """What to sample from, by the options of the objective: a discrete diffusion is known by its `num_timesteps`."""
+    kind = Diffusion if "num_timesteps" in objective else Flow
+    return kind(**{name: objective[name] for name in kind._fields if name in objective})
 
 
 def make(
@@ -28,7 +52,7 @@ def make(
     prepare: Prepare,
     shape: tuple[int, int, int],
     num_classes: int,
-    path: str,
+    source: Flow | Diffusion,
     mesh: Mesh,
     *,
     solver: str = "euler_maruyama",
@@ -36,14 +60,30 @@ def make(
     cfg_scale: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     guidance_channels: int | None = None,
+    diffusion: str = "sigma",
+    diffusion_norm: float = 1.0,
+    last_step_kind: str = "mean",
     last_step: float = 0.04,
+    rtol: float = 1e-3,
+    atol: float = 1e-6,
+    eta: float = 0.0,
     batch_size: int = 256,
 ) -> Sample:
     """A function that samples and decodes, compiled at its first call; by default as the papers do without guidance.
 
-    solver: `euler` (1 evaluation a step), `heun` (2) or `euler_maruyama` (stochastic, its last step from `last_step`).
-    cfg_scale, guidance_interval, guidance_channels: see `guidance.guide`. Image i depends on the seed, on i and on its
-    label alone: not on the batch size or the devices, rounding aside. Samples that are not finite are an error.
+    solver: for flows `euler` (1 evaluation a step), `heun` (2), `dopri5` (adaptive), and the stochastic
+    `euler_maruyama` (1) and `sde_heun` (2); for objective ddpm `ddpm` (ancestral) and `ddim`. The other options and
+    the solvers that read them:
+
+    steps: all; of `dopri5` the most that it may take.
+    cfg_scale, guidance_interval, guidance_channels: all; see `guidance.guide`. In `ddpm` and `ddim` guidance changes
+    the noise, never the variance, and its interval is of (step + 1) / num_timesteps.
+    diffusion, diffusion_norm: stochastic; the coefficient's form and magnitude, see `samplers.DIFFUSIONS`.
+    last_step_kind, last_step: stochastic; `mean`, `euler` or `tweedie` from time `last_step`, or `none`.
+    rtol, atol: `dopri5`. eta: `ddim`; 0 is deterministic.
+
+    Image i depends on the seed, on i and on its label alone: not on the batch size or the devices, rounding aside (and
+    `dopri5` aside, which chooses its steps for a batch). Samples that are not finite are an error.
     """
     if solver not in SOLVERS:
         raise ConfigError(f"unknown solver {solver!r}; {suggestion(solver, SOLVERS)}")
@@ -56,20 +96,20 @@ def make(
         raise ConfigError(f"guidance_channels = {guidance_channels}: the samples have {shape[-1]} channels")
     if batch_size < 1:
         raise ConfigError(f"sampling batch_size = {batch_size}: must be positive")
-    curve = paths.make(path)
-    stochastic = solver == "euler_maruyama"
-    times = samplers.last_step_times(steps, last_step) if stochastic else samplers.uniform_times(steps)
+    if isinstance(source, Diffusion):
+        solve = _ddpm_solve(source, solver, steps, eta)
+        guidance_channels = shape[-1] if guidance_channels is None else guidance_channels
+    elif solver in ("euler_maruyama", "sde_heun"):
+        solve = _sde_solve(source, solver, steps, diffusion, diffusion_norm, last_step_kind, last_step)
+    else:
+        solve = _ode_solve(source, solver, steps, rtol, atol)
 
     @partial(jax.jit, out_shardings=sharding.replicated(mesh))  # so that every process can read the result
     def run(params: Params, frozen: Any, y: Int[Array, " b"], keys: Array, scale, interval) -> tuple[Array, Array]:
         start, path_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
         x = jax.vmap(lambda key: jax.random.normal(key, shape))(start)
-        network = model.network(params)
-        velocity = guide(network, y, num_classes, scale=scale, interval=interval, channels=guidance_channels)
-        if stochastic:
-            x = samplers.euler_maruyama(velocity, x, times, samplers.normal_per_image(path_keys, shape), curve)
-        else:
-            x = getattr(samplers, solver)(velocity, x, times)
+        guided = partial(guide, y=y, null=num_classes, scale=scale, interval=interval, channels=guidance_channels)
+        x = solve(guided, model.network(params), x, samplers.normal_per_image(path_keys, shape))
         return x if prepare.decode is None else prepare.decode(frozen, x), jnp.isfinite(x).all()
 
     def sample(params: Params, frozen: Any, labels: Int[np.ndarray, " n"], seed: int) -> np.ndarray:
@@ -88,3 +128,60 @@ def make(
         return np.concatenate(done)[: len(labels)]
 
     return sample
+
+
+def _ode_solve(source: Flow, solver: str, steps: int, rtol: float, atol: float) -> Solve:
+    _needs(solver, FLOW_SOLVERS, "a flow")
+    path = paths.make(source.path)
+    paths.check_prediction(source.prediction)
+    last, first = paths.sampling_times(*source)
+    times = samplers.uniform_times(steps, first, last)
+    if not (rtol > 0 and atol > 0):
+        raise ConfigError(f"rtol = {rtol}, atol = {atol}: must be positive")
+
+    def solve(guided, network, x, noise):
+        velocity = guided(paths.as_velocity(network, path, source.prediction))
+        if solver == "dopri5":
+            return samplers.dopri5(velocity, x, first, last, rtol=rtol, atol=atol, max_steps=steps)
+        return getattr(samplers, solver)(velocity, x, times)
+
+    return solve
+
+
+def _sde_solve(
+    source: Flow, solver: str, steps: int, form: str, norm: float, last_kind: str, last_step: float
+) -> Solve:
+    path = paths.make(source.path)
+    paths.check_prediction(source.prediction)
+    w = samplers.diffusion(form, path, norm)
+    times = samplers.sde_times(steps, *source, form, last_kind, last_step)
+    if not 0 <= norm < float("inf"):
+        raise ConfigError(f"diffusion_norm = {norm}: must be finite and not negative")
+
+    def solve(guided, network, x, noise):
+        velocity = guided(paths.as_velocity(network, path, source.prediction))
+        return getattr(samplers, solver)(velocity, x, times, noise, path, w, last_kind)
+
+    return solve
+
+
+def _ddpm_solve(source: Diffusion, solver: str, steps: int, eta: float) -> Solve:
+    _needs(solver, DDPM_SOLVERS, "objective ddpm")
+    if steps < 2:
+        raise ConfigError(f"steps = {steps}: a discrete diffusion is sampled in at least 2")
+    if not 0 <= eta <= 1:
+        raise ConfigError(f"eta = {eta}: must be from 0 (deterministic) to 1")
+    whole = noise_schedule.linear(source.num_timesteps)
+    schedule = noise_schedule.respace(whole, noise_schedule.spaced(source.num_timesteps, [steps]))
+
+    def solve(guided, network, x, noise):
+        if solver == "ddim":
+            return ddpm_samplers.ddim(guided(network), x, schedule, noise, eta)
+        return ddpm_samplers.ddpm(guided(network), x, schedule, noise)
+
+    return solve
+
+
+def _needs(solver: str, known: tuple[str, ...], trained_on: str) -> None:
+    if solver not in known:
+        raise ConfigError(f"solver {solver!r} does not sample what {trained_on} trained; one of: {', '.join(known)}")

@@ -1,0 +1,139 @@
+"""From trained networks to images: every solver on what it can sample, wrong combinations refused before compiling."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import default
+from diversedit_jax import config as configs
+from diversedit_jax import experiment, models, prepare, sampling, sharding
+from diversedit_jax.data import pipeline
+from diversedit_jax.errors import ConfigError
+from diversedit_jax.models import Model
+from diversedit_jax.train_state import initializer, train_step
+
+SHAPE, CLASSES = (8, 8, 2), 3
+PIXELS = prepare.make("pixels")._replace(decode=None)
+
+
+def sampler(source, model=None, **options):
+    model = model or models.make("dit", SHAPE, CLASSES, depth=2, width=16, heads=2)
+    sample = sampling.make(model, PIXELS, SHAPE, CLASSES, source, sharding.make_mesh(), batch_size=8, **options)
+    return lambda seed=0: sample(model.init(jax.random.key(0)), {}, np.arange(8) % CLASSES, seed)
+
+
+def still(output):
+    """A model without parameters, whose prediction is a function of (x, t)."""
+    return Model(lambda key: {}, lambda params, x, t, y: (output(x, t[:, None, None, None]), ()))
+
+
+FLOWS = [
+    ("linear", "velocity", {"solver": "dopri5"}),
+    ("linear", "velocity", {"solver": "euler_maruyama", "diffusion": "sbdm"}),
+    ("linear", "noise", {"solver": "heun"}),
+    ("cosine", "score", {"solver": "euler_maruyama", "last_step_kind": "tweedie"}),
+    ("cosine", "velocity", {"solver": "sde_heun", "last_step_kind": "none"}),
+    ("vp", "velocity", {"solver": "euler"}),
+    ("vp", "noise", {"solver": "sde_heun", "diffusion": "linear", "cfg_scale": 2.0}),
+    ("vp", "score", {"solver": "euler_maruyama", "diffusion": "increasing_decreasing", "last_step_kind": "euler"}),
+]
+
+
+@pytest.mark.parametrize(("path", "prediction", "options"), FLOWS)
+def test_data_of_unit_variance_stay_so(path, prediction, options):
+    """For data N(0, 1) on a variance-preserving path v = 0; on the linear one v = (2 t - 1) / ((1 - t)^2 + t^2) x."""
+
+    def output(x, t):
+        variance = (1 - t) ** 2 + t**2 if path == "linear" else jnp.ones_like(t)
+        if prediction == "velocity":
+            return (2 * t - 1) / variance * x if path == "linear" else 0 * x
+        score = -x / variance
+        return score if prediction == "score" else -sampling.paths.make(path).sigma(t) * score
+
+    x = sampler(sampling.Flow(path, prediction), still(output), steps=200, **options)()
+    assert x.shape == (8, *SHAPE)
+    assert abs(x.mean()) < 4 / x.size**0.5
+    assert abs(x.std() - 1) < 4 / (2 * x.size) ** 0.5 + 0.02
+    again = sampler(sampling.Flow(path, prediction), still(output), steps=200, **options)
+    np.testing.assert_array_equal(x, again())
+    assert (x != again(seed=1)).any()
+
+
+@pytest.mark.parametrize("solver", sampling.DDPM_SOLVERS)
+@pytest.mark.parametrize("learn_sigma", [False, True])
+def test_discrete_diffusions_are_sampled(solver, learn_sigma):
+    def output(x, t):
+        bar = jnp.asarray(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)), jnp.float32)[t.astype(int)]
+        noise = jnp.sqrt(1 - bar) * x  # expected for data N(0, 1)
+        return jnp.concatenate([noise, 0 * x], axis=-1) if learn_sigma else noise
+
+    x = sampler(sampling.Diffusion(), still(output), steps=250, solver=solver, cfg_scale=1.5)()
+    assert x.shape == (8, *SHAPE)
+    assert abs(x.mean()) < 4 / x.size**0.5
+    assert abs(x.std() - 1) < 4 / (2 * x.size) ** 0.5 + 0.02
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        (sampling.Diffusion(), {}, r"solver 'euler_maruyama' does not sample what objective ddpm trained.*ddpm, ddim"),
+        (sampling.Diffusion(), {"solver": "heun"}, r"solver 'heun' does not sample what objective ddpm trained"),
+        (
+            sampling.Flow(),
+            {"solver": "ddim"},
+            r"solver 'ddim' does not sample what a flow trained.*euler, heun, dopri5",
+        ),
+        (sampling.Flow(), {"solver": "dopri"}, r"unknown solver 'dopri'; did you mean 'dopri5'"),
+        (sampling.Flow(), {"diffusion": "SBDM"}, r"unknown diffusion 'SBDM'"),
+        (sampling.Flow(), {"last_step_kind": "Mean"}, r"unknown last step 'Mean'; did you mean 'mean'"),
+        (sampling.Flow(), {"diffusion_norm": -1.0}, r"diffusion_norm = -1.0: must be finite and not negative"),
+        (sampling.Flow(), {"solver": "dopri5", "rtol": 0.0}, r"rtol = 0.0, atol = 1e-06: must be positive"),
+        (sampling.Flow("linear", "x"), {}, r"unknown prediction 'x'"),
+        (sampling.Diffusion(), {"solver": "ddim", "eta": 2.0}, r"eta = 2.0"),
+        (sampling.Diffusion(), {"solver": "ddpm", "steps": 1001}, r"1001 steps of a section of 1000 steps"),
+    ],
+)
+def test_wrong_combinations_are_refused(source, options, message):
+    with pytest.raises(ConfigError, match=message):
+        sampler(source, **options)
+
+
+def tiny(objective, **options):
+    config = default.get_config()
+    config.batch_size = 8
+    config.data = configs.slot("data", "synthetic", shape=(8, 8, 3), num_classes=4)
+    config.prepare = configs.slot("prepare", "pixels")
+    config.model.update({"depth": 2, "width": 16, "heads": 2})
+    config.objective = configs.slot("objectives", objective, **options)
+    config.sampler.update({"steps": 3, "batch_size": 8})
+    return config
+
+
+def test_a_run_of_dits_formulation_trains_and_samples():
+    config = tiny("ddpm")
+    dataset = experiment.open_data(config)
+    with pytest.raises(ConfigError, match="does not sample what objective ddpm trained"):
+        experiment.build(config, dataset.shape, dataset.num_classes)
+    config.sampler.solver = "ddpm"
+    _, parts, _, _ = experiment.build(config, dataset.shape, dataset.num_classes)
+    loader = pipeline.batches(dataset, config.batch_size, seed=0, num_threads=0)
+    batch = jax.tree.map(jnp.asarray, next(loader))
+    loader.close()
+    key = jax.random.key(0)
+    with pytest.raises(ConfigError, match=r"set model\.out_channels"):
+        jax.eval_shape(initializer(parts, batch), key)
+    config.model.out_channels = 2 * dataset.shape[-1]
+    _, parts, sample, _ = experiment.build(config, dataset.shape, dataset.num_classes)
+    frozen = parts.prepare.init()
+    state, metrics = jax.jit(lambda s: train_step(parts, s, frozen, batch, key))(initializer(parts, batch)(key))
+    assert {"mse", "vb"} <= metrics.keys()
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert sample(state["ema"], frozen, np.arange(5) % dataset.num_classes, 0).shape == (5, *dataset.shape)
+
+
+def test_the_sampler_takes_path_and_prediction_from_the_objective():
+    flow = configs.slot("objectives", "flow_matching", path="vp", prediction="score")
+    assert sampling.trained(flow.to_dict()) == sampling.Flow("vp", "score")
+    assert sampling.trained(configs.slot("objectives", "ddpm", num_timesteps=50).to_dict()) == sampling.Diffusion(50)
+    assert sampling.trained({"name": "my_project:make", "path": "cosine"}) == sampling.Flow("cosine", "velocity")
