@@ -15,6 +15,7 @@ DATA = Path(__file__).parent / "data"
 CONFIG = json.loads((DATA / "sit_config.json").read_text())
 SHAPE = (CONFIG["input_size"], CONFIG["input_size"], CONFIG["in_channels"])
 NULL = CONFIG["num_classes"]
+OFFICIAL = json.loads((DATA / "official_config.json").read_text())
 
 
 def numbers(name: str) -> dict[str, np.ndarray]:
@@ -39,3 +40,23 @@ def model(skip: str, **options) -> models.Model:
     """Our model of the references' size; `skip` is `none` for sit_plain, `release` for sit_diversedit."""
     dims = {"depth": CONFIG["depth"], "width": CONFIG["hidden_size"], "heads": CONFIG["num_heads"]}
     return models.make("dit", SHAPE, NULL, skip=skip, patch=CONFIG["patch_size"], **dims, **options)
+
+
+def official_numbers(name: str) -> dict[str, np.ndarray]:
+    """The arrays of tests/data/<name>.npz of the official SiT or DiT, images as [b h w c]."""
+    with np.load(DATA / f"{name}.npz") as file:
+        return {key: np.moveaxis(file[key], -3, -1) if file[key].ndim >= 4 else file[key] for key in file.files}
+
+
+def official_params(name: str):
+    """A state dict of the official SiT or DiT as parameters of our model."""
+    return sit.from_reference(weights(name), heads=OFFICIAL["num_heads"])
+
+
+def official_model() -> models.Model:
+    """Our model of the official ones' size, with their 2 c output channels."""
+    config = OFFICIAL
+    dims = {"depth": config["depth"], "width": config["hidden_size"], "heads": config["num_heads"]}
+    shape = (config["input_size"], config["input_size"], config["in_channels"])
+    options = {"patch": config["patch_size"], "out_channels": 2 * config["in_channels"], **dims}
+    return models.make("dit", shape, config["num_classes"], **options)
