@@ -31,11 +31,13 @@ def run(
     seed: int = 0,
     step: int | None = None,
     out: str | Path | None = None,
+    weak_step: int | None = None,
     **overrides,
 ) -> Path:
     """Write `num` samples of the run in `workdir`, of `labels` in turn (default: every class in turn); returns where.
 
     step: of the checkpoint, by default the last. overrides: of `config.sampler`, None to leave it as it is.
+    weak_step: guide by the run's own weights at this earlier step, with cfg_scale (autoguidance, arXiv 2406.02507).
     """
     logs.silence()
     workdir = Path(workdir).expanduser().absolute()
@@ -56,9 +58,10 @@ def run(
     abstract = jax.eval_shape(parts.model.init, jax.random.key(0))
     target = sharding.placed(abstract, sharding.shardings({"ema": abstract}, mesh)["ema"])
     params, _ = checkpoints.restore_part(target, "ema", step)
+    weak = None if weak_step is None else checkpoints.restore_part(target, "ema", weak_step)[0]
     y = np.resize(chosen, num).astype(np.int32)
     begin = time.monotonic()
-    images = sample(params, experiment.prepared(parts.prepare, mesh), y, seed)
+    images = sample(params, experiment.prepared(parts.prepare, mesh), y, seed, weak)
     seconds = time.monotonic() - begin
 
     folder = Path(out).expanduser().absolute() if out else workdir / f"samples_{step}"
@@ -84,6 +87,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("seed", 0, "Image i depends on the seed, on i and on its label.")
     flags.DEFINE_integer("step", None, "Step of the checkpoint; by default the last.")
     flags.DEFINE_string("out", None, "Directory to write to; by default WORKDIR/samples_STEP.")
+    flags.DEFINE_integer("weak_step", None, "Guide by the checkpoint of this earlier step, with cfg_scale.")
     flags.DEFINE_string("solver", None, f"One of {', '.join(sampling.SOLVERS)}.")
     flags.DEFINE_integer("steps", None, "Steps of the solver.")
     flags.DEFINE_float("cfg_scale", None, "Scale of classifier-free guidance; 1: none.")
@@ -100,7 +104,10 @@ if __name__ == "__main__":
     def main() -> None:
         """Read the flags and run."""
         values = flags.FLAGS
-        given = {name: values[name].value for name in ("workdir", "num", "labels", "seed", "step", "out", *OVERRIDES)}
+        given = {
+            name: values[name].value
+            for name in ("workdir", "num", "labels", "seed", "step", "out", "weak_step", *OVERRIDES)
+        }
         for name, kind, count in [("labels", int, None), ("guidance_interval", float, 2)]:
             if given[name] is not None:
                 given[name] = numbers(name, given[name], kind, count)

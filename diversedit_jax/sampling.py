@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 from diversedit_jax import ddpm_samplers, noise_schedule, paths, samplers, sharding
 from diversedit_jax.api import Network, Params, Prepare
 from diversedit_jax.errors import ConfigError, NonFiniteError
-from diversedit_jax.guidance import guide
+from diversedit_jax.guidance import Velocity, autoguide, guide
 from diversedit_jax.models import Model
 from diversedit_jax.slots import suggestion
 
@@ -21,11 +21,12 @@ FLOW_SOLVERS = ("euler", "heun", "dopri5", "euler_maruyama", "sde_heun")
 DDPM_SOLVERS = ("ddpm", "ddim")
 SOLVERS = FLOW_SOLVERS + DDPM_SOLVERS
 
-# (params, frozen, labels [n], seed) -> images [n h w c] on the host: uint8, or x itself in float32 without a decoder
+# (params, frozen, labels [n], seed) -> images [n h w c] on the host: uint8, or x itself in float32 without a decoder.
+# With weak=params of a less trained state, `cfg_scale` is the scale of autoguidance by it.
 Sample = Callable[..., np.ndarray]
 
-# (guide: network -> velocity, network, x, noise) -> x at the end
-Solve = Callable[[Callable[[Network], Callable], Network, Array, samplers.Noise], Array]
+# (guided, x, noise) -> x at the end; guided takes what converts a network for the solver, and gives its velocity
+Solve = Callable[[Callable[[Callable[[Network], Network]], Velocity], Array, samplers.Noise], Array]
 
 
 class Flow(NamedTuple):
@@ -105,14 +106,22 @@ def make(
         solve = _ode_solve(source, solver, steps, rtol, atol)
 
     @partial(jax.jit, out_shardings=sharding.replicated(mesh))  # so that every process can read the result
-    def run(params: Params, frozen: Any, y: Int[Array, " b"], keys: Array, scale, interval) -> tuple[Array, Array]:
+    def run(params: Params, weak: Params | None, frozen: Any, y: Int[Array, " b"], keys: Array, scale, interval):
         start, path_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
         x = jax.vmap(lambda key: jax.random.normal(key, shape))(start)
-        guided = partial(guide, y=y, null=num_classes, scale=scale, interval=interval, channels=guidance_channels)
-        x = solve(guided, model.network(params), x, samplers.normal_per_image(path_keys, shape))
+        options = {"scale": scale, "interval": interval, "channels": guidance_channels}
+
+        def guided(convert: Callable[[Network], Network]) -> Velocity:
+            if weak is None:
+                return guide(convert(model.network(params)), y, num_classes, **options)
+            return autoguide(convert(model.network(params)), convert(model.network(weak)), y, **options)
+
+        x = solve(guided, x, samplers.normal_per_image(path_keys, shape))
         return x if prepare.decode is None else prepare.decode(frozen, x), jnp.isfinite(x).all()
 
-    def sample(params: Params, frozen: Any, labels: Int[np.ndarray, " n"], seed: int) -> np.ndarray:
+    def sample(
+        params: Params, frozen: Any, labels: Int[np.ndarray, " n"], seed: int, weak: Params | None = None
+    ) -> np.ndarray:
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(labels)))
         devices = jax.device_count()
         size = -(-min(batch_size, len(labels)) // devices) * devices  # a multiple of the devices
@@ -121,7 +130,7 @@ def make(
         for begin in range(0, len(labels), size):
             index = np.minimum(np.arange(begin, begin + size), len(labels) - 1)  # the last batch is filled up
             y, k = jax.device_put((jnp.asarray(labels, jnp.int32)[index], keys[index]), sharding.over_batch(mesh))
-            images, finite = run(params, frozen, y, k, *guidance)
+            images, finite = run(params, weak, frozen, y, k, *guidance)
             if not finite:
                 raise NonFiniteError(f"samples {begin} to {begin + size - 1} are not finite")
             done.append(np.asarray(images))
@@ -139,8 +148,8 @@ def _ode_solve(source: Flow, solver: str, steps: int, rtol: float, atol: float) 
     if not (rtol > 0 and atol > 0):
         raise ConfigError(f"rtol = {rtol}, atol = {atol}: must be positive")
 
-    def solve(guided, network, x, noise):
-        velocity = guided(paths.as_velocity(network, path, source.prediction))
+    def solve(guided, x, noise):
+        velocity = guided(lambda network: paths.as_velocity(network, path, source.prediction))
         if solver == "dopri5":
             return samplers.dopri5(velocity, x, first, last, rtol=rtol, atol=atol, max_steps=steps)
         return getattr(samplers, solver)(velocity, x, times)
@@ -158,8 +167,8 @@ def _sde_solve(
     if not 0 <= norm < float("inf"):
         raise ConfigError(f"diffusion_norm = {norm}: must be finite and not negative")
 
-    def solve(guided, network, x, noise):
-        velocity = guided(paths.as_velocity(network, path, source.prediction))
+    def solve(guided, x, noise):
+        velocity = guided(lambda network: paths.as_velocity(network, path, source.prediction))
         return getattr(samplers, solver)(velocity, x, times, noise, path, w, last_kind)
 
     return solve
@@ -174,10 +183,11 @@ def _ddpm_solve(source: Diffusion, solver: str, steps: int, eta: float) -> Solve
     whole = noise_schedule.linear(source.num_timesteps)
     schedule = noise_schedule.respace(whole, noise_schedule.spaced(source.num_timesteps, [steps]))
 
-    def solve(guided, network, x, noise):
+    def solve(guided, x, noise):
+        predict = guided(lambda network: network)
         if solver == "ddim":
-            return ddpm_samplers.ddim(guided(network), x, schedule, noise, eta)
-        return ddpm_samplers.ddpm(guided(network), x, schedule, noise)
+            return ddpm_samplers.ddim(predict, x, schedule, noise, eta)
+        return ddpm_samplers.ddpm(predict, x, schedule, noise)
 
     return solve
 

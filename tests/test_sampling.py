@@ -1,5 +1,7 @@
 """From trained networks to images: every solver on what it can sample, wrong combinations refused before compiling."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -137,3 +139,15 @@ def test_the_sampler_takes_path_and_prediction_from_the_objective():
     assert sampling.trained(flow.to_dict()) == sampling.Flow("vp", "score")
     assert sampling.trained(configs.slot("objectives", "ddpm", num_timesteps=50).to_dict()) == sampling.Diffusion(50)
     assert sampling.trained({"name": "my_project:make", "path": "cosine"}) == sampling.Flow("cosine", "velocity")
+
+
+@pytest.mark.parametrize("source", [sampling.Flow("cosine", "noise"), sampling.Diffusion()])
+def test_a_weak_state_of_the_model_guides_it(source):
+    """Predictions are linear in guidance: one of 3, guided at scale 2 by one of 1, is one of 5."""
+    model = Model(lambda key: {}, lambda params, x, t, y: (params * 0.1 * x, ()))
+    solver = "ddim" if isinstance(source, sampling.Diffusion) else "heun"
+    make = partial(sampling.make, model, PIXELS, SHAPE, CLASSES, source, sharding.make_mesh(), solver=solver, steps=5)
+    labels, one, three, five = np.arange(8) % CLASSES, *map(jnp.float32, (1, 3, 5))
+    plain, guided = make(), make(cfg_scale=2.0)
+    np.testing.assert_allclose(guided(three, {}, labels, 0, weak=one), plain(five, {}, labels, 0), rtol=1e-4)
+    np.testing.assert_array_equal(plain(three, {}, labels, 0, weak=one), plain(three, {}, labels, 0))

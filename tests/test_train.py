@@ -197,6 +197,8 @@ def test_samples_of_a_run(straight, tmp_path):
     seven = sample.run(workdir, num=3, labels=[7], step=4, solver="euler_maruyama", steps=3, out=tmp_path / "c")
     with np.load(seven / "samples.npz") as file:
         assert file["labels"].tolist() == [7, 7, 7]
+    weak = sample.run(workdir, num=2, weak_step=4, cfg_scale=2.0, solver="dopri5", steps=100, out=tmp_path / "d")
+    assert (weak / "grid.png").exists()
     with pytest.raises(ConfigError, match=r"labels must be in 0 .. 9, given 10"):
         sample.run(workdir, labels=[10])
     with pytest.raises(CheckpointError, match="no step 3"):
