@@ -24,6 +24,13 @@ class DataError(RunError):
     exit_code = 65
 
 
+class WeightsError(RunError):
+    """A file of weights that is missing, damaged, or holds more than weights."""
+
+    # That of data: the input is wrong as it stands. 74 is for our own checkpoints, where the disk may be to blame.
+    exit_code = 65
+
+
 class NonFiniteError(RunError):
     """A loss or gradient became NaN or infinite."""
 

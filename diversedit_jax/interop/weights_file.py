@@ -1,0 +1,366 @@
+"""Weight files of other code bases as numpy arrays, without torch and without running anything that a file holds.
+
+    with open_weights("SiT-XL-2-256x256.pt") as weights:
+        arrays = weights.arrays("ema")        # the optimizer's half of the file stays unread
+
+Three formats, told apart by content:
+
+safetensors    Length of the header, 8 bytes; header, JSON; numbers.
+PyTorch        A zip archive without compression, since PyTorch 1.6: NAME/data.pkl, a pickle of the saved object; the
+               storages NAME/data/KEY, plain numbers; NAME/byteorder, since 2.1.
+PyTorch < 1.6  Five pickles in a row: a magic number, 1001, a dict about the machine, the saved object, the list of
+               storage keys; then for every key the count of its elements, 8 bytes, and the elements. Little-endian.
+"""
+
+import io
+import json
+import math
+import os
+import re
+import shutil
+import stat
+import struct
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from diversedit_jax.errors import WeightsError
+from diversedit_jax.interop import torch_pickle
+from diversedit_jax.interop.torch_pickle import DTYPES, Storage, Tensor, show
+
+_MAGIC = 0x1950A86A20F9469CFC6C
+_MAGIC_PICKLE = b"\x8a\x0a" + _MAGIC.to_bytes(10, "little")
+_PROTOCOL = 1001
+
+_SAFETENSORS = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+
+# Views of one storage can name more bytes than the file has; tied weights name twice as many, hostile files any number.
+MAX_SHARING = 64
+MAX_DEPTH = 100
+MAX_WALK = 1 << 24
+
+
+class Extent(NamedTuple):
+    """Where a storage lies in the file, in bytes."""
+
+    start: int
+    nbytes: int
+
+
+class _File(io.BufferedReader):
+    """A file that never allocates for more bytes than it has: `size` of read comes from numbers in the file."""
+
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path))
+        self.size = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = max(self.size - self.tell(), 0)
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        return super().readline(4096)
+
+
+class WeightsFile:
+    """The tensors of an open weight file. What is read is copied: arrays outlive the file, and may be written to.
+
+    tree: the saved object: dicts, lists, tuples, numbers, strings, and `Tensor` (shape, dtype) in place of tensors.
+    """
+
+    def __init__(self, path: Path, file: _File, tree: Any, extents: Mapping[str, Extent], byteorder: str):
+        self.tree = tree
+        self._path, self._file, self._extents, self._byteorder = path, file, extents, byteorder
+        self._tensors = _named_tensors(tree)
+        for name, tensor in self._tensors.items():
+            _check_extent(name, tensor, extents)
+        if sum(tensor.nbytes for tensor in self._tensors.values()) > MAX_SHARING * file.size:
+            raise WeightsError(f"its tensors overlap: they name more than {MAX_SHARING} times the bytes of the file")
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Names of the tensors at and below a path of the tree, in its order: `ema` -> `ema.pos_embed`, ..."""
+        return [name for name in self._tensors if not prefix or name == prefix or name.startswith(f"{prefix}.")]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.read(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, which is not read."""
+        return self._tensors[name].shape
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, C-contiguous and in the byte order of the machine. Only its part of the file is read."""
+        if name not in self._tensors:
+            raise WeightsError(f"{self._path}: no tensor {name!r}, it has {_listed(self._tensors)}")
+        tensor = self._tensors[name]
+        # As unsigned integers: extension types know neither strides over a buffer nor byte orders.
+        words = np.empty(tensor.span, f"u{tensor.dtype.itemsize}")
+        self._file.seek(self._extents[tensor.storage.key].start + tensor.offset * tensor.dtype.itemsize)
+        if self._file.readinto(words) != words.nbytes:
+            raise WeightsError(f"{self._path}: truncated while {show(name)} was read")
+        if self._byteorder != sys.byteorder:
+            words = words.byteswap()
+        strides = [stride * tensor.dtype.itemsize for stride in tensor.strides]
+        view = np.ndarray(tensor.shape, words.dtype, words, strides=strides if tensor.size else None)
+        array = view if view.flags.c_contiguous else view.copy(order="C")
+        return array != 0 if tensor.dtype == bool else array.view(tensor.dtype)
+
+    def arrays(self, prefix: str = "") -> dict[str, np.ndarray]:
+        """The tensors below a path of the tree, by the rest of their names: `ema` -> {"pos_embed": ...}."""
+        names = [name for name in self.names(prefix) if name != prefix]
+        if not names:
+            raise WeightsError(f"{self._path}: no tensors below {prefix!r}, it has {_listed(self._tensors)}")
+        return {name[len(prefix) + 1 if prefix else 0 :]: self.read(name) for name in names}
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> "WeightsFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def open_weights(path: str | os.PathLike) -> WeightsFile:
+    """The weights in a .safetensors, .pt, .pth, .ckpt or .bin file, whatever its name; see the formats above.
+
+    Every tensor is checked against the file before this returns; none is read. Raises WeightsError, in one line.
+    """
+    path = Path(path)
+    file = None
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise WeightsError("is a folder, not a file" if path.is_dir() else "is not a regular file")
+        file = _File(path)
+        return WeightsFile(path, file, *_contents(path, file))
+    except (WeightsError, OSError, ValueError) as error:  # ValueError: a path with a null byte
+        if file is not None:
+            file.close()
+        raise WeightsError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _contents(path: Path, file: _File) -> tuple[Any, dict[str, Extent], str]:
+    """Tree, extents of the storages, and byte order of the numbers."""
+    head = file.read(32)
+    file.seek(0)
+    if not head:
+        raise WeightsError("is empty")
+    if head.startswith(b"PK\x03\x04"):
+        return _zip(file)
+    if _MAGIC_PICKLE in head:
+        return _legacy(file)
+    if head[8:9] == b"{":
+        return _safetensors(path, file)
+    raise WeightsError(f"is not a weight file: starts with {head[:8]!r}, wanted safetensors or PyTorch (zip or legacy)")
+
+
+def _safetensors(path: Path, file: _File) -> tuple[Any, dict[str, Extent], str]:
+    """The contents, from the header; the safetensors package has checked that tensors fill the file exactly."""
+    try:
+        with safetensors.safe_open(path, "numpy"):
+            pass
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length), object_pairs_hook=_unique)
+    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
+        raise WeightsError(f"is not a whole safetensors file: {show(str(error))}") from error
+    header.pop("__metadata__", None)
+    tree, extents = {}, {}
+    for name, entry in header.items():
+        if entry["dtype"] not in _SAFETENSORS:
+            raise WeightsError(f"{show(name)} has dtype {entry['dtype']}, which is not read")
+        dtype, shape = DTYPES[_SAFETENSORS[entry["dtype"]]], tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
+        strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+        tree[name] = Tensor(shape, dtype, strides, 0, Storage(name, dtype, math.prod(shape)))
+        extents[name] = Extent(8 + length + begin, end - begin)
+    return tree, extents, "little"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name appears twice in its header")
+    return found
+
+
+def _zip(file: _File) -> tuple[Any, dict[str, Extent], str]:
+    """The contents of a PyTorch zip archive."""
+    entries = _entries(file)
+    pickles = [name for name in entries if re.fullmatch("[^/]+/data.pkl", name)]
+    if len(pickles) != 1:
+        raise WeightsError(f"is a zip archive without the one data.pkl of PyTorch, it has {_listed(entries)}")
+    (root,) = (name.removesuffix("data.pkl") for name in pickles)
+    if f"{root}constants.pkl" in entries:
+        raise WeightsError("is a TorchScript archive, a program: only what torch.save wrote of tensors is read")
+    byteorder = "little"
+    if f"{root}byteorder" in entries:
+        start, nbytes = entries[f"{root}byteorder"]
+        file.seek(start)
+        byteorder = file.read(min(nbytes, 8)).decode("latin-1")
+    if byteorder not in ("little", "big"):
+        raise WeightsError(f"has the byte order {byteorder!r}, wanted 'little' or 'big'")
+    file.seek(entries[f"{root}data.pkl"].start)
+    tree = torch_pickle.load(file)
+    if file.tell() > sum(entries[f"{root}data.pkl"]):
+        raise WeightsError("its pickle is longer than data.pkl")
+    folder = f"{root}data/"
+    return tree, {n.removeprefix(folder): e for n, e in entries.items() if n.startswith(folder)}, byteorder
+
+
+def _entries(file: _File) -> dict[str, Extent]:
+    """Where the entries of a zip archive lie. PyTorch writes each name once, in folders, without compression."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            infos, end = archive.infolist(), archive.start_dir
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, EOFError, struct.error) as error:
+        raise WeightsError(f"is a truncated or damaged zip archive: {show(str(error))}") from error
+    entries = {}
+    for info in infos:
+        name = info.filename
+        if name in entries:
+            raise WeightsError(f"has two entries {show(name)}")
+        if name.startswith("/") or "\\" in name or ".." in name.split("/"):
+            raise WeightsError(f"has an entry {show(name)}, which leads out of the archive")
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size != info.compress_size:
+            raise WeightsError(f"has a compressed or encrypted entry {show(name)}; PyTorch stores plain bytes")
+        entries[name] = Extent(_start(file, info), info.file_size)
+        if sum(entries[name]) > end:
+            raise WeightsError(f"is truncated or damaged: entry {show(name)} passes the end of the data")
+    return entries
+
+
+def _start(file: _File, info: zipfile.ZipInfo) -> int:
+    """Where the bytes of an entry start: behind a header of its own, which repeats the name and adds padding."""
+    file.seek(info.header_offset)
+    header = file.read(30)
+    if len(header) == 30 and header.startswith(b"PK\x03\x04"):
+        name, extra = struct.unpack("<HH", header[26:])
+        if file.read(name) == info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437"):
+            return info.header_offset + 30 + name + extra
+    raise WeightsError(f"is a damaged zip archive: no header of entry {show(info.filename)} where it should be")
+
+
+def _legacy(file: _File) -> tuple[Any, dict[str, Extent], str]:
+    """The contents of a PyTorch file from before 1.6."""
+    magic, protocol, _ = (torch_pickle.load(file) for _ in range(3))
+    if (magic, protocol) != (_MAGIC, _PROTOCOL):
+        raise WeightsError(f"is no legacy PyTorch file of protocol {_PROTOCOL}")
+    tree = torch_pickle.load(file)
+    storages = {}
+    for tensor in _named_tensors(tree).values():
+        storages.setdefault(tensor.storage.key, tensor.storage)
+    keys = torch_pickle.load(file)
+    if type(keys) is not list or not all(type(key) is str for key in keys) or len(set(keys)) != len(keys):
+        raise WeightsError("has no list of different storage keys behind its pickle")
+    extents = {}
+    for key in keys:
+        if key not in storages:
+            raise WeightsError(f"has a storage {show(key)} of no tensor")
+        size, storage = int.from_bytes(file.read(8), "little"), storages[key]
+        extents[key] = Extent(file.tell(), storage.nbytes)
+        if size != storage.size:
+            raise WeightsError(f"is truncated or damaged: storage {show(key)} of {storage.size} elements has {size}")
+        if sum(extents[key]) > file.size:
+            raise WeightsError(f"is truncated: storage {show(key)} ends at byte {sum(extents[key])} of {file.size}")
+        file.seek(sum(extents[key]))
+    return tree, extents, "little"
+
+
+def _named_tensors(tree: Any) -> dict[str, Tensor]:
+    """The tensors of a tree by the path that leads to them, joined by dots."""
+    found, work = {}, 0
+
+    def walk(node: Any, path: str, depth: int) -> None:
+        nonlocal work
+        if type(node) is Tensor:
+            if path in found:
+                raise WeightsError(f"has two tensors named {show(path)}")
+            found[path] = node
+        elif isinstance(node, dict | list) or type(node) is tuple:
+            if depth == MAX_DEPTH:
+                raise WeightsError(f"is nested deeper than {MAX_DEPTH}")
+            for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+                below = f"{path}.{key}" if path else str(key)
+                work += 1 + len(below)
+                if work > MAX_WALK:
+                    raise WeightsError("has too many tensors, or names too long")
+                walk(value, below, depth + 1)
+
+    walk(tree, "", 0)
+    return found
+
+
+def _check_extent(name: str, tensor: Tensor, extents: Mapping[str, Extent]) -> None:
+    key = tensor.storage.key
+    if key not in extents:
+        raise WeightsError(f"{show(name)} lies in storage {show(key)}, which the file lacks")
+    if tensor.storage.nbytes > extents[key].nbytes:
+        given, wanted = extents[key].nbytes, tensor.storage.nbytes
+        raise WeightsError(f"storage {show(key)} of {show(name)} has {given} bytes, {wanted} were announced")
+
+
+def _listed(names: Mapping[str, Any]) -> str:
+    """The first names, for one line."""
+    first = [show(name) for name, _ in zip(names, range(6), strict=False)]
+    return ", ".join(first) + (f" and {len(names) - 6} others" if len(names) > 6 else "") if first else "nothing"
+
+
+def write_safetensors(
+    path: str | os.PathLike, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes arrays as .safetensors, whole or not at all; `format: pt`, which other readers ask for, is added.
+
+    Arrays in another order than C are copied: the safetensors package would write their memory as it lies.
+    """
+    path = Path(path)
+    for name, array in arrays.items():
+        if array.dtype.newbyteorder("=") not in DTYPES.values():
+            raise WeightsError(f"{path}: {name} has dtype {array.dtype}, which cannot be written")
+    arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    metadata = {"format": "pt", **(metadata or {})}
+    try:
+        with tempfile.TemporaryDirectory(
+            dir=path.parent, prefix=f".{path.name}-", ignore_cleanup_errors=True
+        ) as beside:
+            partial, ours = Path(beside) / "partial", Path(beside) / "ours"
+            safetensors.numpy.save_file(arrays, partial, metadata)
+            ours.touch()
+            shutil.copymode(ours, partial)  # safetensors lets only the owner read its files, whatever the umask
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise WeightsError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
