@@ -4,6 +4,7 @@ SiT-B/2 on ImageNet latents at 256 pixels, as the paper trains it (arXiv 2603.04
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from diversedit_jax import optim, sampling
 from diversedit_jax.config import options, slot
@@ -22,6 +23,14 @@ def get_config() -> ConfigDict:
     config.prepare = slot("prepare", "latents")  # from there to the network's space, on device
     config.model = slot("models", "dit", size="B", patch=2)
     config.objective = slot("objectives", "flow_matching")
+    config.init_from = ConfigDict(  # a release to start from, of an architecture that config.model describes
+        {
+            "file": placeholder(str),  # .safetensors, .pt or .pth; skips that it lacks are added freshly
+            "family": placeholder(str),  # where its arrays do not tell; see tools/convert_checkpoint.py
+            "weights": placeholder(str),  # entry of a training file: by default ema, else model
+            "heads": placeholder(int),  # of a width that no published size has
+        }
+    )
     config.losses = ConfigDict()  # auxiliary losses, label -> slot("losses", name)
 
     config.optim = options(optim.make)

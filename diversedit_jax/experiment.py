@@ -1,5 +1,6 @@
 """From a config to the parts of a run. Whatever a config can have wrong is found here, before anything compiles."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -9,9 +10,11 @@ from ml_collections import ConfigDict
 
 from diversedit_jax import config as configs
 from diversedit_jax import optim, sampling, sharding
-from diversedit_jax.api import Prepare
+from diversedit_jax.api import Params, Prepare
 from diversedit_jax.data import Dataset
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.interop import releases
+from diversedit_jax.models import Model
 from diversedit_jax.train_state import Parts
 
 
@@ -65,10 +68,36 @@ def _check_steps(config: ConfigDict) -> None:
         )
 
 
+def abstract_params(model: Model, mesh: Mesh) -> Params:
+    """The shapes of a model's parameters and where they live."""
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    return sharding.placed(abstract, sharding.shardings(abstract, mesh))
+
+
 def prepared(prepare: Prepare, mesh: Mesh) -> Any:
     """The frozen weights of a preparation, born where they live."""
     abstract = jax.eval_shape(prepare.init)
     return jax.jit(prepare.init, out_shardings=sharding.shardings(abstract, mesh))()
+
+
+def starting_params(config: ConfigDict, wanted: Params) -> Params | None:
+    """The parameters of the release in `config.init_from`, None if there is none.
+
+    `wanted` holds the shapes of the model's. The release may lack the long residual connections, nothing else.
+    """
+    source = config.init_from
+    if source.file is None:
+        return None
+    release, _ = releases.open_release(Path(source.file), source.family, source.heads, source.weights)
+    given, needed = (configs.flat(params) for params in (release.params, wanted))
+    for name in sorted(given.keys() | needed.keys()):
+        has, needs = (list(leaves[name].shape) if name in leaves else None for leaves in (given, needed))
+        if has != needs and (has is not None or not name.startswith("merges.")):
+            raise ConfigError(
+                f"config.init_from: {source.file} does not fit config.model: {name} is {has or 'missing'} there, "
+                f"{needs or 'unknown'} here"
+            )
+    return release.params
 
 
 def evaluator(config: ConfigDict, label: str):

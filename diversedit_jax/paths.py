@@ -1,7 +1,7 @@
 """Interpolants x_t = alpha(t) x + sigma(t) noise, from data at t = 0 to noise at t = 1 (SiT, arXiv 2401.08740), and
 what a network may predict on them: velocity dx_t/dt, noise, or score grad log p_t(x_t).
 
-The official SiT runs time the other way; `interop` converts at the border.
+The official SiT runs time the other way; `models.official_sit` turns it round.
 """
 
 from collections.abc import Callable

@@ -1,92 +1,145 @@
-"""Sample from a trained run.
+"""Sample from a trained run, or from the weights of a public release.
 
     python -m diversedit_jax.sample --workdir=DIR --num=64 --cfg_scale=1.8 --guidance_interval=0,0.7
+    python -m diversedit_jax.sample --checkpoint=SiT-XL-2-256.pt --family=official_sit --num=8
 
-Uses the EMA weights of the last checkpoint, and the run's own sampler where no flag says otherwise. Writes
-DIR/samples_STEP/grid.png and samples.npz: `arr_0`, uint8 images [n h w c], and `labels`; the ADM evaluator reads it.
+Uses EMA weights. Where no flag says otherwise a run samples by its own sampler, a release by the papers' (SDE or DDPM,
+250 steps). Writes DIR/samples_STEP (or what --out says): grid.png, and samples.npz with `arr_0`, uint8 images
+[n h w c], which the ADM evaluator reads, and `labels`. Latents for which there is no decoder stay float32.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import flags
 
 from diversedit_jax import config as configs
-from diversedit_jax import experiment, logs, program, samplers, sampling, sharding
+from diversedit_jax import experiment, logs, models, prepare, program, samplers, sampling, sharding
+from diversedit_jax.api import Params
 from diversedit_jax.checkpoint import Checkpoints
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.interop import releases
 
 OVERRIDES = ("solver", "steps", "cfg_scale", "guidance_interval", "guidance_channels")
 OVERRIDES += ("diffusion", "last_step_kind", "last_step", "rtol", "atol", "eta", "batch_size")
 
 
-def run(
-    workdir: str | Path,
-    *,
-    num: int = 64,
-    labels: Sequence[int] | None = None,
-    seed: int = 0,
-    step: int | None = None,
-    out: str | Path | None = None,
-    weak_step: int | None = None,
-    **overrides,
-) -> Path:
-    """Write `num` samples of the run in `workdir`, of `labels` in turn (default: every class in turn); returns where.
+class Source(NamedTuple):
+    """What is sampled from, ready to sample."""
 
-    step: of the checkpoint, by default the last. overrides: of `config.sampler`, None to leave it as it is.
+    sample: sampling.Sample
+    params: Params
+    weak: Params | None  # of autoguidance
+    frozen: Any
+    num_classes: int
+    name: str
+    folder: Path
+
+
+def of_run(
+    workdir: str | Path,
+    step: int | None = None,
+    weak_step: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Source:
+    """The run in `workdir` at `step`, by default the last. overrides: of `config.sampler`.
+
     weak_step: guide by the run's own weights at this earlier step, with cfg_scale (autoguidance, arXiv 2406.02507).
     """
-    logs.silence()
     workdir = Path(workdir).expanduser().absolute()
     config = configs.load(workdir)
-    if num < 1:
-        raise ConfigError(f"num = {num}: must be positive")
-    given = {name: value for name, value in overrides.items() if value is not None}
-    config.sampler.update(given)
+    config.sampler.update(overrides or {})
     checkpoints = Checkpoints(workdir / "checkpoints")
     meta = checkpoints.meta(step)
     step = checkpoints.latest() if step is None else step
-    num_classes = meta["num_classes"]
-    chosen = np.arange(num_classes) if labels is None else np.array(labels)
-    if chosen.size == 0 or chosen.min() < 0 or chosen.max() >= num_classes:
-        raise ConfigError(f"labels must be in 0 .. {num_classes - 1}, given {', '.join(map(str, chosen))}")
-
-    mesh, parts, sample, _ = experiment.build(config, tuple(meta["shape"]), num_classes)
-    abstract = jax.eval_shape(parts.model.init, jax.random.key(0))
-    target = sharding.placed(abstract, sharding.shardings({"ema": abstract}, mesh)["ema"])
+    mesh, parts, sample, _ = experiment.build(config, tuple(meta["shape"]), meta["num_classes"])
+    target = experiment.abstract_params(parts.model, mesh)
     params, _ = checkpoints.restore_part(target, "ema", step)
     weak = None if weak_step is None else checkpoints.restore_part(target, "ema", weak_step)[0]
+    frozen = experiment.prepared(parts.prepare, mesh)
+    return Source(sample, params, weak, frozen, meta["num_classes"], f"step {step}", workdir / f"samples_{step}")
+
+
+def of_release(
+    file: str | Path,
+    family: str | None = None,
+    heads: int | None = None,
+    weights: str | None = None,
+    side: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Source:
+    """The release in a weight file (see `interop.releases.open_release`). side: of its latents, where it stores none.
+
+    overrides: of the sampler: options of `sampling.make`.
+    """
+    file = Path(file).expanduser().absolute()
+    release, _ = releases.open_release(file, family, heads, weights)
+    arch, family = release.arch, release.family
+    if arch.second_time:
+        raise ConfigError(f"{file}: sampling from MeanFlow is not supported yet")
+    side = side or release.side
+    if side is None:
+        raise ConfigError(f"{file} does not store the side of its latents: give it with --side=N")
+    shape = (side, side, arch.channels)
+    name = "official_sit" if family == "official_sit" else "dit"
+    model = models.make(name, shape, arch.num_classes, **releases.model_options(arch))
+    discrete = family in ("official_dit", "diffusers_dit")
+    objective = sampling.Diffusion() if discrete else sampling.Flow()
+    options = ({"solver": "ddpm"} if discrete else {}) | dict(overrides or {})
+    mesh = sharding.make_mesh()
+    latents = prepare.make("latents")
+    sample = sampling.make(model, latents, shape, arch.num_classes, objective, mesh, **options)
+    placed = sharding.shardings(release.params, mesh)
+    params = jax.tree.map(jax.device_put, release.params, placed)
+    folder = file.with_name(f"samples_{file.stem}")
+    return Source(sample, params, None, latents.init(), arch.num_classes, file.name, folder)
+
+
+def run(
+    source: Source, *, num: int = 64, labels: Sequence[int] | None = None, seed: int = 0, out: str | Path | None = None
+) -> Path:
+    """Write `num` samples, of `labels` in turn (default: every class in turn); returns the folder."""
+    if num < 1:
+        raise ConfigError(f"num = {num}: must be positive")
+    chosen = np.arange(source.num_classes) if labels is None else np.array(labels)
+    if chosen.size == 0 or chosen.min() < 0 or chosen.max() >= source.num_classes:
+        raise ConfigError(f"labels must be in 0 .. {source.num_classes - 1}, given {', '.join(map(str, chosen))}")
     y = np.resize(chosen, num).astype(np.int32)
     begin = time.monotonic()
-    images = sample(params, experiment.prepared(parts.prepare, mesh), y, seed, weak)
+    images = source.sample(source.params, source.frozen, y, seed, source.weak)
     seconds = time.monotonic() - begin
 
-    folder = Path(out).expanduser().absolute() if out else workdir / f"samples_{step}"
+    folder = Path(out).expanduser().absolute() if out else source.folder
     folder.mkdir(parents=True, exist_ok=True)
     with logs.replacing(folder / "samples.npz") as partial, open(partial, "wb") as file:
         np.savez(file, arr_0=images, labels=y)
     if jax.process_index() == 0:
-        print(
-            f"{num} samples of step {step} in {logs.duration(seconds)} (compilation included): {folder / 'samples.npz'}"
-        )
+        took = f"{logs.duration(seconds)} (compilation included)"
+        print(f"{num} samples of {source.name} in {took}: {folder / 'samples.npz'}")
         if images.dtype == np.uint8:
             logs.save_png(folder / "grid.png", logs.image_grid(images[:256]))
             print(f"grid: {folder / 'grid.png'}")
         else:
-            print("they are latents, float32: this run's preparation has no decoder")
+            print("they are latents, float32: there is no decoder")
     return folder
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "Directory of a run.", required=True)
+    flags.DEFINE_string("workdir", None, "Directory of a run.")
+    flags.DEFINE_string("checkpoint", None, "Weight file of a public release: .safetensors, .pt or .pth.")
+    flags.DEFINE_enum("family", None, list(releases.FAMILIES), "What the release is, where its arrays do not tell.")
+    flags.DEFINE_integer("heads", None, "Attention heads of the release, for a width that no published size has.")
+    flags.DEFINE_string("weights", None, "Entry of the release's file: by default ema, else model.")
+    flags.DEFINE_integer("side", None, "Side of the release's latents, where it stores none.")
     flags.DEFINE_integer("num", 64, "Number of samples.")
     flags.DEFINE_list("labels", None, "Class labels, taken in turn; by default every class in turn.")
     flags.DEFINE_integer("seed", 0, "Image i depends on the seed, on i and on its label.")
     flags.DEFINE_integer("step", None, "Step of the checkpoint; by default the last.")
-    flags.DEFINE_string("out", None, "Directory to write to; by default WORKDIR/samples_STEP.")
+    flags.DEFINE_string("out", None, "Directory to write to.")
     flags.DEFINE_integer("weak_step", None, "Guide by the checkpoint of this earlier step, with cfg_scale.")
     flags.DEFINE_string("solver", None, f"One of {', '.join(sampling.SOLVERS)}.")
     flags.DEFINE_integer("steps", None, "Steps of the solver.")
@@ -103,15 +156,19 @@ if __name__ == "__main__":
 
     def main() -> None:
         """Read the flags and run."""
-        values = flags.FLAGS
-        given = {
-            name: values[name].value
-            for name in ("workdir", "num", "labels", "seed", "step", "out", "weak_step", *OVERRIDES)
-        }
+        values = {name: flags.FLAGS[name].value for name in flags.FLAGS}
         for name, kind, count in [("labels", int, None), ("guidance_interval", float, 2)]:
-            if given[name] is not None:
-                given[name] = numbers(name, given[name], kind, count)
-        run(**given)
+            if values[name] is not None:
+                values[name] = numbers(name, values[name], kind, count)
+        overrides = {name: values[name] for name in OVERRIDES if values[name] is not None}
+        if (values["workdir"] is None) == (values["checkpoint"] is None):
+            raise ConfigError("give --workdir=DIR of a run or --checkpoint=FILE of a release")
+        if values["workdir"] is not None:
+            source = of_run(values["workdir"], values["step"], values["weak_step"], overrides)
+        else:
+            about = (values[name] for name in ("checkpoint", "family", "heads", "weights", "side"))
+            source = of_release(*about, overrides)
+        run(source, **{name: values[name] for name in ("num", "labels", "seed", "out")})
 
     def numbers(name: str, texts: list[str], kind: type, count: int | None) -> tuple:
         """The values of a list flag; ConfigError if they are not numbers, or not `count` of them."""

@@ -23,7 +23,7 @@ from diversedit_jax import experiment, logs, program, sharding
 from diversedit_jax.checkpoint import Checkpoints, prepare_workdir
 from diversedit_jax.data import pipeline
 from diversedit_jax.errors import ConfigError, NonFiniteError
-from diversedit_jax.train_state import State, initializer, train_step
+from diversedit_jax.train_state import State, initializer, started_from, train_step
 
 
 def run(config: ConfigDict, workdir: str | Path) -> State:
@@ -65,6 +65,7 @@ def run(config: ConfigDict, workdir: str | Path) -> State:
         raise ConfigError(f"the config cannot be traced: {error}") from error
     state_shardings = sharding.shardings(abstract, mesh)
     target = sharding.placed(abstract, state_shardings)
+    given = experiment.starting_params(config, abstract["params"]) if not start else None
     notes = configs.claim(workdir, config)
 
     # --- The state: born sharded, or read back.
@@ -75,6 +76,12 @@ def run(config: ConfigDict, workdir: str | Path) -> State:
     else:
         state = jax.jit(init, out_shardings=state_shardings)(key_init)
         notes.append(f"starting a new run in {workdir}")
+    if given is not None:
+        state = started_from(state, given)
+        fresh = (
+            "; its long residual connections are new" if "merges" in abstract["params"].keys() - given.keys() else ""
+        )
+        notes.append(f"starting from {config.init_from.file}{fresh}")
 
     main_process = jax.process_index() == 0
     with contextlib.ExitStack() as stack:

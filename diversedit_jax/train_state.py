@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from diversedit_jax.api import AuxLoss, Batch, Forward, Metrics, Objective, Prepare
+from diversedit_jax.api import AuxLoss, Batch, Forward, Metrics, Objective, Params, Prepare
 from diversedit_jax.models import Model
 
 State = dict[str, Any]
@@ -51,6 +51,17 @@ def initializer(parts: Parts, batch: Batch) -> Callable[[Array], State]:
         return {"step": jnp.int32(0), "ema": ema, "opt": parts.optimizer.init(trained), **trained}
 
     return init
+
+
+def started_from(state: State, given: Params) -> State:
+    """A new state with the parameters in `given`, EMA a copy; what `given` lacks keeps its new values."""
+    params = {
+        name: jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), given[name], old)
+        if name in given
+        else old
+        for name, old in state["params"].items()
+    }
+    return state | {"params": params, "ema": jax.tree.map(jnp.copy, params)}
 
 
 def train_step(parts: Parts, state: State, frozen: Any, batch: Batch, run_key: Array) -> tuple[State, Metrics]:

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from diversedit_jax import models
-from diversedit_jax.interop import sit
+from diversedit_jax.interop import releases
 
 DATA = Path(__file__).parent / "data"
 CONFIG = json.loads((DATA / "sit_config.json").read_text())
@@ -31,9 +31,16 @@ def weights(name: str) -> dict[str, np.ndarray]:
     return load_file(DATA / f"{name}.safetensors")
 
 
+def released(name: str, family: str, heads: int):
+    """A state dict as parameters of our model, through the public import."""
+    arrays = weights(name)
+    shapes = {key: array.shape for key, array in arrays.items()}
+    return releases.load(arrays, shapes, family, heads).params
+
+
 def params(name: str):
     """A state dict as parameters of our model."""
-    return sit.from_reference(weights(name), heads=CONFIG["num_heads"])
+    return released(name, "sit", CONFIG["num_heads"])
 
 
 def model(skip: str, **options) -> models.Model:
@@ -50,7 +57,7 @@ def official_numbers(name: str) -> dict[str, np.ndarray]:
 
 def official_params(name: str):
     """A state dict of the official SiT or DiT as parameters of our model."""
-    return sit.from_reference(weights(name), heads=OFFICIAL["num_heads"])
+    return released(name, name, OFFICIAL["num_heads"])
 
 
 def official_model() -> models.Model:

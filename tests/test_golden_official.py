@@ -9,7 +9,7 @@ import pytest
 
 from diversedit_jax import ddpm_samplers, noise_schedule, paths, samplers
 from diversedit_jax.guidance import guide
-from diversedit_jax.interop import official
+from diversedit_jax.models import official_sit
 from diversedit_jax.objectives import ddpm, flow_matching
 from tests import reference
 
@@ -26,7 +26,7 @@ def close(ours, theirs, tolerance, name=""):
 
 @pytest.fixture(scope="module")
 def sit():
-    network = official.flow(reference.official_model()).network(reference.official_params("official_sit"))
+    network = official_sit.turned(reference.official_model()).network(reference.official_params("official_sit"))
     return network, reference.official_numbers("official_sit")
 
 

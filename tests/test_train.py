@@ -183,28 +183,38 @@ def test_missing_data_is_refused(tmp_path):
 
 def test_samples_of_a_run(straight, tmp_path):
     _, workdir, _ = straight
-    folder = sample.run(workdir, num=12, cfg_scale=1.8, guidance_interval=(0.0, 0.7), out=tmp_path / "a")
+    guided = {"cfg_scale": 1.8, "guidance_interval": (0.0, 0.7)}
+    folder = sample.run(sample.of_run(workdir, overrides=guided), num=12, out=tmp_path / "a")
     with np.load(folder / "samples.npz") as file:
         images, labels = file["arr_0"], file["labels"]
     assert images.shape == (12, 8, 8, 1)
     assert images.dtype == np.uint8
     assert labels.tolist() == [*range(10), 0, 1]
     assert (folder / "grid.png").exists()
-    again = sample.run(workdir, num=12, cfg_scale=1.8, guidance_interval=(0.0, 0.7), batch_size=8, out=tmp_path / "b")
+    again = sample.run(sample.of_run(workdir, overrides=guided | {"batch_size": 8}), num=12, out=tmp_path / "b")
     with np.load(again / "samples.npz") as file:
         difference = np.abs(file["arr_0"].astype(int) - images.astype(int)).max()
     assert difference <= 1, "samples depend on the batch size"  # 1: rounding at the boundary of two grey levels
-    seven = sample.run(workdir, num=3, labels=[7], step=4, solver="euler_maruyama", steps=3, out=tmp_path / "c")
+    seven = sample.run(
+        sample.of_run(workdir, 4, overrides={"solver": "euler_maruyama", "steps": 3}),
+        num=3,
+        labels=[7],
+        out=tmp_path / "c",
+    )
     with np.load(seven / "samples.npz") as file:
         assert file["labels"].tolist() == [7, 7, 7]
-    weak = sample.run(workdir, num=2, weak_step=4, cfg_scale=2.0, solver="dopri5", steps=100, out=tmp_path / "d")
+    weak = sample.run(
+        sample.of_run(workdir, weak_step=4, overrides={"cfg_scale": 2.0, "solver": "dopri5", "steps": 100}),
+        num=2,
+        out=tmp_path / "d",
+    )
     assert (weak / "grid.png").exists()
     with pytest.raises(ConfigError, match=r"labels must be in 0 .. 9, given 10"):
-        sample.run(workdir, labels=[10])
+        sample.run(sample.of_run(workdir), labels=[10])
     with pytest.raises(CheckpointError, match="no step 3"):
-        sample.run(workdir, step=3)
+        sample.of_run(workdir, 3)
     with pytest.raises(ConfigError, match="holds no run"):
-        sample.run(tmp_path)
+        sample.of_run(tmp_path)
 
 
 # --- As processes.

@@ -56,7 +56,7 @@ SKIPS = {
 
 
 def _identity_on_current(key: Array, shape: tuple[int, int], dtype=jnp.float32) -> Array:
-    """Zero for the skip and the identity for the current stream: without a norm, such a merge changes nothing."""
+    """Zero for the skip and the identity for the current stream."""
     return jnp.eye(*shape, dtype=dtype)
 
 
@@ -137,11 +137,17 @@ class Block(nnx.Module):
 
 
 class Merge(nnx.Module):
-    """A long residual connection: Linear(LayerNorm(concat[current, skip])), 2 d -> d, replacing the current stream."""
+    """A long residual connection: Linear(LayerNorm(concat[current, skip])), 2 d -> d, replacing the current stream.
+
+    With init `identity` it changes nothing at first, so that a trained network can be given connections. No kernel
+    undoes a norm: with one, the merge then adds to the current stream, from zero, instead of replacing it.
+    """
 
     def __init__(self, width: int, norm: bool, init: str, dtype, *, rngs: nnx.Rngs):
         self.norm = nnx.LayerNorm(2 * width, epsilon=EPS, dtype=jnp.float32, rngs=rngs) if norm else None
-        self.linear = nnx.Linear(2 * width, width, dtype=dtype, kernel_init=KERNELS[init], rngs=rngs)
+        self.adds = norm and init == "identity"
+        kernel = nnx.initializers.zeros if self.adds else KERNELS[init]
+        self.linear = nnx.Linear(2 * width, width, dtype=dtype, kernel_init=kernel, rngs=rngs)
         if init == "torch":  # whose biases are as random as the weights
             bound = (2 * width) ** -0.5
             self.linear.bias = nnx.Param(jax.random.uniform(rngs.params(), (width,), minval=-bound, maxval=bound))
@@ -149,7 +155,8 @@ class Merge(nnx.Module):
     def __call__(self, x: Float[Array, "b n d"], skip: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         both = jnp.concatenate([x, skip], axis=-1)
         both = both if self.norm is None else self.norm(both)
-        return checkpoint_name(self.linear(both), "out").astype(x.dtype)
+        merged = checkpoint_name(self.linear(both), "out").astype(x.dtype)
+        return x + merged if self.adds else merged
 
 
 class TimeEmbedding(nnx.Module):
@@ -168,7 +175,7 @@ class TimeEmbedding(nnx.Module):
 
 
 class DiT(nnx.Module):
-    """(x_t, t, y) -> (prediction, features); see `make` for its options."""
+    """(x_t, t, y[, span]) -> (prediction, features); see `make` for its options."""
 
     def __init__(
         self,
@@ -185,6 +192,7 @@ class DiT(nnx.Module):
         capture: str,
         cuts: tuple[int, ...],
         out_channels: int,
+        second_time: bool,
         *,
         rngs: nnx.Rngs,
     ):
@@ -200,6 +208,7 @@ class DiT(nnx.Module):
         linear = partial(nnx.Linear, dtype=dtype, kernel_init=KERNELS["xavier"], rngs=rngs)
         self.patch_embed = linear(patch * patch * shape[-1], width)
         self.time_embed = TimeEmbedding(width, rngs=rngs)
+        self.span_embed = TimeEmbedding(width, rngs=rngs) if second_time else None
         self.label_embed = nnx.Embed(num_classes + 1, width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs)
         self.shallow = stack(block, half)
         self.deep = stack(block, depth - half)
@@ -212,13 +221,20 @@ class DiT(nnx.Module):
         self.dtype, self.stream_dtype = dtype, stream_dtype
 
     def __call__(
-        self, x_t: Float[Array, "b h w c"], t: Float[Array, " b"], y: Int[Array, " b"]
+        self,
+        x_t: Float[Array, "b h w c"],
+        t: Float[Array, " b"],
+        y: Int[Array, " b"],
+        span: Float[Array, " b"] | None = None,
     ) -> tuple[Float[Array, "b h w k"], tuple[Float[Array, "b n d"], ...]]:
         if x_t.shape[1:] != self.shape:
             raise ValueError(f"the network takes images of shape {self.shape}, given {x_t.shape[1:]}")
         x = self.patch_embed(patchify(x_t, self.patch).astype(self.dtype)).astype(jnp.float32)
         x = (x + position_table(self.shape, self.patch, self.width)).astype(self.stream_dtype)
         c = self.time_embed(t) + self.label_embed(y)
+        if (span is None) != (self.span_embed is None):
+            raise ValueError(f"this network takes {'one time' if span is not None else 'two times: t and t - r'}")
+        c = c if span is None else c + self.span_embed(span)
         features = [x]
 
         def plain(x: Array, block: Block):
@@ -328,6 +344,7 @@ def make(
     remat: str = "named",
     capture: str = "merged",
     out_channels: int | None = None,
+    second_time: bool = False,
 ) -> Model:
     """A SiT or DiT for images or latents of `shape` (h, w, c) and labels 0 .. num_classes, the last the null label.
 
@@ -341,6 +358,7 @@ def make(
     remat: what the backward pass keeps: `named` (the output of each matmul), `dots`, `full` (nothing), `none` (all).
     capture: features are taken after the merge (`merged`, as the released loss does) or before it (`block`).
     out_channels: of the prediction (None: as the input; DiT, which predicts noise and variance, has twice as many).
+    second_time: the network also takes `span` = t - r, embedded like t, as MeanFlow's does (arXiv 2505.13447).
     """
     _known("size", size, SIZES)
     _known("skip", skip, SKIPS)
@@ -388,6 +406,7 @@ def make(
         capture,
         tuple(sorted(set(cuts))),
         out_channels,
+        second_time,
     )
     return functional(lambda rngs: build(rngs=rngs))
 

@@ -1,0 +1,55 @@
+"""Convert weights between public releases, or look into them; needs no torch, and runs nothing that a file holds.
+
+    python tools/convert_checkpoint.py SiT-XL-2-256.pt --inspect
+    python tools/convert_checkpoint.py repa.pt out.safetensors
+    python tools/convert_checkpoint.py DiT-XL-2-256.pt out.safetensors --family=official_dit --to=diffusers_dit
+
+IN is a .safetensors or PyTorch file of a release, or the directory of one of our runs (its EMA weights). OUT is written
+as .safetensors under the names of the family `--to`, by default that of IN (`sit` for a run).
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from diversedit_jax import logs, program
+from diversedit_jax.errors import ConfigError
+from diversedit_jax.interop import releases
+from diversedit_jax.interop.releases import FAMILIES
+from diversedit_jax.interop.weights_file import write_safetensors
+
+FAMILY = flags.DEFINE_enum("family", None, list(FAMILIES), "What IN is, where its arrays do not tell.")
+TO = flags.DEFINE_enum("to", None, list(FAMILIES), "What OUT shall be; by default what IN is.")
+HEADS = flags.DEFINE_integer("heads", None, "Attention heads, for a width that no published size has.")
+WEIGHTS = flags.DEFINE_string("weights", None, "Entry of a training file: by default ema, else model.")
+INSPECT = flags.DEFINE_boolean("inspect", False, "Print what IN is, and write nothing.")
+
+
+def describe(release: releases.Release, entries: dict[str, int]) -> str:
+    """What a person wants to know of a release."""
+    lines = [f"family        {release.family}: {FAMILIES[release.family].about}"]
+    lines += [f"{name:<14}{value}" for name, value in release.arch._asdict().items()]
+    lines.append(f"{'image side':<14}{release.side or 'not stored'}")
+    lines.append(f"{'in the file':<14}{', '.join(f'{name} ({count} arrays)' for name, count in entries.items())}")
+    lines.append(f"{'EMA':<14}{'present' if 'ema' in entries else 'not named: the arrays may be either'}")
+    return "\n".join([*lines, logs.parameter_overview(release.params)])
+
+
+def main(arguments: list[str]) -> None:
+    """Read IN; print what it is, or write OUT."""
+    if len(arguments) != (1 if INSPECT.value else 2):
+        raise ConfigError("give IN and OUT, or IN and --inspect; --help tells more")
+    source = Path(arguments[0])
+    release, entries = releases.open_release(source, FAMILY.value, HEADS.value, WEIGHTS.value)
+    if INSPECT.value:
+        print(describe(release, entries))
+        return
+    family = TO.value or release.family
+    arrays = releases.export(release.params, family, release.arch, release.side)
+    write_safetensors(arguments[1], arrays)
+    count = sum(array.size for array in arrays.values())
+    print(f"{arguments[1]}: {family}, {len(arrays)} arrays, {count:,} numbers")
+
+
+if __name__ == "__main__":
+    program.launch(main)
