@@ -16,12 +16,17 @@ class Stopped(Exception):
     """The program was asked to stop, and has saved."""
 
 
-def launch(main: Callable[[], None], argv: Sequence[str] = sys.argv) -> None:
-    """Parse the flags, run `main`, exit: 0 done, 42 stopped and saved, or an error's own code (see `errors`)."""
+def launch(main: Callable[..., None], *, arguments: bool = False) -> None:
+    """Parse the flags, run `main`, exit: 0 done, 42 stopped and saved, or an error's own code (see `errors`).
+
+    With `arguments`, what stands beside the flags is given to `main` as a list; else it is an error.
+    """
     app.define_help_flags()
     try:
-        parse(argv)
-        main()
+        extra = parse(sys.argv)
+        if extra and not arguments:
+            raise ConfigError(f"unexpected argument {extra[0]!r}")
+        main(*([extra] if arguments else []))
     except Stopped as stop:
         print(stop, file=sys.stderr)
         sys.exit(EXIT_PREEMPTED)
@@ -33,8 +38,8 @@ def launch(main: Callable[[], None], argv: Sequence[str] = sys.argv) -> None:
         sys.exit(error.exit_code)
 
 
-def parse(argv: Sequence[str]) -> None:
-    """Parse flags and config overrides; whatever is wrong with them becomes a ConfigError."""
+def parse(argv: Sequence[str]) -> list[str]:
+    """Parse flags and config overrides; returns the other arguments. Whatever is wrong becomes a ConfigError."""
     for path in [argument.split("=", 1)[1] for argument in argv if argument.startswith("--config=")]:
         sys.path.append(str(Path(path).absolute().parent.parent))  # a config file may import its neighbours
     try:
@@ -45,8 +50,7 @@ def parse(argv: Sequence[str]) -> None:
         raise
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
         raise ConfigError(readable(error)) from error
-    if extra:
-        raise ConfigError(f"unexpected argument {extra[0]!r}")
+    return extra
 
 
 def readable(error: Exception) -> str:

@@ -52,4 +52,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    program.launch(main)
+    program.launch(main, arguments=True)
