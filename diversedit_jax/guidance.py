@@ -53,9 +53,8 @@ def autoguide(
     """v_weak + scale (v - v_weak) while lo <= t <= hi, else v, and then the weak network does not run.
 
     `weak`: a smaller or less trained network for the same task; it is given the same labels. As in the paper, this
-    takes the place of classifier-free guidance; to have both at once, let the weak network be unconditional, by
-    `unlabelled`.
-    The other arguments are those of `guide`.
+    takes the place of classifier-free guidance; to have both at once, let `weak` be unconditional, by `unlabelled`. The
+    other arguments are those of `guide`.
     """
     return _guided(
         network, y, lambda x, times: (network(x, times, y)[0], weak(x, times, y)[0]), scale, interval, channels

@@ -60,9 +60,8 @@ def make(
             wanted = x.shape[-1] * (2 if learn_sigma else 1)
             if output.shape[-1] != wanted:
                 raise ConfigError(
-                    f"the network predicts {output.shape[-1]} channels, objective ddpm with learn_sigma = "
-                    f"{learn_sigma} "
-                    f"needs {wanted}: set model.out_channels"
+                    f"the network predicts {output.shape[-1]} channels, and objective ddpm with learn_sigma = "
+                    f"{learn_sigma} needs {wanted}: set model.out_channels"
                 )
             return output, features
 
