@@ -19,6 +19,7 @@ from diversedit_jax import program, sample, train
 from diversedit_jax.checkpoint import Checkpoints
 from diversedit_jax.config import slot
 from diversedit_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from diversedit_jax.interop import releases
 
 ROOT = Path(__file__).parents[1]
 
@@ -215,6 +216,19 @@ def test_samples_of_a_run(straight, tmp_path):
         sample.of_run(workdir, 3)
     with pytest.raises(ConfigError, match="holds no run"):
         sample.of_run(tmp_path)
+
+
+def test_a_run_goes_out_as_a_release(straight, tmp_path):
+    _, workdir, state = straight
+    out = tmp_path / "run.safetensors"
+    command = [sys.executable, "tools/convert_checkpoint.py", str(workdir), str(out)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    release, _ = releases.open_release(out, heads=2)
+    assert release.arch.skip
+    assert release.side == 8
+    assert_same_bits(release.params, state["ema"])
 
 
 # --- As processes.

@@ -10,13 +10,17 @@ as .safetensors under the names of the family `--to`, by default that of IN (`si
 
 from pathlib import Path
 
+import jax
 from absl import flags
 
-from diversedit_jax import logs, program
+from diversedit_jax import config as configs
+from diversedit_jax import experiment, logs, program
+from diversedit_jax.checkpoint import Checkpoints
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.interop import releases
 from diversedit_jax.interop.releases import FAMILIES
 from diversedit_jax.interop.weights_file import write_safetensors
+from diversedit_jax.models.dit import SIZES
 
 FAMILY = flags.DEFINE_enum("family", None, list(FAMILIES), "What IN is, where its arrays do not tell.")
 TO = flags.DEFINE_enum("to", None, list(FAMILIES), "What OUT shall be; by default what IN is.")
@@ -35,12 +39,45 @@ def describe(release: releases.Release, entries: dict[str, int]) -> str:
     return "\n".join([*lines, logs.parameter_overview(release.params)])
 
 
+def of_run(workdir: Path) -> tuple[releases.Release, dict[str, int]]:
+    """The EMA weights of the last checkpoint of one of our runs."""
+    config = configs.load(workdir)
+    options = config.model
+    size = SIZES[options.size]
+    if options.skip not in ("none", "release") or (options.skip == "release" and options.skip_init == "identity"):
+        raise ConfigError(f"no release has skips of the form {options.skip!r} with skip_init = {options.skip_init!r}")
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    meta = checkpoints.meta()
+    mesh, parts, _, _ = experiment.build(config, tuple(meta["shape"]), meta["num_classes"])
+    params, _ = checkpoints.restore_part(experiment.abstract_params(parts.model, mesh), "ema")
+    side, _, channels = meta["shape"]
+    arch = releases.Architecture(
+        depth=options.depth or size.depth,
+        width=options.width or size.width,
+        heads=options.heads or size.heads,
+        patch=options.patch,
+        channels=channels,
+        out_channels=2 * channels if options.name == "official_sit" else options.out_channels or channels,
+        num_classes=meta["num_classes"],
+        mlp_ratio=options.mlp_ratio,
+        qk_norm=options.qk_norm,
+        skip=options.skip == "release",
+        second_time=options.second_time,
+    )
+    double = "official_sit" if options.name == "official_sit" else "official_dit"
+    family = double if arch.out_channels == 2 * channels else "sit"
+    return releases.Release(family, arch, side, jax.device_get(params)), {"ema": len(jax.tree.leaves(params))}
+
+
 def main(arguments: list[str]) -> None:
     """Read IN; print what it is, or write OUT."""
     if len(arguments) != (1 if INSPECT.value else 2):
         raise ConfigError("give IN and OUT, or IN and --inspect; --help tells more")
     source = Path(arguments[0])
-    release, entries = releases.open_release(source, FAMILY.value, HEADS.value, WEIGHTS.value)
+    if (source / configs.FILE).is_file():
+        release, entries = of_run(source)
+    else:
+        release, entries = releases.open_release(source, FAMILY.value, HEADS.value, WEIGHTS.value)
     if INSPECT.value:
         print(describe(release, entries))
         return
