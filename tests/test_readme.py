@@ -1,7 +1,11 @@
 """The README's example runs, and the files it names exist."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -19,3 +23,11 @@ def test_the_files_it_names_exist():
     assert len(names) > 5
     missing = [name for name in names if not (ROOT / name).exists()]
     assert not missing, f"the README names {missing}"
+
+
+@pytest.mark.parametrize("module", ["diversedit_jax.train", "diversedit_jax.sample", "tools.benchmark_step"])
+def test_the_programs_it_names_explain_themselves(module):
+    assert f"-m {module}" in README
+    command = [sys.executable, "-m", module, "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert f"-m {module}" in done.stdout, done.stderr

@@ -1,6 +1,6 @@
 """Time the training step of several forms of a model in one interleaved run, and compare them as ratios.
 
-    python tools/benchmark_step.py --size=B --batch_size=32 --variants=plain,skips,diversity
+    python -m tools.benchmark_step --size=B --batch_size=32 --variants=plain,skips,diversity
 
 The real step (objective, losses, AdamW, EMA) on synthetic latents that stay on the device. Rounds go through all
 variants in turn, so that what disturbs the machine disturbs them alike; a variant's time is the median over rounds.
