@@ -442,7 +442,7 @@ def attacks(sentinel: Path) -> dict[str, bytes]:
             b"functools\npartial", b"__builtin__\ngetattr"
         ),
         "functools.partial": op(Calls(functools.partial, os.system, touch)),
-        "io.open": op(Calls(builtins.open, path, "w")),
+        f"{open.__module__}.open": op(Calls(builtins.open, path, "w")),  # io, or _io from Python 3.13 on
         "commands.Popen": op(Calls(subprocess.Popen, ["touch", path])),
         "torch.load": b"ctorch\nload\n" + op((path,)) + b"R",
         "torch.serialization.load": b"ctorch.serialization\nload\n" + op((path,)) + b"R",
