@@ -12,14 +12,19 @@ Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
 Params = Any  # a pytree of arrays
 
-# (x_t [b h w c], t [b], y [b]) -> (prediction [b h w c], features).
+# (x_t [b h w c], t [b], y [b], **conditions) -> (prediction [b h w c], features).
 # features[k] is the residual stream after k blocks, [b n d]; features[0] is the embedding. The null label is
-# `num_classes`. A network is a closure over its parameters; nothing that calls it knows the framework behind it.
+# `num_classes`. `conditions` are what an objective gives beside: `span` [b] (MeanFlow), `token` [b k] (REG).
+# A network is a closure over its parameters; nothing that calls it knows the framework behind it.
 Network = Callable[..., tuple[Array, Sequence[Array]]]
 
 
 class Forward(NamedTuple):
-    """One forward pass of an objective: its loss per example, and all that auxiliary losses may read."""
+    """One forward pass of an objective: its loss per example, and all that auxiliary losses may read.
+
+    rerun: (network, t [b]) -> (prediction, features) of the same examples with the same noise and labels, at other
+        times and by another network: what a self-distilling loss asks its teacher. A pytree (`jax.tree_util.Partial`).
+    """
 
     loss: Float[Array, " b"]
     x: Float[Array, "b h w c"]
@@ -29,6 +34,7 @@ class Forward(NamedTuple):
     y: Int[Array, " b"]  # after label dropout
     features: Sequence[Float[Array, "b n d"]]
     metrics: Metrics
+    rerun: Callable[[Network, Array], tuple[Array, Sequence[Array]]]
 
 
 # (network, batch, key) -> Forward

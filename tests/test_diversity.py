@@ -60,7 +60,7 @@ def similar(seed: int = 0, share: float = 2.0) -> np.ndarray:
 def as_forward(features) -> Forward:
     """A pass with these features, the embedding first; a diversity loss reads nothing else of it."""
     image, t = jnp.zeros((len(features[0]), 2, 2, 1)), jnp.zeros(len(features[0]))
-    return Forward(t, image, image, t, image, t.astype(int), features, metrics={})
+    return Forward(t, image, image, t, image, t.astype(int), features, metrics={}, rerun=None)
 
 
 def apply(loss, features, step: int = 0, seed: int = 0):

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 
 import diversedit_jax
-from diversedit_jax import losses, objectives, slots
+from diversedit_jax import losses, objectives, paths, slots
 from diversedit_jax.api import AuxLoss, Forward
+from diversedit_jax.objectives import flow_matching
 
 PACKAGE = Path(diversedit_jax.__file__).parent
 
@@ -70,7 +72,9 @@ def forward(features) -> Forward:
     x, noise = (jnp.asarray(rng.standard_normal((BATCH, *SHAPE), dtype=np.float32)) for _ in range(2))
     t = jnp.linspace(0.05, 0.95, BATCH)
     x_t = (1 - t)[:, None, None, None] * x + t[:, None, None, None] * noise
-    return Forward(jnp.ones(BATCH), x, noise, t, x_t, batch()["y"], features, metrics={})
+    y = batch()["y"]
+    rerun = Partial(flow_matching.along(paths.make("linear")), x, noise, y)
+    return Forward(jnp.ones(BATCH), x, noise, t, x_t, y, features, metrics={}, rerun=rerun)
 
 
 @pytest.mark.parametrize(("slot", "name"), [("losses", n) for n in LOSSES] + [("objectives", n) for n in OBJECTIVES])
@@ -172,6 +176,8 @@ def test_objective_keeps_the_contract(name):
     for path, leaf in jax.tree.leaves_with_path(gradient):
         assert jnp.isfinite(leaf).all()
         assert jnp.abs(leaf).max() > 0, f"no gradient reaches {jax.tree_util.keystr(path)}"
+    _, again = result.rerun(lambda *inputs, **given: network(weights, *inputs, **given), result.t)
+    np.testing.assert_allclose(again[-1], result.features[-1], rtol=1e-4, atol=1e-5)
     other = jax.jit(run)(weights, jax.random.key(1))
     assert jnp.any(other.noise != result.noise), "the noise does not depend on the key"
 

@@ -102,7 +102,7 @@ def test_forward_equals_the_reference(name):
         gold = {key: jnp.asarray(file[key], jax.dtypes.canonicalize_dtype(file[key].dtype)) for key in file.files}
     if name == "meanflow":
         t, r = jnp.ones(len(gold["z_nhwc"])), jnp.zeros(len(gold["z_nhwc"]))
-        u, _ = model.apply(release.params, gold["z_nhwc"], t, gold["sample_y"], t - r)
+        u, _ = model.apply(release.params, gold["z_nhwc"], t, gold["sample_y"], span=t - r)
         np.testing.assert_allclose(u, gold["u_t1_r0"], atol=1e-5 * np.abs(gold["u_t1_r0"]).max())
     else:
         x, noise = (jnp.moveaxis(gold[key], 1, -1) for key in ("lat", "noise"))

@@ -1,6 +1,7 @@
 """Networks in Flax NNX, one model per file; to the rest of the package a network is two pure functions."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from flax import nnx
@@ -14,7 +15,7 @@ class Model(NamedTuple):
     """A network as pure functions over a nested dict of arrays.
 
     init:  key -> params.
-    apply: (params, x_t, t, y) -> (prediction, features).
+    apply: (params, x_t, t, y, **conditions) -> (prediction, features).
     """
 
     init: Callable[[Array], Params]
@@ -22,7 +23,7 @@ class Model(NamedTuple):
 
     def network(self, params: Params) -> Network:
         """The network with its parameters bound."""
-        return lambda *inputs: self.apply(params, *inputs)
+        return partial(self.apply, params)
 
 
 def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
@@ -32,8 +33,8 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     def init(key: Array) -> Params:
         return nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key))))
 
-    def apply(params: Params, *inputs: Array):
-        return nnx.merge(graphdef, params)(*inputs)
+    def apply(params: Params, *inputs: Array, **conditions: Array):
+        return nnx.merge(graphdef, params)(*inputs, **conditions)
 
     return Model(init, apply)
 

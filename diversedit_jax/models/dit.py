@@ -175,7 +175,7 @@ class TimeEmbedding(nnx.Module):
 
 
 class DiT(nnx.Module):
-    """(x_t, t, y[, span]) -> (prediction, features); see `make` for its options."""
+    """(x_t, t, y, **conditions) -> (prediction, features); see `make` for its options."""
 
     def __init__(
         self,
@@ -225,6 +225,7 @@ class DiT(nnx.Module):
         x_t: Float[Array, "b h w c"],
         t: Float[Array, " b"],
         y: Int[Array, " b"],
+        *,
         span: Float[Array, " b"] | None = None,
     ) -> tuple[Float[Array, "b h w k"], tuple[Float[Array, "b n d"], ...]]:
         if x_t.shape[1:] != self.shape:

@@ -1,8 +1,11 @@
 """DDPM as DiT trains it: the noise of a discrete diffusion, and its variance by the variational bound (DiT, arXiv
 2212.09748, section 3.1; improved DDPM, arXiv 2102.09672)."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from diversedit_jax import noise_schedule
@@ -22,11 +25,12 @@ def regress(
 ) -> Forward:
     """The squared error of the predicted noise and, if the network predicts variances too, the bound's term at step t.
 
-    The network is given the step itself, 0 .. num_timesteps - 1, as a float; so is Forward.t.
+    schedule: not respaced. The network is given the step itself, 0 .. num_timesteps - 1, as a float; so is Forward.t.
     """
     x_t = noise_schedule.diffuse(schedule, x, noise, t)
-    step = jnp.asarray(schedule.timesteps, jnp.float32)[t]
-    output, features = network(x_t, step, y)
+    step = t.astype(jnp.float32)
+    rerun = Partial(partial(run_at, schedule), x, noise, y)
+    output, features = rerun(network, step)
     output = output.astype(jnp.float32)
     predicted, v = noise_schedule.split(output, x.shape[-1])
     loss = jnp.mean((predicted - noise) ** 2, axis=(1, 2, 3))
@@ -35,7 +39,12 @@ def regress(
         vb = noise_schedule.bound(schedule, output, x, x_t, t)
         metrics["vb"] = vb.mean()
         loss = loss + vb
-    return Forward(loss, x, noise, step, x_t, y, features, metrics)
+    return Forward(loss, x, noise, step, x_t, y, features, metrics, rerun)
+
+
+def run_at(schedule: Schedule, x: Array, noise: Array, y: Array, network: Network, step: Float[Array, " b"]):
+    """The network's output at steps, as floats, of the diffusion of x by noise (see `Forward.rerun`)."""
+    return network(noise_schedule.diffuse(schedule, x, noise, step.astype(jnp.int32)), step, y)
 
 
 def make(

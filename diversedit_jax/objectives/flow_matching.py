@@ -1,10 +1,12 @@
 """Flow matching: the network regresses the velocity of a path from data to noise, or the noise or score that determine
 it (SiT, arXiv 2401.08740, section 2)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from diversedit_jax import paths, times
@@ -51,12 +53,24 @@ def regress(
     weight: Callable[[Path, Array], Array] = WEIGHTS["none"],
 ) -> Forward:
     """The squared error of the prediction, weighted, a mean over each example's elements, in float32."""
-    x_t = paths.interpolate(path, x, noise, t)
-    prediction, features = network(x_t, t, y)
+    rerun = Partial(along(path), x, noise, y)
+    prediction, features = rerun(network, t)
     if prediction.shape != x.shape:
         raise ConfigError(f"the network predicts {prediction.shape[1:]}, flow matching needs {x.shape[1:]}")
     squared = jnp.mean(error(path, prediction.astype(jnp.float32), x, noise, t) ** 2, axis=(1, 2, 3))
-    return Forward(weight(path, t) * squared, x, noise, t, x_t, y, features, metrics={})
+    x_t = paths.interpolate(path, x, noise, t)
+    return Forward(weight(path, t) * squared, x, noise, t, x_t, y, features, metrics={}, rerun=rerun)
+
+
+@cache
+def along(path: Path) -> Callable[..., tuple[Array, Sequence[Array]]]:
+    """`run_at` on a path; the same function at every call, so that two `Forward.rerun` are of one structure."""
+    return partial(run_at, path)
+
+
+def run_at(path: Path, x: Array, noise: Array, y: Array, network: Network, t: Float[Array, " b"]):
+    """The network's output at times t of the path between x and noise (see `Forward.rerun`)."""
+    return network(paths.interpolate(path, x, noise, t), t, y)
 
 
 def drop_labels(key: Array, y: Int[Array, " b"], probability: float, null: int) -> Int[Array, " b"]:
