@@ -8,6 +8,9 @@ import tempfile
 # Before jax is imported, and for the processes that tests start: a machine with an accelerator runs the same tests.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+# Most of the time goes into compiling; without LLVM's optimisations that takes half as long.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+
 # What one test has compiled, another need not: many start the same small run, some of them as a process.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="diversedit-xla-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1"

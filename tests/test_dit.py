@@ -17,9 +17,6 @@ from diversedit_jax.models.dit import REMAT, SIZES, SKIPS, Block, Merge, patchif
 SHAPE, CLASSES, WIDTH, HEADS, BATCH = (4, 8, 3), 5, 16, 2, 3  # not square: height and width cannot be confused
 
 
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles twice as fast
-
-
 def make(cuts=(), **options) -> models.Model:
     given = {"depth": 4, "width": WIDTH, "heads": HEADS, "mlp_ratio": 2.0} | options
     return models.make("dit", SHAPE, CLASSES, cuts, **given)
@@ -50,11 +47,11 @@ def objective(apply):
 
 
 def initial(model: models.Model):
-    return jit(model.init)(jax.random.key(0))
+    return jax.jit(model.init)(jax.random.key(0))
 
 
 def run(model: models.Model, params):
-    return jit(model.apply)(params, *inputs())
+    return jax.jit(model.apply)(params, *inputs())
 
 
 def assert_close(found, wanted, message: str, tolerance: float = 2e-5):
@@ -151,12 +148,12 @@ EVERY = [(skip, depth) for skip in SKIPS for depth in (4, 5)]
 def of_the_loop(skip: str, depth: int):
     """The loss, (prediction, features), and gradient of the unrolled network."""
     params = trained(make(skip=skip, depth=depth))
-    return jax.device_get(jit(objective(partial(unrolled, depth=depth, skip=skip)))(params))
+    return jax.device_get(jax.jit(objective(partial(unrolled, depth=depth, skip=skip)))(params))
 
 
 def assert_equal_to_the_loop(skip: str, depth: int, cuts=(), **options):
     model = make(cuts, skip=skip, depth=depth, **options)
-    (_, found), gradient = jit(objective(model.apply))(trained(model))
+    (_, found), gradient = jax.jit(objective(model.apply))(trained(model))
     (_, wanted), wanted_gradient = of_the_loop(skip, depth)
     assert len(found[1]) == depth + 1
     assert_close(found, wanted, f"{skip}, depth {depth}: outputs")
@@ -224,7 +221,7 @@ def temporaries(skip: str, depth: int, read=None, cuts=(), **options) -> float:
 
     args = [((batch, *shape), "float32"), ((batch,), "float32"), ((batch,), "int32")]
     args = [jax.ShapeDtypeStruct(*arg) for arg in args]
-    compiled = jit(jax.grad(loss)).lower(jax.eval_shape(model.init, jax.random.key(0)), *args).compile()
+    compiled = jax.jit(jax.grad(loss)).lower(jax.eval_shape(model.init, jax.random.key(0)), *args).compile()
     return compiled.memory_analysis().temp_size_in_bytes / (4 * batch * 16 * width)
 
 
@@ -351,7 +348,7 @@ def test_labels_enter_through_the_table_only():
     params = trained(model)
     assert params["label_embed"]["embedding"].shape == (CLASSES + 1, WIDTH), "classes and the null label"
     x, t, _ = inputs()
-    apply = jit(model.apply)
+    apply = jax.jit(model.apply)
 
     def output(params, label):
         return np.asarray(apply(params, x, t, jnp.full(BATCH, label))[0])
@@ -461,8 +458,8 @@ def test_forward_mode_equals_reverse_mode():
     def loss(x, t):
         return jnp.vdot(weights, model.apply(params, x, t, y)[0])
 
-    _, forward = jit(lambda: jax.jvp(loss, (x, t), tangents))()
-    reverse = sum(jnp.vdot(g, v) for g, v in zip(jit(jax.grad(loss, (0, 1)))(x, t), tangents, strict=True))
+    _, forward = jax.jit(lambda: jax.jvp(loss, (x, t), tangents))()
+    reverse = sum(jnp.vdot(g, v) for g, v in zip(jax.jit(jax.grad(loss, (0, 1)))(x, t), tangents, strict=True))
     np.testing.assert_allclose(forward, reverse, rtol=1e-4)
 
 

@@ -35,8 +35,6 @@ from diversedit_jax.models.dit import Merge
 
 ROOT = Path(__file__).parent.parent
 
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles twice as fast
-
 RELEASE = PRESETS["release"]
 SIGNED = Settings(
     weights=(0.33,) * 3,
@@ -108,7 +106,7 @@ def embedding():
     """SiT-B's embedding at initialisation, 4 examples of 256 tokens; its blocks are identities then (see test_dit)."""
     model = models.make("dit", (32, 32, 4), 1000, size="B", depth=2)
     x, t = jax.random.normal(jax.random.key(1), (4, 32, 32, 4)), jnp.array([0.1, 0.4, 0.6, 0.9])
-    return jit(lambda key: model.apply(model.init(key), x, t, jnp.arange(4))[1][0])(jax.random.key(0))
+    return jax.jit(lambda key: model.apply(model.init(key), x, t, jnp.arange(4))[1][0])(jax.random.key(0))
 
 
 def test_values_at_initialisation_without_skips(embedding):
@@ -128,10 +126,10 @@ def test_values_at_initialisation_with_skips(embedding):
             deep.append(x)
         return jnp.stack([embedding] * 6 + deep)
 
-    features = jit(features)(jax.random.key(0))
+    features = jax.jit(features)(jax.random.key(0))
     table = {None: (0.507, 0.513, 0.48), 4: (0.005, 0.013, 0), 5: (0.094, 0.111, 0), 8: (0.40, 0.41, 0.34)}
     for aligned, (orth, mi, weight) in table.items():
-        _, terms = jit(partial(diversity_loss, aligned=aligned))(features)
+        _, terms = jax.jit(partial(diversity_loss, aligned=aligned))(features)
         # One draw of the kernels: means of up to ten cosines of random directions, 1 / sqrt(768) = 0.036 each.
         np.testing.assert_allclose(terms["orthogonality"], orth, atol=0.03, err_msg=f"aligned {aligned}")
         np.testing.assert_allclose(terms["mutual_information"], mi, atol=0.03, err_msg=f"aligned {aligned}")
@@ -213,7 +211,7 @@ def test_random_pairs_are_fixed_by_the_seed_and_redrawn_by_the_key(rule):
     keys = jax.random.split(jax.random.key(0), 20)
     drawn = [draw(key) for key in keys]
     for key, pairs in zip(keys[:3], drawn, strict=False):
-        np.testing.assert_array_equal(jit(draw)(key), pairs, err_msg="traced and concrete draws differ")
+        np.testing.assert_array_equal(jax.jit(draw)(key), pairs, err_msg="traced and concrete draws differ")
     assert len({str(pairs) for pairs in drawn}) > 15, "20 keys, hardly any different draws"
     appear = np.unique(np.concatenate(drawn))
     np.testing.assert_array_equal(appear, np.arange(12), err_msg="blocks that 20 draws never reach")
@@ -234,8 +232,8 @@ def test_traced_pairs_equal_known_pairs(form, detach):
         return diversity_loss(features, pairs, settings, detach=detach)
 
     gradient = jax.value_and_grad(loss, has_aux=True)
-    (known, terms), wanted = jit(lambda features: gradient(features, pairs))(features)
-    (traced, traced_terms), found = jit(gradient)(features, jnp.asarray(pairs))
+    (known, terms), wanted = jax.jit(lambda features: gradient(features, pairs))(features)
+    (traced, traced_terms), found = jax.jit(gradient)(features, jnp.asarray(pairs))
     np.testing.assert_allclose(traced, known, rtol=1e-5)
     for name in terms:
         np.testing.assert_allclose(traced_terms[name], terms[name], rtol=1e-5, err_msg=name)
@@ -298,7 +296,7 @@ def test_dispersion_clamp_and_scale():
 @pytest.mark.parametrize("detach", ["first", "second"])
 @pytest.mark.parametrize("term", [orthogonality, mutual_information])
 def test_detach_stops_one_side_of_a_pair(term, detach):
-    gradient = jit(jax.grad(lambda x: term(x, [(1, 4)], detach=detach)))(jnp.asarray(similar()))
+    gradient = jax.jit(jax.grad(lambda x: term(x, [(1, 4)], detach=detach)))(jnp.asarray(similar()))
     reached = [i for i in range(L) if np.abs(gradient[i]).max() > 0]
     assert reached == [4 if detach == "first" else 1]
 
@@ -402,7 +400,7 @@ def test_groups_are_means_over_slices():
     for name in terms:
         np.testing.assert_allclose(terms[name], np.mean([terms[name] for _, terms in slices]), rtol=1e-5, err_msg=name)
     pairs = select_pairs(L, "release")
-    traced = jit(lambda x, p: diversity_loss(x, p, groups=2)[0])(x, jnp.asarray(pairs))
+    traced = jax.jit(lambda x, p: diversity_loss(x, p, groups=2)[0])(x, jnp.asarray(pairs))
     np.testing.assert_allclose(traced, loss, rtol=1e-5)
     assert abs(diversity_loss(x)[0] - loss) > 0.01, "the example does not tell groups from none"
     np.testing.assert_allclose(apply(losses.make("diversity", groups=2), x)[0], loss, rtol=1e-6)
@@ -648,7 +646,7 @@ def equinox(x):
 @pytest.mark.parametrize("build", [plain_jax, flax_linen, flax_nnx, equinox])
 def test_the_loss_trains_networks_of_any_framework(build):
     params, features = build(jnp.asarray(normal(3, (B, N, D))))
-    loss, gradient = jit(jax.value_and_grad(lambda p: diversity_loss(features(p))[0]))(params)
+    loss, gradient = jax.jit(jax.value_and_grad(lambda p: diversity_loss(features(p))[0]))(params)
     assert loss > 0
     largest = {
         jax.tree_util.keystr(path): float(jnp.abs(leaf).max()) for path, leaf in jax.tree.leaves_with_path(gradient)

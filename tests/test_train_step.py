@@ -20,8 +20,6 @@ from diversedit_jax.train_state import Parts, initializer, train_step
 SHAPE, CLASSES, BATCH = (4, 4, 2), 5, 16
 KEY, RUN_KEY = jax.random.key(0), jax.random.key(1)
 
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles twice as fast
-
 
 def batch():
     rng = np.random.default_rng(0)
@@ -57,11 +55,11 @@ def parts(**changes) -> Parts:
 
 
 def start(parts: Parts):
-    return jit(initializer(parts, batch()))(KEY)
+    return jax.jit(initializer(parts, batch()))(KEY)
 
 
 def step_of(parts: Parts):
-    return jit(partial(train_step, parts))
+    return jax.jit(partial(train_step, parts))
 
 
 def one_step(parts: Parts, state=None, run_key=RUN_KEY):
@@ -118,10 +116,10 @@ def on_mesh(mesh: Mesh):
     made = full_parts()
     init = initializer(made, batch())
     where = sharding.shardings(jax.eval_shape(init, KEY), mesh)
-    state = jit(init, out_shardings=where)(KEY)
+    state = jax.jit(init, out_shardings=where)(KEY)
     shard = jax.device_put(batch(), sharding.over_batch(mesh))
     out = (where, sharding.replicated(mesh))
-    step = jit(partial(train_step, made), donate_argnums=0, out_shardings=out)
+    step = jax.jit(partial(train_step, made), donate_argnums=0, out_shardings=out)
     new, metrics = step(state, {}, shard, RUN_KEY)
     return where, state, new, metrics
 
