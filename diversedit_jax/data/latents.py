@@ -104,7 +104,7 @@ class Moments:
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> dict[str, np.ndarray | np.int32]:
         try:
             record = self.records[index]
         except Exception as error:
@@ -122,7 +122,7 @@ def chosen(example: dict, mirror: bool) -> dict:
     parts = {name: value[int(mirror)] for name, value in example.items() if name not in ("y", "image")}
     if "image" in example:
         parts["image"] = example["image"][:, ::-1] if mirror else example["image"]
-    return parts | {"y": example["y"]}
+    return {**parts, "y": example["y"]}
 
 
 def flip(example: dict, rng: np.random.Generator) -> dict:

@@ -250,8 +250,9 @@ def recognise(kind: Kind, shapes: Mapping[str, tuple[int, ...]]) -> str:
         if f"{names.patch}.weight" in shapes and f"{names.blocks}.0.{names.norm1}.weight" in shapes:
             return layout
     wanted = " or ".join(f"{LAYOUTS[layout].patch}.weight" for layout in kind.layouts)
+    where = f" at the top or below {kind.entry!r}" if kind.entry else ""
     few = ", ".join(list(shapes)[:3]) or "nothing"
-    raise ConfigError(f"{kind.name}: these are not its arrays ({few}, ...): wanted {wanted}")
+    raise ConfigError(f"{kind.name}: these are not its arrays ({few}, ...): wanted {wanted}{where}")
 
 
 def open_encoder(

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -76,12 +77,12 @@ POSITIONS = {
 
 
 def resample(
-    table: Float[Array, "n d"], side: int, wanted: tuple[int, int], antialias: bool, offset: float
-) -> Float[Array, "m d"]:
+    table: Float[Array | np.ndarray, "n d"], side: int, wanted: tuple[int, int], antialias: bool, offset: float
+) -> Float[Array | np.ndarray, "m d"]:
     """The position table of side x side patches for a grid of `wanted` (rows, columns); see POSITIONS."""
     if wanted == (side, side):
         return table
-    square = table.reshape(side, side, -1)
+    square = jnp.asarray(table).reshape(side, side, -1)
     rows, columns = (bicubic.weights(side, n, antialias, side / (n + offset)) for n in wanted)
     return bicubic.apply(rows, columns, square).reshape(-1, table.shape[-1])
 
