@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
 
     config.data = slot("data", "latents")  # what is stored
     config.prepare = slot("prepare", "latents")  # from there to the network's space, on device
+    config.encoders = ConfigDict()  # frozen, for losses that align to them: label -> slot("encoders", name, file=...)
     config.model = slot("models", "dit", size="B", patch=2)
     config.objective = slot("objectives", "flow_matching")
     config.init_from = ConfigDict(  # a release to start from, of an architecture that config.model describes

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -15,6 +16,7 @@ from diversedit_jax.data import Dataset
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.interop import releases
 from diversedit_jax.models import Model
+from diversedit_jax.prepare import with_encoders
 from diversedit_jax.train_state import Parts
 
 
@@ -44,6 +46,8 @@ def build(config: ConfigDict, shape: tuple[int, int, int], num_classes: int) -> 
     model = configs.make("models", config.model, "config.model", shape, num_classes, cuts)
     objective = configs.make("objectives", config.objective, "config.objective", num_classes)
     prepare = configs.make("prepare", config.prepare, "config.prepare")
+    encoders = {label: configs.make("encoders", c, f"config.encoders.{label}") for label, c in config.encoders.items()}
+    prepare = with_encoders(prepare, encoders) if encoders else prepare
     parts = Parts(model, prepare, objective, losses, optimizer, config.ema_decay, config.accumulate)
     sampler = configs.keywords(config.sampler, "config.sampler", sampling.make)
     source = sampling.trained(config.objective.to_dict())
@@ -75,9 +79,13 @@ def abstract_params(model: Model, mesh: Mesh) -> Params:
 
 
 def prepared(prepare: Prepare, mesh: Mesh) -> Any:
-    """The frozen weights of a preparation, born where they live."""
-    abstract = jax.eval_shape(prepare.init)
-    return jax.jit(prepare.init, out_shardings=sharding.shardings(abstract, mesh))()
+    """The frozen weights of a preparation, put where they live. (A program that made them would hold a file.)"""
+    frozen = jax.tree.map(np.asarray, prepare.init())
+
+    def put(leaf: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    return jax.tree.map(put, frozen, sharding.shardings(frozen, mesh))
 
 
 def starting_params(config: ConfigDict, wanted: Params) -> Params | None:

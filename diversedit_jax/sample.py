@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
 from diversedit_jax import config as configs
 from diversedit_jax import experiment, logs, models, prepare, program, samplers, sampling, sharding
@@ -53,6 +54,7 @@ def of_run(
     workdir = Path(workdir).expanduser().absolute()
     config = configs.load(workdir)
     config.sampler.update(overrides or {})
+    config.encoders = ConfigDict()  # only losses read their features: sampling works without their files
     checkpoints = Checkpoints(workdir / "checkpoints")
     meta = checkpoints.meta(step)
     step = checkpoints.latest() if step is None else step

@@ -11,7 +11,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from diversedit_jax.errors import ConfigError
 
 AXES = ("data", "fsdp")
-STACKED = ("shallow", "deep", "merges")  # parameters with a leading layer axis, which a scan walks: never split
+STACKED = (
+    "shallow",
+    "deep",
+    "merges",
+    "blocks",
+)  # parameters with a leading layer axis, which a scan walks: never split
 SMALLEST = 2**12  # elements; what is smaller is copied to all devices
 
 

@@ -37,11 +37,12 @@ def initializer(parts: Parts, batch: Batch) -> Callable[[Array], State]:
         key_model, key_losses = jax.random.split(key)
         params = parts.model.init(key_model)
 
-        def run() -> tuple[Batch, Forward]:
-            prepared = parts.prepare.apply(parts.prepare.init(), _zeros(batch), key)
+        def run(frozen: Any, batch: Batch) -> tuple[Batch, Forward]:
+            prepared = parts.prepare.apply(frozen, batch, key)
             return prepared, parts.objective(parts.model.network(params), prepared, key)
 
-        prepared, forward = _zeros(jax.eval_shape(run))  # heads take the shapes, and nothing is computed
+        shapes = jax.eval_shape(run, jax.eval_shape(parts.prepare.init), batch)
+        prepared, forward = _zeros(shapes)  # heads take the shapes, and nothing is computed
         heads = {
             label: aux.init(jax.random.fold_in(key_losses, i), forward, prepared)
             for i, (label, aux) in enumerate(parts.losses.items())

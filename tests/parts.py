@@ -28,3 +28,13 @@ def poisoned(*, at: int):
         return jnp.where(step + 1 >= at, jnp.nan, 0.0), {}
 
     return AuxLoss(init=lambda key, forward, batch: {}, apply=apply)
+
+
+def aligned(*, label: str):
+    """An auxiliary loss that reads the features of a frozen encoder."""
+
+    def apply(params, forward, batch, teacher, step, key):
+        features, token = batch[f"features/{label}"], batch[f"token/{label}"]
+        return jnp.mean(forward.features[1]) * jnp.mean(features * token[:, None]), {}
+
+    return AuxLoss(init=lambda key, forward, batch: {}, apply=apply, blocks=(1,))

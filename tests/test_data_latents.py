@@ -6,10 +6,11 @@ import io
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
 
 from diversedit_jax import data
 from diversedit_jax.data import pipeline
-from diversedit_jax.errors import DataError
+from diversedit_jax.errors import ConfigError, DataError
 
 SHAPE = (4, 6, 2)
 
@@ -19,12 +20,45 @@ def moments(index: int) -> np.ndarray:
     return np.stack([np.full((4, 6, 4), index, np.float16), np.full((4, 6, 4), index + 100, np.float16)])
 
 
-def write(directory, count=20, shape=(2, 4, 6, 4), dtype=np.float16, name="moments", label=None, labels=range(10)):
+def pixels(index: int) -> np.ndarray:
+    """An image [h w 3] that differs from its mirror image and tells its record."""
+    return np.random.default_rng(index).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+
+
+def png(image: np.ndarray) -> bytes:
+    """Encoded bytes, which tfds takes without TensorFlow."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
+
+
+# What a record may hold for alignment: feature, and its value in record i.
+PNG = {"image": (tfds.features.Image(shape=(8, 12, 3), encoding_format="png"), lambda i: png(pixels(i)))}
+RAW = {"image": (tfds.features.Tensor(shape=(8, 12, 3), dtype=np.uint8, encoding="bytes"), pixels)}
+
+
+def both(*shape):
+    """A cached array with versions for the image and its mirror image, full of i and i + 100."""
+
+    def value(i):
+        return np.stack([np.full(shape, i, np.float16), np.full(shape, i + 100, np.float16)])
+
+    return tfds.features.Tensor(shape=(2, *shape), dtype=np.float16, encoding="bytes"), value
+
+
+CACHED = {"features/dinov2": both(5, 3), "token/dinov2": both(3)}
+
+
+def write(
+    directory, count=20, shape=(2, 4, 6, 4), dtype=np.float16, name="moments", label=None, labels=range(10), more=None
+):
     """A tfds dataset of `count` records as the module describes, or not quite; returns its directory."""
     features = {
         name: tfds.features.Tensor(shape=shape, dtype=dtype, encoding="bytes"),
         "label": label or tfds.features.Scalar(np.int32),
     }
+    more = more or {}
+    features |= {key: feature for key, (feature, _) in more.items()}
 
     class Latents(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("1.0.0")
@@ -44,7 +78,8 @@ def write(directory, count=20, shape=(2, 4, 6, 4), dtype=np.float16, name="momen
 
         def example(self, index):
             values = moments(index) if shape == (2, 4, 6, 4) else np.zeros(shape)
-            return {name: values.astype(dtype), "label": labels[index % len(labels)]}
+            example = {name: values.astype(dtype), "label": labels[index % len(labels)]}
+            return example | {key: value(index) for key, (_, value) in more.items()}
 
     builder = Latents(data_dir=str(directory), file_format="array_record")
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -90,6 +125,65 @@ def test_mirrored_and_plain_latents_make_batches(written):
             "moments": ((8, 4, 6, 4), np.float16),
             "y": ((8,), np.int32),
         }
+
+
+@pytest.mark.parametrize("image", [PNG, RAW], ids=["png", "raw"])
+def test_image_and_cached_features_are_mirrored_with_the_moments(image, tmp_path):
+    directory = write(tmp_path, 4, more=image | CACHED)
+    asked = {"image": True, "cached": tuple(CACHED)}
+    example = make(directory, **asked).source[2]
+    np.testing.assert_array_equal(example["image"], pixels(2))
+    assert {name: np.unique(example[name]).tolist() for name in ("moments", *CACHED)} == {
+        "moments": [2],
+        "features/dinov2": [2],
+        "token/dinov2": [2],
+    }
+    dataset = make(directory, mirror=True, **asked)
+    rng = np.random.default_rng(0)
+    drawn = {False: 0, True: 0}
+    for _ in range(20):
+        example = dataset.transform(dataset.source[2], rng)
+        mirrored = example["moments"][0, 0, 0] == 102
+        drawn[bool(mirrored)] += 1
+        np.testing.assert_array_equal(example["image"], pixels(2)[:, ::-1] if mirrored else pixels(2))
+        for name in ("moments", *CACHED):
+            assert np.unique(example[name]).tolist() == [102 if mirrored else 2], name
+    assert min(drawn.values()) > 4
+    with contextlib.closing(pipeline.batches(dataset, 4, seed=0)) as batches:
+        batch = next(batches)
+    assert {name: (a.shape, a.dtype) for name, a in batch.items()} == {
+        "moments": ((4, 4, 6, 4), np.float16),
+        "y": ((4,), np.int32),
+        "image": ((4, 8, 12, 3), np.uint8),
+        "features/dinov2": ((4, 5, 3), np.float16),
+        "token/dinov2": ((4, 3), np.float16),
+    }
+
+
+def test_what_is_not_asked_for_is_not_read(tmp_path):
+    assert set(make(write(tmp_path, 2, more=PNG | CACHED)).source[0]) == {"moments", "y"}
+
+
+@pytest.mark.parametrize(
+    ("more", "asked", "message"),
+    [
+        ({}, {"image": True}, "no feature 'image', given: label, moments"),
+        ({"image": both(8, 12)}, {"image": True}, "image is float16, wanted uint8"),
+        (
+            {"image": (tfds.features.Image(shape=(None, None, 3), encoding_format="png"), PNG["image"][1])},
+            {"image": True},
+            r"image has shape \(None, None, 3\), wanted",
+        ),
+        ({"token/a": both(5, 3)}, {"cached": ("token/a",)}, r"token/a has shape \(2, 5, 3\), wanted \(2, None\)"),
+        ({}, {"cached": ("features/a",)}, "no feature 'features/a'"),
+        ({}, {"cached": ("dinov2",)}, "cached = 'dinov2': wanted features/NAME or token/NAME"),
+    ],
+)
+def test_what_does_not_fit_an_encoder_is_named(tmp_path, more, asked, message):
+    directory = write(tmp_path, 2, more=more)
+    with pytest.raises((ConfigError, DataError), match=message) as error:
+        make(directory, **asked)
+    assert one_line(error)
 
 
 def one_line(error) -> bool:

@@ -5,13 +5,19 @@ The directory is a tfds dataset, file format array_record, read without TensorFl
     dataset_info.json, features.json             names, splits, shard lengths
     <name>-<split>.array_record-00000-of-00016   the shards
 
-and every record has two features:
+and every record has two features, and may have more that alignment to an image encoder needs:
 
     moments   Tensor(shape=(2, h, w, 2c), dtype=float16, encoding='bytes'). Axis 0: the image, its mirror image.
               Last axis: c means, then c standard deviations, of the latent distribution before scaling.
     label     Scalar of an integer type, or ClassLabel: 0 .. num_classes - 1.
+    image     Image(shape=(H, W, k), encoding_format='png' or 'jpeg'), or Tensor of this shape and uint8: the pixels
+              that `moments` were computed from, not mirrored.
+    features/NAME, token/NAME
+              Tensor(shape=(2, n, d)) and Tensor(shape=(2, d)), dtype=float16, encoding='bytes': the patch tokens and
+              the class token of the encoder NAME, computed before. Axis 0 as in `moments`.
 
-ImageNet at 256x256 has h = w = 32 and c = 4: 32 KiB for an image with its mirror image, before compression.
+ImageNet at 256x256 has h = w = 32 and c = 4: 32 KiB for an image with its mirror image, before compression. Its pixels
+are about 100 KB as PNG; the patch tokens of DINOv2-B are 768 KiB, which is why encoders rather run on the pixels.
 """
 
 from dataclasses import dataclass
@@ -22,7 +28,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from diversedit_jax.data import Dataset
-from diversedit_jax.errors import DataError
+from diversedit_jax.errors import ConfigError, DataError
 
 
 def first_line(error: Exception) -> str:
@@ -47,15 +53,33 @@ def open_source(data_dir: Path, split: str) -> tuple[tfds.core.DatasetInfo, Any]
     return builder.info, records
 
 
-def check(info: tfds.core.DatasetInfo, shape: tuple[int, int, int], num_classes: int) -> None:
-    """Raise DataError if the features are not those of `shape` [h w c] and `num_classes`, as far as metadata tell."""
+CACHED = {"features": 3, "token": 2}  # what an encoder computed before: number of axes as stored
+
+
+def check(
+    info: tfds.core.DatasetInfo,
+    shape: tuple[int, int, int],
+    num_classes: int,
+    image: bool = False,
+    cached: tuple[str, ...] = (),
+) -> None:
+    """Raise DataError if the features are not those of `shape` [h w c] and `num_classes`, as far as metadata tell.
+
+    image, cached: the options of `make`.
+    """
     h, w, c = shape
     wanted = {"moments": ((2, h, w, 2 * c), np.float16), "label": ((), np.integer)}
+    wanted |= {"image": ((None, None, None), np.uint8)} if image else {}
+    wanted |= {name: ((2, *[None] * (CACHED[name.partition("/")[0]] - 1)), np.float16) for name in cached}
     for name, (wanted_shape, wanted_dtype) in wanted.items():
         if name not in info.features:
             raise DataError(f"latents: no feature {name!r}, given: {', '.join(sorted(info.features))}")
         given = info.features[name]
-        if given.shape != wanted_shape:
+        # None: any length, but the same in all records
+        fits = [
+            size is not None and want in (None, size) for size, want in zip(given.shape, wanted_shape, strict=False)
+        ]
+        if len(given.shape) != len(wanted_shape) or not all(fits):
             raise DataError(f"latents: {name} has shape {given.shape}, wanted {wanted_shape} for latents of {shape}")
         if not np.issubdtype(given.np_dtype, wanted_dtype):
             raise DataError(f"latents: {name} is {np.dtype(given.np_dtype)}, wanted {wanted_dtype.__name__}")
@@ -66,17 +90,21 @@ def check(info: tfds.core.DatasetInfo, shape: tuple[int, int, int], num_classes:
 
 @dataclass(frozen=True)
 class Moments:
-    """Examples by index: `moments` float16 [h w 2c] and `y`; `mirrored`, those of the mirror image, if wanted."""
+    """Examples by index: `moments` float16 [h w 2c], `y`, and what else is wanted.
+
+    both: of all but `image` and `y`, the version of the image and that of its mirror image, on a leading axis.
+    """
 
     records: Any
     name: str  # for messages
     num_classes: int
-    mirror: bool
+    others: tuple[str, ...]
+    both: bool
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> dict[str, np.ndarray | np.int32]:
         try:
             record = self.records[index]
         except Exception as error:
@@ -85,14 +113,21 @@ class Moments:
             raise DataError(
                 f"{self.name}, record {index}: label {record['label']} is not in 0 .. {self.num_classes - 1}"
             )
-        example = {"moments": record["moments"][0], "y": np.int32(record["label"])}
-        return example | {"mirrored": record["moments"][1]} if self.mirror else example
+        example = {"y": np.int32(record["label"])} | {name: record[name] for name in ("moments", *self.others)}
+        return example if self.both else chosen(example, False)
+
+
+def chosen(example: dict, mirror: bool) -> dict:
+    """The example of the image, or of its mirror image, out of both."""
+    parts = {name: value[int(mirror)] for name, value in example.items() if name not in ("y", "image")}
+    if "image" in example:
+        parts["image"] = example["image"][:, ::-1] if mirror else example["image"]
+    return {**parts, "y": example["y"]}
 
 
 def flip(example: dict, rng: np.random.Generator) -> dict:
-    """The example with the moments of the image or, with probability 1/2, of its mirror image."""
-    moments = example["mirrored"] if rng.random() < 0.5 else example["moments"]
-    return {"moments": moments, "y": example["y"]}
+    """The example of the image or, with probability 1/2, of its mirror image, out of both."""
+    return chosen(example, rng.random() < 0.5)
 
 
 def make(
@@ -102,13 +137,22 @@ def make(
     shape: tuple[int, int, int] = (32, 32, 4),
     num_classes: int = 1000,
     mirror: bool = False,
+    image: bool = False,
+    cached: tuple[str, ...] = (),
 ) -> Dataset:
     """The latents in `data_dir`: `moments` float16 [h w 2c] of latents [h w c] = `shape`, and `y` int32.
 
-    mirror: each draw takes the mirror image with probability 1/2. Raises DataError if the directory, the split, a
-    feature or a label is not as the module describes.
+    mirror: each draw takes the mirror image with probability 1/2, in all that is read.
+    image: also read `image`, uint8 [H W k], which encoders run on.
+    cached: also read these, computed before, such as `features/dinov2` [n d] and `token/dinov2` [d], float16.
+
+    Raises DataError if the directory, the split, a feature or a label is not as the module describes.
     """
+    for name in cached:
+        if name.partition("/")[0] not in CACHED or not name.partition("/")[2]:
+            raise ConfigError(f"latents: cached = {name!r}: wanted features/NAME or token/NAME")
     info, records = open_source(Path(data_dir).expanduser(), split)
-    check(info, tuple(shape), num_classes)
-    source = Moments(records, f"{data_dir}, split {split}", num_classes, mirror)
+    check(info, tuple(shape), num_classes, image, cached)
+    others = (*(["image"] if image else []), *cached)
+    source = Moments(records, f"{data_dir}, split {split}", num_classes, others, mirror)
     return Dataset(source, flip if mirror else None, tuple(shape), num_classes)

@@ -64,20 +64,20 @@ def conv_last(patch: int) -> Turn:
     return Turn(lambda x: x.reshape(-1, x.shape[-1]), lambda x: x.reshape(patch, patch, -1, x.shape[-1]))
 
 
-def heads_of(arch: Architecture, transpose: bool) -> tuple[Turn, Turn]:
+def heads_of(width: int, heads: int, transpose: bool) -> tuple[Turn, Turn]:
     """The kernel and bias of q, k and v together: [3 d, d] or [d, 3 d], and [3 d]; ours [d, 3, h, k] and [3, h, k]."""
-    split = (3, arch.heads, arch.width // arch.heads)
+    split = (3, heads, width // heads)
     kernel = Turn(
-        lambda x: (x.T if transpose else x).reshape(arch.width, *split),
-        lambda x: x.reshape(arch.width, -1).T if transpose else x.reshape(arch.width, -1),
+        lambda x: (x.T if transpose else x).reshape(width, *split),
+        lambda x: x.reshape(width, -1).T if transpose else x.reshape(width, -1),
     )
     return kernel, Turn(lambda x: x.reshape(split), lambda x: x.reshape(-1))
 
 
-def head_of(arch: Architecture) -> tuple[Turn, Turn]:
+def head_of(width: int, heads: int) -> tuple[Turn, Turn]:
     """The kernel and bias of one of q, k and v in torch: [d, d] and [d]; ours [d, h, k] and [h, k]."""
-    split = (arch.heads, arch.width // arch.heads)
-    kernel = Turn(lambda x: x.T.reshape(arch.width, *split), lambda x: x.reshape(arch.width, -1).T)
+    split = (heads, width // heads)
+    kernel = Turn(lambda x: x.T.reshape(width, *split), lambda x: x.reshape(width, -1).T)
     return kernel, Turn(lambda x: x.reshape(split), lambda x: x.reshape(-1))
 
 
@@ -96,7 +96,7 @@ def linear(place: tuple[str, ...], name: str, layer: int | None = None) -> list[
     ]
 
 
-def norm(place: tuple[str, ...], name: str, layer: int) -> list[Entry]:
+def norm(place: tuple[str, ...], name: str, layer: int | None = None) -> list[Entry]:
     """A LayerNorm of torch."""
     return [
         Entry((*place, "scale"), layer, f"{name}.weight", SAME),
@@ -106,7 +106,7 @@ def norm(place: tuple[str, ...], name: str, layer: int) -> list[Entry]:
 
 def torch_names(arch: Architecture) -> list[Entry]:
     """The names of DiT, SiT, REPA, SRA, DiverseDiT and MeanFlow's port to torch."""
-    kernel, bias = heads_of(arch, transpose=True)
+    kernel, bias = heads_of(arch.width, arch.heads, transpose=True)
     entries = [
         Entry(("patch_embed", "kernel"), None, "x_embedder.proj.weight", conv(arch.patch)),
         Entry(("patch_embed", "bias"), None, "x_embedder.proj.bias", SAME),
@@ -141,7 +141,7 @@ def torch_names(arch: Architecture) -> list[Entry]:
 
 def meanflow_names(arch: Architecture) -> list[Entry]:
     """The paths of the official MeanFlow in JAX, joined by `/`: kernels are [in, out] as here, patches [p, p, c, d]."""
-    kernel, bias = heads_of(arch, transpose=False)
+    kernel, bias = heads_of(arch.width, arch.heads, transpose=False)
     entries = [
         Entry(("patch_embed", "kernel"), None, "net/x_embedder/proj/kernel", conv_last(arch.patch)),
         Entry(("patch_embed", "bias"), None, "net/x_embedder/proj/bias", SAME),
@@ -171,7 +171,7 @@ def meanflow_names(arch: Architecture) -> list[Entry]:
 
 def diffusers_names(arch: Architecture) -> list[Entry]:
     """The names of diffusers' DiTTransformer2DModel: q, k and v apart, time and label embedded in every block."""
-    kernel, bias = head_of(arch)
+    kernel, bias = head_of(arch.width, arch.heads)
     entries = [
         Entry(("patch_embed", "kernel"), None, "pos_embed.proj.weight", conv(arch.patch)),
         Entry(("patch_embed", "bias"), None, "pos_embed.proj.bias", SAME),

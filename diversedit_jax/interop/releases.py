@@ -13,9 +13,10 @@ import numpy as np
 
 from diversedit_jax.api import Params
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.interop import names
+from diversedit_jax.interop import loading, names
+from diversedit_jax.interop.loading import Arrays
 from diversedit_jax.interop.names import Architecture, Entry
-from diversedit_jax.interop.weights_file import WeightsFile, open_weights
+from diversedit_jax.interop.weights_file import open_weights
 from diversedit_jax.models import dit
 from diversedit_jax.slots import suggestion
 
@@ -161,17 +162,8 @@ def load(
         raise ConfigError(f"{family} has {wanted} output channels, these arrays {arch.out_channels}")
     entries = FAMILIES[family].entries(arch)
     target = abstract(arch)
-    _check(family, entries, shapes, target)
-    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), target)
-    filled: set[tuple] = set()
-    for entry in entries:
-        place = _place(params, entry)
-        ours = entry.turn.ours(np.asarray(arrays[entry.name], np.float32))
-        key = (entry.place, entry.layer, entry.part)
-        if key in filled and not np.array_equal(place, ours):
-            raise ConfigError(f"{family}: {entry.name} differs from its copies in other blocks: the model has one")
-        place[...] = ours
-        filled.add(key)
+    loading.check(family, entries, shapes, target, FAMILIES[family].aside)
+    params = loading.fill(family, entries, arrays, jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), target))
     table = next((shapes[name] for name in ("pos_embed", "net/pos_embed") if name in shapes), None)
     side = arch.patch * round(table[-2] ** 0.5) if table else None
     return Release(family, arch, side, params)
@@ -187,52 +179,10 @@ def export(params: Params, family: str, arch: Architecture, side: int | None = N
         raise ConfigError("the layout of diffusers has no long residual connections and no q and k norms")
     if arch.second_time != family.startswith("meanflow"):
         raise ConfigError(f"{family} cannot hold a network {'with' if arch.second_time else 'without'} a second time")
-    arrays = {
-        entry.name: np.array(entry.turn.theirs(np.asarray(_place(params, entry))), order="C")
-        for entry in FAMILIES[family].entries(arch)
-    }
+    arrays = loading.written(FAMILIES[family].entries(arch), params)
     if side is not None and FAMILIES[family].entries is names.torch_names:
         arrays["pos_embed"] = dit.position_table((side, side, arch.channels), arch.patch, arch.width)[None]
     return arrays
-
-
-def _place(params: Params, entry: Entry) -> np.ndarray:
-    """A view of where an entry's array goes."""
-    for name in entry.place:
-        params = params[name]
-    array = params if entry.layer is None else params[entry.layer]
-    if entry.part is None:
-        return array
-    return array[entry.part] if entry.place[-1] == "bias" else array[:, entry.part]
-
-
-def _check(family: str, entries: list[Entry], shapes: Mapping[str, tuple[int, ...]], target: Params) -> None:
-    """Names and shapes of all arrays, before one of them is read."""
-    wanted = {}
-    for entry in entries:
-        ours = np.broadcast_to(np.float32(0), _shape(target, entry))
-        wanted[entry.name] = entry.turn.theirs(ours).shape
-    missing = [name for name in wanted if name not in shapes]
-    extra = [name for name in shapes if name not in wanted and not name.startswith(FAMILIES[family].aside)]
-    wrong = [name for name in wanted if name in shapes and tuple(shapes[name]) != wanted[name]]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ConfigError(f"{family}: the array {missing[0]} {list(wanted[missing[0]])} is missing{more}")
-    if extra:
-        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-        raise ConfigError(f"{family}: the array {extra[0]} {list(shapes[extra[0]])} is not known{more}")
-    if wrong:
-        name = wrong[0]
-        raise ConfigError(f"{family}: {name} has shape {list(shapes[name])}, wanted {list(wanted[name])}")
-
-
-def _shape(target: Params, entry: Entry) -> tuple[int, ...]:
-    for name in entry.place:
-        target = target[name]
-    shape = target.shape if entry.layer is None else target.shape[1:]
-    if entry.part is None:
-        return shape
-    return shape[1:] if entry.place[-1] == "bias" else (shape[0], *shape[2:])
 
 
 def open_release(
@@ -249,26 +199,5 @@ def open_release(
         chosen = weights or next((name for name in ("ema", "model") if name in parts), "")
         if chosen and chosen not in parts:
             raise ConfigError(f"{path} has no entry {chosen!r}; it has {', '.join(parts) or 'bare arrays'}")
-        arrays = _Entry(file, chosen)
+        arrays = Arrays(file, chosen)
         return load(arrays, arrays.shapes, family, heads), parts or {"arrays": len(file)}
-
-
-class _Entry(Mapping):
-    """The arrays below one entry of a weight file, by the rest of their names, read when they are asked for."""
-
-    def __init__(self, file: WeightsFile, prefix: str):
-        names = file.names(prefix)
-        rest = [name.removeprefix(f"{prefix}.") if prefix else name for name in names]
-        if all(name.startswith("module.") for name in rest):  # as torch's data-parallel wrappers save
-            rest = [name.removeprefix("module.") for name in rest]
-        self._file, self._names = file, dict(zip(rest, names, strict=True))
-        self.shapes = {short: file.shape(name) for short, name in self._names.items()}
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._file.read(self._names[name])
-
-    def __iter__(self):
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)

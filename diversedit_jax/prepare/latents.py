@@ -17,8 +17,13 @@ def draw(key: Array, moments: Float[Array, "b h w c2"], scale: float, bias: floa
     return (mean + std * jax.random.normal(key, mean.shape) - bias) * scale
 
 
+def _widened(x: Array) -> Array:
+    """What is stored in half precision, cached features, in float32."""
+    return x.astype(jnp.float32) if x.dtype == jnp.float16 else x
+
+
 def make(*, scale: float = 0.18215, bias: float = 0.0) -> Prepare:
-    """Batches with `moments` [b h w 2c] become batches with `x` float32 [b h w c]; `y` is passed on.
+    """Batches with `moments` [b h w 2c] become batches with `x` float32 [b h w c]; all else in them is passed on.
 
     scale, bias: x = (latent - bias) * scale, by default as in latent diffusion, DiT and SiT. There is no decoder yet.
     """
@@ -26,6 +31,7 @@ def make(*, scale: float = 0.18215, bias: float = 0.0) -> Prepare:
         raise ConfigError(f"latents: scale must be positive, given {scale}")
 
     def apply(frozen: Params, batch: Batch, key: Array) -> Batch:
-        return {"x": draw(key, batch["moments"], scale, bias), "y": batch["y"]}
+        others = {name: value for name, value in batch.items() if name != "moments"}
+        return {"x": draw(key, batch["moments"], scale, bias), **jax.tree.map(_widened, others)}
 
     return Prepare(dict, apply, decode=None)

@@ -7,8 +7,8 @@ from diversedit_jax.api import Batch, Params, Prepare
 
 
 def apply(frozen: Params, batch: Batch, key: Array) -> Batch:
-    """The batch's `x` [b h w c] and `y` [b], unchanged."""
-    return {"x": batch["x"], "y": batch["y"]}
+    """The batch as it is, and `x` [b h w c] as uint8 `image` for encoders; where none reads it, it is not computed."""
+    return {"image": decode(frozen, batch["x"]), **batch}
 
 
 def decode(frozen: Params, x: Float[Array, "b h w c"]) -> UInt8[Array, "b h w c"]:

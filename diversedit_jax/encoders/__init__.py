@@ -1,0 +1,101 @@
+"""Frozen image encoders whose features REPA and REG align to, one published encoder per file.
+
+The preprocessing and the choice of features are those of REPA's code (arXiv 2410.06940). An encoder runs on the raw
+image at every step, inside of the compiled step, with weights that are its argument.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from diversedit_jax import bicubic, slots
+from diversedit_jax.api import Params
+from diversedit_jax.errors import ConfigError
+from diversedit_jax.interop.encoders import Release
+from diversedit_jax.models import vit
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class Encoder(NamedTuple):
+    """A frozen encoder.
+
+    init:  () -> frozen weights: arrays on the host, read from the file at the first call.
+    apply: (frozen, images [b h w c] with values 0 .. 255) -> (patch tokens [b n d], class token [b d] or None).
+    width: d.
+    """
+
+    init: Callable[[], Params]
+    apply: Callable[[Params, Array], tuple[Array, Array | None]]
+    width: int
+
+
+def make(name: str, **options) -> Encoder:
+    """The encoder `name` as an `Encoder`; the options are the keywords of `encoders.<name>.make`."""
+    return slots.make("encoders", name, **options)
+
+
+def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Float[Array, "b h w c"]:
+    """(images / 255 - mean) / std, channel by channel, in float32."""
+    mean, std = (np.asarray(values, np.float32) for values in (mean, std))
+    return (images.astype(jnp.float32) / 255 - mean) / std
+
+
+def published_side(name: str, images: Array, patch: int, sizes: tuple[int, ...]) -> int:
+    """The side in pixels at which REPA runs an encoder: 16 patches for each 256 pixels. `sizes`: of images it takes."""
+    side = images.shape[1]
+    if images.shape[1:3] != (side, side) or side not in sizes:
+        wanted = " or ".join(f"{size} x {size}" for size in sizes)
+        raise ConfigError(
+            f"{name}: images of {images.shape[1]} x {images.shape[2]} pixels have no published rule, "
+            f"{wanted} have: set the encoder's side"
+        )
+    return 16 * patch * side // 256
+
+
+def build(
+    name: str,
+    release: Release,
+    *,
+    side: int | None,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    position: str,
+    dtype: str,
+    resize_first: bool = False,
+    sizes: tuple[int, ...] = (256,),
+) -> Encoder:
+    """The encoder of a release; see the options of `encoders.dinov2.make`.
+
+    resize_first: images are resized before they are normalised, not after. sizes: of images with a published rule.
+    """
+    arch = release.arch
+    network = vit.network(arch, position, dtype)
+    for option, values in (("mean", mean), ("std", std)):
+        if len(values) not in (1, arch.channels):
+            raise ConfigError(f"{name}: {option} has {len(values)} values, the encoder {arch.channels} channels")
+    if min(std) <= 0:
+        raise ConfigError(f"{name}: std = {std}: must be positive")
+    if side is not None and (side < 1 or side % arch.patch):
+        raise ConfigError(f"{name}: side = {side} is not a multiple of its patches of {arch.patch} pixels")
+
+    def apply(frozen: Params, images: Array) -> tuple[Float[Array, "b n d"], Float[Array, "b d"] | None]:
+        if images.ndim != 4 or images.shape[-1] != arch.channels:
+            raise ConfigError(f"{name}: wanted images [b h w {arch.channels}], given {list(images.shape)}")
+        wanted = published_side(name, images, arch.patch, sizes) if side is None else side
+        x = images.astype(jnp.float32)
+        x = normalise(sized(x, wanted), mean, std) if resize_first else sized(normalise(x, mean, std), wanted)
+        tokens = vit.split(arch, network.apply(frozen, x))
+        return tokens.patches, tokens.class_token
+
+    return Encoder(cache(release.read), apply, arch.width)
+
+
+def sized(x: Float[Array, "b h w c"], side: int) -> Float[Array, "b side side c"]:
+    """Images of a square of `side` pixels, resized if they are not."""
+    return x if x.shape[1:3] == (side, side) else bicubic.resize(x, side)

@@ -1,0 +1,27 @@
+"""The encoder of I-JEPA (arXiv 2301.08243), which has no class token.
+
+Features are the patch tokens after the last norm. Images of 256 pixels are normalised and then resized to 224.
+"""
+
+from diversedit_jax.encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder, build
+from diversedit_jax.interop.encoders import HEADS, Kind, open_encoder
+
+KIND = Kind("ijepa", ("original",), HEADS, entry="encoder", class_token=False)
+
+
+def make(
+    *,
+    file: str,
+    weights: str = "encoder",
+    side: int | None = None,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+    heads: int | None = None,
+    dtype: str = "bfloat16",
+) -> Encoder:
+    """I-JEPA from a file of its authors, such as `IN1K-vit.h.14-300e.pth.tar`; options as `dinov2`'s.
+
+    weights: the entry of the file: `encoder`, as REPA takes it, or `target_encoder`, its EMA, which I-JEPA evaluates.
+    """
+    release = open_encoder(KIND._replace(entry=weights), file, heads, dtype=dtype)
+    return build("ijepa", release, side=side, mean=mean, std=std, position="repa", dtype=dtype)

@@ -1,0 +1,47 @@
+"""The vision transformers of MoCo v3 (arXiv 2104.02057).
+
+Features are the patch tokens after the last norm. Images of 256 pixels are normalised and not resized.
+"""
+
+from diversedit_jax.encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder, build
+from diversedit_jax.interop.encoders import HEADS, Kind, open_encoder
+
+# The ViT-L that REPA reads has four misspelt modules.
+MISSPELT = {
+    "blocks.13.norm13.": "blocks.13.norm1.",
+    "blocks.13.mlp.fc13.": "blocks.13.mlp.fc1.",
+    "blocks.14.norm14.": "blocks.14.norm2.",
+    "blocks.14.mlp.fc14.": "blocks.14.mlp.fc2.",
+}
+
+
+def rename(name: str) -> str:
+    """A name below `state_dict` without the encoder's prefix, and spelt right."""
+    name = name.removeprefix("base_encoder.")
+    for wrong, right in MISSPELT.items():
+        name = name.replace(wrong, right)
+    return name
+
+
+KIND = Kind(
+    "moco_v3",
+    ("original",),
+    HEADS | {384: 12},  # its ViT-S has heads of half the usual width
+    entry="state_dict",
+    aside=("head.", "momentum_encoder.", "predictor."),
+    rename=rename,
+)
+
+
+def make(
+    *,
+    file: str,
+    side: int | None = None,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+    heads: int | None = None,
+    dtype: str = "bfloat16",
+) -> Encoder:
+    """MoCo v3 from a training file, of which `module.base_encoder` is taken without its head; options as `dinov2`'s."""
+    release = open_encoder(KIND, file, heads, dtype=dtype)
+    return build("moco_v3", release, side=side, mean=mean, std=std, position="repa", dtype=dtype)

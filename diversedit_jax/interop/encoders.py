@@ -1,0 +1,293 @@
+"""Published image encoders as parameters of `models.vit`.
+
+The layouts differ in names alone, so each is one row of names. What distinguishes the networks is read from the shapes.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from diversedit_jax.api import Params
+from diversedit_jax.errors import ConfigError
+from diversedit_jax.interop import loading
+from diversedit_jax.interop.loading import Arrays
+from diversedit_jax.interop.names import SAME, Entry, Turn, conv, head_of, heads_of, linear, norm
+from diversedit_jax.interop.weights_file import open_weights
+from diversedit_jax.models import vit
+from diversedit_jax.models.vit import Architecture
+from diversedit_jax.slots import suggestion
+
+
+class Layout(NamedTuple):
+    """The names of a kind of file: those outside of the blocks in full, those inside behind `blocks` and a number.
+
+    qkv: one name, or those of q, k and v; with the dot or underscore before `weight`. gated: fc1 and fc2 of SwiGLU.
+    flat: the class token is [d] and the position table [n d], without axes of length one before them.
+    """
+
+    patch: str
+    position: str
+    class_token: str
+    blocks: str
+    norm1: str
+    qkv: tuple[str, ...]
+    proj: str
+    norm2: str
+    fc1: str
+    fc2: str
+    norm: str
+    pre_norm: str = ""
+    registers: str = ""
+    scales: tuple[str, str] = ("", "")
+    gated: tuple[str, str] = ("", "")
+    flat: bool = False
+
+
+LAYOUTS = {
+    "original": Layout(  # DINOv2, DINO, MAE, MoCo v3 and I-JEPA as their authors publish them
+        patch="patch_embed.proj",
+        position="pos_embed",
+        class_token="cls_token",
+        blocks="blocks",
+        norm1="norm1",
+        qkv=("attn.qkv.",),
+        proj="attn.proj",
+        norm2="norm2",
+        fc1="mlp.fc1",
+        fc2="mlp.fc2",
+        norm="norm",
+        registers="register_tokens",
+        scales=("ls1.gamma", "ls2.gamma"),
+        gated=("mlp.w12", "mlp.w3"),
+    ),
+    "hf_dinov2": Layout(  # Dinov2Model and Dinov2WithRegistersModel of transformers
+        patch="embeddings.patch_embeddings.projection",
+        position="embeddings.position_embeddings",
+        class_token="embeddings.cls_token",
+        blocks="encoder.layer",
+        norm1="norm1",
+        qkv=("attention.attention.query.", "attention.attention.key.", "attention.attention.value."),
+        proj="attention.output.dense",
+        norm2="norm2",
+        fc1="mlp.fc1",
+        fc2="mlp.fc2",
+        norm="layernorm",
+        registers="embeddings.register_tokens",
+        scales=("layer_scale1.lambda1", "layer_scale2.lambda1"),
+        gated=("mlp.weights_in", "mlp.weights_out"),
+    ),
+    "hf_vit": Layout(  # ViTModel of transformers
+        patch="embeddings.patch_embeddings.projection",
+        position="embeddings.position_embeddings",
+        class_token="embeddings.cls_token",
+        blocks="encoder.layer",
+        norm1="layernorm_before",
+        qkv=("attention.attention.query.", "attention.attention.key.", "attention.attention.value."),
+        proj="attention.output.dense",
+        norm2="layernorm_after",
+        fc1="intermediate.dense",
+        fc2="output.dense",
+        norm="layernorm",
+    ),
+    "hf_clip": Layout(  # CLIPModel and CLIPVisionModel of transformers, which misspell the first norm
+        patch="vision_model.embeddings.patch_embedding",
+        position="vision_model.embeddings.position_embedding.weight",
+        class_token="vision_model.embeddings.class_embedding",
+        blocks="vision_model.encoder.layers",
+        norm1="layer_norm1",
+        qkv=("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj."),
+        proj="self_attn.out_proj",
+        norm2="layer_norm2",
+        fc1="mlp.fc1",
+        fc2="mlp.fc2",
+        norm="vision_model.post_layernorm",
+        pre_norm="vision_model.pre_layrnorm",
+        flat=True,
+    ),
+    "clip": Layout(  # a state dict of OpenAI's CLIP
+        patch="visual.conv1",
+        position="visual.positional_embedding",
+        class_token="visual.class_embedding",
+        blocks="visual.transformer.resblocks",
+        norm1="ln_1",
+        qkv=("attn.in_proj_",),
+        proj="attn.out_proj",
+        norm2="ln_2",
+        fc1="mlp.c_fc",
+        fc2="mlp.c_proj",
+        norm="visual.ln_post",
+        pre_norm="visual.ln_pre",
+        flat=True,
+    ),
+}
+
+
+class Kind(NamedTuple):
+    """What all releases of an encoder share; the fields after `rename` are those of `vit.Architecture`.
+
+    layouts: in which it is published. heads: width -> number of heads, which no shape tells.
+    entry:   of the file; a file without it may hold the arrays alone.
+    aside:   beginnings of names that are not the encoder's. rename: of the names below the entry.
+    """
+
+    name: str
+    layouts: tuple[str, ...]
+    heads: Mapping[int, int]
+    entry: str = ""
+    aside: tuple[str, ...] = ()
+    rename: Callable[[str], str] = str
+    class_token: bool = True
+    layer_scale: bool = False
+    final_norm: bool = True
+    activation: str = "gelu"
+    eps: float = 1e-6
+
+
+class Release(NamedTuple):
+    """An encoder in a file: its architecture, and its parameters, read from the file when they are asked for."""
+
+    arch: Architecture
+    read: Callable[[], Params]
+
+
+HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24}  # of ViT-S, B, L, H, and g of I-JEPA, of DINOv2
+
+
+def entries(layout: str, arch: Architecture) -> list[Entry]:
+    """The arrays of an architecture in a layout."""
+    names = LAYOUTS[layout]
+    row, table = (SAME, SAME) if names.flat else (_lead(2), _lead(1))
+    found = [
+        Entry(("patch_embed", "kernel"), None, f"{names.patch}.weight", conv(arch.patch)),
+        Entry(("position",), None, names.position, table),
+    ]
+    if not arch.pre_norm:
+        found.append(Entry(("patch_embed", "bias"), None, f"{names.patch}.bias", SAME))
+    if arch.class_token:
+        found.append(Entry(("class_token",), None, names.class_token, row))
+    if arch.registers:
+        found.append(Entry(("registers",), None, names.registers, _lead(1)))
+    if arch.pre_norm:
+        found += norm(("pre_norm",), names.pre_norm)
+    if arch.final_norm:
+        found += norm(("norm",), names.norm)
+    parts = [None] if len(names.qkv) == 1 else [0, 1, 2]
+    turns = heads_of(arch.width, arch.heads, transpose=True) if parts == [None] else head_of(arch.width, arch.heads)
+    fc1, fc2 = names.gated if arch.swiglu else (names.fc1, names.fc2)
+    for i in range(arch.depth):
+        block = f"{names.blocks}.{i}"
+        for ours, theirs in [("norm1", names.norm1), ("norm2", names.norm2)]:
+            found += norm(("blocks", ours), f"{block}.{theirs}", i)
+        for ours, theirs in [("proj", names.proj), ("fc1", fc1), ("fc2", fc2)]:
+            found += linear(("blocks", ours), f"{block}.{theirs}", i)
+        for leaf, suffix, turn in zip(("kernel", "bias"), ("weight", "bias"), turns, strict=True):
+            for name, part in zip(names.qkv, parts, strict=True):
+                found.append(Entry(("blocks", "qkv", leaf), i, f"{block}.{name}{suffix}", turn, part))
+        if arch.layer_scale:
+            for ours, theirs in zip(("scale1", "scale2"), names.scales, strict=True):
+                found.append(Entry(("blocks", ours), i, f"{block}.{theirs}", SAME))
+    return found
+
+
+def _lead(axes: int) -> Turn:
+    """Leading axes of length 1, which are not kept here."""
+    return Turn(lambda x: x.reshape(x.shape[axes:]), lambda x: x.reshape((1,) * axes + x.shape))
+
+
+def architecture(
+    kind: Kind, layout: str, shapes: Mapping[str, tuple[int, ...]], heads: int | None = None
+) -> Architecture:
+    """The architecture that the shapes of a file tell. `heads`: of a width that no published encoder has."""
+    names = LAYOUTS[layout]
+
+    def shape(name: str, rank: int) -> tuple[int, ...]:
+        if name not in shapes:
+            raise ConfigError(f"{kind.name}: the array {name} is missing")
+        if len(shapes[name]) != rank:
+            raise ConfigError(f"{kind.name}: {name} has shape {list(shapes[name])}, wanted {rank} axes")
+        return shapes[name]
+
+    width, channels, patch, _ = shape(f"{names.patch}.weight", 4)
+    first = f"{names.blocks}.0."
+    swiglu = bool(names.gated[1]) and f"{first}{names.gated[1]}.weight" in shapes
+    hidden = shape(f"{first}{names.gated[1] if swiglu else names.fc2}.weight", 2)[1]
+    count = len(names.blocks.split("."))
+    blocks = {name.split(".")[count] for name in shapes if name.startswith(f"{names.blocks}.")}
+    places = shape(names.position, 2 if names.flat else 3)[-2]
+    side = round((places - kind.class_token) ** 0.5)
+    if side**2 + kind.class_token != places:
+        square = "a class token and a square of patches" if kind.class_token else "a square of patches"
+        raise ConfigError(f"{kind.name}: {names.position} has {places} places, which are not {square}")
+    heads = kind.heads.get(width) if heads is None else heads
+    if heads is None:
+        raise ConfigError(f"{kind.name}: the number of heads cannot be read from arrays of width {width}: set heads")
+    return Architecture(
+        depth=len(blocks),
+        width=width,
+        heads=heads,
+        hidden=hidden,
+        patch=patch,
+        channels=channels,
+        side=side,
+        class_token=kind.class_token,
+        registers=shape(names.registers, 3)[1] if names.registers in shapes else 0,
+        layer_scale=kind.layer_scale,
+        swiglu=swiglu,
+        pre_norm=bool(names.pre_norm),
+        final_norm=kind.final_norm,
+        activation=kind.activation,
+        eps=kind.eps,
+    )
+
+
+def recognise(kind: Kind, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The layout of a file of this kind; ConfigError if it is none of those that it is published in."""
+    for layout in kind.layouts:
+        names = LAYOUTS[layout]
+        if f"{names.patch}.weight" in shapes and f"{names.blocks}.0.{names.norm1}.weight" in shapes:
+            return layout
+    wanted = " or ".join(f"{LAYOUTS[layout].patch}.weight" for layout in kind.layouts)
+    where = f" at the top or below {kind.entry!r}" if kind.entry else ""
+    few = ", ".join(list(shapes)[:3]) or "nothing"
+    raise ConfigError(f"{kind.name}: these are not its arrays ({few}, ...): wanted {wanted}{where}")
+
+
+def open_encoder(
+    kind: Kind, file: str | Path, heads: int | None = None, position: str = "repa", dtype: str = "float32"
+) -> Release:
+    """The encoder of a kind in a weight file. Names and shapes are checked now; nothing is read before `read()`.
+
+    heads: of a width that no published encoder has. position, dtype: as in `vit.network`, which the parameters are for.
+    Raises WeightsError for what is no weight file and ConfigError, with the array's name, for what does not fit.
+    """
+    path = Path(file).expanduser()
+    with open_weights(path) as weights:
+        shapes = _below(kind, weights).shapes
+    layout = recognise(kind, shapes)
+    arch = architecture(kind, layout, shapes, heads)
+    names = LAYOUTS[layout]
+    unread = () if arch.final_norm else (f"{names.norm}.",)
+    target = jax.eval_shape(vit.network(arch, position, dtype).init, jax.random.key(0))
+    loading.check(kind.name, entries(layout, arch), shapes, target, (*kind.aside, *unread))
+
+    def read() -> Params:
+        with open_weights(path) as weights:
+            empty = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), target)
+            return loading.fill(kind.name, entries(layout, arch), _below(kind, weights), empty)
+
+    return Release(arch, read)
+
+
+def _below(kind: Kind, weights) -> Arrays:
+    """The arrays of the encoder's entry: a file that lacks the entry may hold its arrays alone."""
+    return Arrays(weights, kind.entry if weights.names(kind.entry) else "", kind.rename)
+
+
+def export(params: Params, layout: str, arch: Architecture) -> dict[str, np.ndarray]:
+    """An encoder's parameters under the names of a layout, C-contiguous float32."""
+    if layout not in LAYOUTS:
+        raise ConfigError(f"unknown layout {layout!r}; {suggestion(layout, LAYOUTS)}")
+    return loading.written(entries(layout, arch), params)
