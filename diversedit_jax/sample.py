@@ -134,10 +134,12 @@ def run(
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Directory of a run.")
-    flags.DEFINE_string("checkpoint", None, "Weight file of a public release: .safetensors, .pt or .pth.")
+    flags.DEFINE_string(
+        "checkpoint", None, "Weights of a public release: .safetensors, .pt, .pth, or as flax and orbax write."
+    )
     flags.DEFINE_enum("family", None, list(releases.FAMILIES), "What the release is, where its arrays do not tell.")
     flags.DEFINE_integer("heads", None, "Attention heads of the release, for a width that no published size has.")
-    flags.DEFINE_string("weights", None, "Entry of the release's file: by default ema, else model.")
+    flags.DEFINE_string("weights", None, "Entry of the release's file: by default its EMA.")
     flags.DEFINE_integer("side", None, "Side of the release's latents, where it stores none.")
     flags.DEFINE_integer("num", 64, "Number of samples.")
     flags.DEFINE_list("labels", None, "Class labels, taken in turn; by default every class in turn.")

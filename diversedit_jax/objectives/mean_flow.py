@@ -96,7 +96,8 @@ def _squared(error: Float[Array, "b h w c"]) -> Float[Array, " b"]:
 
 def first(number: Int[Array, " g"] | int, b: int, groups: int) -> Bool[Array, " b"]:
     """True for the first `number` examples of each of `groups` equal parts of a batch of b."""
-    return (jnp.arange(b).reshape(groups, -1) < jnp.reshape(number, (-1, 1))).reshape(b)
+    chosen = jnp.arange(b // groups) < jnp.reshape(number, (-1, 1))
+    return jnp.broadcast_to(chosen, (groups, b // groups)).reshape(b)
 
 
 def make(
