@@ -26,9 +26,9 @@ def get_config() -> ConfigDict:
     config.objective = slot("objectives", "flow_matching")
     config.init_from = ConfigDict(  # a release to start from, of an architecture that config.model describes
         {
-            "file": placeholder(str),  # .safetensors, .pt or .pth; skips that it lacks are added freshly
+            "file": placeholder(str),  # .safetensors, .pt, ..., or a folder of orbax; skips it lacks are added freshly
             "family": placeholder(str),  # where its arrays do not tell; see tools/convert_checkpoint.py
-            "weights": placeholder(str),  # entry of a training file: by default ema, else model
+            "weights": placeholder(str),  # entry of a training file: by default its EMA
             "heads": placeholder(int),  # of a width that no published size has
         }
     )

@@ -51,8 +51,19 @@ def build(config: ConfigDict, shape: tuple[int, int, int], num_classes: int) -> 
     parts = Parts(model, prepare, objective, losses, optimizer, config.ema_decay, config.accumulate)
     sampler = configs.keywords(config.sampler, "config.sampler", sampling.make)
     source = sampling.trained(config.objective.to_dict())
+    _check_times(config, isinstance(source, sampling.AverageVelocity))
     sample = sampling.make(model, prepare, shape, num_classes, source, mesh, **sampler)
     return Experiment(mesh, parts, sample, rate)
+
+
+def _check_times(config: ConfigDict, average: bool) -> None:
+    """The objective and the model are both of one time or both of two, where the model's options tell."""
+    if config.model.get("second_time", average) != average:
+        times = "two times" if average else "one time"
+        raise ConfigError(
+            f"config.objective.name = {config.objective.name!r} needs a network of {times}: "
+            f"set config.model.second_time = {average}"
+        )
 
 
 def _check_steps(config: ConfigDict) -> None:

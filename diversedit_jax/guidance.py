@@ -66,6 +66,11 @@ def unlabelled(network: Network, null: int) -> Network:
     return lambda x, t, y: network(x, t, jnp.full_like(y, null))
 
 
+def over_span(network: Network, span: Scalar) -> Network:
+    """A network of two times (MeanFlow) as one of t alone, its span t - r fixed; at span 0 it predicts the velocity."""
+    return lambda x, t, y: network(x, t, y, span=jnp.full_like(t, span))
+
+
 def _guided(
     network: Network,
     y: Int[Array, " b"],

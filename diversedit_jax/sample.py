@@ -4,8 +4,8 @@
     python -m diversedit_jax.sample --checkpoint=SiT-XL-2-256.pt --family=official_sit --num=8
 
 Uses EMA weights. Where no flag says otherwise a run samples by its own sampler, a release by the papers' (SDE or DDPM,
-250 steps). Writes DIR/samples_STEP (or what --out says): grid.png, and samples.npz with `arr_0`, uint8 images
-[n h w c], which the ADM evaluator reads, and `labels`. Latents for which there is no decoder stay float32.
+250 steps; MeanFlow 1 step). Writes DIR/samples_STEP (or what --out says): grid.png, and samples.npz with `arr_0`, uint8
+images [n h w c], which the ADM evaluator reads, and `labels`. Latents for which there is no decoder stay float32.
 """
 
 import time
@@ -81,20 +81,24 @@ def of_release(
     file = Path(file).expanduser().absolute()
     release, _ = releases.open_release(file, family, heads, weights)
     arch, family = release.arch, release.family
-    if arch.second_time:
-        raise ConfigError(f"{file}: sampling from MeanFlow is not supported yet")
     side = side or release.side
     if side is None:
         raise ConfigError(f"{file} does not store the side of its latents: give it with --side=N")
     shape = (side, side, arch.channels)
     name = "official_sit" if family == "official_sit" else "dit"
     model = models.make(name, shape, arch.num_classes, **releases.model_options(arch))
-    discrete = family in ("official_dit", "diffusers_dit")
-    objective = sampling.Diffusion() if discrete else sampling.Flow()
-    options = ({"solver": "ddpm"} if discrete else {}) | dict(overrides or {})
+    options = dict(overrides or {})
+    if family in ("official_dit", "diffusers_dit"):
+        trained, options = sampling.Diffusion(), {"solver": "ddpm"} | options
+    elif arch.second_time:
+        trained = sampling.AverageVelocity()
+        if options.get("solver", "mean_flow") == "mean_flow":
+            options = {"solver": "mean_flow", "steps": 1} | options
+    else:
+        trained = sampling.Flow()
     mesh = sharding.make_mesh()
     latents = prepare.make("latents")
-    sample = sampling.make(model, latents, shape, arch.num_classes, objective, mesh, **options)
+    sample = sampling.make(model, latents, shape, arch.num_classes, trained, mesh, **options)
     placed = sharding.shardings(release.params, mesh)
     params = jax.tree.map(jax.device_put, release.params, placed)
     folder = file.with_name(f"samples_{file.stem}")
@@ -132,10 +136,12 @@ def run(
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Directory of a run.")
-    flags.DEFINE_string("checkpoint", None, "Weight file of a public release: .safetensors, .pt or .pth.")
+    flags.DEFINE_string(
+        "checkpoint", None, "Weights of a public release: .safetensors, .pt, .pth, or as flax and orbax write."
+    )
     flags.DEFINE_enum("family", None, list(releases.FAMILIES), "What the release is, where its arrays do not tell.")
     flags.DEFINE_integer("heads", None, "Attention heads of the release, for a width that no published size has.")
-    flags.DEFINE_string("weights", None, "Entry of the release's file: by default ema, else model.")
+    flags.DEFINE_string("weights", None, "Entry of the release's file: by default its EMA.")
     flags.DEFINE_integer("side", None, "Side of the release's latents, where it stores none.")
     flags.DEFINE_integer("num", 64, "Number of samples.")
     flags.DEFINE_list("labels", None, "Class labels, taken in turn; by default every class in turn.")

@@ -13,13 +13,13 @@ from jaxtyping import Array, Int
 from diversedit_jax import ddpm_samplers, noise_schedule, paths, samplers, sharding
 from diversedit_jax.api import Network, Params, Prepare
 from diversedit_jax.errors import ConfigError, NonFiniteError
-from diversedit_jax.guidance import Velocity, autoguide, guide
+from diversedit_jax.guidance import Velocity, autoguide, guide, over_span
 from diversedit_jax.models import Model
 from diversedit_jax.slots import suggestion
 
 FLOW_SOLVERS = ("euler", "heun", "dopri5", "euler_maruyama", "sde_heun")
 DDPM_SOLVERS = ("ddpm", "ddim")
-SOLVERS = FLOW_SOLVERS + DDPM_SOLVERS
+SOLVERS = (*FLOW_SOLVERS, "mean_flow", *DDPM_SOLVERS)
 
 # (params, frozen, labels [n], seed) -> images [n h w c] on the host: uint8, or x itself in float32 without a decoder.
 # With weak=params of a less trained state, `cfg_scale` is the scale of autoguidance by it.
@@ -42,9 +42,24 @@ class Diffusion(NamedTuple):
     num_timesteps: int = 1000
 
 
-def trained(objective: Mapping[str, Any]) -> Flow | Diffusion:
-    """What to sample from, by the options of the objective: a discrete diffusion is known by its `num_timesteps`."""
-    kind = Diffusion if "num_timesteps" in objective else Flow
+class AverageVelocity(NamedTuple):
+    """What a network of `objectives.mean_flow` was trained to predict: of a span of times on the linear path."""
+
+
+# by kind: the solvers for it, and who trains it
+TRAINED = {
+    Flow: (FLOW_SOLVERS, "a flow"),
+    Diffusion: (DDPM_SOLVERS, "objective ddpm"),
+    AverageVelocity: (("mean_flow", *FLOW_SOLVERS), "objective mean_flow"),
+}
+
+
+def trained(objective: Mapping[str, Any]) -> Flow | Diffusion | AverageVelocity:
+    """What to sample from, by the options of the objective.
+
+    A discrete diffusion is known by its `num_timesteps`, an average velocity by `equal`, the portion of empty spans.
+    """
+    kind = Diffusion if "num_timesteps" in objective else AverageVelocity if "equal" in objective else Flow
     return kind(**{name: objective[name] for name in kind._fields if name in objective})
 
 
@@ -53,7 +68,7 @@ def make(
     prepare: Prepare,
     shape: tuple[int, int, int],
     num_classes: int,
-    source: Flow | Diffusion,
+    source: Flow | Diffusion | AverageVelocity,
     mesh: Mesh,
     *,
     solver: str = "euler_maruyama",
@@ -73,12 +88,14 @@ def make(
     """A function that samples and decodes, compiled at its first call; by default as the papers do without guidance.
 
     solver: for flows `euler` (1 evaluation a step), `heun` (2), `dopri5` (adaptive), and the stochastic
-    `euler_maruyama` (1) and `sde_heun` (2); for objective ddpm `ddpm` (ancestral) and `ddim`. The other options and
-    the solvers that read them:
+    `euler_maruyama` (1) and `sde_heun` (2); for objective ddpm `ddpm` (ancestral) and `ddim`; for objective mean_flow
+    `mean_flow` (1 evaluation a step, 1 step as its authors sample) by its average velocity, and all those for flows by
+    its velocity, the average over no time. The other options and the solvers that read them:
 
     steps: all; of `dopri5` the most that it may take.
     cfg_scale, guidance_interval, guidance_channels: all; see `guidance.guide`. In `ddpm` and `ddim` guidance changes
-    the noise, never the variance, and its interval is of (step + 1) / num_timesteps.
+    the noise, never the variance, and its interval is of (step + 1) / num_timesteps. In `mean_flow` it changes the
+    average velocity, beside the guidance that the objective has trained in.
     diffusion, diffusion_norm: stochastic; the coefficient's form and magnitude, see `samplers.DIFFUSIONS`.
     last_step_kind, last_step: stochastic; `mean`, `euler` or `tweedie` from time `last_step`, or `none`.
     rtol, atol: `dopri5`. eta: `ddim`; 0 is deterministic.
@@ -97,9 +114,16 @@ def make(
         raise ConfigError(f"guidance_channels = {guidance_channels}: the samples have {shape[-1]} channels")
     if batch_size < 1:
         raise ConfigError(f"sampling batch_size = {batch_size}: must be positive")
+    known, trainer = TRAINED[type(source)]
+    if solver not in known:
+        raise ConfigError(f"solver {solver!r} does not sample what {trainer} trained; one of: {', '.join(known)}")
+    if isinstance(source, AverageVelocity) and solver != "mean_flow":
+        model, source = _instantaneous(model), Flow()
     if isinstance(source, Diffusion):
         solve = _ddpm_solve(source, solver, steps, eta)
         guidance_channels = shape[-1] if guidance_channels is None else guidance_channels
+    elif solver == "mean_flow":
+        solve = _mean_solve(steps)
     elif solver in ("euler_maruyama", "sde_heun"):
         solve = _sde_solve(source, solver, steps, diffusion, diffusion_norm, last_step_kind, last_step)
     else:
@@ -139,8 +163,12 @@ def make(
     return sample
 
 
+def _instantaneous(model: Model) -> Model:
+    """A model of average velocities as one of velocities: their average over no time."""
+    return Model(model.init, lambda params, *inputs: over_span(model.network(params), 0.0)(*inputs))
+
+
 def _ode_solve(source: Flow, solver: str, steps: int, rtol: float, atol: float) -> Solve:
-    _needs(solver, FLOW_SOLVERS, "a flow")
     path = paths.make(source.path)
     paths.check_prediction(source.prediction)
     last, first = paths.sampling_times(*source)
@@ -174,8 +202,19 @@ def _sde_solve(
     return solve
 
 
+def _mean_solve(steps: int) -> Solve:
+    times = samplers.uniform_times(steps)
+
+    def solve(guided, x, noise):
+        def average(x, t, span):
+            return guided(lambda network: over_span(network, span))(x, t, t)
+
+        return samplers.mean_flow(average, x, times)
+
+    return solve
+
+
 def _ddpm_solve(source: Diffusion, solver: str, steps: int, eta: float) -> Solve:
-    _needs(solver, DDPM_SOLVERS, "objective ddpm")
     if steps < 2:
         raise ConfigError(f"steps = {steps}: a discrete diffusion is sampled in at least 2")
     if not 0 <= eta <= 1:
@@ -190,8 +229,3 @@ def _ddpm_solve(source: Diffusion, solver: str, steps: int, eta: float) -> Solve
         return ddpm_samplers.ddpm(predict, x, schedule, noise)
 
     return solve
-
-
-def _needs(solver: str, known: tuple[str, ...], trained_on: str) -> None:
-    if solver not in known:
-        raise ConfigError(f"solver {solver!r} does not sample what {trained_on} trained; one of: {', '.join(known)}")

@@ -40,13 +40,15 @@ def features(seed: int = 0) -> tuple[jax.Array, ...]:
     return tuple(jnp.asarray(shared[0] + 0.5 * f) for f in own)
 
 
-def network(params, x_t, t, y):
+def network(params, x_t, t, y, **conditions):
     """A small network of the contract's form, with parameters to differentiate in; t may also count up to 1000."""
     stream = (
         jnp.tile(x_t.reshape(len(x_t), TOKENS, 3), (1, 1, WIDTH // 3))
         + jnp.sin(t)[:, None, None]
         + 0.1 * y[:, None, None]
     )
+    for condition in conditions.values():
+        stream = stream + jnp.cos(condition.reshape(len(t), -1)).sum(axis=1)[:, None, None]
     outputs = [stream]
     for kernel in params["blocks"]:
         stream = stream + jnp.tanh(stream @ kernel)
@@ -63,8 +65,8 @@ def params(channels: int = SHAPE[-1]):
     }
 
 
-def teacher(x_t, t, y):
-    return network(params(), x_t, t, y)
+def teacher(x_t, t, y, **conditions):
+    return network(params(), x_t, t, y, **conditions)
 
 
 def forward(features) -> Forward:
@@ -158,7 +160,7 @@ def test_objective_keeps_the_contract(name):
     weights = params(PREDICTED.get(name, SHAPE[-1]))
 
     def run(params, key):
-        return objective(lambda *inputs: network(params, *inputs), batch(), key)
+        return objective(lambda *inputs, **given: network(params, *inputs, **given), batch(), key)
 
     result = jax.jit(run)(weights, jax.random.key(0))
     assert isinstance(result, Forward)

@@ -142,3 +142,15 @@ def test_what_cannot_be_told_is_asked_for():
     release = load("sit_diversedit")
     with pytest.raises(ConfigError, match=r"diffusers_dit cannot hold a network of 4 to 4 channels"):
         releases.export(release.params, "diffusers_dit", release.arch)
+    with pytest.raises(ConfigError, match=r"meanflow has no long residual connections and no q and k norms"):
+        releases.export(release.params, "meanflow", release.arch._replace(second_time=True))
+
+
+def test_meanflow_goes_to_its_port_in_torch_and_back():
+    release = load("meanflow")
+    out = releases.export(release.params, "meanflow_torch", release.arch, side=8)
+    kernel = arrays("meanflow")["net/h_embedder/mlp/layers_0/_flax_linear/kernel"]
+    np.testing.assert_array_equal(out["r_embedder.mlp.0.weight"], kernel.T)  # of t - r there as well
+    again = releases.load(out, shapes(out), heads=release.arch.heads)
+    assert (again.family, again.side) == ("meanflow_torch", 8)
+    jax.tree.map(np.testing.assert_array_equal, again.params, release.params)

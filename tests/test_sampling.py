@@ -25,6 +25,15 @@ def sampler(source, model=None, **options):
     return lambda seed=0: sample(model.init(jax.random.key(0)), {}, np.arange(8) % CLASSES, seed)
 
 
+def average(output):
+    """A model without parameters, whose average velocity is a function of (x, t, span)."""
+
+    def apply(params, x, t, y, *, span):
+        return output(x, t[:, None, None, None], span[:, None, None, None]), ()
+
+    return Model(lambda key: {}, apply)
+
+
 def still(output):
     """A model without parameters, whose prediction is a function of (x, t)."""
     return Model(lambda key: {}, lambda params, x, t, y: (output(x, t[:, None, None, None]), ()))
@@ -62,6 +71,44 @@ def test_data_of_unit_variance_stay_so(path, prediction, options):
     assert (x != again(seed=1)).any()
 
 
+AVERAGES = [
+    {"solver": "mean_flow", "steps": 1},
+    {"solver": "mean_flow", "steps": 3, "cfg_scale": 2.0},
+    {"solver": "heun", "steps": 50, "cfg_scale": 2.0},
+    {"solver": "dopri5", "steps": 200},
+    {"solver": "euler_maruyama", "steps": 200},
+]
+
+
+@pytest.mark.parametrize("options", AVERAGES, ids=lambda options: "-".join(map(str, options.values())))
+def test_average_velocities_are_sampled(options):
+    """For data N(0, 1) the flow scales x by the deviation of x_t; at span 0 the average velocity is the velocity."""
+
+    def output(x, t, span):
+        now, then = ((1 - a) ** 2 + a**2 for a in (t, t - span))
+        safe = jnp.where(span > 0, span, 1)
+        return x * jnp.where(span > 0, (1 - jnp.sqrt(then / now)) / safe, (2 * t - 1) / now)
+
+    x = sampler(sampling.AverageVelocity(), average(output), **options)()
+    assert abs(x.mean()) < 4 / x.size**0.5
+    assert abs(x.std() - 1) < 4 / (2 * x.size) ** 0.5 + 0.02
+    noise = sampler(sampling.AverageVelocity(), average(lambda x, t, span: 0 * x), solver="mean_flow", steps=1)()
+    if options["solver"] != "euler_maruyama":  # the flow returns to the deviation where it started
+        np.testing.assert_allclose(x, noise, atol=1e-5 if options["solver"] == "mean_flow" else 5e-3)
+
+
+def test_guidance_of_the_average_velocity():
+    """u_null + s (u - u_null), with u = y and the null label's 3: 3 + 2 (y - 3), in one step and in four."""
+    model = Model(lambda key: {}, lambda params, x, t, y, *, span: (0 * x + y[:, None, None, None], ()))
+    labels, make = np.arange(8) % CLASSES, partial(sampler, sampling.AverageVelocity(), model, solver="mean_flow")
+    plain, wanted = make(steps=1)(), (3 + 2 * (labels - 3) - labels)[:, None, None, None]
+    for steps in (1, 4):
+        np.testing.assert_allclose(plain - make(steps=steps, cfg_scale=2.0)(), wanted + 0 * plain, atol=1e-5)
+    # the first of four steps lies outside of the interval: a quarter of the way without guidance
+    partly = make(steps=4, cfg_scale=2.0, guidance_interval=(0.0, 0.9))()
+    np.testing.assert_allclose(plain - partly, 0.75 * wanted + 0 * plain, atol=1e-5)
+
+
 @pytest.mark.parametrize("solver", sampling.DDPM_SOLVERS)
 @pytest.mark.parametrize("learn_sigma", [False, True])
 def test_discrete_diffusions_are_sampled(solver, learn_sigma):
@@ -86,6 +133,14 @@ def test_discrete_diffusions_are_sampled(solver, learn_sigma):
             {"solver": "ddim"},
             r"solver 'ddim' does not sample what a flow trained.*euler, heun, dopri5",
         ),
+        (sampling.Flow(), {"solver": "mean_flow"}, r"solver 'mean_flow' does not sample what a flow trained"),
+        (
+            sampling.Diffusion(),
+            {"solver": "mean_flow"},
+            r"solver 'mean_flow' does not sample what objective ddpm trained",
+        ),
+        (sampling.AverageVelocity(), {"solver": "ddim"}, r"'ddim' does not sample what objective mean_flow trained"),
+        (sampling.AverageVelocity(), {"solver": "mean_flow", "steps": 0}, r"at least 1 step, given 0"),
         (sampling.Flow(), {"solver": "dopri"}, r"unknown solver 'dopri'; did you mean 'dopri5'"),
         (sampling.Flow(), {"diffusion": "SBDM"}, r"unknown diffusion 'SBDM'"),
         (sampling.Flow(), {"last_step_kind": "Mean"}, r"unknown last step 'Mean'; did you mean 'mean'"),
@@ -134,10 +189,50 @@ def test_a_run_of_dits_formulation_trains_and_samples():
     assert sample(state["ema"], frozen, np.arange(5) % dataset.num_classes, 0).shape == (5, *dataset.shape)
 
 
+def test_a_run_of_meanflow_trains_and_samples():
+    config = tiny("mean_flow")
+    config.data = configs.slot("data", "digits")
+    config.model.update({"skip": "release", "second_time": True})
+    config.sampler.update({"solver": "mean_flow", "steps": 1})
+    dataset = experiment.open_data(config)
+    _, parts, sample, _ = experiment.build(config, dataset.shape, dataset.num_classes)
+    loader = pipeline.batches(dataset, config.batch_size, seed=0, num_threads=0)
+    frozen, key = parts.prepare.init(), jax.random.key(0)
+    batch = jax.tree.map(jnp.asarray, next(loader))
+    jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    state, step = jit(initializer(parts, batch))(key), jit(partial(train_step, parts))
+    before = state["params"]
+    for _ in range(3):
+        state, metrics = step(state, frozen, jax.tree.map(jnp.asarray, next(loader)), key)
+        assert {"raw", "v_loss"} <= metrics.keys()
+        assert all(np.isfinite(value) for value in metrics.values())
+    loader.close()
+    changed = jax.tree.map(lambda old, new: bool((old != new).any()), before, state["params"])
+    assert changed["span_embed"]["fc2"]["kernel"]
+    assert changed["deep"]["ada"]["kernel"]
+    assert sample(state["ema"], frozen, np.arange(5), 0).shape == (5, *dataset.shape)
+
+
+@pytest.mark.parametrize(
+    ("objective", "second_time", "message"),
+    [
+        ("mean_flow", False, r"'mean_flow' needs a network of two times: set config.model.second_time = True"),
+        ("flow_matching", True, r"'flow_matching' needs a network of one time: set config.model.second_time = False"),
+    ],
+)
+def test_objective_and_model_agree_about_the_times(objective, second_time, message):
+    config = tiny(objective)
+    config.model.second_time = second_time
+    config.sampler.solver = "euler"
+    with pytest.raises(ConfigError, match=message):
+        experiment.build(config, (8, 8, 3), 4)
+
+
 def test_the_sampler_takes_path_and_prediction_from_the_objective():
     flow = configs.slot("objectives", "flow_matching", path="vp", prediction="score")
     assert sampling.trained(flow.to_dict()) == sampling.Flow("vp", "score")
     assert sampling.trained(configs.slot("objectives", "ddpm", num_timesteps=50).to_dict()) == sampling.Diffusion(50)
+    assert sampling.trained(configs.slot("objectives", "mean_flow").to_dict()) == sampling.AverageVelocity()
     assert sampling.trained({"name": "my_project:make", "path": "cosine"}) == sampling.Flow("cosine", "velocity")
 
 

@@ -322,7 +322,7 @@ def test_what_is_no_weight_file_is_refused(tmp_path):
     (tmp_path / "empty.pt").touch()
     refused(tmp_path / "empty.pt", "is empty")
     (tmp_path / "text.pt").write_text("version https://git-lfs.github.com/spec/v1")
-    refused(tmp_path / "text.pt", "is not a weight file: starts with b'version ', wanted safetensors or PyTorch")
+    refused(tmp_path / "text.pt", "is not a weight file: starts with b'version ', wanted safetensors, PyTorch")
     (tmp_path / "plain.pkl").write_bytes(pickle.dumps({"a": 1}))
     refused(tmp_path / "plain.pkl", "is not a weight file")
     np.savez(tmp_path / "arrays.npz", a=LINE)

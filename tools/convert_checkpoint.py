@@ -4,8 +4,9 @@
     python tools/convert_checkpoint.py repa.pt out.safetensors
     python tools/convert_checkpoint.py DiT-XL-2-256.pt out.safetensors --family=official_dit --to=diffusers_dit
 
-IN is a .safetensors or PyTorch file of a release, or the directory of one of our runs (its EMA weights). OUT is written
-as .safetensors under the names of the family `--to`, by default that of IN (`sit` for a run).
+IN is a .safetensors or PyTorch file of a release, a checkpoint of flax or orbax, or the directory of one of our runs
+(its EMA weights). OUT is written as .safetensors under the names of the family `--to`, by default that of IN (of a run
+`sit` or `meanflow_torch`).
 """
 
 from pathlib import Path
@@ -25,7 +26,7 @@ from diversedit_jax.models.dit import SIZES
 FAMILY = flags.DEFINE_enum("family", None, list(FAMILIES), "What IN is, where its arrays do not tell.")
 TO = flags.DEFINE_enum("to", None, list(FAMILIES), "What OUT shall be; by default what IN is.")
 HEADS = flags.DEFINE_integer("heads", None, "Attention heads, for a width that no published size has.")
-WEIGHTS = flags.DEFINE_string("weights", None, "Entry of a training file: by default ema, else model.")
+WEIGHTS = flags.DEFINE_string("weights", None, "Entry of a training file: by default its EMA.")
 INSPECT = flags.DEFINE_boolean("inspect", False, "Print what IN is, and write nothing.")
 
 
@@ -35,7 +36,9 @@ def describe(release: releases.Release, entries: dict[str, int]) -> str:
     lines += [f"{name:<14}{value}" for name, value in release.arch._asdict().items()]
     lines.append(f"{'image side':<14}{release.side or 'not stored'}")
     lines.append(f"{'in the file':<14}{', '.join(f'{name} ({count} arrays)' for name, count in entries.items())}")
-    lines.append(f"{'EMA':<14}{'present' if 'ema' in entries else 'not named: the arrays may be either'}")
+    lines.append(
+        f"{'EMA':<14}{'present' if {'ema', 'ema_params'} & entries.keys() else 'not named: the arrays may be either'}"
+    )
     return "\n".join([*lines, logs.parameter_overview(release.params)])
 
 
@@ -65,7 +68,8 @@ def of_run(workdir: Path) -> tuple[releases.Release, dict[str, int]]:
         second_time=options.second_time,
     )
     double = "official_sit" if options.name == "official_sit" else "official_dit"
-    family = double if arch.out_channels == 2 * channels else "sit"
+    single = "meanflow_torch" if arch.second_time else "sit"
+    family = double if arch.out_channels == 2 * channels else single
     return releases.Release(family, arch, side, jax.device_get(params)), {"ema": len(jax.tree.leaves(params))}
 
 

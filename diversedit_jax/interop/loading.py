@@ -7,6 +7,7 @@ import numpy as np
 from diversedit_jax.api import Params
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.interop.names import Entry
+from diversedit_jax.interop.orbax_folder import OrbaxFolder
 from diversedit_jax.interop.weights_file import WeightsFile
 
 
@@ -16,7 +17,7 @@ class Arrays(Mapping):
     rename: from the rest of a name to the one that is used here.
     """
 
-    def __init__(self, file: WeightsFile, prefix: str = "", rename: Callable[[str], str] = str):
+    def __init__(self, file: WeightsFile | OrbaxFolder, prefix: str = "", rename: Callable[[str], str] = str):
         names = file.names(prefix)
         rest = [name.removeprefix(f"{prefix}.") if prefix else name for name in names]
         if all(name.startswith("module.") for name in rest):  # as torch's data-parallel wrappers save

@@ -105,7 +105,7 @@ def norm(place: tuple[str, ...], name: str, layer: int | None = None) -> list[En
 
 
 def torch_names(arch: Architecture) -> list[Entry]:
-    """The names of DiT, SiT, REPA, SRA, DiverseDiT and MeanFlow's port to torch."""
+    """The names of DiT, SiT, REPA, SRA, DiverseDiT and MeanFlow's port to torch, whose `r_embedder` is given t - r."""
     kernel, bias = heads_of(arch.width, arch.heads, transpose=True)
     entries = [
         Entry(("patch_embed", "kernel"), None, "x_embedder.proj.weight", conv(arch.patch)),

@@ -13,7 +13,7 @@ import numpy as np
 
 from diversedit_jax.api import Params
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.interop import loading, names
+from diversedit_jax.interop import loading, names, orbax_folder
 from diversedit_jax.interop.loading import Arrays
 from diversedit_jax.interop.names import Architecture, Entry
 from diversedit_jax.interop.weights_file import open_weights
@@ -36,6 +36,8 @@ class Family(NamedTuple):
     about: str
 
 
+# Of training files: PyTorch's, then those of the official MeanFlow, which saves one device's copy of its state.
+ENTRIES = ("ema", "model", "ema_params", "params")
 HEADS = ("pos_embed", "projectors.", "ap_head.")
 FAMILIES = {
     "sit": Family(names.torch_names, HEADS, False, "SiT of REPA, SRA and DiverseDiT: t = 1 is noise"),
@@ -43,7 +45,7 @@ FAMILIES = {
     "official_dit": Family(names.torch_names, HEADS, True, "official DiT: noise and variance, 1000 steps"),
     "diffusers_dit": Family(names.diffusers_names, ("pos_embed.pos_embed",), True, "DiT in the layout of diffusers"),
     "meanflow": Family(names.meanflow_names, ("net/pos_embed",), False, "official MeanFlow in JAX"),
-    "meanflow_torch": Family(names.torch_names, HEADS, False, "MeanFlow's port to torch"),
+    "meanflow_torch": Family(names.torch_names, HEADS, False, "MeanFlow's port to torch (zhuyu-cs)"),
 }
 
 
@@ -175,8 +177,8 @@ def export(params: Params, family: str, arch: Architecture, side: int | None = N
         raise ConfigError(f"unknown family {family!r}; {suggestion(family, FAMILIES)}")
     if FAMILIES[family].double != (arch.out_channels == 2 * arch.channels):
         raise ConfigError(f"{family} cannot hold a network of {arch.channels} to {arch.out_channels} channels")
-    if family == "diffusers_dit" and (arch.skip or arch.qk_norm):
-        raise ConfigError("the layout of diffusers has no long residual connections and no q and k norms")
+    if FAMILIES[family].entries is not names.torch_names and (arch.skip or arch.qk_norm):
+        raise ConfigError(f"{family} has no long residual connections and no q and k norms")
     if arch.second_time != family.startswith("meanflow"):
         raise ConfigError(f"{family} cannot hold a network {'with' if arch.second_time else 'without'} a second time")
     arrays = loading.written(FAMILIES[family].entries(arch), params)
@@ -188,16 +190,23 @@ def export(params: Params, family: str, arch: Architecture, side: int | None = N
 def open_release(
     path: Path, family: str | None = None, heads: int | None = None, weights: str | None = None
 ) -> tuple[Release, dict[str, int]]:
-    """The release in a weight file, and how many arrays each of the file's entries has.
+    """The release in a weight file, or in an orbax folder; and how many arrays each of its entries has.
 
-    weights: the entry of a training file to take, by default `ema`, else `model`, else the whole file. The others (the
-    optimizer's half) are not read. Raises WeightsError for what is no weight file, ConfigError for what does not fit.
+    weights: the entry of a training file to take, by default the first of ENTRIES that it has, else the whole file. The
+    others (the optimizer's half) are not read. Raises WeightsError for what holds no weights, ConfigError for what does
+    not fit.
     """
-    with open_weights(path) as file:
+    folder = orbax_folder.find(path) if path.is_dir() else None
+    with open_weights(path) if folder is None else orbax_folder.OrbaxFolder(folder) as file:
         top = dict.fromkeys(name.partition(".")[0] for name in file)
         parts = {name: len(file.names(name)) for name in top if isinstance(file.tree.get(name), Mapping)}
-        chosen = weights or next((name for name in ("ema", "model") if name in parts), "")
+        chosen = weights or next((name for name in ENTRIES if name in parts), "")
         if chosen and chosen not in parts:
             raise ConfigError(f"{path} has no entry {chosen!r}; it has {', '.join(parts) or 'bare arrays'}")
-        arrays = Arrays(file, chosen)
+        arrays = Arrays(file, chosen, _flax_path)
         return load(arrays, arrays.shapes, family, heads), parts or {"arrays": len(file)}
+
+
+def _flax_path(name: str) -> str:
+    """The name of an array in a tree of flax, whose paths `names` writes with slashes."""
+    return name.replace(".", "/") if name.startswith("net.") else name

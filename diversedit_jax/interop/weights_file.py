@@ -3,13 +3,14 @@
     with open_weights("SiT-XL-2-256x256.pt") as weights:
         arrays = weights.arrays("ema")        # the optimizer's half of the file stays unread
 
-Three formats, told apart by content:
+Four formats, told apart by content:
 
 safetensors    Length of the header, 8 bytes; header, JSON; numbers.
 PyTorch        A zip archive without compression, since PyTorch 1.6: NAME/data.pkl, a pickle of the saved object; the
                storages NAME/data/KEY, plain numbers; NAME/byteorder, since 2.1.
 PyTorch < 1.6  Five pickles in a row: a magic number, 1001, a dict about the machine, the saved object, the list of
                storage keys; then for every key the count of its elements, 8 bytes, and the elements. Little-endian.
+flax           A state as msgpack, by `flax.serialization`; see `flax_msgpack`.
 """
 
 import io
@@ -32,7 +33,7 @@ import safetensors
 import safetensors.numpy
 
 from diversedit_jax.errors import WeightsError
-from diversedit_jax.interop import torch_pickle
+from diversedit_jax.interop import flax_msgpack, torch_pickle
 from diversedit_jax.interop.torch_pickle import DTYPES, Storage, Tensor, show
 
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -155,7 +156,7 @@ class WeightsFile:
 
 
 def open_weights(path: str | os.PathLike) -> WeightsFile:
-    """The weights in a .safetensors, .pt, .pth, .ckpt or .bin file, whatever its name; see the formats above.
+    """The weights in a .safetensors, .pt, .pth, .ckpt, .bin or .msgpack file, whatever its name; see the formats above.
 
     Every tensor is checked against the file before this returns; none is read. Raises WeightsError, in one line.
     """
@@ -184,7 +185,11 @@ def _contents(path: Path, file: _File) -> tuple[Any, dict[str, Extent], str]:
         return _legacy(file)
     if head[8:9] == b"{":
         return _safetensors(path, file)
-    raise WeightsError(f"is not a weight file: starts with {head[:8]!r}, wanted safetensors or PyTorch (zip or legacy)")
+    if flax_msgpack.starts(head):
+        tree, extents = flax_msgpack.load(file)
+        return tree, {key: Extent(*extent) for key, extent in extents.items()}, "little"
+    wanted = "safetensors, PyTorch (zip or legacy) or flax's msgpack"
+    raise WeightsError(f"is not a weight file: starts with {head[:8]!r}, wanted {wanted}")
 
 
 def _safetensors(path: Path, file: _File) -> tuple[Any, dict[str, Extent], str]:

@@ -89,19 +89,25 @@ def modulate(x: Float[Array, "b n d"], shift: Float[Array, "b d"], scale: Float[
     return layer_norm(x) * (1 + scale[:, None]) + shift[:, None]
 
 
-def attend(
-    q: Float[Array, "b n h k"], k: Float[Array, "b n h k"], v: Float[Array, "b n h k"]
-) -> Float[Array, "b n h k"]:
-    """Softmax attention, the softmax in float32: cuDNN's kernel on a GPU in half precision, else XLA's."""
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    implementation = "cudnn" if half and jax.default_backend() == "gpu" else "xla"
-    return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+def choose_attention(attention: str, dtype: str, second_time: bool) -> str:
+    """`xla` or `cudnn`: as asked for, and for `auto` cuDNN's kernel where it can run. It has no forward mode."""
+    obstacles = {
+        f"jax runs on {jax.default_backend()}, not on a GPU": jax.default_backend() != "gpu",
+        f"model.dtype is {dtype}, not bfloat16 or float16": dtype == "float32",
+        "model.second_time: MeanFlow differentiates in forward mode, which cuDNN's kernel cannot": second_time,
+    }
+    found = [text for text, stands in obstacles.items() if stands]
+    if attention == "cudnn" and found:
+        raise ConfigError(f"model.attention = 'cudnn' is not possible: {'; '.join(found)}")
+    return ("xla" if found else "cudnn") if attention == "auto" else attention
 
 
 class Block(nnx.Module):
     """A transformer block with adaLN-Zero (DiT, section 3.2)."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool, dtype, *, rngs: nnx.Rngs):
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: float, qk_norm: bool, dtype, attention: str = "xla", *, rngs: nnx.Rngs
+    ):
         hidden = int(width * mlp_ratio)
         linear = partial(nnx.Linear, dtype=dtype, kernel_init=KERNELS["xavier"], rngs=rngs)
         self.ada = linear(width, 6 * width, kernel_init=nnx.initializers.zeros)
@@ -114,7 +120,7 @@ class Block(nnx.Module):
         self.proj = linear(width, width)
         self.fc1 = linear(width, hidden)
         self.fc2 = linear(hidden, width)
-        self.dtype = dtype
+        self.dtype, self.attention = dtype, attention
 
     def __call__(self, x: Float[Array, "b n d"], c: Float[Array, "b d"]) -> Float[Array, "b n d"]:
         ada = checkpoint_name(self.ada(jax.nn.silu(c)), "ada").astype(jnp.float32)
@@ -128,7 +134,7 @@ class Block(nnx.Module):
         q, k, v = jnp.moveaxis(qkv, 2, 0)
         if self.q_norm is not None:
             q, k = self.q_norm(q).astype(v.dtype), self.k_norm(k).astype(v.dtype)
-        out = checkpoint_name(attend(q, k, v), "attn")
+        out = checkpoint_name(jax.nn.dot_product_attention(q, k, v, implementation=self.attention), "attn")
         return checkpoint_name(self.proj(out.reshape(x.shape)), "proj")
 
     def _mlp(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
@@ -193,6 +199,7 @@ class DiT(nnx.Module):
         cuts: tuple[int, ...],
         out_channels: int,
         second_time: bool,
+        attention: str,
         *,
         rngs: nnx.Rngs,
     ):
@@ -203,7 +210,7 @@ class DiT(nnx.Module):
             return jax.vmap(lambda key: build(nnx.Rngs(key)))(jax.random.split(rngs.params(), n))
 
         def block(rngs: nnx.Rngs) -> Block:
-            return Block(width, heads, mlp_ratio, qk_norm, dtype, rngs=rngs)
+            return Block(width, heads, mlp_ratio, qk_norm, dtype, attention, rngs=rngs)
 
         linear = partial(nnx.Linear, dtype=dtype, kernel_init=KERNELS["xavier"], rngs=rngs)
         self.patch_embed = linear(patch * patch * shape[-1], width)
@@ -346,6 +353,7 @@ def make(
     capture: str = "merged",
     out_channels: int | None = None,
     second_time: bool = False,
+    attention: str = "auto",
 ) -> Model:
     """A SiT or DiT for images or latents of `shape` (h, w, c) and labels 0 .. num_classes, the last the null label.
 
@@ -360,11 +368,14 @@ def make(
     capture: features are taken after the merge (`merged`, as the released loss does) or before it (`block`).
     out_channels: of the prediction (None: as the input; DiT, which predicts noise and variance, has twice as many).
     second_time: the network also takes `span` = t - r, embedded like t, as MeanFlow's does (arXiv 2505.13447).
+    attention: `xla` or `cudnn`, with the softmax in float32; `auto` takes cuDNN's kernel on a GPU in half precision,
+        but not with second_time: it cannot be differentiated in forward mode.
     """
     _known("size", size, SIZES)
     _known("skip", skip, SKIPS)
     _known("remat", remat, REMAT)
     _known("capture", capture, ("merged", "block"))
+    _known("attention", attention, ("auto", "xla", "cudnn"))
     _known("dtype", dtype, ("float32", "bfloat16", "float16"))
     _known("stream_dtype", stream_dtype, ("float32", "bfloat16", "float16"))
     given = {"depth": depth, "width": width, "heads": heads}
@@ -408,6 +419,7 @@ def make(
         tuple(sorted(set(cuts))),
         out_channels,
         second_time,
+        choose_attention(attention, dtype, second_time),
     )
     return functional(lambda rngs: build(rngs=rngs))
 

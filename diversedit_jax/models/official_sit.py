@@ -9,6 +9,7 @@ import functools
 from jaxtyping import Array, Float, Int
 
 from diversedit_jax.api import Params
+from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import Model, dit
 
 
@@ -25,4 +26,6 @@ def turned(model: Model) -> Model:
 @functools.wraps(dit.make)
 def make(shape: tuple[int, int, int], *args, **options) -> Model:
     """As `dit.make`, with the official output."""
+    if options.get("second_time"):
+        raise ConfigError("model.second_time: the official SiT has one time; use the model dit")
     return turned(dit.make(shape, *args, **options | {"out_channels": 2 * shape[-1]}))
