@@ -30,6 +30,7 @@ FLOORS = {
             "samplers",
             "ddpm_samplers",
             "guidance",
+            "joint",
             "losses",
             "objectives",
             "metrics",
