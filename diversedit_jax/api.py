@@ -14,7 +14,8 @@ Params = Any  # a pytree of arrays
 
 # (x_t [b h w c], t [b], y [b], **conditions) -> (prediction [b h w c], features).
 # features[k] is the residual stream after k blocks, [b n d]; features[0] is the embedding. The null label is
-# `num_classes`. `conditions` are what an objective gives beside: `span` [b] (MeanFlow), `token` [b k] (REG).
+# `num_classes`. `conditions` are what an objective gives beside: `span` [b] (MeanFlow), `token` [b k] (REG). Given a
+# token, it predicts the pair (image's [b h w c], token's [b k]), and features are [b 1 + n d], the token's first.
 # A network is a closure over its parameters; nothing that calls it knows the framework behind it.
 Network = Callable[..., tuple[Array, Sequence[Array]]]
 

@@ -15,6 +15,7 @@ from diversedit_jax.api import Network
 Velocity = Callable[[Array, Array, Array], Array]
 
 Scalar = Float[Array, ""] | float
+Scale = Float[Array, "*c"] | float  # one for all channels, or one per channel
 
 
 def guide(
@@ -22,7 +23,7 @@ def guide(
     y: Int[Array, " b"],
     null: int,
     *,
-    scale: Scalar = 1.0,
+    scale: Scale = 1.0,
     interval: tuple[Scalar, Scalar] = (0.0, 1.0),
     channels: int | None = None,
 ) -> Velocity:
@@ -46,7 +47,7 @@ def autoguide(
     weak: Network,
     y: Int[Array, " b"],
     *,
-    scale: Scalar = 1.0,
+    scale: Scale = 1.0,
     interval: tuple[Scalar, Scalar] = (0.0, 1.0),
     channels: int | None = None,
 ) -> Velocity:
@@ -75,7 +76,7 @@ def _guided(
     network: Network,
     y: Int[Array, " b"],
     both: Callable[[Array, Array], tuple[Array, Array]],
-    scale: Scalar,
+    scale: Scale,
     interval: tuple[Scalar, Scalar],
     channels: int | None,
 ) -> Velocity:
@@ -93,7 +94,7 @@ def _guided(
             ahead = v_guide + scale * (v - v_guide)
             return ahead if channels is None else jnp.concatenate([ahead[..., :channels], v[..., channels:]], axis=-1)
 
-        active = (low <= t_step) & (t_step <= high) & (scale != 1.0)
+        active = (low <= t_step) & (t_step <= high) & jnp.any(scale != 1.0)
         return jax.lax.cond(active, guided, plain, x)
 
     return velocity

@@ -25,7 +25,7 @@ from diversedit_jax.checkpoint import Checkpoints
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.interop import releases
 
-OVERRIDES = ("solver", "steps", "cfg_scale", "guidance_interval", "guidance_channels")
+OVERRIDES = ("solver", "steps", "cfg_scale", "token_cfg_scale", "guidance_interval", "guidance_channels")
 OVERRIDES += ("diffusion", "last_step_kind", "last_step", "rtol", "atol", "eta", "batch_size")
 
 
@@ -152,6 +152,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("solver", None, f"One of {', '.join(sampling.SOLVERS)}.")
     flags.DEFINE_integer("steps", None, "Steps of the solver.")
     flags.DEFINE_float("cfg_scale", None, "Scale of classifier-free guidance; 1: none.")
+    flags.DEFINE_float("token_cfg_scale", None, "That of REG's class token; by default cfg_scale, <= 0: not guided.")
     flags.DEFINE_list("guidance_interval", None, "lo,hi: guide while lo <= t <= hi; t = 1 is noise.")
     flags.DEFINE_integer("guidance_channels", None, "Guide the first so many channels only.")
     flags.DEFINE_string("diffusion", None, f"Of stochastic solvers, one of {', '.join(samplers.DIFFUSIONS)}.")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from math import inf, prod
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from diversedit_jax import ddpm_samplers, noise_schedule, paths, samplers, sharding
+from diversedit_jax import ddpm_samplers, joint, noise_schedule, paths, samplers, sharding
 from diversedit_jax.api import Network, Params, Prepare
 from diversedit_jax.errors import ConfigError, NonFiniteError
 from diversedit_jax.guidance import Velocity, autoguide, guide, over_span
@@ -74,6 +75,7 @@ def make(
     solver: str = "euler_maruyama",
     steps: int = 250,
     cfg_scale: float = 1.0,
+    token_cfg_scale: float | None = None,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     guidance_channels: int | None = None,
     diffusion: str = "sigma",
@@ -96,6 +98,8 @@ def make(
     cfg_scale, guidance_interval, guidance_channels: all; see `guidance.guide`. In `ddpm` and `ddim` guidance changes
     the noise, never the variance, and its interval is of (step + 1) / num_timesteps. In `mean_flow` it changes the
     average velocity, beside the guidance that the objective has trained in.
+    token_cfg_scale: flows; of a network that denoises a class token with the image (REG), the token's scale in the
+    same interval; None: cfg_scale, <= 0: the token is not guided. Both take the same steps; only the image is returned.
     diffusion, diffusion_norm: stochastic; the coefficient's form and magnitude, see `samplers.DIFFUSIONS`.
     last_step_kind, last_step: stochastic; `mean`, `euler` or `tweedie` from time `last_step`, or `none`.
     rtol, atol: `dopri5`. eta: `ddim`; 0 is deterministic.
@@ -108,8 +112,12 @@ def make(
     low, high = guidance_interval
     if not 0 <= low <= high <= 1:
         raise ConfigError(f"guidance_interval = {low}, {high}: must be two times with 0 <= lo <= hi <= 1")
-    if not 0 <= cfg_scale < float("inf"):
+    if not 0 <= cfg_scale < inf:
         raise ConfigError(f"cfg_scale = {cfg_scale}: must be finite and not negative")
+    width = model.token_width
+    if token_cfg_scale is not None and (width is None or not abs(token_cfg_scale) < inf):
+        wanted = "the network has no class token" if width is None else "must be finite"
+        raise ConfigError(f"token_cfg_scale = {token_cfg_scale}: {wanted}")
     if guidance_channels is not None and not 1 <= guidance_channels <= shape[-1]:
         raise ConfigError(f"guidance_channels = {guidance_channels}: the samples have {shape[-1]} channels")
     if batch_size < 1:
@@ -128,19 +136,29 @@ def make(
         solve = _sde_solve(source, solver, steps, diffusion, diffusion_norm, last_step_kind, last_step)
     else:
         solve = _ode_solve(source, solver, steps, rtol, atol)
+    state, scales = shape, np.float32(cfg_scale)
+    if width is not None:  # to solver and guidance, an image and its token are one vector
+        token_scale = cfg_scale if token_cfg_scale is None else token_cfg_scale if token_cfg_scale > 0 else 1.0
+        state = (1, 1, prod(shape) + width)
+        scales, guidance_channels = joint.scales(shape, width, cfg_scale, token_scale, guidance_channels), None
+
+    def network(params: Params) -> Network:
+        bound = model.network(params)
+        return bound if width is None else joint.packed(bound, shape)
 
     @partial(jax.jit, out_shardings=sharding.replicated(mesh))  # so that every process can read the result
     def run(params: Params, weak: Params | None, frozen: Any, y: Int[Array, " b"], keys: Array, scale, interval):
         start, path_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-        x = jax.vmap(lambda key: jax.random.normal(key, shape))(start)
+        x = jax.vmap(lambda key: jax.random.normal(key, state))(start)
         options = {"scale": scale, "interval": interval, "channels": guidance_channels}
 
         def guided(convert: Callable[[Network], Network]) -> Velocity:
             if weak is None:
-                return guide(convert(model.network(params)), y, num_classes, **options)
-            return autoguide(convert(model.network(params)), convert(model.network(weak)), y, **options)
+                return guide(convert(network(params)), y, num_classes, **options)
+            return autoguide(convert(network(params)), convert(network(weak)), y, **options)
 
-        x = solve(guided, x, samplers.normal_per_image(path_keys, shape))
+        x = solve(guided, x, samplers.normal_per_image(path_keys, state))
+        x = x if width is None else joint.unpack(x, shape)[0]
         return x if prepare.decode is None else prepare.decode(frozen, x), jnp.isfinite(x).all()
 
     def sample(
@@ -149,7 +167,7 @@ def make(
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(labels)))
         devices = jax.device_count()
         size = -(-min(batch_size, len(labels)) // devices) * devices  # a multiple of the devices
-        guidance = jnp.float32(cfg_scale), (jnp.float32(low), jnp.float32(high))
+        guidance = jnp.asarray(scales), (jnp.float32(low), jnp.float32(high))
         done = []
         for begin in range(0, len(labels), size):
             index = np.minimum(np.arange(begin, begin + size), len(labels) - 1)  # the last batch is filled up
@@ -192,7 +210,7 @@ def _sde_solve(
     paths.check_prediction(source.prediction)
     w = samplers.diffusion(form, path, norm)
     times = samplers.sde_times(steps, *source, form, last_kind, last_step)
-    if not 0 <= norm < float("inf"):
+    if not 0 <= norm < inf:
         raise ConfigError(f"diffusion_norm = {norm}: must be finite and not negative")
 
     def solve(guided, x, noise):

@@ -1,6 +1,7 @@
 """What every auxiliary loss and every objective keeps to, found by globbing: the contract of `api`, and its options."""
 
 import inspect
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -30,7 +31,8 @@ SHAPE = (4, 4, 3)
 def batch() -> dict[str, jax.Array]:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((BATCH, *SHAPE), dtype=np.float32)
-    return {"x": jnp.asarray(x), "y": jnp.asarray(rng.integers(CLASSES, size=BATCH, dtype=np.int32))}
+    y, token = rng.integers(CLASSES, size=BATCH, dtype=np.int32), rng.standard_normal((BATCH, 3), dtype=np.float32)
+    return {"x": jnp.asarray(x), "y": jnp.asarray(y), "token/dinov2": jnp.asarray(token)}
 
 
 def features(seed: int = 0) -> tuple[jax.Array, ...]:
@@ -40,20 +42,24 @@ def features(seed: int = 0) -> tuple[jax.Array, ...]:
     return tuple(jnp.asarray(shared[0] + 0.5 * f) for f in own)
 
 
-def network(params, x_t, t, y, **conditions):
+def network(params, x_t, t, y, *, span=None, token=None):
     """A small network of the contract's form, with parameters to differentiate in; t may also count up to 1000."""
     stream = (
         jnp.tile(x_t.reshape(len(x_t), TOKENS, 3), (1, 1, WIDTH // 3))
         + jnp.sin(t)[:, None, None]
         + 0.1 * y[:, None, None]
     )
-    for condition in conditions.values():
-        stream = stream + jnp.cos(condition.reshape(len(t), -1)).sum(axis=1)[:, None, None]
+    if span is not None:
+        stream = stream + jnp.cos(span)[:, None, None]
+    if token is not None:
+        stream = stream + jnp.cos(token).sum(axis=1)[:, None, None]
     outputs = [stream]
     for kernel in params["blocks"]:
         stream = stream + jnp.tanh(stream @ kernel)
         outputs.append(stream)
-    return (stream @ params["out"]).reshape(*x_t.shape[:-1], -1), tuple(outputs)
+    out = stream @ params["out"]
+    image = out.reshape(*x_t.shape[:-1], -1)
+    return image if token is None else (image, out.mean(axis=1)), tuple(outputs)
 
 
 def params(channels: int = SHAPE[-1]):
@@ -160,7 +166,7 @@ def test_objective_keeps_the_contract(name):
     weights = params(PREDICTED.get(name, SHAPE[-1]))
 
     def run(params, key):
-        return objective(lambda *inputs, **given: network(params, *inputs, **given), batch(), key)
+        return objective(partial(network, params), batch(), key)
 
     result = jax.jit(run)(weights, jax.random.key(0))
     assert isinstance(result, Forward)
@@ -178,7 +184,7 @@ def test_objective_keeps_the_contract(name):
     for path, leaf in jax.tree.leaves_with_path(gradient):
         assert jnp.isfinite(leaf).all()
         assert jnp.abs(leaf).max() > 0, f"no gradient reaches {jax.tree_util.keystr(path)}"
-    _, again = result.rerun(lambda *inputs, **given: network(weights, *inputs, **given), result.t)
+    _, again = result.rerun(partial(network, weights), result.t)
     np.testing.assert_allclose(again[-1], result.features[-1], rtol=1e-4, atol=1e-5)
     other = jax.jit(run)(weights, jax.random.key(1))
     assert jnp.any(other.noise != result.noise), "the noise does not depend on the key"

@@ -31,6 +31,7 @@ FLOORS = {
             "samplers",
             "ddpm_samplers",
             "guidance",
+            "joint",
             "losses",
             "objectives",
             "metrics",

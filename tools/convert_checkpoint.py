@@ -66,9 +66,10 @@ def of_run(workdir: Path) -> tuple[releases.Release, dict[str, int]]:
         qk_norm=options.qk_norm,
         skip=options.skip == "release",
         second_time=options.second_time,
+        token_width=options.token_width,
     )
     double = "official_sit" if options.name == "official_sit" else "official_dit"
-    single = "meanflow_torch" if arch.second_time else "sit"
+    single = "meanflow_torch" if arch.second_time else "reg" if arch.token_width else "sit"
     family = double if arch.out_channels == 2 * channels else single
     return releases.Release(family, arch, side, jax.device_get(params)), {"ema": len(jax.tree.leaves(params))}
 

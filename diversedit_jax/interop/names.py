@@ -45,6 +45,7 @@ class Architecture(NamedTuple):
     qk_norm: bool = False
     skip: bool = False
     second_time: bool = False
+    token_width: int | None = None
 
 
 SAME = Turn(lambda x: x, lambda x: x)
@@ -105,7 +106,7 @@ def norm(place: tuple[str, ...], name: str, layer: int | None = None) -> list[En
 
 
 def torch_names(arch: Architecture) -> list[Entry]:
-    """The names of DiT, SiT, REPA, SRA, DiverseDiT and MeanFlow's port to torch, whose `r_embedder` is given t - r."""
+    """The names of DiT, SiT, REPA, REG, SRA, DiverseDiT and MeanFlow's port to torch (`r_embedder` is given t - r)."""
     kernel, bias = heads_of(arch.width, arch.heads, transpose=True)
     entries = [
         Entry(("patch_embed", "kernel"), None, "x_embedder.proj.weight", conv(arch.patch)),
@@ -116,6 +117,9 @@ def torch_names(arch: Architecture) -> list[Entry]:
     entries += linear(("time_embed", "fc1"), "t_embedder.mlp.0") + linear(("time_embed", "fc2"), "t_embedder.mlp.2")
     if arch.second_time:
         entries += linear(("span_embed", "fc1"), "r_embedder.mlp.0") + linear(("span_embed", "fc2"), "r_embedder.mlp.2")
+    if arch.token_width is not None:
+        entries += linear(("token_embed",), "cls_projectors2") + norm(("token_norm",), "wg_norm")
+        entries += linear(("token_final",), "final_layer.linear_cls")
     for i, stack, layer in layers(arch):
         block = f"blocks.{i}"
         entries += [

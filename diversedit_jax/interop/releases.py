@@ -41,6 +41,7 @@ ENTRIES = ("ema", "model", "ema_params", "params")
 HEADS = ("pos_embed", "projectors.", "ap_head.")
 FAMILIES = {
     "sit": Family(names.torch_names, HEADS, False, "SiT of REPA, SRA and DiverseDiT: t = 1 is noise"),
+    "reg": Family(names.torch_names, HEADS, False, "REG: a SiT of REPA with a class token beside the image"),
     "official_sit": Family(names.torch_names, HEADS, True, "official SiT: t = 0 is noise, 2 c channels"),
     "official_dit": Family(names.torch_names, HEADS, True, "official DiT: noise and variance, 1000 steps"),
     "diffusers_dit": Family(names.diffusers_names, ("pos_embed.pos_embed",), True, "DiT in the layout of diffusers"),
@@ -61,14 +62,14 @@ class Release(NamedTuple):
 def recognise(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """The family of the arrays with these names and shapes; ConfigError where it cannot be told."""
     found = [name.split(".")[0].split("/")[0] for name in shapes]
-    if any(name.startswith("cls_projectors") or "linear_cls" in name for name in shapes):
-        raise ConfigError("these are weights of REG: its class token is not supported yet")
     if "net" in found:
         return "meanflow"
     if "transformer_blocks" in found:
         return "diffusers_dit"
     if "r_embedder" in found:
         return "meanflow_torch"
+    if "cls_projectors2" in found:
+        return "reg"
     if "blocks" not in found or "final_layer.linear.weight" not in shapes:
         few = ", ".join(list(shapes)[:3]) or "nothing"
         raise ConfigError(f"no family known has these arrays ({few}, ...); known: {', '.join(FAMILIES)}")
@@ -129,6 +130,7 @@ def architecture(family: str, shapes: Mapping[str, tuple[int, ...]], heads: int 
         qk_norm="blocks.0.attn.q_norm.weight" in shapes,
         skip="skip_norms.0.weight" in shapes,
         second_time=family.startswith("meanflow"),
+        token_width=shape("cls_projectors2.weight", 2)[1] if family == "reg" else None,
     )
 
 
@@ -136,7 +138,8 @@ def model_options(arch: Architecture) -> dict[str, Any]:
     """The options of `models.dit.make` for an architecture."""
     options = {name: getattr(arch, name) for name in ("depth", "width", "heads", "patch", "mlp_ratio", "qk_norm")}
     options |= {"skip": "release" if arch.skip else "none", "out_channels": arch.out_channels}
-    return options | ({"second_time": True} if arch.second_time else {})
+    options |= {"second_time": True} if arch.second_time else {}
+    return options | ({} if arch.token_width is None else {"token_width": arch.token_width})
 
 
 def abstract(arch: Architecture) -> Params:
@@ -167,7 +170,8 @@ def load(
     loading.check(family, entries, shapes, target, FAMILIES[family].aside)
     params = loading.fill(family, entries, arrays, jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), target))
     table = next((shapes[name] for name in ("pos_embed", "net/pos_embed") if name in shapes), None)
-    side = arch.patch * round(table[-2] ** 0.5) if table else None
+    first = 1 if family == "reg" else 0  # the class token's row
+    side = arch.patch * round((table[-2] - first) ** 0.5) if table else None
     return Release(family, arch, side, params)
 
 
@@ -179,11 +183,16 @@ def export(params: Params, family: str, arch: Architecture, side: int | None = N
         raise ConfigError(f"{family} cannot hold a network of {arch.channels} to {arch.out_channels} channels")
     if FAMILIES[family].entries is not names.torch_names and (arch.skip or arch.qk_norm):
         raise ConfigError(f"{family} has no long residual connections and no q and k norms")
-    if arch.second_time != family.startswith("meanflow"):
-        raise ConfigError(f"{family} cannot hold a network {'with' if arch.second_time else 'without'} a second time")
+    has = {"a second time": arch.second_time, "a class token": arch.token_width is not None}
+    holds = {"a second time": family.startswith("meanflow"), "a class token": family == "reg"}
+    for part in has:
+        if has[part] != holds[part]:
+            raise ConfigError(f"{family} cannot hold a network {'with' if has[part] else 'without'} {part}")
     arrays = loading.written(FAMILIES[family].entries(arch), params)
     if side is not None and FAMILIES[family].entries is names.torch_names:
-        arrays["pos_embed"] = dit.position_table((side, side, arch.channels), arch.patch, arch.width)[None]
+        table = dit.position_table((side, side, arch.channels), arch.patch, arch.width)
+        first = 1 if family == "reg" else 0  # the class token's row
+        arrays["pos_embed"] = np.pad(table, ((first, 0), (0, 0)))[None]
     return arrays
 
 

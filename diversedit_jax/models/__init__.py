@@ -16,10 +16,12 @@ class Model(NamedTuple):
 
     init:  key -> params.
     apply: (params, x_t, t, y, **conditions) -> (prediction, features).
+    token_width: of the class token that the network takes and predicts beside the image (REG), None if it has none.
     """
 
     init: Callable[[Array], Params]
     apply: Callable[..., tuple[Array, Sequence[Array]]]
+    token_width: int | None = None
 
     def network(self, params: Params) -> Network:
         """The network with its parameters bound."""

@@ -200,6 +200,7 @@ class DiT(nnx.Module):
         out_channels: int,
         second_time: bool,
         attention: str,
+        token_width: int | None,
         *,
         rngs: nnx.Rngs,
     ):
@@ -222,6 +223,11 @@ class DiT(nnx.Module):
         self.merges = skip and stack(lambda rngs: Merge(width, skip.norm, skip.init, dtype, rngs=rngs), half)
         self.final_ada = linear(width, 2 * width, kernel_init=nnx.initializers.zeros)
         self.final = linear(width, patch * patch * out_channels, kernel_init=nnx.initializers.zeros)
+        self.token_width = token_width
+        if token_width is not None:
+            self.token_embed = linear(token_width, width)
+            self.token_norm = nnx.LayerNorm(width, epsilon=EPS, dtype=jnp.float32, rngs=rngs)
+            self.token_final = linear(width, token_width, kernel_init=nnx.initializers.zeros)
         self.shape, self.patch, self.depth, self.width = shape, patch, depth, width
         self.out_shape = (*shape[:-1], out_channels)
         self.skip, self.policy, self.capture, self.cuts = skip, policy, capture, cuts
@@ -234,11 +240,21 @@ class DiT(nnx.Module):
         y: Int[Array, " b"],
         *,
         span: Float[Array, " b"] | None = None,
-    ) -> tuple[Float[Array, "b h w k"], tuple[Float[Array, "b n d"], ...]]:
+        token: Float[Array, "b k"] | None = None,
+    ) -> tuple[
+        Float[Array, "b h w o"] | tuple[Float[Array, "b h w o"], Float[Array, "b k"]], tuple[Float[Array, "b n d"], ...]
+    ]:
         if x_t.shape[1:] != self.shape:
             raise ValueError(f"the network takes images of shape {self.shape}, given {x_t.shape[1:]}")
         x = self.patch_embed(patchify(x_t, self.patch).astype(self.dtype)).astype(jnp.float32)
-        x = (x + position_table(self.shape, self.patch, self.width)).astype(self.stream_dtype)
+        x = x + position_table(self.shape, self.patch, self.width)
+        if (given := None if token is None else token.shape[1]) != self.token_width:
+            takes, found = ("no token" if k is None else f"a token of width {k}" for k in (self.token_width, given))
+            raise ValueError(f"the network takes {takes} (model.token_width), given {found}")
+        if token is not None:  # at position embedding 0
+            first = self.token_norm(self.token_embed(token.astype(self.dtype)))
+            x = jnp.concatenate([first[:, None], x], axis=1)
+        x = x.astype(self.stream_dtype)
         c = self.time_embed(t) + self.label_embed(y)
         if (span is None) != (self.span_embed is None):
             raise ValueError(f"this network takes {'one time' if span is not None else 'two times: t and t - r'}")
@@ -276,8 +292,11 @@ class DiT(nnx.Module):
             features += outputs
 
         shift, scale = jnp.split(self.final_ada(jax.nn.silu(c)).astype(jnp.float32), 2, axis=-1)
-        out = self.final(modulate(x, shift, scale).astype(self.dtype)).astype(jnp.float32)
-        return unpatchify(out, self.out_shape, self.patch), tuple(features)
+        x = modulate(x, shift, scale).astype(self.dtype)
+        out = self.final(x if token is None else x[:, 1:]).astype(jnp.float32)
+        image = unpatchify(out, self.out_shape, self.patch)
+        prediction = image if token is None else (image, self.token_final(x[:, 0]).astype(jnp.float32))
+        return prediction, tuple(features)
 
     def _scan(self, body: Callable, x: Array, layers, blocks: range) -> tuple[Array, list[Array], Array]:
         """Scan `body` over the layers of `blocks`; returns the last stream, what each block emits, and that stacked.
@@ -354,6 +373,7 @@ def make(
     out_channels: int | None = None,
     second_time: bool = False,
     attention: str = "auto",
+    token_width: int | None = None,
 ) -> Model:
     """A SiT or DiT for images or latents of `shape` (h, w, c) and labels 0 .. num_classes, the last the null label.
 
@@ -370,6 +390,8 @@ def make(
     second_time: the network also takes `span` = t - r, embedded like t, as MeanFlow's does (arXiv 2505.13447).
     attention: `xla` or `cudnn`, with the softmax in float32; `auto` takes cuDNN's kernel on a GPU in half precision,
         but not with second_time: it cannot be differentiated in forward mode.
+    token_width: the network also takes `token` [b token_width], a noised class token that stands before the patches,
+        and predicts the pair (image's, token's), as REG's does (arXiv 2507.01467).
     """
     _known("size", size, SIZES)
     _known("skip", skip, SKIPS)
@@ -394,6 +416,8 @@ def make(
     out_channels = shape[-1] if out_channels is None else out_channels
     if out_channels < 1:
         raise ConfigError(f"model.out_channels = {out_channels}: must be positive")
+    if token_width is not None and token_width < 1:
+        raise ConfigError(f"model.token_width = {token_width}: must be positive")
     for cut in cuts:
         if not 0 <= cut <= dims.depth:
             raise ConfigError(f"a loss reads block {cut}, but the model has {dims.depth} blocks")
@@ -420,8 +444,9 @@ def make(
         out_channels,
         second_time,
         choose_attention(attention, dtype, second_time),
+        token_width,
     )
-    return functional(lambda rngs: build(rngs=rngs))
+    return functional(lambda rngs: build(rngs=rngs))._replace(token_width=token_width)
 
 
 def _known(option: str, value: str, choices) -> None:
