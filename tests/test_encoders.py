@@ -24,7 +24,6 @@ from diversedit_jax.prepare import with_encoders
 from diversedit_jax.train_state import initializer, train_step
 
 DATA = Path(__file__).parent / "data"
-FAST = {"xla_backend_optimization_level": 0}
 TINY = Architecture(depth=2, width=16, heads=2, hidden=40, patch=2, channels=3, side=3)
 
 # name: its module, what a tiny one of its architecture is, the layouts it is published in: (layout, before each name).
@@ -96,9 +95,9 @@ def test_dinov2_equals_the_reference(name):
     half = published.open_encoder(dinov2.KIND, DATA / f"{name}.safetensors", heads=4, dtype="bfloat16").read()
     for size in ("native", "84"):
         x, wanted = jnp.asarray(numbers[f"pixels_{size}"].transpose(0, 2, 3, 1)), numbers[f"hidden_{size}"]
-        out = jax.jit(vit.network(release.arch, "hf").apply, compiler_options=FAST)(weights, x)
+        out = jax.jit(vit.network(release.arch, "hf").apply)(weights, x)
         np.testing.assert_allclose(out, wanted, atol=1e-5 * np.abs(wanted).max())
-        rough = jax.jit(vit.network(release.arch, "hf", "bfloat16").apply, compiler_options=FAST)(half, x)
+        rough = jax.jit(vit.network(release.arch, "hf", "bfloat16").apply)(half, x)
         assert rough.dtype == jnp.float32
         error = np.abs(rough - wanted).max() / np.abs(wanted).max()
         assert 1e-4 < error < 2e-2, "three blocks of bfloat16 matmuls are off by about one percent"
@@ -125,7 +124,7 @@ def test_position_tables():
     for arch, different in [(TINY, 3), (TINY._replace(registers=2), 1)]:
         weights = params(arch)
         x = jnp.asarray(images(10) / 255, jnp.float32)
-        networks = [jax.jit(vit.network(arch, rule).apply, compiler_options=FAST) for rule in vit.POSITIONS]
+        networks = [jax.jit(vit.network(arch, rule).apply) for rule in vit.POSITIONS]
         outputs = [np.asarray(network(weights, x)) for network in networks]
         assert len({out.tobytes() for out in outputs}) == different
 
@@ -199,7 +198,7 @@ def test_every_architecture_is_what_its_arrays_say(name):
     for wrong, right in OPENAI.items() if name == "clip" else ():
         arrays = {key.replace(wrong, right): value for key, value in arrays.items()}
     x = images() / 255 - 0.5
-    out = jax.jit(vit.network(arch).apply, compiler_options=FAST)(params(arch), jnp.asarray(x, jnp.float32))
+    out = jax.jit(vit.network(arch).apply)(params(arch), jnp.asarray(x, jnp.float32))
     wanted = reference(arrays, x, arch)
     np.testing.assert_allclose(out, wanted, atol=1e-5 * np.abs(wanted).max())
 
@@ -354,8 +353,8 @@ def test_features_are_those_of_repa(name, tmp_path):
     mean, std = (getattr(encoders, f"{kind}_{value}") for value in ("MEAN", "STD"))
     matrix = bicubic.weights(9, 6)
     x = (np.einsum("ih,jw,bhwc->bijc", matrix, matrix, raw / 255) - mean) / std
-    tokens = jax.jit(vit.network(arch).apply, compiler_options=FAST)(params(arch), jnp.asarray(x, jnp.float32))
-    patches, token = jax.jit(encoder.apply, compiler_options=FAST)(encoder.init(), raw)
+    tokens = jax.jit(vit.network(arch).apply)(params(arch), jnp.asarray(x, jnp.float32))
+    patches, token = jax.jit(encoder.apply)(encoder.init(), raw)
     np.testing.assert_allclose(patches, tokens[:, -9:], atol=1e-4)
     assert patches.shape == (2, 9, 16)
     if token is not None:
@@ -393,7 +392,7 @@ def test_the_file_is_read_once(tmp_path, monkeypatch):
 
 
 def prepared(made, batch):
-    return jax.jit(made.apply, compiler_options=FAST)(made.init(), batch, jax.random.key(0))
+    return jax.jit(made.apply)(made.init(), batch, jax.random.key(0))
 
 
 def test_the_batch_gets_features_and_class_token(tmp_path):
@@ -402,7 +401,7 @@ def test_the_batch_gets_features_and_class_token(tmp_path):
     levels = images(8, 1)
     x, y = jnp.asarray(levels / 127.5 - 1, jnp.float32), jnp.arange(2)
     batch = prepared(made, {"x": x, "y": y})
-    patches, token = jax.jit(encoder.apply, compiler_options=FAST)(encoder.init(), levels)
+    patches, token = jax.jit(encoder.apply)(encoder.init(), levels)
     assert set(batch) == {"x", "y", "image"} | {f"{kind}/{n}" for kind in ("features", "token") for n in ("one", "two")}
     np.testing.assert_array_equal(batch["image"], levels)
     for label in ("one", "two"):
@@ -414,7 +413,7 @@ def test_the_batch_gets_features_and_class_token(tmp_path):
     def total(image):
         return made.apply(made.init(), {"x": x, "y": y, "image": image}, jax.random.key(0))["features/one"].sum()
 
-    gradient = jax.jit(jax.grad(total), compiler_options=FAST)(x)
+    gradient = jax.jit(jax.grad(total))(x)
     assert not np.any(gradient), "a gradient passes through the encoder"
 
 

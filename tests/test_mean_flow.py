@@ -14,8 +14,6 @@ from diversedit_jax.models.dit import REMAT
 from diversedit_jax.objectives import mean_flow
 from tests import reference
 
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles twice as fast
-
 # --- The reference's numbers.
 
 NULL = 1000
@@ -51,11 +49,11 @@ def test_loss_and_gradient_equal_the_references(case):
     def norm(gradient):
         return jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(gradient)))
 
-    (value, metrics), gradient = jit(jax.value_and_grad(run, has_aux=True))(params)
+    (value, metrics), gradient = jax.jit(jax.value_and_grad(run, has_aux=True))(params)
     np.testing.assert_allclose(value, gold[f"{case}_loss"], rtol=1e-5)
     np.testing.assert_allclose(metrics["v_loss"], gold[f"{case}_v_loss"].mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["raw"], gold.get(f"raw_{case}_loss", metrics["raw"]), rtol=1e-5)
-    np.testing.assert_allclose(jit(norm)(gradient), gold[f"{case}_grad_norm"], rtol=1e-4)
+    np.testing.assert_allclose(jax.jit(norm)(gradient), gold[f"{case}_grad_norm"], rtol=1e-4)
 
 
 def test_one_step_equals_the_references():
@@ -64,7 +62,7 @@ def test_one_step_equals_the_references():
     def average(x, t, span):
         return guidance.over_span(model.network(params), span)(x, jnp.full(len(x), t), gold["sample_y"])[0]
 
-    found = jit(lambda z: samplers.mean_flow(average, z, samplers.uniform_times(1)))(gold["z_nhwc"])
+    found = jax.jit(lambda z: samplers.mean_flow(average, z, samplers.uniform_times(1)))(gold["z_nhwc"])
     np.testing.assert_allclose(found, gold["one_step"], atol=1e-5 * np.abs(gold["one_step"]).max())
 
 
@@ -118,7 +116,7 @@ def test_loss_and_gradient_are_those_of_the_definition(power, eps):
     """The target and the weight's denominator are numbers: gradients pass through the prediction alone."""
     with jax.enable_x64(True):
         x, noise, *_ = examples()
-        u, target = jit(partial(by_definition, **GUIDED))(weights())
+        u, target = jax.jit(partial(by_definition, **GUIDED))(weights())
         denominator = (((u - target) ** 2).sum((1, 2, 3)) + eps) ** power
 
         def wanted(w):
@@ -129,8 +127,8 @@ def test_loss_and_gradient_are_those_of_the_definition(power, eps):
             forward = regress(w, power=power, eps=eps, **GUIDED)
             return forward.loss.sum(), forward
 
-        (value, error), gradient = jit(jax.value_and_grad(wanted, has_aux=True))(weights())
-        (given, forward), given_gradient = jit(jax.value_and_grad(found, has_aux=True))(weights())
+        (value, error), gradient = jax.jit(jax.value_and_grad(wanted, has_aux=True))(weights())
+        (given, forward), given_gradient = jax.jit(jax.value_and_grad(found, has_aux=True))(weights())
         np.testing.assert_allclose(given, value, rtol=1e-7)
         np.testing.assert_allclose(given_gradient, gradient, rtol=1e-6)
         np.testing.assert_allclose(forward.metrics["raw"], error.mean(), rtol=1e-7)
@@ -179,7 +177,7 @@ def model_gradient(remat: str, cuts: tuple[int, ...]):
         forward = mean_flow.regress(model.network(params), *examples(), omega=1.0, kappa=0.0)
         return forward.loss.mean() + sum(jnp.mean(f**2) for f in forward.features)
 
-    return jax.device_get(jit(jax.grad(loss))(params))
+    return jax.device_get(jax.jit(jax.grad(loss))(params))
 
 
 @pytest.mark.parametrize("remat", ["named", "full", *(pytest.param(r, marks=pytest.mark.slow) for r in OTHERS)])

@@ -18,7 +18,7 @@ from diversedit_jax.models import Model
 from diversedit_jax.objectives import reg
 from diversedit_jax.train_state import initializer, train_step
 from tests import reference
-from tests.test_train_step import assert_close, jit, mesh_of, parts
+from tests.test_train_step import assert_close, mesh_of, parts
 from tools import convert_checkpoint
 
 LINEAR = paths.make("linear")
@@ -155,7 +155,7 @@ def test_a_release_is_recognised_and_equals_the_reference(name):
     model = models.make("dit", reference.SHAPE, reference.NULL, **releases.model_options(release.arch))
     gold = reference.numbers(name)
     token = normal(4, len(gold["t"]), K)
-    (image, cls), features = jit(model.apply)(release.params, gold["xt"], gold["t"], gold["y"], token=token)
+    (image, cls), features = jax.jit(model.apply)(release.params, gold["xt"], gold["t"], gold["y"], token=token)
     assert {f.shape[1] for f in features} == {1 + 16}
     wanted, wanted_cls = published(
         weights, np.moveaxis(np.asarray(gold["xt"]), -1, 1), np.asarray(gold["t"]), np.asarray(gold["y"]), token
@@ -194,12 +194,12 @@ def test_a_release_samples_at_once(tmp_path):
 
 def test_at_initialisation_the_token_changes_no_other_value_and_predicts_zero():
     model, plain = make(skip="release"), make(skip="release", token_width=None)
-    params, others = jit(model.init)(jax.random.key(0)), jit(plain.init)(jax.random.key(0))
+    params, others = jax.jit(model.init)(jax.random.key(0)), jax.jit(plain.init)(jax.random.key(0))
     added = {name for name in params if name not in others}
     assert added == {"token_embed", "token_norm", "token_final"}
     jax.tree.map(np.testing.assert_array_equal, {name: params[name] for name in others}, others)
     x, t, y, token = inputs()
-    (image, cls), features = jit(model.apply)(params, x, t, y, token=token)
+    (image, cls), features = jax.jit(model.apply)(params, x, t, y, token=token)
     assert not np.any(image)
     assert not np.any(cls)
     np.testing.assert_allclose(features[0][:, 0].mean(axis=-1), 0, atol=1e-6)  # LayerNorm, at position embedding 0
@@ -214,7 +214,7 @@ def test_remat_and_cuts_change_nothing():
             (image, cls), features = model.apply(params, x, t, y, token=token)
             return jnp.sin(image).sum() + jnp.sin(cls).sum() + jnp.sin(features[2]).sum()
 
-        return jit(jax.value_and_grad(loss))(trained(model))
+        return jax.jit(jax.value_and_grad(loss))(trained(model))
 
     wanted = run(make(depth=3, skip="release", remat="none"))
     assert_close(run(make((1, 2), depth=3, skip="release", remat="full")), wanted, "with cuts and remat")
@@ -299,7 +299,7 @@ def test_both_losses_reach_the_tokens_way_in():
     def losses(params):
         return objectives.make("reg", CLASSES)(model.network(params), batch(), jax.random.key(0)).metrics
 
-    for part, gradient in jit(jax.jacrev(losses))(trained(model)).items():
+    for part, gradient in jax.jit(jax.jacrev(losses))(trained(model)).items():
         for name in ("token_embed", "token_norm", "shallow", "deep"):
             for leaf in jax.tree.leaves(gradient[name]):
                 assert np.abs(leaf).max() > 0, f"{part}: no gradient reaches {name}"
@@ -494,9 +494,9 @@ def test_one_step_on_eight_devices_equals_one():
     def step(mesh):
         init = initializer(made, batch())
         where = sharding.shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
-        state = jit(init, out_shardings=where)(jax.random.key(0))
+        state = jax.jit(init, out_shardings=where)(jax.random.key(0))
         shard = jax.device_put(batch(), sharding.over_batch(mesh))
-        return jit(partial(train_step, made), out_shardings=(where, sharding.replicated(mesh)))(
+        return jax.jit(partial(train_step, made), out_shardings=(where, sharding.replicated(mesh)))(
             state, {}, shard, jax.random.key(1)
         )
 
