@@ -29,6 +29,7 @@ MILLIONS = {"sit_b2": 130.30, "sit_l2": 457.82, "sit_xl2": 674.82}
 MILLIONS["dit_xl2"] = 674.83  # its authors count the position table too: 675.13
 MILLIONS |= {"diversedit_b2": 137.40, "diversedit_l2": 483.05, "diversedit_xl2": 712.06}
 MILLIONS |= {"mean_flow_xl2": 676.44, "mean_flow_diversedit_xl2": 713.68}
+MILLIONS |= {"reg_b2": 131.49, "reg_xl2": 676.59, "reg_diversedit_xl2": 713.83}
 
 
 @pytest.fixture(scope="module")

@@ -193,7 +193,7 @@ def test_a_release_samples_at_once(tmp_path):
 
 
 def test_at_initialisation_the_token_changes_no_other_value_and_predicts_zero():
-    model, plain = make(skip="release"), make(skip="release", token_width=None)
+    model, plain = make(depth=2, skip="release"), make(depth=2, skip="release", token_width=None)
     params, others = jax.jit(model.init)(jax.random.key(0)), jax.jit(plain.init)(jax.random.key(0))
     added = {name for name in params if name not in others}
     assert added == {"token_embed", "token_norm", "token_final"}
@@ -311,6 +311,10 @@ def test_what_is_missing_or_wrong_is_said():
     objective = objectives.make("reg", CLASSES, encoder="clip")
     with pytest.raises(ConfigError, match=r"needs the class tokens token/clip, .*token/dinov2.*config\.encoders\.clip"):
         objective(echo, batch(), jax.random.key(0))
+    x, t, y, token = inputs()
+    short = lambda *inputs, token: ((inputs[0][..., :1], token), ())  # noqa: E731
+    with pytest.raises(ConfigError, match=r"predicts \(4, 4, 1\) and a token \(3,\), REG needs \(4, 4, 2\) and \(3,\)"):
+        reg.regress(short, LINEAR, x, x, token, token, t, y)
     for options in ({"label_drop": 1.5}, {"token_weight": -1.0}):
         with pytest.raises(ConfigError, match=next(iter(options))):
             objectives.make("reg", CLASSES, **options)
@@ -417,39 +421,39 @@ def entangled():
     return Model(lambda key: {}, apply, token_width=K)
 
 
-def sampled(model, labels, batch_size=8, **options):
+def sampler(model, batch_size=8, **options):
+    """labels -> images of `model`, as they are."""
     pixels = prepare.make("pixels")._replace(decode=None)
-    options = {"solver": "euler", "steps": 4} | options
-    made = sampling.make(
-        model, pixels, SHAPE, CLASSES, sampling.Flow(), sharding.make_mesh(), batch_size=batch_size, **options
-    )
-    return made({}, {}, np.asarray(labels), 0)
+    given = {"solver": "euler", "steps": 4, "batch_size": batch_size} | options
+    sample = sampling.make(model, pixels, SHAPE, CLASSES, sampling.Flow(), sharding.make_mesh(), **given)
+    return lambda labels: sample({}, {}, np.asarray(labels), 0)
 
 
 def test_the_sampler_returns_images_that_depend_on_their_own_label_alone():
     labels = np.arange(11) % CLASSES
-    images = sampled(entangled(), labels, solver="euler_maruyama")
+    run, at_once = (sampler(entangled(), size, solver="euler_maruyama") for size in (8, 16))
+    images = run(labels)
     assert images.shape == (11, *SHAPE)
-    np.testing.assert_allclose(
-        sampled(entangled(), labels, batch_size=16, solver="euler_maruyama"), images, rtol=1e-5, atol=1e-6
-    )
-    changed = sampled(entangled(), np.where(np.arange(11) == 3, 4, 0), solver="euler_maruyama")
-    same = sampled(entangled(), np.zeros(11, int), solver="euler_maruyama")
-    assert [i for i in range(11) if np.any(changed[i] != same[i])] == [3]
+    np.testing.assert_allclose(at_once(labels), images, rtol=1e-5, atol=1e-6)
+    changed = run(np.where(np.arange(11) == 3, (labels + 1) % CLASSES, labels))
+    assert [i for i in range(11) if np.any(changed[i] != images[i])] == [3]
 
 
 def test_the_tokens_scale():
     """None is cfg_scale, 0 and less are no guidance of the token; in the image the token's guidance is seen."""
-    run = partial(sampled, entangled(), np.arange(8) % CLASSES, cfg_scale=2.0)
-    default, double, none, one, negative = (run(token_cfg_scale=scale) for scale in (None, 2.0, 0.0, 1.0, -1.0))
+
+    def run(scale):
+        return sampler(entangled(), cfg_scale=2.0, token_cfg_scale=scale)(np.arange(8) % CLASSES)
+
+    default, double, none, one, negative = map(run, (None, 2.0, 0.0, 1.0, -1.0))
     np.testing.assert_array_equal(default, double)
     np.testing.assert_array_equal(none, one)
     np.testing.assert_array_equal(negative, one)
     assert np.abs(one - double).max() > 1e-3
     with pytest.raises(ConfigError, match=r"token_cfg_scale = 2.0: the network has no class token"):
-        sampled(make(token_width=None), [0], token_cfg_scale=2.0)
+        sampler(make(token_width=None), token_cfg_scale=2.0)
     with pytest.raises(ConfigError, match=r"token_cfg_scale = inf: must be finite"):
-        sampled(entangled(), [0], token_cfg_scale=float("inf"))
+        sampler(entangled(), token_cfg_scale=float("inf"))
 
 
 # --- Runs.
@@ -474,7 +478,7 @@ def test_a_run_trains_and_samples(tmp_path):
     config.objective = slot("objectives", "reg")
     del config.losses["diversity"]
     config.samples.update({"every": 0, "num": 10})
-    config.sampler.update({"solver": "euler_maruyama", "steps": 2, "batch_size": 16, "token_cfg_scale": 2.0})
+    config.sampler.update({"solver": "euler", "steps": 2, "batch_size": 16, "token_cfg_scale": 2.0})
     del config.evaluators["digits"]
     state = train.run(config, tmp_path / "run")
     assert int(state["step"]) == 3

@@ -1,5 +1,5 @@
 """REG: flow matching of an image together with the class token of a frozen encoder, which the network denoises as one
-more token (arXiv 2507.01467, section 3.2).
+more token (arXiv 2507.01467).
 """
 
 from collections.abc import Callable, Sequence
@@ -36,6 +36,11 @@ def regress(
     """
     rerun = Partial(along(path), x, noise, token, token_noise, y)
     (image, cls), features = rerun(network, t)
+    if (image.shape, cls.shape) != (x.shape, token.shape):
+        raise ConfigError(
+            f"the network predicts {image.shape[1:]} and a token {cls.shape[1:]}, REG needs {x.shape[1:]} and "
+            f"{token.shape[1:]}"
+        )
 
     def squared(prediction: Array, x: Array, noise: Array) -> Float[Array, " b"]:
         error = velocity_error(path, prediction.astype(jnp.float32), x, noise, t)
