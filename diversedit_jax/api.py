@@ -61,7 +61,8 @@ class Prepare(NamedTuple):
     """What stands between stored data and the network's space, on device, with frozen weights.
 
     init:   () -> frozen parameters.
-    apply:  (frozen, batch, key) -> batch with `x` [b h w c] and `y` [b].
+    apply:  (frozen, batch, key) -> batch with `x` [b h w c] and `y` [b]; where encoders are configured also, float32,
+            `features/<label>` [b n d], their patch tokens, and `token/<label>` [b d], their class token.
     decode: (frozen, x) -> uint8 images [b h w c]; None where no decoder is at hand.
     """
 

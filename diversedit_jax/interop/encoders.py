@@ -15,7 +15,7 @@ from diversedit_jax.errors import ConfigError
 from diversedit_jax.interop import loading
 from diversedit_jax.interop.loading import Arrays
 from diversedit_jax.interop.names import SAME, Entry, Turn, conv, head_of, heads_of, linear, norm
-from diversedit_jax.interop.weights_file import open_weights
+from diversedit_jax.interop.weights_file import WeightsFile, open_weights
 from diversedit_jax.models import vit
 from diversedit_jax.models.vit import Architecture
 from diversedit_jax.slots import suggestion
@@ -281,7 +281,7 @@ def open_encoder(
     return Release(arch, read)
 
 
-def _below(kind: Kind, weights) -> Arrays:
+def _below(kind: Kind, weights: WeightsFile) -> Arrays:
     """The arrays of the encoder's entry: a file that lacks the entry may hold its arrays alone."""
     return Arrays(weights, kind.entry if weights.names(kind.entry) else "", kind.rename)
 
