@@ -1,5 +1,7 @@
 """States that flax and orbax wrote, as the official MeanFlow saves them: read exactly, refused in one line."""
 
+from contextlib import suppress
+
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -105,6 +107,14 @@ def test_damaged_states_are_refused(tmp_path):
         assert whole.count(old) == 1
         path.write_bytes(whole.replace(old, new))
         refused(path, words)
+    rng = np.random.default_rng(0)
+    for _ in range(1_000):
+        damaged = bytearray(whole)
+        for place in rng.integers(len(whole) - 162, size=2):  # the numbers are no structure
+            damaged[place] = rng.integers(256)
+        path.write_bytes(damaged)
+        with suppress(WeightsError), open_weights(path) as file:
+            file.arrays()
     path.write_bytes(whole + b"\0")
     refused(path, "something follows its tree")
     path.write_bytes(b"\x81\xa1a" + b"\x91" * 10_000)

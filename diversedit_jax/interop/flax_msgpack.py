@@ -104,8 +104,9 @@ class _Reader:
         start, wanted = self.file.tell(), DTYPES.get(str(dtype))
         if kind != "bin" or start + nbytes != end:
             raise WeightsError("has an array that is none of flax's")
-        whole = isinstance(shape, list) and len(shape) <= MAX_DIMS and all(type(n) is int and n >= 0 for n in shape)
-        if wanted is None or not whole or math.prod(shape) * wanted.itemsize != nbytes:
+        sizes = isinstance(shape, list) and len(shape) <= MAX_DIMS and all(type(n) is int and n >= 0 for n in shape)
+        sizes = sizes and math.prod(n or 1 for n in shape) < 2**48
+        if wanted is None or not sizes or math.prod(shape) * wanted.itemsize != nbytes:
             raise WeightsError(f"has an array of {nbytes} bytes that should be {show(f'{dtype} {shape}')}")
         self.file.seek(end - 1)
         self.bytes(1)  # which must be there
