@@ -30,6 +30,7 @@ FLOORS = {
             "samplers",
             "ddpm_samplers",
             "guidance",
+            "heads",
             "losses",
             "objectives",
             "metrics",
