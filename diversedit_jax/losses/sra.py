@@ -12,10 +12,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from diversedit_jax import heads
 from diversedit_jax.api import AuxLoss, Params
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.losses.repa import unit
 from diversedit_jax.slots import suggestion
 
 BETA = 0.05  # of smooth L1: below it the error is quadratic
-EPS = 1e-8  # the smallest norm that a cosine divides by, torch's default
 
 
 def init_head(key: PRNGKeyArray, d: int) -> Params:
@@ -47,8 +47,7 @@ def smooth_l1(a: Array, b: Array) -> Array:
 
 def one_minus_cosine(a: Array, b: Array, axis: int) -> Array:
     """1 - the cosine of the vectors along an axis."""
-    dots, aa, bb = (jnp.sum(x * y, axis=axis) for x, y in ((a, b), (a, a), (b, b)))
-    return 1 - dots * jax.lax.rsqrt(jnp.maximum(aa, EPS**2)) * jax.lax.rsqrt(jnp.maximum(bb, EPS**2))
+    return 1 - jnp.sum(unit(a, axis) * unit(b, axis), axis=axis)
 
 
 DISTANCES = {
