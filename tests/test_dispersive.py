@@ -86,7 +86,9 @@ def test_equal_examples_give_a_finite_gradient(form):
 
 def test_distances_are_per_element_or_whole():
     z = oracle()
-    assert dispersive_loss(z, tau=1.0) == pytest.approx(dispersive_loss(z, tau=32.0, per_element=False), rel=1e-5)
+    assert dispersive_loss(z, tau=1.0) == pytest.approx(
+        float(dispersive_loss(z, tau=32.0, per_element=False)), rel=1e-5
+    )
 
 
 def test_several_blocks_give_their_mean():
@@ -97,7 +99,7 @@ def test_several_blocks_give_their_mean():
     both, (total, metrics) = value(blocks=(2, 5))
     assert both.blocks == (2, 5)
     assert total == pytest.approx(np.mean([value(blocks=(k,))[1][0] for k in (2, 5)]), rel=1e-6)
-    assert total == pytest.approx(0.5 * metrics["loss"], rel=1e-6)
+    assert total == pytest.approx(0.5 * float(metrics["loss"]), rel=1e-6)
 
 
 @pytest.mark.parametrize(

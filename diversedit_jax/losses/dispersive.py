@@ -12,9 +12,9 @@ from jaxtyping import Array, Float
 
 from diversedit_jax.api import AuxLoss
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.losses.repa import unit
 from diversedit_jax.slots import suggestion
 
-EPS = 1e-12
 FORMS = ("infonce_l2", "infonce_cosine", "hinge", "covariance")
 
 
@@ -31,11 +31,6 @@ def squared_distances(z: Float[Array, "b p"]) -> Float[Array, "b b"]:
     gram = products(z - z.mean(axis=0))
     squares = jnp.diagonal(gram)
     return jnp.maximum(squares[:, None] + squares[None, :] - 2 * gram, 0)
-
-
-def unit(z: Float[Array, "b p"]) -> Float[Array, "b p"]:
-    """Rows of length 1."""
-    return z * jax.lax.rsqrt(jnp.maximum(jnp.sum(z * z, axis=1, keepdims=True), EPS))
 
 
 def counted(b: int, diagonal: bool) -> np.ndarray:
