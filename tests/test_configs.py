@@ -19,7 +19,16 @@ from diversedit_jax.train_state import initializer, train_step
 from tests.test_data_latents import write
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py") if path.stem != "__init__")
-VARIANTS = [(name, None) for name in NAMES] + [(name, "512") for name in NAMES if name not in ("default", "digits")]
+# By default one size of a recipe with further losses, at one resolution: tracing takes seconds.
+FURTHER = ("repa", "sra", "disp", "diversedit_disp")
+VARIANTS = [
+    pytest.param(
+        name, variant, marks=[pytest.mark.slow] if name.startswith(FURTHER) and (size != "b2" or variant) else []
+    )
+    for name, size in ((name, name.split("_")[-1]) for name in NAMES)
+    for variant in (None, "512")
+    if variant is None or name not in ("default", "digits")
+]
 MILLIONS = {"sit_b2": 130.30, "sit_l2": 457.82, "sit_xl2": 674.82}
 MILLIONS["dit_xl2"] = 674.83  # its authors count the position table too: 675.13
 MILLIONS |= {"diversedit_b2": 137.40, "diversedit_l2": 483.05, "diversedit_xl2": 712.06}
@@ -53,7 +62,9 @@ def test_one_step_traces_at_full_size(name, variant, latents):
     assert [leaf.shape for leaf in jax.tree.leaves(after)] == [leaf.shape for leaf in jax.tree.leaves(state)]
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves((state["params"], state["ema"])))
     assert {"loss/total", "loss/objective", "grad_norm"} <= metrics.keys()
-    assert ("loss/diversity" in metrics) == name.startswith(("diversedit", "digits"))
+    assert ("loss/diversity" in metrics) == ("diversedit" in name or name == "digits")
+    for part, loss in {"repa": "repa", "sra": "sra", "disp": "dispersive"}.items():
+        assert (f"loss/{loss}" in metrics) == (part in name.split("_"))
 
 
 @pytest.mark.parametrize("name", NAMES)
