@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from configs import default
 from diversedit_jax import config as configs
@@ -16,15 +17,21 @@ from diversedit_jax import experiment, optim, sampling
 from diversedit_jax.data import pipeline
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.train_state import initializer, train_step
+from tests.reference import DATA
 from tests.test_data_latents import write
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py") if path.stem != "__init__")
-VARIANTS = [(name, None) for name in NAMES]
-VARIANTS += [
-    pytest.param(name, "512", marks=pytest.mark.slow) if name.startswith("mean_flow") else (name, "512")
-    for name in NAMES
-    if name not in ("default", "digits")
+# By default one size of a recipe with further losses, at one resolution: tracing takes seconds.
+FURTHER = ("repa", "sra", "disp", "diversedit_disp", "mean_flow", "reg")
+VARIANTS = [
+    pytest.param(
+        name, variant, marks=[pytest.mark.slow] if name.startswith(FURTHER) and (size != "b2" or variant) else []
+    )
+    for name, size in ((name, name.split("_")[-1]) for name in NAMES)
+    for variant in (None, "512")
+    if variant is None or name not in ("default", "digits", "repa_multi_b2")
 ]
+VARIANTS += [("repa_multi_b2", "dinov2@5,mae@10")]
 MILLIONS = {"sit_b2": 130.30, "sit_l2": 457.82, "sit_xl2": 674.82}
 MILLIONS["dit_xl2"] = 674.83  # its authors count the position table too: 675.13
 MILLIONS |= {"diversedit_b2": 137.40, "diversedit_l2": 483.05, "diversedit_xl2": 712.06}
@@ -35,7 +42,15 @@ MILLIONS |= {"reg_b2": 131.49, "reg_xl2": 676.59, "reg_diversedit_xl2": 713.83}
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory):
     """Small data sets in the layout of ImageNet latents, by the side of a latent."""
-    return {side: write(tmp_path_factory.mktemp(f"l{side}"), 4, (2, side, side, 8)) for side in (32, 64)}
+
+    def image(side: int):
+        shape = (8 * side, 8 * side, 3)
+        feature = tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding="bytes")
+        return {"image": (feature, lambda index: np.zeros(shape, np.uint8))}
+
+    return {
+        side: write(tmp_path_factory.mktemp(f"l{side}"), 4, (2, side, side, 8), more=image(side)) for side in (32, 64)
+    }
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
@@ -44,8 +59,10 @@ def test_one_step_traces_at_full_size(name, variant, latents):
     config = module.get_config(variant) if variant else module.get_config()
     if config.data.name == "latents":
         config.data.data_dir = latents[64 if variant == "512" else 32]
+    for encoder in config.encoders.values():  # a small DINOv2 stands for any, which has the file's names
+        encoder.update({"name": "dinov2", "file": str(DATA / "dinov2.safetensors"), "heads": 4})
     dataset = experiment.open_data(config)
-    assert dataset.shape[0] == {None: 8 if name == "digits" else 32, "512": 64}[variant]
+    assert dataset.shape[0] == (64 if variant == "512" else 8 if name == "digits" else 32)
     _, parts, _, _ = experiment.build(config, dataset.shape, dataset.num_classes)
     loader = pipeline.batches(dataset, config.batch_size, seed=config.seed, num_threads=0)
     batch = jax.tree.map(jnp.asarray, next(loader))
@@ -61,6 +78,9 @@ def test_one_step_traces_at_full_size(name, variant, latents):
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves((state["params"], state["ema"])))
     assert {"loss/total", "loss/objective", "grad_norm"} <= metrics.keys()
     assert ("loss/diversity" in metrics) == ("diversedit" in name or name == "digits")
+    kinds = set(name.split("_")) | ({"repa"} if name.startswith("reg_") else set())
+    for part, loss in {"repa": "repa", "sra": "sra", "disp": "dispersive"}.items():
+        assert any(key.startswith(f"loss/{loss}") for key in metrics) == (part in kinds)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -109,3 +129,21 @@ def test_a_damaged_config_file_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"seed": 0')
     with pytest.raises(ConfigError, match=r"config.json is damaged"):
         configs.load(tmp_path)
+
+
+def test_several_alignments_share_the_coefficient():
+    module = importlib.import_module("configs.repa_multi_b2")
+    config = module.get_config("dinov2@5,mae@10")
+    assert set(config.encoders) == {"dinov2", "mae"}
+    assert {(c.encoder, c.block, c.coefficient) for c in config.losses.values()} == {
+        ("dinov2", 5, 0.25),
+        ("mae", 10, 0.25),
+    }
+    with pytest.raises(ValueError, match=r"wanted encoder@block.*, given 'dinov2_5'"):
+        module.get_config("dinov2_5")
+
+
+@pytest.mark.parametrize("size", ["b2", "l2", "xl2"])
+def test_with_repa_the_diversity_loss_knows_the_aligned_block(size):
+    config = importlib.import_module(f"configs.repa_diversedit_{size}").get_config()
+    assert config.losses.diversity.aligned == config.losses.repa.block == (5 if size == "b2" else 8)

@@ -1,6 +1,7 @@
 """What every auxiliary loss and every objective keeps to, found by globbing: the contract of `api`, and its options."""
 
 import inspect
+import re
 from functools import partial
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
 import diversedit_jax
@@ -25,14 +27,17 @@ def files(slot: str) -> list[str]:
 PREDICTED = {"ddpm": 2 * 3}  # channels; 3, those of SHAPE, for the others
 LOSSES, OBJECTIVES = files("losses"), files("objectives")
 CLASSES, BATCH, TOKENS, WIDTH, DEPTH = 7, 8, 16, 24, 12
-SHAPE = (4, 4, 3)
+SHAPE, ENCODER_WIDTH = (4, 4, 3), 10
+
+ROUNDING = {"rtol": 1e-5, "atol": 1e-7}  # the cosines of random features cancel: their mean is far below the terms
 
 
-def batch() -> dict[str, jax.Array]:
-    rng = np.random.default_rng(0)
+def batch(seed: int = 0) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(seed)
     x = rng.standard_normal((BATCH, *SHAPE), dtype=np.float32)
-    y, token = rng.integers(CLASSES, size=BATCH, dtype=np.int32), rng.standard_normal((BATCH, 3), dtype=np.float32)
-    return {"x": jnp.asarray(x), "y": jnp.asarray(y), "token/dinov2": jnp.asarray(token)}
+    y = rng.integers(CLASSES, size=BATCH, dtype=np.int32)
+    encoded, token = (rng.standard_normal((BATCH, *n, ENCODER_WIDTH), dtype=np.float32) for n in ((TOKENS,), ()))
+    return jax.tree.map(jnp.asarray, {"x": x, "y": y, "features/dinov2": encoded, "token/dinov2": token})
 
 
 def features(seed: int = 0) -> tuple[jax.Array, ...]:
@@ -59,7 +64,9 @@ def network(params, x_t, t, y, *, span=None, token=None):
         outputs.append(stream)
     out = stream @ params["out"]
     image = out.reshape(*x_t.shape[:-1], -1)
-    return image if token is None else (image, out.mean(axis=1)), tuple(outputs)
+    if token is None:
+        return image, tuple(outputs)
+    return (image, jnp.resize(out.mean(axis=1), token.shape)), tuple(outputs)
 
 
 def params(channels: int = SHAPE[-1]):
@@ -71,8 +78,7 @@ def params(channels: int = SHAPE[-1]):
     }
 
 
-def teacher(x_t, t, y, **conditions):
-    return network(params(), x_t, t, y, **conditions)
+teacher = partial(network, params())
 
 
 def forward(features) -> Forward:
@@ -104,30 +110,36 @@ def documentation(slot: str, name: str) -> str:
     return (PACKAGE / slot / f"{name}.py").read_text()
 
 
+@pytest.mark.parametrize(("slot", "name"), [("losses", n) for n in LOSSES] + [("objectives", n) for n in OBJECTIVES])
+def test_a_file_cites_its_paper(slot, name):
+    module = inspect.getmodule(slots.factory(slot, name))
+    assert re.search(r"arXiv\s+\d{4}\.\d{5}", module.__doc__), f"{slot}.{name}: no arXiv number in its docstring"
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_keeps_the_contract(name):
     loss = losses.make(name)
     assert isinstance(loss, AuxLoss)
     assert all(0 <= block <= DEPTH for block in loss.blocks)
-    init = jax.jit(lambda key: loss.init(key, forward(features()), batch()))
-    heads = init(jax.random.key(0))
+    heads = jax.jit(lambda key: loss.init(key, forward(features()), batch()))(jax.random.key(0))
     assert all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(heads)), "optimizers take floats"
 
-    def apply(heads, features, step, key):
-        return loss.apply(heads, forward(features), batch(), teacher, step, key)
+    def apply(heads, features, teacher_params, batch, step, key):
+        teacher = partial(network, teacher_params)
+        return loss.apply(heads, forward(features), batch, teacher, step, key)
 
-    arguments = heads, features(), jnp.int32(100_000), jax.random.key(1)
-    value, metrics = jax.jit(apply)(*arguments)
+    images = {key: value for key, value in batch().items() if key != "y"}  # what can be differentiated in
+    arguments = heads, features(), params(), images, jnp.int32(100_000), jax.random.key(1)
+    run = jax.jit(jax.value_and_grad(apply, argnums=(0, 1, 2, 3), has_aux=True))
+    (value, metrics), (head_gradient, gradient, *constants) = run(*arguments)
     assert value.shape == ()
     assert value.dtype == jnp.float32
     assert jnp.isfinite(value)
     for label, metric in metrics.items():
         assert jnp.shape(metric) == (), f"metric {label} is not a scalar"
         assert jnp.isfinite(metric), f"metric {label} = {metric}"
-    again, _ = jax.jit(apply)(*arguments)
-    assert value == again, "not a function of its arguments"
+    assert value == run(*arguments)[0][0], "not a function of its arguments"
 
-    (_, _), (head_gradient, gradient) = jax.jit(jax.value_and_grad(apply, argnums=(0, 1), has_aux=True))(*arguments)
     leaves = jax.tree.leaves((head_gradient, gradient))
     assert all(jnp.isfinite(leaf).all() for leaf in leaves)
     reached = [k for k, leaf in enumerate(gradient) if jnp.abs(leaf).max() > 0]
@@ -138,25 +150,82 @@ def test_loss_keeps_the_contract(name):
         )
     for path, leaf in jax.tree.leaves_with_path(head_gradient):
         assert jnp.abs(leaf).max() > 0, f"no gradient reaches {jax.tree_util.keystr(path)}"
+    for what, tree in zip(("teacher", "batch"), constants, strict=True):
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            assert not leaf.any(), f"a gradient reaches the {what}: {jax.tree_util.keystr(path)}"
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_init_reads_shapes_only(name):
+    loss = losses.make(name)
+    whole, given = forward(features()), batch()
+    init = jax.jit(loss.init)
+    heads = init(jax.random.key(0), whole, given)
+    abstract = jax.eval_shape(lambda *shapes: loss.init(jax.random.key(0), *shapes), whole, given)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), heads) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), abstract
+    )
+    zeros = init(jax.random.key(0), *jax.tree.map(jnp.zeros_like, (whole, given)))
+    jax.tree.map(np.testing.assert_array_equal, heads, zeros)
+    if heads:
+        other = init(jax.random.key(1), whole, given)
+        assert any(jnp.any(a != b) for a, b in zip(*map(jax.tree.leaves, (heads, other)), strict=True))
+
+
+def applied(name: str, **options):
+    """(forward, batch, key) -> the loss, with heads that are drawn from a fixed key."""
+    loss = losses.make(name, **options)
+
+    def apply(whole, batch, key):
+        heads = loss.init(jax.random.key(0), whole, batch)
+        return loss.apply(heads, whole, batch, teacher, jnp.int32(100_000), key)[0]
+
+    return jax.jit(apply)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_does_not_depend_on_the_number_of_devices(name):
+    apply, arguments = applied(name), (forward(features()), batch())
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    shards = jax.device_put(arguments, NamedSharding(mesh, PartitionSpec("data")))
+    one, eight = (apply(*where, jax.random.key(0)) for where in (arguments, shards))
+    assert len(shards[0].features[1].sharding.device_set) == 8
+    np.testing.assert_allclose(eight, one, **ROUNDING)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_that_couples_examples_has_groups(name):
+    """The loss of examples one by one is a sum: what one half of the batch holds does not change the other's part."""
+    apply, key = applied(name), jax.random.key(0)
+    first, second = ((forward(features(seed)), batch(seed)) for seed in (0, 1))
+    front = np.arange(BATCH) < BATCH // 2
+
+    def mixed(front):
+        return jax.tree.map(lambda a, b: jnp.where(front.reshape(-1, *[1] * (a.ndim - 1)), a, b), first, second)
+
+    pure = apply(*first, key) + apply(*second, key)
+    crossed = apply(*mixed(front), key) + apply(*mixed(~front), key)
+    options = slots.options(slots.factory("losses", name))
+    if np.isclose(pure, crossed, **ROUNDING):
+        assert "groups" not in options, f"{name} couples no examples: groups would do nothing"
+        return
+    assert "groups" in options, f"{name} couples examples: it needs the option groups"
+    halves = [jax.tree.map(lambda leaf, part=part: leaf[part], first) for part in (front, ~front)]
+    apart = np.mean([apply(*half, key) for half in halves])
+    np.testing.assert_allclose(applied(name, groups=2)(*first, key), apart, **ROUNDING)
+    assert not np.isclose(apply(*first, key), apart, **ROUNDING)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_does_not_depend_on_the_order_of_the_batch(name):
     """Where a loss draws nothing per example. One that does is compared with itself under another key, and left out."""
-    loss = losses.make(name)
+    apply, arguments = applied(name), (forward(features()), batch())
     order = np.random.default_rng(4).permutation(BATCH)
-
-    @jax.jit
-    def apply(order, key):
-        whole, whole_batch = forward(features()), batch()
-        heads = loss.init(jax.random.key(0), whole, whole_batch)
-        shuffled, shuffled_batch = jax.tree.map(lambda leaf: leaf[order], (whole, whole_batch))
-        return loss.apply(heads, shuffled, shuffled_batch, teacher, jnp.int32(100_000), key)[0]
-
-    straight, other = (apply(np.arange(BATCH), jax.random.key(key)) for key in (0, 1))
+    straight, other = (apply(*arguments, jax.random.key(key)) for key in (0, 1))
     if straight != other:
         pytest.skip(f"{name} draws with its key")
-    np.testing.assert_allclose(apply(order, jax.random.key(0)), straight, rtol=1e-5)
+    shuffled = jax.tree.map(lambda leaf: leaf[order], arguments)
+    np.testing.assert_allclose(apply(*shuffled, jax.random.key(0)), straight, **ROUNDING)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

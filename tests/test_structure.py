@@ -32,6 +32,7 @@ FLOORS = {
             "ddpm_samplers",
             "guidance",
             "joint",
+            "heads",
             "losses",
             "objectives",
             "metrics",

@@ -9,6 +9,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
+from diversedit_jax import config as configs
 from diversedit_jax import losses, models, objectives, optim, sharding
 from diversedit_jax.api import AuxLoss, Prepare
 from diversedit_jax.errors import ConfigError
@@ -429,3 +430,25 @@ def test_adamw_with_clipping():
 def test_optimizer_errors(options, message):
     with pytest.raises(ConfigError, match=message):
         optim.make(10, **options)
+
+
+def test_a_loss_from_a_file_outside_of_the_package(tmp_path, monkeypatch):
+    """A config names it by its path; its options and their defaults are those of its signature."""
+    (tmp_path / "their_loss.py").write_text(
+        "import jax.numpy as jnp\n"
+        "from diversedit_jax.api import AuxLoss\n\n\n"
+        "def make(*, scale: float = 0.5, block: int = 1):\n"
+        "    def apply(params, forward, batch, teacher, step, key):\n"
+        "        size = jnp.mean(forward.features[block] ** 2)\n"
+        "        return scale * size, {'size': size}\n\n"
+        "    return AuxLoss(lambda key, forward, batch: {}, apply, blocks=(block,))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = configs.slot("losses", "their_loss:make", scale=3.0)
+    assert config.block == 1
+    theirs = configs.make("losses", config, "config.losses.theirs")
+    new, metrics = one_step(parts(losses={"theirs": theirs}))
+    assert metrics["loss/theirs"] == pytest.approx(3 * float(metrics["theirs/size"]), rel=1e-6)
+    assert np.abs(new["params"]["first"] - one_step(parts())[0]["params"]["first"]).max() > 1e-4
+    with pytest.raises(ConfigError, match=r"cannot load 'their_loss:mak'"):
+        configs.slot("losses", "their_loss:mak")

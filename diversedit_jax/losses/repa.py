@@ -1,0 +1,123 @@
+"""Representation alignment: a block's features, through a projector, against a frozen encoder's (REPA, arXiv
+2410.06940).
+
+The targets are in the batch: `features/<encoder>` [b n k], one for each of the network's tokens, and, for REG (arXiv
+2507.01467), `token/<encoder>` [b k], the class token. Frozen encoders put them there (`config.encoders`), or the data.
+The functions take features of any framework and compute in float32.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from diversedit_jax import heads
+from diversedit_jax.api import AuxLoss, Batch, Params
+from diversedit_jax.errors import ConfigError
+
+EPS = 1e-12  # the smallest length that is divided by, torch's default
+
+
+def init_projector(key: PRNGKeyArray, d: int, width: int, k: int) -> Params:
+    """The projector's parameters: three linear layers, d -> width -> width -> k, as `heads.init` has them."""
+    return heads.init(key, (d, width, width, k))
+
+
+def project(params: Params, features: Float[Array, "b n d"], dtype: DTypeLike = jnp.float32) -> Float[Array, "b n k"]:
+    """The features in the encoder's space: Linear, SiLU, Linear, SiLU, Linear; matmuls in `dtype`."""
+    return heads.apply(params, features, dtype)
+
+
+def alignment(z: Float[Array, "b n k"], targets: Float[Array, "..."]) -> Float[Array, " b"]:
+    """Minus the cosine between each projected token and its target, averaged over tokens: REPA's loss (Eq. 8).
+
+    targets: [b n k], as z. No gradient passes to them.
+    """
+    if z.shape != targets.shape:
+        raise ConfigError(
+            f"the projected features are {_axes(z)}, the targets {_axes(targets)}: the encoder must give one token for "
+            "each of the network's"
+        )
+    return -jnp.sum(unit(z) * jax.lax.stop_gradient(unit(targets)), axis=-1).mean(axis=-1)
+
+
+def unit(x: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
+    """The vectors along an axis at length 1, in at least float32; a zero vector stays zero and gets no gradient."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    squares = jnp.sum(x * x, axis=axis, keepdims=True)
+    return x * jnp.where(squares > EPS**2, jax.lax.rsqrt(jnp.maximum(squares, EPS**2)), 0)
+
+
+def weight_at(
+    step: Array | int, coefficient: float, warmup_steps: int = 0, until: int | None = None, decay_steps: int = 0
+) -> Float[Array, ""]:
+    """The weight of the term at a step, from 0: see `make`."""
+    weight = jnp.float32(coefficient)
+    if warmup_steps:
+        weight *= jnp.minimum(1.0, step / warmup_steps)
+    if until is not None:
+        weight *= jnp.clip((until - step) / max(decay_steps, 1), 0.0, 1.0)
+    return weight
+
+
+def targets_of(batch: Batch, encoder: str, class_token: bool = False) -> Float[Array, "b n k"]:
+    """The encoder's patch tokens in the batch, its class token before them if asked for."""
+    keys = [f"token/{encoder}"] * class_token + [f"features/{encoder}"]
+    for key in keys:
+        if key not in batch:
+            raise ConfigError(
+                f"repa: the batch has no {key!r} (it has {', '.join(sorted(batch))}): configure config.encoders."
+                f"{encoder}, or store these features with the data"
+            )
+    tokens = [batch[key] if key.startswith("features/") else batch[key][:, None] for key in keys]
+    return jnp.concatenate(tokens, axis=1)
+
+
+def make(
+    *,
+    encoder: str = "dinov2",
+    block: int = 8,
+    coefficient: float = 0.5,
+    width: int = 2048,
+    class_token: bool = False,
+    warmup_steps: int = 0,
+    until: int | None = None,
+    decay_steps: int = 0,
+    dtype: str = "float32",
+) -> AuxLoss:
+    """REPA for the trainer, by default with its settings for L and XL; its authors align block 4 of B.
+
+    encoder: the label of `config.encoders` whose features are the targets. block: whose output is projected, from 1.
+    coefficient: of the term. width: of the projector's hidden layers.
+    class_token: the class token is a target too, the first: for REG, whose network has one more token.
+    warmup_steps: the weight grows linearly from 0 over so many steps.
+    until: the step from which on the term is exactly 0, as HASTE stops it (arXiv 2505.16792); None: never.
+    decay_steps: the weight falls linearly to 0 over so many steps before `until`.
+    dtype: of the projector's matmuls.
+
+    Several alignments (encoder, block, weight) are several labels in `config.losses`. The released code averages over
+    encoders: with m of them, 0.5 / m each.
+    """
+    if warmup_steps < 0 or decay_steps < 0:
+        raise ConfigError(f"repa: negative warmup_steps = {warmup_steps} or decay_steps = {decay_steps}")
+    if decay_steps and until is None:
+        raise ConfigError(f"repa: decay_steps = {decay_steps} end at `until`, which is not set")
+    if width < 1:
+        raise ConfigError(f"repa: width = {width}: must be positive")
+    compute = jnp.dtype(dtype)
+
+    def init(key, forward, batch):
+        targets = targets_of(batch, encoder, class_token)
+        return init_projector(key, forward.features[block].shape[-1], width, targets.shape[-1])
+
+    def apply(params, forward, batch, teacher, step, key):
+        z = project(params, forward.features[block], compute)
+        loss = alignment(z, targets_of(batch, encoder, class_token)).mean()
+        weight = weight_at(step, coefficient, warmup_steps, until, decay_steps)
+        return weight * loss, {"cosine": -loss, "weight": weight}
+
+    return AuxLoss(init, apply, blocks=(block,))
+
+
+def _axes(x: Array) -> str:
+    return f"{list(x.shape)} (batch, tokens, width)"

@@ -1,0 +1,134 @@
+"""Self-representation alignment: a block's features, through a head, against a later block of the EMA network at a
+less noisy time (SRA, arXiv 2505.02831).
+
+The teacher sees the same examples with the same noise and the same dropped labels. The functions take features of any
+framework, [b n d], and compute in float32.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from diversedit_jax import heads
+from diversedit_jax.api import AuxLoss, Params
+from diversedit_jax.errors import ConfigError
+from diversedit_jax.losses.repa import unit
+from diversedit_jax.slots import suggestion
+
+BETA = 0.05  # of smooth L1: below it the error is quadratic
+
+
+def init_head(key: PRNGKeyArray, d: int) -> Params:
+    """The head's parameters: d -> 2 d -> d, as `heads.init` has them."""
+    return heads.init(key, (d, 2 * d, d))
+
+
+def earlier(
+    key: PRNGKeyArray, t: Float[Array, " b"], t_max: float = 0.2, num_timesteps: int | None = None
+) -> Float[Array, " b"]:
+    """The teacher's times: t less a draw from U[0, t_max) per example, at least 0.
+
+    num_timesteps: t counts steps, 0 .. num_timesteps - 1; the draw is a whole number of them below t_max *
+    num_timesteps, and the teacher's step at least 1 (SRA on DiT).
+    """
+    if num_timesteps is not None:
+        lag = jax.random.randint(key, t.shape, 0, round(t_max * num_timesteps))
+        return jnp.maximum(t - lag, 1.0)
+    lag = t_max * jax.random.uniform(key, t.shape)
+    # A t above 1 counts steps: without num_timesteps the teacher would be wrong everywhere, and nothing would tell.
+    return jnp.where(t > 1, jnp.nan, jnp.maximum(t - lag, 0.0))
+
+
+def smooth_l1(a: Array, b: Array) -> Array:
+    """|a - b| - beta / 2, and (a - b)^2 / (2 beta) where |a - b| < beta."""
+    gap = jnp.abs(a - b)
+    return jnp.where(gap < BETA, gap**2 / (2 * BETA), gap - BETA / 2)
+
+
+def one_minus_cosine(a: Array, b: Array, axis: int) -> Array:
+    """1 - the cosine of the vectors along an axis."""
+    return 1 - jnp.sum(unit(a, axis) * unit(b, axis), axis=axis)
+
+
+DISTANCES = {
+    "smooth_l1": smooth_l1,
+    "l1": lambda a, b: jnp.abs(a - b),
+    "l2": lambda a, b: (a - b) ** 2,
+    "cosine": lambda a, b: one_minus_cosine(a, b, axis=-1),
+    "cosine_tokens": lambda a, b: one_minus_cosine(a, b, axis=1),
+}
+
+
+def mean_distance(
+    student: Float[Array, "b n d"], teacher: Float[Array, "b n d"], form: str = "smooth_l1"
+) -> Float[Array, " b"]:
+    """The mean distance of each example's features from the teacher's, to which no gradient passes.
+
+    form: `smooth_l1` (the paper), `l1`, `l2` (squared), `cosine`: 1 - cosine of each token's channels, or
+    `cosine_tokens`: of each channel's tokens, as the authors' code has it.
+    """
+    student, teacher = (x.astype(jnp.float32) for x in (student, jax.lax.stop_gradient(teacher)))
+    errors = DISTANCES[form](student, teacher)
+    return errors.mean(axis=tuple(range(1, errors.ndim)))
+
+
+def weight_at(
+    step: Array | int,
+    coefficient: float = 0.2,
+    decay_from_epoch: int = 149,
+    decay_epochs: int | None = 1000,
+    steps_per_epoch: int = 5004,
+) -> Float[Array, ""]:
+    """The weight of the term at a step, from 0: see `make`."""
+    if decay_epochs is None:
+        return jnp.float32(coefficient)
+    late = jnp.maximum(step // steps_per_epoch - decay_from_epoch, 0)
+    return coefficient * jnp.float32(0.1) ** (late / decay_epochs)
+
+
+def make(
+    *,
+    block: int = 3,
+    teacher_block: int = 8,
+    t_max: float = 0.2,
+    num_timesteps: int | None = None,
+    distance: str = "smooth_l1",
+    coefficient: float = 0.2,
+    decay_from_epoch: int = 149,
+    decay_epochs: int | None = 1000,
+    steps_per_epoch: int = 5004,
+    dtype: str = "float32",
+) -> AuxLoss:
+    """SRA for the trainer, by default with the paper's settings for SiT-B at 256 pixels; L: 6 -> 16, XL: 8 -> 20.
+
+    block, teacher_block: the outputs compared, from 1. The teacher runs no further than its own.
+    t_max: how much earlier the teacher's time may be. num_timesteps: of an objective whose times are steps (ddpm:
+        1000); on DiT-XL SRA takes blocks 8 -> 16 and the coefficient 0.04.
+    distance: `smooth_l1`, `l1`, `l2`, `cosine` or `cosine_tokens`, see `mean_distance`. The authors' later default,
+        because smooth L1 grows with the features' norm: `cosine_tokens`, coefficient 0.5, decay_epochs None.
+    coefficient: of the term, constant up to the epoch decay_from_epoch (counted from 0), then divided by 10 over each
+        decay_epochs epochs of steps_per_epoch steps; None: constant. At 512 pixels 99 and 800.
+    dtype: of the head's matmuls.
+    """
+    if distance not in DISTANCES:
+        raise ConfigError(f"sra: unknown distance {distance!r}; {suggestion(distance, DISTANCES)}")
+    if not 0 <= t_max <= 1:
+        raise ConfigError(f"sra: t_max is a part of the times 0 to 1, given {t_max}")
+    if num_timesteps is not None and t_max * num_timesteps < 1:
+        raise ConfigError(f"sra: t_max = {t_max} of num_timesteps = {num_timesteps} is less than one step")
+    if steps_per_epoch < 1 or (decay_epochs is not None and decay_epochs < 1):
+        raise ConfigError(f"sra: steps_per_epoch = {steps_per_epoch}, decay_epochs = {decay_epochs}: must be positive")
+    compute = jnp.dtype(dtype)
+
+    def init(key, forward, batch):
+        return init_head(key, forward.features[block].shape[-1])
+
+    def apply(params, forward, batch, teacher, step, key):
+        t = earlier(key, forward.t, t_max, num_timesteps)
+        _, seen = forward.rerun(teacher, t)
+        student = heads.apply(params, forward.features[block], compute)
+        loss = mean_distance(student, seen[teacher_block], distance).mean()
+        weight = weight_at(step, coefficient, decay_from_epoch, decay_epochs, steps_per_epoch)
+        return weight * loss, {"distance": loss, "weight": weight, "lag": (forward.t - t).mean()}
+
+    return AuxLoss(init, apply, blocks=(block, teacher_block))

@@ -1,0 +1,77 @@
+"""Every objective trains with every choice of up to three auxiliary losses, on eight devices, with a sharded state."""
+
+from itertools import combinations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diversedit_jax import losses, models, objectives, optim, sharding
+from diversedit_jax.api import Prepare
+from diversedit_jax.train_state import Parts, initializer, train_step
+from tests.test_losses_conformance import LOSSES, OBJECTIVES
+
+SHAPE, CLASSES, BATCH, TOKENS, WIDTH, STEPS = (4, 4, 2), 5, 16, 4, 6, 20
+
+# What an objective needs of the model and of a loss, beside their defaults.
+MODEL = {"ddpm": {"out_channels": 4}, "mean_flow": {"second_time": True}, "reg": {"token_width": WIDTH}}
+LOSS = {
+    "repa": {"block": 2, "width": 16},
+    "sra": {"block": 2, "teacher_block": 2},
+    "dispersive": {"blocks": (2,), "groups": 2},
+    "diversity": {"groups": 2},
+}
+BOTH = {("ddpm", "sra"): {"num_timesteps": 1000}, ("reg", "repa"): {"class_token": True}}
+
+CHOICES = [chosen for n in range(4) for chosen in combinations(LOSSES, n)]
+
+
+def case(objective: str, chosen: tuple[str, ...]):
+    """By default one choice for each objective runs; two of them hold every loss."""
+    kept = [{"repa", "sra"}, {"dispersive", "diversity"}][OBJECTIVES.index(objective) % 2]
+    marks = [] if set(chosen) == kept else [pytest.mark.slow]
+    return pytest.param(objective, chosen, marks=marks, id="-".join((objective, *chosen)))
+
+
+def stored() -> dict[str, jax.Array]:
+    rng = np.random.default_rng(0)
+    shapes = {"x": SHAPE, "features/dinov2": (TOKENS, WIDTH), "token/dinov2": (WIDTH,)}
+    batch = {key: rng.standard_normal((BATCH, *shape), dtype=np.float32) for key, shape in shapes.items()}
+    return jax.tree.map(jnp.asarray, batch | {"y": rng.integers(CLASSES, size=BATCH, dtype=np.int32)})
+
+
+def run_of(objective: str, chosen: tuple[str, ...]) -> Parts:
+    made = {name: losses.make(name, **LOSS.get(name, {}), **BOTH.get((objective, name), {})) for name in chosen}
+    cuts = [block for loss in made.values() for block in loss.blocks]
+    dims = {"depth": 4, "width": 32, "heads": 2, "mlp_ratio": 2.0, "remat": "none"}
+    model = models.make("dit", SHAPE, CLASSES, cuts, skip="release", **dims, **MODEL.get(objective, {}))
+    optimizer, _ = optim.make(STEPS, learning_rate=1e-3)
+    prepare = Prepare(dict, lambda frozen, batch, key: batch, None)
+    return Parts(model, prepare, objectives.make(objective, CLASSES), made, optimizer, ema_decay=0.9)
+
+
+@pytest.mark.parametrize(("objective", "chosen"), [case(o, c) for o in OBJECTIVES for c in CHOICES])
+def test_it_trains(objective, chosen):
+    parts, mesh = run_of(objective, chosen), sharding.make_mesh(data=2, fsdp=4)
+    batch = jax.device_put(stored(), sharding.over_batch(mesh))
+    init, key = initializer(parts, batch), jax.random.key(0)
+    where = sharding.shardings(jax.eval_shape(init, key), mesh)
+    assert any(not sharded.is_fully_replicated for sharded in jax.tree.leaves(where)), "nothing is sharded"
+
+    def train(state, batch):
+        def step(state, _):
+            new, metrics = train_step(parts, state, {}, batch, key)
+            return jax.lax.with_sharding_constraint(new, where), metrics
+
+        return jax.lax.scan(step, state, length=STEPS)
+
+    start = jax.jit(init, out_shardings=where)(key)
+    state, metrics = jax.jit(train)(start, batch)
+    assert state["step"] == STEPS
+    for path, leaf in jax.tree.leaves_with_path((state, metrics)):
+        assert jnp.isfinite(leaf).all(), jax.tree_util.keystr(path)
+    assert {f"loss/{name}" for name in chosen} < metrics.keys()
+    for path, first in jax.tree.leaves_with_path(start["losses"]):
+        last = dict(jax.tree.leaves_with_path(state["losses"]))[path]
+        assert jnp.any(first != last), f"the head {jax.tree_util.keystr(path)} does not train"
