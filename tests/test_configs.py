@@ -61,6 +61,12 @@ def test_one_step_traces_at_full_size(name, variant, latents):
         config.data.data_dir = latents[64 if variant == "512" else 32]
     for encoder in config.encoders.values():  # a small DINOv2 stands for any, which has the file's names
         encoder.update({"name": "dinov2", "file": str(DATA / "dinov2.safetensors"), "heads": 4})
+    model = configs.make("models", config.model, "config.model", config.data.get("shape", (8, 8, 1)), 1000)
+    count = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0))))
+    if name in MILLIONS:
+        assert count / 1e6 == pytest.approx(MILLIONS[name], abs=0.01)
+    if config.model.token_width is not None:
+        config.model.token_width = 48  # of that small one
     dataset = experiment.open_data(config)
     assert dataset.shape[0] == (64 if variant == "512" else 8 if name == "digits" else 32)
     _, parts, _, _ = experiment.build(config, dataset.shape, dataset.num_classes)
@@ -69,9 +75,6 @@ def test_one_step_traces_at_full_size(name, variant, latents):
     loader.close()
     key = jax.random.key(0)
     state = jax.eval_shape(initializer(parts, batch), key)
-    count = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
-    if name in MILLIONS:
-        assert count / 1e6 == pytest.approx(MILLIONS[name], abs=0.01)
     after, metrics = jax.eval_shape(partial(train_step, parts), state, parts.prepare.init(), batch, key)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert [leaf.shape for leaf in jax.tree.leaves(after)] == [leaf.shape for leaf in jax.tree.leaves(state)]
