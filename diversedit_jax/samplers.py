@@ -77,7 +77,7 @@ def heun(velocity: Velocity, x: Float[Array, "b h w c"], times: Float[np.ndarray
 def mean_flow(
     average: Callable[[Array, Array, Array], Array], x: Float[Array, "b h w c"], times: Float[np.ndarray, " s"]
 ) -> Float[Array, "b h w c"]:
-    """MeanFlow's sampler along decreasing times: x_r = x_t - (t - r) u (arXiv 2505.13447, Eq. 12), 1 evaluation a step.
+    """MeanFlow's sampler along decreasing times: x_r = x_t - (t - r) u (arXiv 2505.13447), one evaluation a step.
 
     average: (x, t, span) -> u, the average velocity between t - span and t. With the true u it is exact in any steps.
     """

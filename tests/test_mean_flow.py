@@ -135,6 +135,15 @@ def test_loss_and_gradient_are_those_of_the_definition(power, eps):
         np.testing.assert_allclose(forward.metrics["v_loss"], ((u - noise + x) ** 2).sum((1, 2, 3)).mean(), rtol=1e-7)
 
 
+@pytest.mark.parametrize("options", [UNGUIDED, KAPPA])
+def test_a_network_with_other_channels_is_refused(options):
+    def network(x_t, t, y, *, span):
+        return jnp.tile(x_t, 2), (x_t,)
+
+    with pytest.raises(ConfigError, match=r"predicts \(4, 6, 4\), MeanFlow needs \(4, 6, 2\)"):
+        jax.eval_shape(lambda: mean_flow.regress(network, *examples(), **options))
+
+
 def test_passes_that_count_nothing_are_not_made():
     calls = []
 

@@ -31,28 +31,29 @@ def regress(
 ) -> Forward:
     """The squared error of the average velocity from t back to r <= t, summed over each example's elements, in float32.
 
-    The target is v - (t - r) du/dt, with du/dt along the flow (Eqs. 10 and 11) and v guided where the label is kept
-    (see `guided_velocity`); no gradient passes through it. The loss is e / (e + eps)^power, its denominator a constant
-    (Eq. 22); power 0 leaves the error as it is. Features are those of the primal pass.
+    The target is v - (t - r) du/dt, the MeanFlow identity (section 4.1), with du/dt along the flow and v guided where
+    the label is kept (see `guided_velocity`); no gradient passes through it. The loss is e / (e + eps)^power, its
+    denominator a constant (section 4.3); power 0 leaves the error as it is. Features are those of the primal pass.
 
     y: labels of all examples; where `dropped`, the network is given `null` in their place, and v is not guided.
     Metrics: `raw`, the mean of e; `v_loss`, the mean squared distance to the velocity, summed over elements as well.
     """
     path = PATHS["linear"]
+
+    def predict(x_t, t, y, span):
+        u, features = network(x_t, t, y, span=span)
+        if u.shape != x.shape:
+            raise ConfigError(f"the network predicts {u.shape[1:]}, MeanFlow needs {x.shape[1:]}")
+        return u.astype(jnp.promote_types(u.dtype, jnp.float32)), features
+
     x_t, v = paths.interpolate(path, x, noise, t), paths.velocity(path, x, noise, t)
-    guided = guided_velocity(network, x_t, v, t, y, null, omega, kappa, interval)
+    guided = guided_velocity(predict, x_t, v, t, y, null, omega, kappa, interval)
     guided = jnp.where(dropped[:, None, None, None], v, guided)
     y = jnp.where(dropped, null, y)
 
-    def average(x_t, t, span):
-        u, features = network(x_t, t, y, span=span)
-        return u.astype(jnp.float32), features
-
     # r stays where it is: the span grows with t.
     moving = guided, jnp.ones_like(t), jnp.ones_like(t)
-    u, du_dt, features = jax.jvp(average, (x_t, t, t - r), moving, has_aux=True)
-    if u.shape != x.shape:
-        raise ConfigError(f"the network predicts {u.shape[1:]}, MeanFlow needs {x.shape[1:]}")
+    u, du_dt, features = jax.jvp(lambda x_t, t, span: predict(x_t, t, y, span), (x_t, t, t - r), moving, has_aux=True)
     target = jax.lax.stop_gradient(guided - paths.over_image(jnp.clip(t - r, 0, 1)) * du_dt)
     error = _squared(u - target)
     loss = error / jax.lax.stop_gradient((error + eps) ** power)
@@ -71,16 +72,16 @@ def guided_velocity(
     kappa: float,
     interval: tuple[float, float],
 ) -> Float[Array, "b h w c"]:
-    """omega v + (1 - omega - kappa) u(null) + kappa u(y) while lo <= t <= hi, else v (Eq. 20); a constant.
+    """omega v + (1 - omega - kappa) u(null) + kappa u(y) while lo <= t <= hi, else v; a constant.
 
     u is the network's own velocity, at span 0. The guidance that a sampler would give at a scale of omega / (1 - kappa)
-    is thus learned. A pass that would count nothing is not made.
+    is thus learned (section 4.2 and the appendix). A pass that would count nothing is not made.
     """
     low, high = interval
     total = omega * v
     for weight, labels in ((1 - omega - kappa, jnp.full_like(y, null)), (kappa, y)):
         if weight:
-            total += weight * network(x_t, t, labels, span=jnp.zeros_like(t))[0].astype(v.dtype)
+            total += weight * network(x_t, t, labels, span=jnp.zeros_like(t))[0]
     inside = (low <= t) & (t <= high)
     return jax.lax.stop_gradient(jnp.where(inside[:, None, None, None], total, v))
 
