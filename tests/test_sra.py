@@ -120,12 +120,23 @@ def test_the_teacher_runs_no_further_than_its_block():
     assert turns == 2 * depth + 4
 
 
-def test_the_lag_is_reported():
+def test_the_teacher_is_asked_at_the_earlier_times():
+    asked, whole = [], forward(features())
+
+    def rerun(network, t):
+        asked.append(t)
+        return whole.rerun(network, t)
+
     loss = losses.make("sra")
-    params = loss.init(jax.random.key(0), forward(features()), batch())
-    value, metrics = loss.apply(params, forward(features()), batch(), teacher, jnp.int32(0), jax.random.key(1))
-    assert 0 < metrics["lag"] < 0.2
-    assert value == pytest.approx(0.2 * float(metrics["distance"]), rel=1e-6)
+    params = loss.init(jax.random.key(0), whole, batch())
+    arguments = batch(), teacher, jnp.int32(0), jax.random.key(1)
+    value, metrics = loss.apply(params, whole._replace(rerun=rerun), *arguments)
+    (t,) = asked
+    assert (t <= whole.t).all()
+    assert len(np.unique(whole.t - t)) > 2, "not a draw for each example"
+    assert metrics["lag"] == pytest.approx(float((whole.t - t).mean()), rel=1e-5)
+    student, (_, seen) = heads.apply(params, whole.features[3]), whole.rerun(teacher, t)
+    assert value == pytest.approx(0.2 * float(sra.mean_distance(student, seen[8]).mean()), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Dispersive Loss: the features of different examples are pushed apart (arXiv 2506.09027).
 
-An example's features are one vector, its tokens and channels flattened. The forms of the paper's Table 1: InfoNCE with
-squared L2 or cosine distances, hinge, covariance. The functions take features of any framework and compute in float32
-(float64 for float64 input). All are functions of the [b b] matrix of scalar products.
+An example's features are one vector, its tokens and channels flattened. Four forms: InfoNCE with squared L2 or cosine
+distances, hinge, covariance, all functions of the [b b] matrix of scalar products. The functions take features of any
+framework and compute in float32 (float64 for float64 input).
 """
 
 import jax
@@ -111,7 +111,7 @@ def make(
     blocks: whose outputs are dispersed, from 1; the loss is the mean over them. The paper: depth // 4.
     coefficient: of the term. tau: of InfoNCE. margin: of the hinge.
     diagonal: InfoNCE and hinge also count each example with itself, which bounds InfoNCE by -ln b.
-    per_element: squared L2 distances are divided by the number of elements, as in both releases.
+    per_element: squared L2 distances are divided by the number of elements, as in the authors' code.
     groups: pairs are those within each of `groups` equal parts of the batch. The published runs took them per device:
         16 examples in JAX (the paper), 32 in PyTorch.
 

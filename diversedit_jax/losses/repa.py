@@ -29,7 +29,7 @@ def project(params: Params, features: Float[Array, "b n d"], dtype: DTypeLike = 
 
 
 def alignment(z: Float[Array, "b n k"], targets: Float[Array, "..."]) -> Float[Array, " b"]:
-    """Minus the cosine between each projected token and its target, averaged over tokens: REPA's loss (Eq. 8).
+    """Minus the cosine between each projected token and its target, averaged over tokens: REPA's loss.
 
     targets: [b n k], as z. No gradient passes to them.
     """
