@@ -1,0 +1,271 @@
+"""Compare the methods, alone and together, on the digits: one table, over several seeds.
+
+    python -m tools.compare_methods --out=tools/benchmarks/methods_digits.json
+
+Every row is configs/digits.py with another method; a REPA or REG row aligns to a small vision transformer that is
+trained first, to classify the digits, and read back from a file as DINOv2 would be. All rows of a seed train in turn,
+some steps at a time, so that their rates can be compared. Finished seeds are kept in --out: the same command goes on.
+
+Writes OUT (.json) and the table beside it (.md).
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from configs import digits as digits_config
+from diversedit_jax import experiment, logs, program, sharding
+from diversedit_jax.config import slot
+from diversedit_jax.data import digits, pipeline
+from diversedit_jax.errors import ConfigError
+from diversedit_jax.metrics.similarity import cka, off_diagonal_mean
+from diversedit_jax.slots import suggestion
+from diversedit_jax.train_state import initializer, train_step
+from tools import digits_encoder
+
+STEPS = flags.DEFINE_integer("steps", 400, "Training steps of every run.")
+SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds.")
+NUM = flags.DEFINE_integer("num", 1000, "Samples that are judged.")
+CHUNK = flags.DEFINE_integer("chunk", 50, "Steps that a row trains before it is the next one's turn.")
+ONLY = flags.DEFINE_list("only", None, "Rows to run, by name; by default all.")
+OUT = flags.DEFINE_string("out", None, "JSON file to write, and to go on from.", required=True)
+
+
+def residuals(config: ConfigDict) -> None:
+    """The long residual connections, as released."""
+    config.model.skip = "release"
+
+
+def diversity(config: ConfigDict) -> None:
+    """The diversity loss, as released."""
+    config.losses.diversity = slot("losses", "diversity", preset="release")
+
+
+def diversedit(config: ConfigDict) -> None:
+    """Both."""
+    residuals(config)
+    diversity(config)
+
+
+def encoder(config: ConfigDict) -> None:
+    """The small encoder of digits."""
+    config.encoders.dinov2 = digits_encoder.slot_of(ENCODER["file"])
+
+
+def repa(config: ConfigDict) -> None:
+    """The second of four blocks aligned."""
+    encoder(config)
+    config.losses.repa = slot("losses", "repa", block=2, width=128)
+
+
+def sra(config: ConfigDict) -> None:
+    """The first block aligned to the third of the EMA network."""
+    config.losses.sra = slot("losses", "sra", block=1, teacher_block=3, decay_epochs=None)
+
+
+def dispersive(config: ConfigDict) -> None:
+    """The paper's settings: a quarter of the depth, groups of 16."""
+    config.losses.dispersive = slot("losses", "dispersive", blocks=(1,), groups=8)
+
+
+def reg(config: ConfigDict) -> None:
+    """The class token of the small encoder beside the image, and the alignment to it."""
+    encoder(config)
+    config.model.token_width = digits_encoder.WIDTH
+    config.objective = slot("objectives", "reg", time="logit_normal")
+    config.losses.repa = slot("losses", "repa", block=2, width=128, class_token=True)
+
+
+def mean_flow(config: ConfigDict) -> None:
+    """One step of sampling, guidance trained in."""
+    config.model.second_time = True
+    config.objective = slot("objectives", "mean_flow", kappa=1 / 3)  # a scale of 1.5, as the others sample with
+    config.sampler.update({"solver": "mean_flow", "steps": 1, "cfg_scale": 1.0})
+
+
+ROWS = {
+    "SiT": (),
+    "+ long residuals": (residuals,),
+    "+ diversity loss": (diversity,),
+    "DiverseDiT (both)": (diversedit,),
+    "REPA": (repa,),
+    "REPA + DiverseDiT": (repa, diversedit),
+    "SRA": (sra,),
+    "SRA + DiverseDiT": (sra, diversedit),
+    "DispLoss": (dispersive,),
+    "DispLoss + DiverseDiT": (dispersive, diversedit),
+    "DiverseDiT + DispLoss + SRA": (diversedit, dispersive, sra),
+    "REG": (reg,),
+    "REG + DiverseDiT": (reg, diversedit),
+    "MeanFlow (1 step)": (mean_flow,),
+    "MeanFlow + DiverseDiT (1 step)": (mean_flow, diversedit),
+}
+ONCE = {"xla_backend_optimization_level": 0}  # for what runs once a seed: compiling is most of its time
+ENCODER: dict[str, str] = {}  # its file, once it is trained
+COLUMNS = {  # of the table: (title, digits)
+    "loss": ("velocity error", 3),
+    "accuracy": ("accuracy, %", 1),
+    "frechet": ("Fréchet distance", 2),
+    "similarity": ("similarity of blocks", 3),
+    "rate": ("steps/s", 1),
+}
+
+
+class Method(NamedTuple):
+    """A row, compiled once for all seeds."""
+
+    config: ConfigDict
+    built: experiment.Experiment
+    frozen: Any
+    init: Callable
+    step: Callable
+    judge: Callable
+
+
+def prepare(changes: tuple[Callable[[ConfigDict], None], ...]) -> Method:
+    """The row that these changes to the config of the digits make; the base is a plain SiT."""
+    config = digits_config.get_config()
+    config.model.skip = "none"
+    config.losses = ConfigDict()
+    config.total_steps = STEPS.value
+    for change in changes:
+        change(config)
+    built = experiment.build(config, digits.SHAPE, digits.NUM_CLASSES)
+    batch = next(batches(config, 0))
+    init = jax.jit(initializer(built.parts, batch), compiler_options=ONCE)
+    step = jax.jit(partial(train_step, built.parts), donate_argnums=0)
+    judge = experiment.evaluator(config, "digits")
+    return Method(config, built, experiment.prepared(built.parts.prepare, built.mesh), init, step, judge)
+
+
+def batches(config: ConfigDict, seed: int):
+    """The training batches of a seed, on the device."""
+    dataset = experiment.open_data(config)
+    over_batch = sharding.over_batch(sharding.make_mesh())
+    for batch in pipeline.batches(dataset, config.batch_size, seed=seed, num_threads=0):
+        yield jax.device_put(batch, over_batch)
+
+
+def velocity_error(metrics: dict[str, jax.Array]) -> float:
+    """The mean squared error of the velocity per element, which all objectives report under some name."""
+    if "v_loss" in metrics:
+        return float(metrics["v_loss"]) / np.prod(digits.SHAPE)
+    return float(metrics.get("image", metrics["loss/objective"]))
+
+
+def similarity(method: Method, params: Any) -> float:
+    """The mean linear CKA of two different blocks: tokens of 64 held-out digits at t = 1/4, 1/2 and 3/4."""
+    test = experiment.open_data(method.config, "test")
+    examples = [test.source[i] for i in range(64)]
+    batch = {key: jnp.stack([example[key] for example in examples]) for key in examples[0]}
+    key = jax.random.key(0)
+
+    @partial(jax.jit, compiler_options=ONCE)
+    def mean(params, frozen):
+        network = method.built.parts.model.network(params)
+        prepared = method.built.parts.prepare.apply(frozen, batch, key)
+        forward = method.built.parts.objective(network, prepared, key)
+        found = []
+        for t in (0.25, 0.5, 0.75):
+            _, features = forward.rerun(network, jnp.full(len(batch["y"]), t))
+            found.append(off_diagonal_mean(cka([f.reshape(-1, f.shape[-1]) for f in features[1:]])))
+        return jnp.mean(jnp.stack(found))
+
+    return float(mean(params, method.frozen))
+
+
+def train(methods: dict[str, Method], seed: int) -> dict[str, dict[str, float]]:
+    """Train all rows with one seed, in turn, and judge them."""
+    key_init, key_run = jax.random.split(jax.random.key(seed))
+    loaders = {name: batches(method.config, seed) for name, method in methods.items()}
+    states = {name: method.init(key_init) for name, method in methods.items()}
+    errors, seconds = {name: [] for name in methods}, {name: [] for name in methods}
+    for begin in range(0, STEPS.value, CHUNK.value):
+        count = min(CHUNK.value, STEPS.value - begin)
+        for name, method in methods.items():
+            started = time.perf_counter()
+            metrics = []
+            for _ in range(count):
+                states[name], found = method.step(states[name], method.frozen, next(loaders[name]), key_run)
+                metrics.append(found)
+            jax.block_until_ready(states[name])
+            if begin:  # the first steps compile
+                seconds[name].append((time.perf_counter() - started) / count)
+            errors[name] += map(velocity_error, metrics)
+        print(f"seed {seed}: step {begin + count} of {STEPS.value}", flush=True)
+    results = {}
+    for name, method in methods.items():
+
+        def generate(labels: np.ndarray, method=method, ema=states[name]["ema"]) -> np.ndarray:
+            return method.built.sample(ema, method.frozen, labels, seed)
+
+        scores = dict(method.judge(generate))
+        results[name] = {
+            "loss": statistics.mean(errors[name][-100:]),
+            "accuracy": 100 * scores["digits/accuracy"],
+            "frechet": scores["digits/frechet"],
+            "similarity": similarity(method, states[name]["ema"]),
+            "rate": 1 / statistics.median(seconds[name]) if seconds[name] else float("nan"),
+        }
+        print(f"{name:<32}" + "".join(f"{results[name][c]:>10.{COLUMNS[c][1]}f}" for c in COLUMNS), flush=True)
+    return results
+
+
+def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
+    """The mean over seeds and, behind ±, their standard deviation; Markdown."""
+    seeds = list(results.values())
+    lines = [
+        f"| | {' | '.join(title for title, _ in COLUMNS.values())} |",
+        f"|---|{'---|' * len(COLUMNS)}",
+    ]
+    for name in seeds[0]:
+        cells = []
+        for column, (_, places) in COLUMNS.items():
+            values = [seed[name][column] for seed in seeds]
+            spread = f" ± {statistics.stdev(values):.{places}f}" if len(values) > 1 and column != "rate" else ""
+            cells.append(f"{statistics.mean(values):.{places}f}{spread}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run what --out does not hold yet, seed after seed."""
+    logs.silence()
+    out = Path(OUT.value)
+    names = ONLY.value or list(ROWS)
+    asked = {"steps": STEPS.value, "num": NUM.value, "rows": names}
+    stored = json.loads(out.read_text()) if out.exists() else {"flags": asked, "seeds": {}}
+    if stored["flags"] != asked:
+        raise ConfigError(f"{out} holds another comparison ({stored['flags']}): remove it, or give its flags")
+    for name in names:
+        if name not in ROWS:
+            raise ConfigError(f"unknown row {name!r}; {suggestion(name, ROWS)}")
+    todo = [seed for seed in range(SEEDS.value) if str(seed) not in stored["seeds"]]
+    with tempfile.TemporaryDirectory() as folder:
+        ENCODER["file"] = f"{folder}/encoder.safetensors"
+        if todo:
+            accuracy = digits_encoder.train(ENCODER["file"])
+            print(f"the encoder recognises {accuracy:.1%} of the held-out digits")
+        methods = {name: prepare(ROWS[name]) for name in names} if todo else {}
+        for seed in todo:
+            stored["seeds"][str(seed)] = train(methods, seed)
+            stored["versions"] = logs.versions()
+            out.write_text(json.dumps(stored, indent=2) + "\n")
+    text = table(stored["seeds"])
+    out.with_suffix(".md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    program.launch(main)

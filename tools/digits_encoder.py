@@ -1,0 +1,73 @@
+"""Train a small vision transformer to classify the digits, and write it as DINOv2's authors write theirs.
+
+    python -m tools.digits_encoder runs/encoder.safetensors
+
+It stands in for DINOv2 where nothing can be downloaded: REPA and REG then have features of the digits to align to.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+from safetensors.numpy import save_file
+
+from diversedit_jax.config import slot
+from diversedit_jax.data import digits
+from diversedit_jax.interop.encoders import export
+from diversedit_jax.models import vit
+
+WIDTH = 48
+ARCH = vit.Architecture(
+    depth=3, width=WIDTH, heads=4, hidden=4 * WIDTH, patch=2, channels=1, side=4, layer_scale=True
+)  # 16 patches of 8 x 8 pixels, as many as the network's tokens
+MEAN, STD = (0.5,), (0.5,)
+
+
+def slot_of(file: str | Path) -> ConfigDict:
+    """The encoder in `file` as an entry of `config.encoders`."""
+    options = {"side": digits.SHAPE[0], "mean": MEAN, "std": STD, "heads": ARCH.heads, "dtype": "float32"}
+    return slot("encoders", "dinov2", file=str(file), **options)
+
+
+def train(file: str | Path, steps: int = 500) -> float:
+    """Train with cross-entropy, write the encoder; returns its accuracy on the held-out digits.
+
+    The classifier reads the class token and the mean of the patch tokens, so that both mean something.
+    """
+    (images, labels), (test, test_labels) = (digits.levels(split) for split in ("train", "test"))
+    images, test = (np.float32(levels / (digits.MAX_LEVEL / 2) - 1) for levels in (images, test))
+    model = vit.network(ARCH)
+    key_model, key_head = jax.random.split(jax.random.key(0))
+    head = 0.02 * jax.random.normal(key_head, (WIDTH, digits.NUM_CLASSES))
+    params = {"encoder": jax.jit(model.init)(key_model), "head": head}
+    optimizer = optax.adamw(optax.cosine_decay_schedule(3e-3, steps))
+
+    def logits(params, x):
+        tokens = vit.split(ARCH, model.apply(params["encoder"], x))
+        return (tokens.class_token + tokens.patches.mean(axis=1)) @ params["head"]
+
+    @jax.jit
+    def step(params, opt, x, y):
+        def loss(params):
+            return optax.softmax_cross_entropy_with_integer_labels(logits(params, x), y).mean()
+
+        updates, opt = optimizer.update(jax.grad(loss)(params), opt, params)
+        return optax.apply_updates(params, updates), opt
+
+    opt, rng = optimizer.init(params), np.random.default_rng(0)
+    for _ in range(steps):
+        rows = rng.integers(len(images), size=128)
+        noise = 0.5 * rng.standard_normal((len(rows), *digits.SHAPE), dtype=np.float32)  # 1,437 images are few
+        params, opt = step(params, opt, images[rows] + noise, labels[rows])
+    arrays = export(jax.device_get(params["encoder"]), "original", ARCH)
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, file)
+    return float(np.mean(np.argmax(jax.jit(logits)(params, test), axis=1) == test_labels))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: python -m tools.digits_encoder FILE.safetensors\n\n{__doc__}")
+    print(f"{sys.argv[1]}: recognises {train(sys.argv[1]):.1%} of the held-out digits")
