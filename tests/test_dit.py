@@ -240,6 +240,12 @@ def test_reading_one_block_does_not_keep_the_stack():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("read", [3, 8])
+def test_nor_does_reading_it_before_its_merge(read):
+    check_cut("release", read, remat="full", capture="block")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["named", "full"])
 @pytest.mark.parametrize("skip", SKIPS)
 @pytest.mark.parametrize("read", [2, 4, 8])

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from diversedit_jax import models, paths
 from diversedit_jax.errors import ConfigError
@@ -70,6 +70,21 @@ def test_import_export_import_is_exact(name):
         np.testing.assert_array_equal(value, kept[key], err_msg=key)
     again = releases.load(out, shapes(out), release.family, heads=release.arch.heads)
     jax.tree.map(np.testing.assert_array_equal, again.params, release.params)
+
+
+def test_the_first_files_of_repa_count_their_later_blocks_anew(tmp_path):
+    found = arrays("sit_plain")
+    old = {}
+    for name, array in found.items():
+        first, _, rest = name.partition(".")
+        index, _, rest = rest.partition(".")
+        later = first == "blocks" and int(index) >= 4
+        old[f"decoder_blocks.{int(index) - 4}.{rest}" if later else name] = array
+    assert len(old) == len(found)
+    assert len(old.keys() - found.keys()) > 50
+    save_file(old, tmp_path / "old.safetensors")
+    release, _ = releases.open_release(tmp_path / "old.safetensors", heads=heads("sit_plain"))
+    jax.tree.map(np.testing.assert_array_equal, release.params, load("sit_plain").params)
 
 
 def test_the_position_table_is_the_one_stored():

@@ -4,7 +4,9 @@ A release is recognised from the names and shapes of its arrays. What they canno
 of an unusual width, and whether a network with 2 c output channels is a DiT or an official SiT.
 """
 
+import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -212,10 +214,21 @@ def open_release(
         chosen = weights or next((name for name in ENTRIES if name in parts), "")
         if chosen and chosen not in parts:
             raise ConfigError(f"{path} has no entry {chosen!r}; it has {', '.join(parts) or 'bare arrays'}")
-        arrays = Arrays(file, chosen, _flax_path)
+        blocks = {found[1] for name in file.names(chosen) if (found := re.search(r"(?:^|\.)blocks\.(\d+)\.", name))}
+        arrays = Arrays(file, chosen, partial(_current, len(blocks)))
         return load(arrays, arrays.shapes, family, heads), parts or {"arrays": len(file)}
 
 
-def _flax_path(name: str) -> str:
-    """The name of an array in a tree of flax, whose paths `names` writes with slashes."""
-    return name.replace(".", "/") if name.startswith("net.") else name
+def _current(blocks: int, name: str) -> str:
+    """The name as `interop.names` has it.
+
+    Trees of flax are written with slashes there. REPA's first files count the blocks behind the projector anew, as
+    `decoder_blocks`, after so many `blocks`.
+    """
+    first, _, rest = name.partition(".")
+    if first == "net":
+        return name.replace(".", "/")
+    if first == "decoder_blocks":
+        index, _, rest = rest.partition(".")
+        return f"blocks.{blocks + int(index)}.{rest}"
+    return name

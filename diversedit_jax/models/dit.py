@@ -8,7 +8,7 @@ one `lax.scan`. The first half emits its outputs; the second consumes them in re
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -267,9 +267,13 @@ class DiT(nnx.Module):
 
         def merged_after(x: Array, layer: tuple[Block, Merge, Array]):
             block, merge, skip = layer
-            before = block(x, c)
-            x = merge(before, skip)
-            return x, before if self.capture == "block" else x
+            x = merge(block(x, c), skip)
+            return x, x
+
+        def merged_after_capture(streams: tuple[Array, Array], layer: tuple[Block, Merge, Array]):
+            block, merge, skip = layer
+            before = block(streams[0], c)
+            return (merge(before, skip), before), before
 
         def merged_before(x: Array, layer: tuple[Block, Merge, Array]):
             block, merge, skip = layer
@@ -287,8 +291,13 @@ class DiT(nnx.Module):
                 x, outputs, _ = self._scan(plain, x, _slice(self.deep, 0, 1), range(half, half + 1))
                 features += outputs
             layers = (_slice(self.deep, middle, None), self.merges, jnp.flip(emitted, axis=0))
-            body = merged_after if self.skip.merge == "post" else merged_before
-            x, outputs, _ = self._scan(body, x, layers, range(half + middle, self.depth))
+            blocks = range(half + middle, self.depth)
+            if self.skip.merge == "pre":
+                x, outputs, _ = self._scan(merged_before, x, layers, blocks)
+            elif self.capture == "merged":
+                x, outputs, _ = self._scan(merged_after, x, layers, blocks)
+            else:
+                (x, _), outputs, _ = self._scan(merged_after_capture, (x, x), layers, blocks)
             features += outputs
 
         shift, scale = jnp.split(self.final_ada(jax.nn.silu(c)).astype(jnp.float32), 2, axis=-1)
@@ -298,10 +307,11 @@ class DiT(nnx.Module):
         prediction = image if token is None else (image, self.token_final(x[:, 0]).astype(jnp.float32))
         return prediction, tuple(features)
 
-    def _scan(self, body: Callable, x: Array, layers, blocks: range) -> tuple[Array, list[Array], Array]:
-        """Scan `body` over the layers of `blocks`; returns the last stream, what each block emits, and that stacked.
+    def _scan(self, body: Callable, carry, layers, blocks: range) -> tuple[Any, list[Array], Array]:
+        """Scan `body` over the layers of `blocks`; returns the last carry, what each block emits, and that stacked.
 
-        The scan is cut after the blocks in `cuts`: their output is then a carry and does not keep the stack alive.
+        The scan is cut after the blocks in `cuts`: their output is then the carry, or its last part, and does not keep
+        the stack alive.
         """
         ends = [k - blocks.start for k in self.cuts if blocks.start < k < blocks.stop]
         outputs, stacks = [], []
@@ -309,12 +319,11 @@ class DiT(nnx.Module):
             step = body
             if self.policy is not None:  # XLA inlines a loop of one turn, and would then merge what is computed twice
                 step = jax.checkpoint(body, policy=self.policy, prevent_cse=end - begin == 1)
-            x, emitted = jax.lax.scan(step, x, _slice(layers, begin, end))
+            carry, emitted = jax.lax.scan(step, carry, _slice(layers, begin, end))
             outputs += _unstack(emitted)
+            outputs[-1] = jax.tree.leaves(carry)[-1]
             stacks.append(emitted)
-            if self.capture == "merged":
-                outputs[-1] = x
-        return x, outputs, stacks[0] if len(stacks) == 1 else jnp.concatenate(stacks)
+        return carry, outputs, stacks[0] if len(stacks) == 1 else jnp.concatenate(stacks)
 
 
 def _slice(layers, begin: int, end: int | None):
