@@ -1,4 +1,4 @@
-"""The diversity loss of random layers in an Equinox MLP-Mixer that classifies digits.
+"""The diversity loss of random layers, and Dispersive Loss, in an Equinox MLP-Mixer that classifies digits.
 
     python -m tools.examples.equinox_mixer
 
@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from sklearn.datasets import load_digits
 
+from diversedit_jax.losses.dispersive import dispersive_loss
 from diversedit_jax.losses.diversity import diversity_loss, select_pairs
 
 TOKENS, WIDTH, DEPTH = 16, 32, 4
@@ -68,6 +69,7 @@ def main(steps: int = 200) -> dict[str, float]:
         logits, features = jax.vmap(model)(x)  # features: [b n d] each
         pairs = select_pairs(DEPTH, "random_layers", k=3, key=key)
         term, parts = diversity_loss(features, pairs)
+        term += 0.1 * dispersive_loss(features[0])  # the first block's features of different examples, pushed apart
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean() + weight * term, parts["loss"]
 
     @eqx.filter_jit

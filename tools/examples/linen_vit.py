@@ -1,8 +1,9 @@
-"""The diversity loss in a Flax Linen vision transformer that classifies digits: its blocks are told to differ.
+"""The diversity loss and REPA's in a Flax Linen vision transformer that classifies digits.
 
     python -m tools.examples.linen_vit
 
-A loss takes the outputs of the blocks, however the network hands them out; here it returns them.
+A loss takes the outputs of the blocks, however the network hands them out; here it returns them. REPA's projector is
+trained beside the network; what it aligns to, an encoder's features, are here the pixels of each token's 4 x 4 patch.
 """
 
 import flax.linen as nn
@@ -13,6 +14,7 @@ import optax
 from sklearn.datasets import load_digits
 
 from diversedit_jax.losses.diversity import diversity_loss
+from diversedit_jax.losses.repa import alignment, init_projector, project
 
 
 class Block(nn.Module):
@@ -43,6 +45,13 @@ class ViT(nn.Module):
         return nn.Dense(10)(nn.LayerNorm()(x.mean(axis=1))), features
 
 
+def patches(images):
+    """Images [b 8 8 1] to the pixels around each of 16 tokens, [b 16 16]."""
+    around = jnp.pad(images[..., 0], ((0, 0), (1, 1), (1, 1)))
+    windows = [around[:, i : i + 4, j : j + 4].reshape(-1, 1, 16) for i in range(0, 8, 2) for j in range(0, 8, 2)]
+    return jnp.concatenate(windows, axis=1)
+
+
 def main(steps: int = 200) -> dict[str, float]:
     """Train without and with the loss; returns the last L_div and the held-out accuracy of both."""
     data = load_digits()
@@ -50,8 +59,9 @@ def main(steps: int = 200) -> dict[str, float]:
     model, optimizer = ViT(), optax.adamw(2e-3)
 
     def loss_of(params, x, y, weight):
-        logits, features = model.apply(params, x)
+        logits, features = model.apply(params["model"], x)
         term, parts = diversity_loss(features)  # the term is weighted already, and 0 while L_div < 0.1
+        term += 0.1 * alignment(project(params["projector"], features[1]), patches(x)).mean()
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean() + weight * term, parts["loss"]
 
     @jax.jit
@@ -62,13 +72,18 @@ def main(steps: int = 200) -> dict[str, float]:
 
     results = {}
     for name, weight in [("plain", 0.0), ("diverse", 1.0)]:
-        params = jax.jit(model.init)(jax.random.key(0), images[:1])
+        params = {
+            "model": jax.jit(model.init)(jax.random.key(0), images[:1]),
+            "projector": init_projector(jax.random.key(1), model.width, 32, 16),
+        }
         opt = optimizer.init(params)
         rng = np.random.default_rng(0)
         for _ in range(steps):
             rows = rng.integers(1400, size=64)
             params, opt, diversity = step(params, opt, images[rows], labels[rows], weight)
-        accuracy = jnp.mean(jnp.argmax(jax.jit(model.apply)(params, images[1400:])[0], axis=1) == labels[1400:])
+        accuracy = jnp.mean(
+            jnp.argmax(jax.jit(model.apply)(params["model"], images[1400:])[0], axis=1) == labels[1400:]
+        )
         results |= {f"{name} L_div": float(diversity), f"{name} accuracy": float(accuracy)}
     return results
 
