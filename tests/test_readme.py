@@ -25,7 +25,9 @@ def test_the_files_it_names_exist():
     assert not missing, f"the README names {missing}"
 
 
-@pytest.mark.parametrize("module", ["diversedit_jax.train", "diversedit_jax.sample", "tools.benchmark_step"])
+@pytest.mark.parametrize(
+    "module", ["diversedit_jax.train", "diversedit_jax.sample", "tools.benchmark_step", "tools.compare_methods"]
+)
 def test_the_programs_it_names_explain_themselves(module):
     assert f"-m {module}" in README
     command = [sys.executable, "-m", module, "--help"]

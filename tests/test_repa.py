@@ -47,6 +47,18 @@ def test_alignment_is_minus_the_mean_cosine_of_each_example():
     assert not gradient.any(), "a zero vector has no direction and no gradient"
 
 
+def test_nt_xent_is_a_token_s_search_for_its_target_in_its_image():
+    z, targets = (jax.random.normal(jax.random.key(i), (3, 4, 5)) for i in range(2))
+    found = repa.alignment(z, targets, "nt_xent", tau=0.5)
+    for image in range(3):
+        a, b = (x[image] / jnp.linalg.norm(x[image], axis=1, keepdims=True) for x in (z, targets))
+        chosen = jax.nn.softmax(a @ b.T / 0.5, axis=1)[jnp.arange(4), jnp.arange(4)]
+        np.testing.assert_allclose(found[image], -jnp.log(chosen).mean(), rtol=1e-5)
+    assert (repa.alignment(targets, targets, "nt_xent") < found).all()
+    with pytest.raises(ConfigError, match=r"unknown similarity 'nt_xnt'; did you mean 'nt_xent'"):
+        losses.make("repa", similarity="nt_xnt")
+
+
 def test_the_class_token_is_the_first_target():
     given = batch()
     with_token = repa.targets_of(given, "dinov2", class_token=True)
@@ -80,7 +92,7 @@ def test_the_schedule_rises_holds_falls_and_ends_at_exactly_zero():
 
 def test_after_the_stop_neither_loss_nor_gradient_is_left():
     _, loss, metrics = apply(step=99, until=100)
-    assert loss == pytest.approx(-0.5 * float(metrics["cosine"]), rel=1e-6)
+    assert loss == pytest.approx(0.5 * float(metrics["loss"]), rel=1e-6)
     stopped = losses.make("repa", width=8, until=100)
     params = stopped.init(jax.random.key(0), forward(features()), batch())
 

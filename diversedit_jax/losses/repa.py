@@ -14,7 +14,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from diversedit_jax import heads
 from diversedit_jax.api import AuxLoss, Batch, Params
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.slots import suggestion
 
+SIMILARITIES = ("cosine", "nt_xent")
 EPS = 1e-12  # the smallest length that is divided by, torch's default
 
 
@@ -28,17 +30,27 @@ def project(params: Params, features: Float[Array, "b n d"], dtype: DTypeLike = 
     return heads.apply(params, features, dtype)
 
 
-def alignment(z: Float[Array, "b n k"], targets: Float[Array, "..."]) -> Float[Array, " b"]:
-    """Minus the cosine between each projected token and its target, averaged over tokens: REPA's loss.
+def alignment(
+    z: Float[Array, "b n k"], targets: Float[Array, "..."], similarity: str = "cosine", tau: float = 0.1
+) -> Float[Array, " b"]:
+    """How far projected tokens are from their targets, averaged over tokens. No gradient passes to the targets.
 
-    targets: [b n k], as z. No gradient passes to them.
+    targets: [b n k], as z. similarity: `cosine`: minus the cosine of each token and its target, REPA's loss; `nt_xent`:
+    the cross-entropy by which a token finds its target among all of its image, at temperature tau.
     """
+    if similarity not in SIMILARITIES:
+        raise ConfigError(f"repa: unknown similarity {similarity!r}; {suggestion(similarity, SIMILARITIES)}")
     if z.shape != targets.shape:
         raise ConfigError(
             f"the projected features are {_axes(z)}, the targets {_axes(targets)}: the encoder must give one token for "
             "each of the network's"
         )
-    return -jnp.sum(unit(z) * jax.lax.stop_gradient(unit(targets)), axis=-1).mean(axis=-1)
+    z, targets = unit(z), jax.lax.stop_gradient(unit(targets))
+    if similarity == "cosine":
+        return -jnp.sum(z * targets, axis=-1).mean(axis=-1)
+    logits = jnp.einsum("bnk,bmk->bnm", z, targets, precision=jax.lax.Precision.HIGHEST) / tau
+    own = jnp.diagonal(logits, axis1=1, axis2=2)
+    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - own, axis=-1)
 
 
 def unit(x: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
@@ -79,6 +91,8 @@ def make(
     block: int = 8,
     coefficient: float = 0.5,
     width: int = 2048,
+    similarity: str = "cosine",
+    tau: float = 0.1,
     class_token: bool = False,
     warmup_steps: int = 0,
     until: int | None = None,
@@ -89,6 +103,7 @@ def make(
 
     encoder: the label of `config.encoders` whose features are the targets. block: whose output is projected, from 1.
     coefficient: of the term. width: of the projector's hidden layers.
+    similarity, tau: see `alignment`. The temperature of the paper's `nt_xent` is not known to us: 0.1 is our choice.
     class_token: the class token is a target too, the first: for REG, whose network has one more token.
     warmup_steps: the weight grows linearly from 0 over so many steps.
     until: the step from which on the term is exactly 0, as HASTE stops it (arXiv 2505.16792); None: never.
@@ -104,6 +119,10 @@ def make(
         raise ConfigError(f"repa: decay_steps = {decay_steps} end at `until`, which is not set")
     if width < 1:
         raise ConfigError(f"repa: width = {width}: must be positive")
+    if similarity not in SIMILARITIES:
+        raise ConfigError(f"repa: unknown similarity {similarity!r}; {suggestion(similarity, SIMILARITIES)}")
+    if not tau > 0:
+        raise ConfigError(f"repa: tau must be positive, given {tau}")
     compute = jnp.dtype(dtype)
 
     def init(key, forward, batch):
@@ -112,9 +131,9 @@ def make(
 
     def apply(params, forward, batch, teacher, step, key):
         z = project(params, forward.features[block], compute)
-        loss = alignment(z, targets_of(batch, encoder, class_token)).mean()
+        loss = alignment(z, targets_of(batch, encoder, class_token), similarity, tau).mean()
         weight = weight_at(step, coefficient, warmup_steps, until, decay_steps)
-        return weight * loss, {"cosine": -loss, "weight": weight}
+        return weight * loss, {"loss": loss, "weight": weight}
 
     return AuxLoss(init, apply, blocks=(block,))
 
