@@ -53,6 +53,7 @@ setup(
             "build>=1.2",  # builds the wheel that a test looks into
             "equinox>=0.13",  # losses are tested on its models too
             "pytest>=8.3",
+            "pytest-xdist>=3.6",  # a process per core: most of the time goes into compiling, by one thread
             "ruff>=0.17",
             "setuptools>=77",  # builds the wheel without fetching a second copy
             "tensorboard>=2.19",  # reads event files back

@@ -8,16 +8,17 @@ import tempfile
 # Before jax is imported, and for the processes that tests start: a machine with an accelerator runs the same tests.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-# Most of the time goes into compiling; without LLVM's optimisations that takes half as long.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has what the process that started it has set
+    # Most of the time goes into compiling; without LLVM's optimisations that takes half as long.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
-# What one test has compiled, another need not: many start the same small run, some of them as a process.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="diversedit-xla-")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1"
-atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    # What one test has compiled, another need not: many start the same small run, some of them as a process.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="diversedit-xla-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
-import jax  # noqa: E402
-import jaxtyping  # noqa: E402
+import jax
+import jaxtyping
 
 # Meshes are tested in this process. The count can only be set before the first array.
 jax.config.update("jax_num_cpu_devices", 8)

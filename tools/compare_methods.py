@@ -34,7 +34,8 @@ from diversedit_jax.slots import suggestion
 from diversedit_jax.train_state import initializer, train_step
 from tools import digits_encoder
 
-STEPS = flags.DEFINE_integer("steps", 400, "Training steps of every run.")
+STEPS = flags.DEFINE_integer("steps", 1500, "Training steps of every run.")
+BATCH = flags.DEFINE_integer("batch_size", 32, "Examples of a step: few, so that many steps fit into the time.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds.")
 NUM = flags.DEFINE_integer("num", 1000, "Samples that are judged.")
 CHUNK = flags.DEFINE_integer("chunk", 50, "Steps that a row trains before it is the next one's turn.")
@@ -76,7 +77,7 @@ def sra(config: ConfigDict) -> None:
 
 def dispersive(config: ConfigDict) -> None:
     """The paper's settings: a quarter of the depth, groups of 16."""
-    config.losses.dispersive = slot("losses", "dispersive", blocks=(1,), groups=8)
+    config.losses.dispersive = slot("losses", "dispersive", blocks=(1,), groups=BATCH.value // 16)
 
 
 def reg(config: ConfigDict) -> None:
@@ -138,7 +139,7 @@ def prepare(changes: tuple[Callable[[ConfigDict], None], ...]) -> Method:
     config = digits_config.get_config()
     config.model.skip = "none"
     config.losses = ConfigDict()
-    config.total_steps = STEPS.value
+    config.total_steps, config.batch_size = STEPS.value, BATCH.value
     for change in changes:
         change(config)
     built = experiment.build(config, digits.SHAPE, digits.NUM_CLASSES)
@@ -244,7 +245,7 @@ def main() -> None:
     logs.silence()
     out = Path(OUT.value)
     names = ONLY.value or list(ROWS)
-    asked = {"steps": STEPS.value, "num": NUM.value, "rows": names}
+    asked = {"steps": STEPS.value, "batch_size": BATCH.value, "num": NUM.value, "rows": names}
     stored = json.loads(out.read_text()) if out.exists() else {"flags": asked, "seeds": {}}
     if stored["flags"] != asked:
         raise ConfigError(f"{out} holds another comparison ({stored['flags']}): remove it, or give its flags")

@@ -5,11 +5,11 @@ usage() {
   cat <<'USAGE'
 Usage: bash tools/test.sh [options of pytest]
 
-Installs what is needed, checks format and style, and runs the tests on the CPU.
+Installs what is needed, checks format and style, and runs the tests on the CPU, one process for each core.
 
   bash tools/test.sh                    all but the slow tests
   bash tools/test.sh -m slow            the slow tests
-  bash tools/test.sh tests/losses -x    one folder, up to the first failure
+  bash tools/test.sh tests/test_dit.py -x -n0    one file, up to the first failure, in one process
 
   PYTHON, DIVERSEDIT_EXTRAS, DIVERSEDIT_LATEST: see tools/environment.sh
 USAGE
@@ -27,5 +27,5 @@ environment test
 cd "$root"
 "$python" -m ruff format --check .
 "$python" -m ruff check .
-# Of two -m options pytest takes the last.
-"$python" -m pytest -m "not slow" "$@"
+# Of two -m options pytest takes the last; likewise of -n, the number of processes.
+"$python" -m pytest -m "not slow" -n auto --dist worksteal "$@"
