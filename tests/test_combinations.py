@@ -24,13 +24,13 @@ LOSS = {
 }
 BOTH = {("ddpm", "sra"): {"num_timesteps": 1000}, ("reg", "repa"): {"class_token": True}}
 
+DEFAULT = {"flow_matching": {"dispersive", "diversity"}, "mean_flow": {"repa", "sra"}}
 CHOICES = [chosen for n in range(4) for chosen in combinations(LOSSES, n)]
 
 
 def case(objective: str, chosen: tuple[str, ...]):
-    """By default one choice for each objective runs; two of them hold every loss."""
-    kept = [{"repa", "sra"}, {"dispersive", "diversity"}][OBJECTIVES.index(objective) % 2]
-    marks = [] if set(chosen) == kept else [pytest.mark.slow]
+    """By default two run, which hold every loss."""
+    marks = [] if set(chosen) == DEFAULT.get(objective) else [pytest.mark.slow]
     return pytest.param(objective, chosen, marks=marks, id="-".join((objective, *chosen)))
 
 

@@ -149,7 +149,7 @@ SAMPLERS = {
 }
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", ["ddpm", *(pytest.param(n, marks=pytest.mark.slow) for n in list(SAMPLERS)[1:])])
 def test_samples_of_a_gaussian_have_its_moments(name):
     count = 40_000
     keys = jax.random.split(jax.random.key(0), count)

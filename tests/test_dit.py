@@ -161,7 +161,7 @@ def assert_equal_to_the_loop(skip: str, depth: int, cuts=(), **options):
 
 
 # test_golden_sit does the same for `none` and `release` at depth 4, with the public references as the loop.
-@pytest.mark.parametrize(("skip", "depth"), first_and_slow([("release", 5), ("paper", 4)], EVERY))
+@pytest.mark.parametrize(("skip", "depth"), first_and_slow([("release", 5)], EVERY))
 def test_scan_equals_a_loop_over_the_blocks(skip, depth):
     assert_equal_to_the_loop(skip, depth)
 

@@ -483,6 +483,7 @@ def test_frozen_weights_live_where_the_mesh_says(tmp_path):
     assert jax.tree.all(jax.tree.map(lambda leaf, s: leaf.sharding == s, frozen, placed))
 
 
+@pytest.mark.slow
 def test_a_run_trains_with_an_encoder_and_samples_without_it(tmp_path):
     config = config_with(tmp_path)
     train.run(config, tmp_path / "run")

@@ -206,6 +206,7 @@ def test_at_initialisation_the_token_changes_no_other_value_and_predicts_zero():
     np.testing.assert_allclose(features[0][:, 0].std(axis=-1), 1, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_remat_and_cuts_change_nothing():
     x, t, y, token = inputs()
 
@@ -470,6 +471,7 @@ def with_token(*, width: int = K):
     return pixels._replace(apply=apply)
 
 
+@pytest.mark.slow
 def test_a_run_trains_and_samples(tmp_path):
     config = digits.get_config()
     config.update({"total_steps": 3, "batch_size": 16, "log_every": 1})
@@ -492,6 +494,7 @@ def test_a_run_trains_and_samples(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.params, jax.device_get(state["ema"]))
 
 
+@pytest.mark.slow
 def test_one_step_on_eight_devices_equals_one():
     made = parts(model=make(depth=2), objective=objectives.make("reg", CLASSES))
 

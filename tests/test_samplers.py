@@ -149,8 +149,13 @@ def gaussian_samples(solver, path, form, times, last="mean", count=40_000):
     return solver(exact_velocity(curve), start, times, noise, curve, w, last)
 
 
-@pytest.mark.parametrize("path", paths.PATHS)
-@pytest.mark.parametrize("form", samplers.DIFFUSIONS)
+FORMS = [(form, path) for form in samplers.DIFFUSIONS for path in paths.PATHS]
+
+
+@pytest.mark.parametrize(
+    ("form", "path"),
+    [pytest.param(*both, marks=[] if both[1] == "linear" else pytest.mark.slow) for both in FORMS],
+)
 @pytest.mark.parametrize("solver", [samplers.euler_maruyama, samplers.sde_heun])
 def test_every_diffusion_keeps_the_marginal(solver, form, path):
     # to t = 1e-3 without a last step, which for forms that do not vanish with t would leave out their noise

@@ -167,6 +167,7 @@ def tiny(objective, **options):
     return config
 
 
+@pytest.mark.slow
 def test_a_run_of_dits_formulation_trains_and_samples():
     config = tiny("ddpm")
     dataset = experiment.open_data(config)
@@ -189,6 +190,7 @@ def test_a_run_of_dits_formulation_trains_and_samples():
     assert sample(state["ema"], frozen, np.arange(5) % dataset.num_classes, 0).shape == (5, *dataset.shape)
 
 
+@pytest.mark.slow
 def test_a_run_of_meanflow_trains_and_samples():
     config = tiny("mean_flow")
     config.data = configs.slot("data", "digits")

@@ -111,6 +111,7 @@ def test_another_config_is_refused_by_key_and_longer_runs_are_not(straight, tmp_
     assert stored["seed"] == 0, "a refused config was stored"
 
 
+@pytest.mark.slow
 def test_a_longer_run_continues(tmp_path):
     constant = {"optim__decay": "constant"}
     train.run(tiny(total_steps=3, **constant), tmp_path / "a")
@@ -309,6 +310,7 @@ def check_campaign(tmp_path: Path, kills: int, steps: int) -> None:
     assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
     check_campaign(tmp_path, kills=2, steps=60)

@@ -594,7 +594,7 @@ def read_damaged(kind: str, folder: str, rounds: int = 1, seed: int = 0) -> None
     assert min(outcomes.values()) > 30, outcomes
 
 
-@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+@pytest.mark.parametrize("kind", ["zip", pytest.param("legacy", marks=pytest.mark.slow), "safetensors"])
 def test_a_damaged_file_is_refused_or_read_and_nothing_else(tmp_path, kind):
     run_alone(f"read_damaged({kind!r}, {str(tmp_path)!r})")
 
