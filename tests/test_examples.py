@@ -10,7 +10,10 @@ FOLDER = Path(__file__).parents[1] / "tools" / "examples"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
 
 
-@pytest.mark.parametrize("name", NAMES)
+SLOW = {"equinox_mixer", "nnx_language_model"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else []) for n in NAMES])
 def test_example_trains_and_its_blocks_differ_more(name):
     results = importlib.import_module(f"tools.examples.{name}").main(steps=12)
     assert all(math.isfinite(value) for value in results.values())

@@ -149,14 +149,15 @@ def gaussian_samples(solver, path, form, times, last="mean", count=40_000):
     return solver(exact_velocity(curve), start, times, noise, curve, w, last)
 
 
-FORMS = [(form, path) for form in samplers.DIFFUSIONS for path in paths.PATHS]
+SOLVERS = [samplers.euler_maruyama, samplers.sde_heun]
+EVERY = [(solver, form, path) for solver in SOLVERS for form in samplers.DIFFUSIONS for path in paths.PATHS]
+QUICK = {(SOLVERS[0], form, "linear") for form in samplers.DIFFUSIONS} | {(SOLVERS[1], "sigma", "linear")}
 
 
 @pytest.mark.parametrize(
-    ("form", "path"),
-    [pytest.param(*both, marks=[] if both[1] == "linear" else pytest.mark.slow) for both in FORMS],
+    ("solver", "form", "path"),
+    [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in EVERY],
 )
-@pytest.mark.parametrize("solver", [samplers.euler_maruyama, samplers.sde_heun])
 def test_every_diffusion_keeps_the_marginal(solver, form, path):
     # to t = 1e-3 without a last step, which for forms that do not vanish with t would leave out their noise
     times = samplers.sde_times(800, path, "velocity", form, "none", 0.04)
