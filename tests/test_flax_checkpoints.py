@@ -125,6 +125,9 @@ def test_damaged_folders_are_refused(tmp_path):
     (tmp_path / "plain").mkdir()
     refused(tmp_path / "plain", "is a folder, not a file")
     path = folder(tmp_path / "checkpoint_7")
+    for file in (path / "ocdbt.process_0" / "d").iterdir():  # what the arrays hold; after that their index, the tree
+        file.write_bytes(b"")
+    refused(path, r"orbax cannot read ema_params\.\S+: ValueError")
     for file in (path / "d").iterdir():
         file.write_bytes(b"")
     refused(path, "orbax cannot read this checkpoint")

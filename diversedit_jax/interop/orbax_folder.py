@@ -16,7 +16,7 @@ MARKS = (METADATA, "checkpoint", "manifest.ocdbt")  # an orbax checkpoint of any
 class OrbaxFolder(Mapping):
     """The arrays of a checkpoint by the names that lead to them, joined by dots.
 
-    One top-level entry is read at once; all of them where the checkpoint is so old that only they tell their shapes.
+    Arrays are read one at a time; all at once where the checkpoint is so old that only they tell their shapes.
     tree: the saved object; its leaves have a shape.
     """
 
@@ -27,9 +27,10 @@ class OrbaxFolder(Mapping):
             checkpointer = ocp.PyTreeCheckpointer()
             if not (path / METADATA).is_file():
                 return checkpointer.restore(path)
+            _check_index(path)
             return checkpointer.metadata(path).item_metadata.tree
 
-        self._path, self._ocp, self._read = path, ocp, {}
+        self._path, self._ocp = path, ocp
         self.tree = self._try("this checkpoint", tree)
         self._leaves = _flat(self.tree)
 
@@ -49,20 +50,19 @@ class OrbaxFolder(Mapping):
         return tuple(self._leaves[name].shape)
 
     def read(self, name: str) -> np.ndarray:
-        """One array; with it the others of its top-level entry are read."""
-        if isinstance(self._leaves[name], np.ndarray):
-            return self._leaves[name]
-        entry = name.partition(".")[0]
-        if entry not in self._read:
-            self._read[entry] = self._try(entry, lambda: self._restored(entry))
-        return self._read[entry][name]
+        """One array."""
+        leaf = self._leaves[name]
+        return leaf if isinstance(leaf, np.ndarray) else self._try(name, lambda: self._restored(name))
 
-    def _restored(self, entry: str) -> dict[str, np.ndarray]:
-        ocp, wanted = self._ocp, {entry: self.tree[entry]}
-        item = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), wanted)
-        on_host = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    def _restored(self, name: str) -> np.ndarray:
+        # Alone: where orbax fails at one of many arrays, the others report to an event loop that is closed by then.
+        ocp, leaf = self._ocp, self._leaves[name]
+        item, on_host = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), ocp.RestoreArgs(restore_type=np.ndarray)
+        for part in reversed(name.split(".")):
+            item, on_host = {part: item}, {part: on_host}
         arguments = ocp.args.PyTreeRestore(item=item, restore_args=on_host, partial_restore=True)
-        return _flat(ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(self._path, args=arguments))
+        checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+        return _flat(checkpointer.restore(self._path, args=arguments))[name]
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.read(name)
@@ -77,7 +77,7 @@ class OrbaxFolder(Mapping):
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._read.clear()
+        """Nothing stays open between two arrays."""
 
 
 def find(path: Path) -> Path | None:
@@ -92,3 +92,11 @@ def find(path: Path) -> Path | None:
 def _flat(tree: Any) -> dict[str, Any]:
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(place, simple=True, separator="."): leaf for place, leaf in leaves}
+
+
+def _check_index(path: Path) -> None:
+    """Raise what reading the checkpoint's own index raises: orbax reads all arrays' entries at once (see above)."""
+    import tensorstore  # which orbax stores with
+
+    if (path / "manifest.ocdbt").is_file():
+        tensorstore.KvStore.open({"driver": "ocdbt", "base": path.absolute().as_uri() + "/"}).result().list().result()
