@@ -41,6 +41,7 @@ setup(
         "pillow>=11.0",  # PNG
         "safetensors>=0.5",  # weights of public releases, without pickle
         "scikit-learn>=1.6",  # the bundled digits, and the classifier that judges samples
+        "tensorstore>=0.1.80",  # the index of the folders that orbax writes; orbax brings it
         "tensorboardX>=2.6.4",  # TensorBoard files without TensorFlow
         "tqdm>=4.67",  # progress bar
     ],
