@@ -8,6 +8,7 @@ widths, are read from its arrays; the scale of the latents and the number of gro
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,7 +114,7 @@ def open_vae(path: str | Path) -> Release:
     layout, arch = _recognised(what, shapes, config.get("norm_num_groups", Architecture().groups))
     _check_config(what, arch, config)
     four = len(shapes[_attention(layout, "encoder", 0)]) == 4
-    target = jax.eval_shape(vae.network(arch).init, jax.random.key(0))
+    target = _shapes(arch)
     every = [entry for half in HALVES for entry in entries(layout, arch, half, four)]
     loading.check(what, every, shapes, target, ASIDE)
 
@@ -205,6 +206,11 @@ def _product(place: tuple, name: str, four: bool) -> list[Entry]:
         Entry((*place, "kernel"), None, f"{name}.weight", turn),
         Entry((*place, "bias"), None, f"{name}.bias", SAME),
     ]
+
+
+@cache
+def _shapes(arch: Architecture) -> Params:
+    return jax.eval_shape(vae.network(arch).init, jax.random.key(0))
 
 
 def _attention(layout: str, half: str, which: int) -> str:

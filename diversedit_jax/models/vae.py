@@ -6,7 +6,7 @@ are judged; on a TPU `default` multiplies in bfloat16, which is several times fa
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
@@ -203,6 +203,7 @@ class VAE(NamedTuple):
     decode: Callable[[Params, Array], Array]
 
 
+@cache
 def network(arch: Architecture, precision: str = "highest") -> VAE:
     """The autoencoder of an architecture; `precision` of its products: one of PRECISIONS, see above.
 
