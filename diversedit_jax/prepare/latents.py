@@ -36,8 +36,8 @@ def make(
     scale, bias: x = (latent - bias) * scale, by default as in latent diffusion, DiT and SiT.
     vae: the autoencoder that made the latents, a folder or file as `interop.vae.open_vae` takes; its decoder then makes
     images of samples. Without it samples stay latents.
-    precision: of the decoder's products, see `models.vae`. chunk: images that a device decodes at a time; at 256 x 256
-    pixels an image takes about 0.3 GiB.
+    precision: of the decoder's products, see `models.vae`. chunk: images that a device decodes at a time, each with
+    224 MiB of activations at 256 x 256 pixels (as XLA plans it on a CPU).
     """
     if not scale > 0:
         raise ConfigError(f"latents: scale must be positive, given {scale}")
