@@ -1,11 +1,12 @@
 """Sample from a trained run, or from the weights of a public release.
 
     python -m diversedit_jax.sample --workdir=DIR --num=64 --cfg_scale=1.8 --guidance_interval=0,0.7
-    python -m diversedit_jax.sample --checkpoint=SiT-XL-2-256.pt --family=official_sit --num=8
+    python -m diversedit_jax.sample --checkpoint=SiT-XL-2-256.pt --family=official_sit --vae=sd-vae-ft-ema --num=8
 
 Uses EMA weights. Where no flag says otherwise a run samples by its own sampler, a release by the papers' (SDE or DDPM,
 250 steps; MeanFlow 1 step). Writes DIR/samples_STEP (or what --out says): grid.png, and samples.npz with `arr_0`, uint8
-images [n h w c], which the ADM evaluator reads, and `labels`. Latents for which there is no decoder stay float32.
+images [n h w c], which the ADM evaluator reads, and `labels`. Latents are decoded by --vae, or by config.prepare.vae
+of the run; without it they stay float32.
 """
 
 import time
@@ -46,14 +47,20 @@ def of_run(
     step: int | None = None,
     weak_step: int | None = None,
     overrides: Mapping[str, Any] | None = None,
+    vae: str | None = None,
 ) -> Source:
     """The run in `workdir` at `step`, by default the last. overrides: of `config.sampler`.
 
+    vae: in place of config.prepare.vae, where latents are decoded.
     weak_step: guide by the run's own weights at this earlier step, with cfg_scale (autoguidance, arXiv 2406.02507).
     """
     workdir = Path(workdir).expanduser().absolute()
     config = configs.load(workdir)
     config.sampler.update(overrides or {})
+    if vae is not None:
+        if config.prepare.name != "latents":
+            raise ConfigError(f"--vae={vae}: the run trains on {config.prepare.name}, not on latents")
+        config.prepare.vae = vae
     config.encoders = ConfigDict()  # only losses read their features: sampling works without their files
     checkpoints = Checkpoints(workdir / "checkpoints")
     meta = checkpoints.meta(step)
@@ -73,10 +80,11 @@ def of_release(
     weights: str | None = None,
     side: int | None = None,
     overrides: Mapping[str, Any] | None = None,
+    vae: str | None = None,
 ) -> Source:
     """The release in a weight file (see `interop.releases.open_release`). side: of its latents, where it stores none.
 
-    overrides: of the sampler: options of `sampling.make`.
+    overrides: of the sampler: options of `sampling.make`. vae: the autoencoder that decodes its latents.
     """
     file = Path(file).expanduser().absolute()
     release, _ = releases.open_release(file, family, heads, weights)
@@ -97,12 +105,13 @@ def of_release(
     else:
         trained = sampling.Flow()
     mesh = sharding.make_mesh()
-    latents = prepare.make("latents")
+    latents = prepare.make("latents", vae=vae)
     sample = sampling.make(model, latents, shape, arch.num_classes, trained, mesh, **options)
     placed = sharding.shardings(release.params, mesh)
     params = jax.tree.map(jax.device_put, release.params, placed)
     folder = file.with_name(f"samples_{file.stem}")
-    return Source(sample, params, None, latents.init(), arch.num_classes, file.name, folder)
+    frozen = experiment.prepared(latents, mesh)
+    return Source(sample, params, None, frozen, arch.num_classes, file.name, folder)
 
 
 def run(
@@ -130,7 +139,7 @@ def run(
             logs.save_png(folder / "grid.png", logs.image_grid(images[:256]))
             print(f"grid: {folder / 'grid.png'}")
         else:
-            print("they are latents, float32: there is no decoder")
+            print("they are latents, float32: --vae=FILE decodes them")
     return folder
 
 
@@ -143,6 +152,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("heads", None, "Attention heads of the release, for a width that no published size has.")
     flags.DEFINE_string("weights", None, "Entry of the release's file: by default its EMA.")
     flags.DEFINE_integer("side", None, "Side of the release's latents, where it stores none.")
+    flags.DEFINE_string("vae", None, "Autoencoder that decodes latents: a folder as diffusers writes it, or a file.")
     flags.DEFINE_integer("num", 64, "Number of samples.")
     flags.DEFINE_list("labels", None, "Class labels, taken in turn; by default every class in turn.")
     flags.DEFINE_integer("seed", 0, "Image i depends on the seed, on i and on its label.")
@@ -173,10 +183,10 @@ if __name__ == "__main__":
         if (values["workdir"] is None) == (values["checkpoint"] is None):
             raise ConfigError("give --workdir=DIR of a run or --checkpoint=FILE of a release")
         if values["workdir"] is not None:
-            source = of_run(values["workdir"], values["step"], values["weak_step"], overrides)
+            source = of_run(values["workdir"], values["step"], values["weak_step"], overrides, values["vae"])
         else:
             about = (values[name] for name in ("checkpoint", "family", "heads", "weights", "side"))
-            source = of_release(*about, overrides)
+            source = of_release(*about, overrides, values["vae"])
         run(source, **{name: values[name] for name in ("num", "labels", "seed", "out")})
 
     def numbers(name: str, texts: list[str], kind: type, count: int | None) -> tuple:

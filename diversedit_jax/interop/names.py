@@ -20,11 +20,12 @@ class Turn(NamedTuple):
 class Entry(NamedTuple):
     """One array of a release.
 
-    place: the path in our tree. layer: its index in a stack, or None. name: in the release. turn: between the layouts.
+    place: the path in our tree, numbers in lists. layer: its index in a stack, or None. name: in the release.
+    turn: between the layouts.
     part: where the release splits what is one array here (q, k and v), the index of this one, else None.
     """
 
-    place: tuple[str, ...]
+    place: tuple[str | int, ...]
     layer: int | None
     name: str
     turn: Turn
@@ -89,7 +90,7 @@ def layers(arch: Architecture) -> Iterator[tuple[int, str, int]]:
         yield (i, "shallow", i) if i < half else (i, "deep", i - half)
 
 
-def linear(place: tuple[str, ...], name: str, layer: int | None = None) -> list[Entry]:
+def linear(place: tuple[str | int, ...], name: str, layer: int | None = None) -> list[Entry]:
     """A Linear of torch."""
     return [
         Entry((*place, "kernel"), layer, f"{name}.weight", LINEAR),
@@ -97,7 +98,7 @@ def linear(place: tuple[str, ...], name: str, layer: int | None = None) -> list[
     ]
 
 
-def norm(place: tuple[str, ...], name: str, layer: int | None = None) -> list[Entry]:
+def norm(place: tuple[str | int, ...], name: str, layer: int | None = None) -> list[Entry]:
     """A LayerNorm of torch."""
     return [
         Entry((*place, "scale"), layer, f"{name}.weight", SAME),

@@ -12,8 +12,8 @@ def apply(frozen: Params, batch: Batch, key: Array) -> Batch:
 
 
 def decode(frozen: Params, x: Float[Array, "b h w c"]) -> UInt8[Array, "b h w c"]:
-    """The nearest of 256 grey levels; values outside [-1, 1] are clipped."""
-    return jnp.clip(jnp.round((x.astype(jnp.float32) + 1) * 127.5), 0, 255).astype(jnp.uint8)
+    """The nearest of 256 grey levels, as DiT and SiT round: 127.5 x + 128 without its fraction, clipped to 0 .. 255."""
+    return jnp.clip(127.5 * x.astype(jnp.float32) + 128, 0, 255).astype(jnp.uint8)
 
 
 def make() -> Prepare:

@@ -1,0 +1,296 @@
+"""Published autoencoders as parameters of `models.vae`, and ours in the published layout.
+
+A folder of diffusers holds config.json and diffusion_pytorch_model.safetensors; a file alone may also be the .ckpt of
+latent diffusion's authors, with the autoencoder below `first_stage_model`. Which of the spellings a file has, and the
+widths, are read from its arrays; the scale of the latents and the number of groups stand in config.json alone.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from diversedit_jax.api import Params
+from diversedit_jax.errors import ConfigError, WeightsError
+from diversedit_jax.interop import loading
+from diversedit_jax.interop.loading import Arrays
+from diversedit_jax.interop.names import SAME, Entry, Turn, norm
+from diversedit_jax.interop.weights_file import WeightsFile, open_weights, write_safetensors
+from diversedit_jax.models import vae
+from diversedit_jax.models.vae import Architecture
+
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"
+HALVES = ("encoder", "decoder")
+MOST = 16  # levels, and residuals of one, that are looked for
+
+
+class Layout(NamedTuple):
+    """The names of a kind of file, each behind `encoder.` or `decoder.`; {i} is a level, {j} a residual in it.
+
+    up_reversed: the levels of the decoder are counted from its output.
+    """
+
+    down: str
+    up: str
+    shortcut: str
+    halve: str
+    double: str
+    middle: tuple[str, str]
+    attention: str
+    norm: str
+    qkv_out: tuple[str, str, str, str]
+    norm_out: str
+    up_reversed: bool = False
+
+
+DIFFUSERS = Layout(
+    down="down_blocks.{i}.resnets.{j}",
+    up="up_blocks.{i}.resnets.{j}",
+    shortcut="conv_shortcut",
+    halve="down_blocks.{i}.downsamplers.0.conv",
+    double="up_blocks.{i}.upsamplers.0.conv",
+    middle=("mid_block.resnets.0", "mid_block.resnets.1"),
+    attention="mid_block.attentions.0",
+    norm="group_norm",
+    qkv_out=("to_q", "to_k", "to_v", "to_out.0"),
+    norm_out="conv_norm_out",
+)
+LAYOUTS = {
+    "diffusers": DIFFUSERS,
+    "diffusers_old": DIFFUSERS._replace(qkv_out=("query", "key", "value", "proj_attn")),  # sd-vae-ft-mse, -ema
+    "latent_diffusion": Layout(  # its authors'
+        down="down.{i}.block.{j}",
+        up="up.{i}.block.{j}",
+        shortcut="nin_shortcut",
+        halve="down.{i}.downsample.conv",
+        double="up.{i}.upsample.conv",
+        middle=("mid.block_1", "mid.block_2"),
+        attention="mid.attn_1",
+        norm="norm",
+        qkv_out=("q", "k", "v", "proj_out"),
+        norm_out="norm_out",
+        up_reversed=True,
+    ),
+}
+ENTRY = "first_stage_model"  # of the autoencoder in a file of latent diffusion
+# What such files hold beside the two halves, from training the autoencoder or a wrapper of it.
+ASIDE = ("loss.", "model_ema.", "encoder_ema.", "decoder_ema.")
+
+CONV = Turn(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))  # torch keeps [out, in, h, w]
+
+
+class Release(NamedTuple):
+    """An autoencoder in a file.
+
+    scale, shift: the network's latents are (latents - shift) * scale; None where no config.json says so.
+    name:         of its folder or file. digest: sha256 of the weight file, in hex.
+    read:         (halves) -> params, of both halves by default: {"encoder": ..., "decoder": ...}, on the host.
+    """
+
+    arch: Architecture
+    scale: float | None
+    shift: float | None
+    name: str
+    digest: str
+    read: Callable[..., Params]
+
+
+def open_vae(path: str | Path) -> Release:
+    """The autoencoder in a folder as diffusers writes it, in a folder above (its subfolder `vae`), or in a file.
+
+    Names and shapes are checked now; parameters are read at `read()`. Raises WeightsError for what is no weight file
+    and ConfigError, with the array's or key's name, for what does not fit.
+    """
+    path = Path(path).expanduser()
+    file, config = _found(path)
+    with open_weights(file) as weights:
+        shapes = _below(weights).shapes
+    what = f"vae: {file}"
+    layout, arch = _recognised(what, shapes, config.get("norm_num_groups", Architecture().groups))
+    _check_config(what, arch, config)
+    four = len(shapes[_attention(layout, "encoder", 0)]) == 4
+    target = _shapes(arch)
+    every = [entry for half in HALVES for entry in entries(layout, arch, half, four)]
+    loading.check(what, every, shapes, target, ASIDE)
+
+    def read(halves: tuple[str, ...] = HALVES) -> Params:
+        empty = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), {half: target[half] for half in halves})
+        wanted = [entry for half in halves for entry in entries(layout, arch, half, four)]
+        with open_weights(file) as weights:
+            return loading.fill(what, wanted, _below(weights), empty)
+
+    with open(file, "rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    scale, shift = (config.get(key) for key in ("scaling_factor", "shift_factor"))
+    return Release(arch, scale, shift or 0.0 if config else None, path.resolve().name, digest, read)
+
+
+def export(params: Params, arch: Architecture, folder: str | Path, *, scale: float = 0.18215, shift: float = 0.0):
+    """Write an autoencoder as a folder of diffusers; the names are those that its current versions write."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    every = [entry for half in HALVES for entry in entries("diffusers", arch, half)]
+    write_safetensors(folder / f"{WEIGHTS}.safetensors", loading.written(every, jax.device_get(params)))
+    levels = len(arch.widths)
+    config = {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": list(arch.widths),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "in_channels": arch.channels,
+        "latent_channels": arch.latent_channels,
+        "layers_per_block": arch.layers,
+        "norm_num_groups": arch.groups,
+        "out_channels": arch.channels,
+        "scaling_factor": scale,
+        "shift_factor": shift or None,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "use_post_quant_conv": arch.quant,
+        "use_quant_conv": arch.quant,
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def entries(layout: str, arch: Architecture, half: str, four: bool = False) -> list[Entry]:
+    """The arrays of one half in a layout. four: the products of the attention are stored as 1 x 1 convolutions."""
+    names = LAYOUTS[layout]
+    levels = len(arch.widths)
+    widths = arch.widths if half == "encoder" else arch.widths[::-1]
+    residuals, resize = (names.down, names.halve) if half == "encoder" else (names.up, names.double)
+    found = _conv((half, "conv_in"), f"{half}.conv_in") + _conv((half, "conv_out"), f"{half}.conv_out")
+    found += norm((half, "norm"), f"{half}.{names.norm_out}")
+    if arch.quant:
+        found += _product((half, "quant"), "quant_conv" if half == "encoder" else "post_quant_conv", four=True)
+    for place, name in zip(("first", "second"), names.middle, strict=True):
+        found += _residual((half, "middle", place), f"{half}.{name}", names, shortcut=False)
+    attention, place = f"{half}.{names.attention}", (half, "middle", "attention")
+    found += norm((*place, "norm"), f"{attention}.{names.norm}")
+    for ours, theirs in zip(("q", "k", "v", "out"), names.qkv_out, strict=True):
+        found += _product((*place, ours), f"{attention}.{theirs}", four)
+    for i, (before, width, more) in enumerate(vae.levels(widths)):
+        number = levels - 1 - i if half == "decoder" and names.up_reversed else i
+        level = (half, "levels", i)
+        for j in range(arch.layers + (half == "decoder")):
+            name = f"{half}.{residuals.format(i=number, j=j)}"
+            found += _residual((*level, "residuals", j), name, names, shortcut=j == 0 and before != width)
+        if more:
+            found += _conv((*level, "resize"), f"{half}.{resize.format(i=number)}")
+    return found
+
+
+def _residual(place: tuple, name: str, names: Layout, shortcut: bool) -> list[Entry]:
+    found = norm((*place, "norm1"), f"{name}.norm1") + norm((*place, "norm2"), f"{name}.norm2")
+    found += _conv((*place, "conv1"), f"{name}.conv1") + _conv((*place, "conv2"), f"{name}.conv2")
+    return found + (_product((*place, "shortcut"), f"{name}.{names.shortcut}", four=True) if shortcut else [])
+
+
+def _conv(place: tuple, name: str) -> list[Entry]:
+    return [
+        Entry((*place, "kernel"), None, f"{name}.weight", CONV),
+        Entry((*place, "bias"), None, f"{name}.bias", SAME),
+    ]
+
+
+def _product(place: tuple, name: str, four: bool) -> list[Entry]:
+    """A product over channels, in torch [out, in] or, as a convolution, [out, in, 1, 1]."""
+    turn = Turn(
+        lambda x: x.reshape(x.shape[:2]).T,
+        lambda x: x.T.reshape(x.shape[::-1] + (1, 1) * four),
+    )
+    return [
+        Entry((*place, "kernel"), None, f"{name}.weight", turn),
+        Entry((*place, "bias"), None, f"{name}.bias", SAME),
+    ]
+
+
+@cache
+def _shapes(arch: Architecture) -> Params:
+    return jax.eval_shape(vae.network(arch).init, jax.random.key(0))
+
+
+def _attention(layout: str, half: str, which: int) -> str:
+    names = LAYOUTS[layout]
+    return f"{half}.{names.attention}.{names.qkv_out[which]}.weight"
+
+
+def _found(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The weight file of what the user named, and the config.json beside it, {} if there is none."""
+    if not path.is_dir():
+        return path, _config(path.parent / CONFIG) if path.stem == WEIGHTS else {}
+    for folder in (path, path / "vae"):
+        for suffix in (".safetensors", ".bin"):
+            file = folder / f"{WEIGHTS}{suffix}"
+            if file.is_file():
+                return file, _config(folder / CONFIG)
+    raise WeightsError(f"{path}: wanted {CONFIG} and {WEIGHTS}.safetensors in it, or the name of a weight file")
+
+
+def _config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: cannot be read: {error}") from error
+    kind = config.get("_class_name") if isinstance(config, dict) else None
+    if kind != "AutoencoderKL":
+        raise WeightsError(f"{path}: wanted the config of an AutoencoderKL, given that of {kind}")
+    return config
+
+
+def _below(weights: WeightsFile) -> Arrays:
+    """The autoencoder's arrays: at the top of the file, below `first_stage_model`, or below `state_dict` of either."""
+    for prefix in (f"state_dict.{ENTRY}", ENTRY, "state_dict"):
+        if weights.names(prefix):
+            return Arrays(weights, prefix)
+    return Arrays(weights)
+
+
+def _recognised(what: str, shapes: Mapping[str, tuple[int, ...]], groups: int) -> tuple[str, Architecture]:
+    """The layout of a file and the architecture that its shapes tell."""
+    layout = next((layout for layout in LAYOUTS if _attention(layout, "encoder", 0) in shapes), None)
+    if layout is None:
+        few = ", ".join(list(shapes)[:3]) or "nothing"
+        wanted = " or ".join(_attention(layout, "encoder", 0) for layout in LAYOUTS)
+        raise ConfigError(f"{what}: these are not the arrays of an autoencoder ({few}, ...): wanted {wanted}")
+
+    def axes(name: str) -> tuple[int, ...]:
+        if len(shapes.get(name, ())) != 4:
+            given = f"has shape {list(shapes[name])}, wanted 4 axes" if name in shapes else "is missing"
+            raise ConfigError(f"{what}: the array {name} {given}")
+        return shapes[name]
+
+    def residual(i: int, j: int) -> str:
+        return f"encoder.{LAYOUTS[layout].down.format(i=i, j=j)}.conv1.weight"
+
+    levels = [i for i in range(MOST) if residual(i, 0) in shapes]
+    if 0 not in levels:
+        raise ConfigError(f"{what}: the array {residual(0, 0)} is missing")
+    arch = Architecture(
+        channels=axes("encoder.conv_in.weight")[1],
+        latent_channels=axes("encoder.conv_out.weight")[0] // 2,
+        widths=tuple(axes(residual(i, 0))[0] for i in levels),
+        layers=sum(residual(0, j) in shapes for j in range(MOST)),
+        groups=groups,
+        quant="quant_conv.weight" in shapes,
+    )
+    return layout, arch
+
+
+def _check_config(what: str, arch: Architecture, config: Mapping[str, Any]) -> None:
+    """config.json and the arrays tell of the same autoencoder."""
+    told = {
+        "block_out_channels": list(arch.widths),
+        "layers_per_block": arch.layers,
+        "latent_channels": arch.latent_channels,
+        "in_channels": arch.channels,
+        "act_fn": "silu",
+    }
+    for key, value in told.items():
+        if config.get(key, value) != value:
+            raise ConfigError(f"{what}: config.json says {key} = {config[key]}, the arrays {value}")
