@@ -62,7 +62,7 @@ FLOORS = {
 # What single modules may import beside that, inside of the function that needs it.
 EXCEPTIONS = {"diversedit_jax.samplers": {"diffrax"}, "diversedit_jax.interop.orbax_folder": {"orbax"}}
 # Host data stands beside the floors: it never touches jax (though grain itself loads it), and floors 2 and up use it.
-DATA_MAY_IMPORT = {"numpy", "grain", "tensorflow_datasets", "sklearn", "array_record"}
+DATA_MAY_IMPORT = {"absl", "numpy", "grain", "tensorflow_datasets", "sklearn", "array_record"}
 DATA_MAY_USE = {"", "data", "errors", "slots"}
 
 NEVER = {"configs", "launch", "tests", "tools", "tensorflow", "torch"}
