@@ -8,6 +8,7 @@ from ml_collections.config_dict import placeholder
 
 from diversedit_jax import optim, sampling
 from diversedit_jax.config import options, slot
+from diversedit_jax.data import pipeline
 
 
 def get_config() -> ConfigDict:
@@ -20,6 +21,7 @@ def get_config() -> ConfigDict:
     config.accumulate = 1  # parts of a batch, computed one after another, for less memory
 
     config.data = slot("data", "latents")  # what is stored
+    config.input = options(pipeline.batches)  # how it is read: threads, worker processes, bad records
     config.prepare = slot("prepare", "latents")  # from there to the network's space, on device
     config.encoders = ConfigDict()  # frozen, for losses that align to them: label -> slot("encoders", name, file=...)
     config.model = slot("models", "dit", size="B", patch=2)

@@ -120,9 +120,10 @@ def run(
     """Write `num` samples, of `labels` in turn (default: every class in turn); returns the folder."""
     if num < 1:
         raise ConfigError(f"num = {num}: must be positive")
-    chosen = np.arange(source.num_classes) if labels is None else np.array(labels)
-    if chosen.size == 0 or chosen.min() < 0 or chosen.max() >= source.num_classes:
-        raise ConfigError(f"labels must be in 0 .. {source.num_classes - 1}, given {', '.join(map(str, chosen))}")
+    known = sampling.known_labels(source.num_classes)
+    chosen = known if labels is None else np.array(labels)
+    if chosen.size == 0 or chosen.min() < 0 or chosen.max() > known[-1]:
+        raise ConfigError(f"labels must be in 0 .. {known[-1]}, given {', '.join(map(str, chosen))}")
     y = np.resize(chosen, num).astype(np.int32)
     begin = time.monotonic()
     images = source.sample(source.params, source.frozen, y, seed, source.weak)

@@ -64,6 +64,17 @@ def trained(objective: Mapping[str, Any]) -> Flow | Diffusion | AverageVelocity:
     return kind(**{name: objective[name] for name in kind._fields if name in objective})
 
 
+def known_labels(num_classes: int) -> Int[np.ndarray, " n"]:
+    """All labels to sample; of data without classes the null label, 0, alone."""
+    return np.arange(max(num_classes, 1), dtype=np.int32)
+
+
+def check_guidance(cfg_scale: float, num_classes: int) -> None:
+    """Raise ConfigError for classifier-free guidance without classes."""
+    if not num_classes and cfg_scale != 1:
+        raise ConfigError(f"cfg_scale = {cfg_scale}: the data have no classes to guide to; it must be 1")
+
+
 def make(
     model: Model,
     prepare: Prepare,
@@ -164,6 +175,8 @@ def make(
     def sample(
         params: Params, frozen: Any, labels: Int[np.ndarray, " n"], seed: int, weak: Params | None = None
     ) -> np.ndarray:
+        if weak is None:
+            check_guidance(cfg_scale, num_classes)
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(labels)))
         devices = jax.device_count()
         size = -(-min(batch_size, len(labels)) // devices) * devices  # a multiple of the devices

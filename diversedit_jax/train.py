@@ -19,7 +19,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from diversedit_jax import config as configs
-from diversedit_jax import experiment, logs, program, sharding
+from diversedit_jax import experiment, logs, program, sampling, sharding
 from diversedit_jax.checkpoint import Checkpoints, prepare_workdir
 from diversedit_jax.data import pipeline
 from diversedit_jax.errors import ConfigError, NonFiniteError
@@ -35,6 +35,7 @@ def run(config: ConfigDict, workdir: str | Path) -> State:
     workdir = prepare_workdir(workdir)
     dataset = experiment.open_data(config)
     mesh, parts, sample, rate = experiment.build(config, dataset.shape, dataset.num_classes)
+    sampling.check_guidance(config.sampler.cfg_scale, dataset.num_classes)
     evaluators = {label: experiment.evaluator(config, label) for label in config.evaluators}
     key_init, key_run = jax.random.split(jax.random.key(config.seed))
 
@@ -42,6 +43,7 @@ def run(config: ConfigDict, workdir: str | Path) -> State:
         workdir / "checkpoints", keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
     )
     start = checkpoints.latest() or 0
+    faults: list[str] = []  # of records that could not be read
     loader = pipeline.batches(
         dataset,
         config.batch_size,
@@ -49,10 +51,13 @@ def run(config: ConfigDict, workdir: str | Path) -> State:
         start=start,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        report=faults.append,
+        **configs.keywords(config.input, "config.input", pipeline.batches),
     )
     over_batch = sharding.over_batch(mesh)
 
     def next_batch() -> dict[str, jax.Array]:
+        # Called as soon as a step is dispatched: the batch is read and transferred while the device computes.
         local = next(loader)
         return {name: jax.make_array_from_process_local_data(over_batch, x) for name, x in local.items()}
 
@@ -109,7 +114,7 @@ def run(config: ConfigDict, workdir: str | Path) -> State:
                 writer.write_scalars(step, scalars)
 
         def show_samples(step: int, path: Path) -> None:
-            labels = np.arange(config.samples.num, dtype=np.int32) % dataset.num_classes
+            labels = np.resize(sampling.known_labels(dataset.num_classes), config.samples.num)
             images = generate(labels)
             if writer is not None and images.dtype == np.uint8:
                 grid = logs.image_grid(images)
@@ -126,13 +131,16 @@ def run(config: ConfigDict, workdir: str | Path) -> State:
             progress.note("  ".join([f"step {step}", *(f"{name} {value:.4g}" for name, value in scores.items())]))
 
         # --- The loop. Metrics are read one step late, so that the device never waits for the host.
-        step, pending, saved = start, None, [start]
+        step, pending, saved, noted = start, None, [start], 0
         stop = stack.enter_context(program.stop_requests(progress.note))
         while step < config.total_steps and not stop():
             state, metrics = step_fn(state, frozen, batch, key_run)
             step += 1
             if step < config.total_steps:
                 batch = next_batch()
+            for fault in faults[noted:]:
+                progress.note(f"data: {fault}")
+            noted = len(faults)
             if pending is not None:
                 check_finite(step - 1, pending, checkpoints)
             pending = metrics
@@ -143,7 +151,8 @@ def run(config: ConfigDict, workdir: str | Path) -> State:
                 values = check_finite(step, metrics, checkpoints)
             if logging:
                 rates = progress.report(step, shown(values))
-                write(step, values | rates | {"learning_rate": float(rate(step - 1))})
+                counts = {"data/bad_records": len(faults)} if config.input.max_bad_records else {}
+                write(step, values | rates | counts | {"learning_rate": float(rate(step - 1))})
             if saving:
                 save(step)
             progress.update(step)

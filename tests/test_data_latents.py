@@ -107,6 +107,40 @@ def test_what_is_written_is_read(written):
         assert example["y"] == index % 10
 
 
+def test_a_record_of_a_part_of_a_split_is_named_by_its_place_in_the_shard(written):
+    source = make(written, "train[5:9]").source
+    assert len(source) == 4
+    np.testing.assert_array_equal(source[2]["moments"], moments(7)[0])
+    assert source.place(2) == "latents-train.array_record-00000-of-00001, number 7"
+
+
+def test_many_records_read_together_are_those_read_alone(written):
+    source = make(written, mirror=True).source
+    for one, many in zip([3, 0, 3, 19], source.__getitems__([3, 0, 3, 19]), strict=True):
+        assert many["y"] == source[one]["y"]
+        np.testing.assert_array_equal(many["moments"], source[one]["moments"])
+
+
+def test_what_is_read_is_what_tfds_reads(tmp_path):
+    directory = write(tmp_path, 4, more=PNG | CACHED)
+    records = tfds.builder_from_directory(directory).as_data_source("train")
+    source = make(directory, mirror=True, image=True, cached=tuple(CACHED)).source
+    for index, wanted in enumerate(records):
+        found = source[index]
+        assert found.pop("y") == wanted.pop("label")
+        assert found.keys() == wanted.keys()
+        for name, array in wanted.items():
+            assert found[name].dtype == array.dtype
+            np.testing.assert_array_equal(found[name], array)
+
+
+def test_another_encoding_is_refused(tmp_path):
+    feature = tfds.features.Tensor(shape=(8, 12, 3), dtype=np.uint8, encoding="zlib")
+    directory = write(tmp_path, 2, more={"image": (feature, pixels)})
+    with pytest.raises(DataError, match=r"image is stored as Tensor.*wanted Tensor\(encoding='bytes'\), Image"):
+        make(directory, image=True)
+
+
 def test_half_of_the_draws_are_mirrored(written):
     dataset = make(written, mirror=True)
     rng = np.random.default_rng(0)
@@ -235,7 +269,9 @@ def test_an_empty_split_is_refused(written):
 @pytest.mark.parametrize("label", [10, -1])
 def test_a_label_out_of_range_names_its_record(tmp_path, label):
     dataset = make(write(tmp_path, labels=[0, 1, label]))
-    with pytest.raises(DataError, match=rf"record 2: label {label} is not in 0 .. 9"):
+    with pytest.raises(
+        DataError, match=rf"record 2 \(latents-train.*-00000-of-00001, number 2\): label {label} is not in"
+    ):
         dataset.source[2]
 
 
@@ -249,6 +285,6 @@ def test_a_damaged_record_is_an_error_that_names_it(tmp_path):
     shard.write_bytes(content)
     with (
         contextlib.closing(pipeline.batches(dataset, 20, seed=0)) as batches,
-        pytest.raises(DataError, match=r"record \d+: .*record \d+: "),
+        pytest.raises(DataError, match=r"split train, record \d+ \(latents-train.*, number \d+\): RuntimeError: "),
     ):
         next(batches)

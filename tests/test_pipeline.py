@@ -1,7 +1,12 @@
 """Batches: one global order and one stream of draws, whatever the number of processes, threads and restarts."""
 
 import contextlib
+import gc
 import itertools
+import multiprocessing
+import os
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -13,17 +18,19 @@ SIZE = 20
 
 
 class Numbers:
-    """Twenty examples that carry their index; `bad` ones cannot be read."""
+    """Twenty examples that carry their index; `bad` ones cannot be read, one of `slow` takes a while."""
 
-    def __init__(self, size=SIZE, bad=None):
-        self.size, self.bad = size, bad
+    def __init__(self, size=SIZE, bad=(), slow=None):
+        self.size, self.bad, self.slow = size, bad, slow
 
     def __len__(self):
         return self.size
 
     def __getitem__(self, index):
-        if index == self.bad:
+        if index in self.bad:
             raise RuntimeError("chunk data hash mismatch")
+        if index == self.slow:
+            time.sleep(1)
         return {"x": np.full((2, 2, 1), index, np.float32), "y": index}  # a Python int, as tfds gives
 
 
@@ -110,7 +117,7 @@ def test_labels_are_int32_and_examples_without_draws_pass():
 
 @pytest.mark.parametrize("num_threads", [0, 4])
 def test_a_record_that_fails_ends_the_run_and_is_named(num_threads):
-    batches = pipeline.batches(numbers(bad=17), SIZE, seed=0, num_threads=num_threads)
+    batches = pipeline.batches(numbers(bad=[17]), SIZE, seed=0, num_threads=num_threads)
     with contextlib.closing(batches):
         with pytest.raises(DataError, match="record 17: RuntimeError: chunk data hash mismatch"):
             next(batches)
@@ -123,9 +130,89 @@ def test_a_record_of_nothing_is_not_skipped():
         take(1, Dataset([None], None, (2, 2, 1), 1), 1, seed=0)
 
 
+class Together(Numbers):
+    """The same, many at a time."""
+
+    def __getitems__(self, indices):
+        return [self[index] for index in indices]
+
+
+@pytest.mark.parametrize("bad", [[], [3, 4]])
+def test_records_read_together_make_the_same_batches(bad):
+    wanted = take(5, numbers(bad=bad), 8, seed=0, max_bad_records=2)
+    assert_same(take(5, numbers()._replace(source=Together(bad=bad)), 8, seed=0, max_bad_records=2), wanted)
+
+
+def test_bad_records_are_replaced_by_the_next_good_one_and_reported():
+    lines = []
+    whole = take(10, numbers(), 8, seed=0)
+    found = take(10, numbers(bad=[3, 4, 19]), 8, seed=0, max_bad_records=3, report=lines.append)
+    instead = {3: 5, 4: 5, 19: 0}
+    for batch, wanted in zip(found, whole, strict=True):
+        np.testing.assert_array_equal(batch["y"], [instead.get(y, y) for y in wanted["y"]])
+        np.testing.assert_array_equal(batch["noise"], wanted["noise"])
+    assert sorted(line.partition(" (")[0] for line in lines) == [
+        f"replaced record {n}: RuntimeError: chunk data hash mismatch" for n in (19, 3, 4)
+    ]
+    assert lines[-1].endswith("(3 of at most 3)")
+    with pytest.raises(DataError, match=r"record \d+: .*more than max_bad_records = 2 cannot be read"):
+        take(10, numbers(bad=[3, 5, 19]), 8, seed=0, max_bad_records=2)
+    with pytest.raises(DataError, match=r"record \d+: RuntimeError"):
+        take(1, numbers(bad=range(20)), 8, seed=0, max_bad_records=2)
+
+
+def test_data_that_do_not_come_are_named():
+    y = take(1, numbers(), SIZE, seed=0)[0]["y"]
+    begin = time.monotonic()
+    with pytest.raises(DataError, match=rf"do not come: waited 0.3 s for records {y[0]}, {y[1]}, ") as error:
+        take(1, numbers(slow=5), SIZE, seed=0, timeout=0.3)
+    assert time.monotonic() - begin < 0.9
+    assert "\n" not in str(error.value)
+    assert len(take(1, numbers(slow=5), SIZE, seed=0, timeout=0.0)) == 1
+
+
+@pytest.mark.parametrize("timeout", [0.0, 60.0])
+def test_threads_end_with_the_batches(timeout):
+    before = threading.active_count()
+    batches = pipeline.batches(numbers(), 8, seed=0, timeout=timeout)
+    next(batches)
+    assert threading.active_count() > before
+    batches.close()
+    assert not any(thread.name == "batches" for thread in threading.enumerate())
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= before
+
+
+def in_shared_memory() -> set[str]:
+    return set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+
+
+@pytest.mark.slow  # each worker imports jax
+def test_batches_do_not_depend_on_workers_and_nothing_of_them_stays():
+    wanted = take(7, numbers(), 8, seed=0, start=2)
+    shared = in_shared_memory()
+    for workers in (1, 2):
+        assert_same(take(7, numbers(), 8, seed=0, start=2, num_workers=workers), wanted)
+    lines = []
+    take(5, numbers(bad=[3]), 8, seed=0, num_workers=2, max_bad_records=1, report=lines.append)
+    assert lines == ["replaced record 3: RuntimeError: chunk data hash mismatch (1 of at most 1)"]
+    with pytest.raises(DataError, match="record 3: RuntimeError: chunk data hash mismatch"):
+        take(5, numbers(bad=[3]), 8, seed=0, num_workers=2)
+    assert not multiprocessing.active_children()
+    deadline = time.monotonic() + 10
+    while (left := in_shared_memory() - shared) and time.monotonic() < deadline:  # grain frees it in a thread
+        gc.collect()
+        time.sleep(0.05)
+    assert not left
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"num_workers": -1}, "num_workers = -1: must not be negative"),
+        ({"max_bad_records": -1}, "max_bad_records = -1: must not be negative"),
         ({"batch_size": 250, "process_count": 8}, "^batch_size 250 is not divisible by 8 processes$"),
         ({"batch_size": 0}, "batch_size must be positive, given 0"),
         ({"process_index": 2, "process_count": 2}, "process_index 2 is not in 0 .. 1"),

@@ -13,11 +13,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from configs import default, digits
 from diversedit_jax import program, sample, train
 from diversedit_jax.checkpoint import Checkpoints
 from diversedit_jax.config import slot
+from diversedit_jax.data import Dataset
 from diversedit_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from diversedit_jax.interop import releases
 
@@ -117,6 +119,52 @@ def test_a_longer_run_continues(tmp_path):
     train.run(tiny(total_steps=3, **constant), tmp_path / "a")
     resumed = train.run(tiny(total_steps=5, **constant), tmp_path / "a")
     assert_same_bits(resumed, train.run(tiny(total_steps=5, **constant), tmp_path / "b"))
+
+
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_data_of_any_number_of_classes_train_and_are_sampled(num_classes, tmp_path):
+    config = tiny(total_steps=2, checkpoint__every=0, sampler__cfg_scale=1.0 if num_classes == 0 else 1.5)
+    config.data = slot("data", "synthetic", shape=(8, 8, 1), num_classes=num_classes, size=64)
+    state = train.run(config, tmp_path)
+    assert state["params"]["label_embed"]["embedding"].shape == (num_classes + 1, 16)
+    source = sample.of_run(tmp_path)
+    with np.load(sample.run(source, num=4) / "samples.npz") as found:
+        np.testing.assert_array_equal(found["labels"], [0, 0, 0, 0] if num_classes == 0 else [0, 1, 2, 0])
+    with pytest.raises(ConfigError, match=rf"labels must be in 0 .. {max(num_classes - 1, 0)}, given 3"):
+        sample.run(source, labels=[3])
+    if num_classes == 0:
+        with pytest.raises(ConfigError, match=r"cfg_scale = 2.0: the data have no classes to guide to; it must be 1"):
+            sample.run(sample.of_run(tmp_path, overrides={"cfg_scale": 2.0}))
+        config.sampler.cfg_scale = 1.5
+        with pytest.raises(ConfigError, match=r"cfg_scale = 1.5: the data have no classes"):
+            train.run(config, tmp_path / "guided")
+
+
+def test_records_that_cannot_be_read_are_replaced_when_the_config_says_so(tmp_path, capfd):
+    config = tiny(total_steps=2, checkpoint__every=0)
+    config.data = ConfigDict({"name": "tests.test_train:partly_damaged"})
+    with pytest.raises(DataError, match="record 5: ValueError: damaged"):
+        train.run(config, tmp_path / "strict")
+    config.input.max_bad_records = 1
+    train.run(config, tmp_path / "lenient")
+    assert "data: replaced record 5: ValueError: damaged (1 of at most 1)" in capfd.readouterr().err
+    assert records(tmp_path / "lenient")[0]["data/bad_records"] == 1
+
+
+class PartlyDamaged:
+    """Sixteen images, one of which cannot be read."""
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        if index == 5:
+            raise ValueError("damaged")
+        return {"x": np.full((8, 8, 1), index / 16, np.float32), "y": index % 3}
+
+
+def partly_damaged(split):
+    return Dataset(PartlyDamaged(), None, (8, 8, 1), 3)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_by_name(tmp_path):

@@ -11,7 +11,8 @@ class Dataset(NamedTuple):
     source:      examples by index: dict[str, np.ndarray], with `y` an int32 class label.
     transform:   (example, np.random.Generator) -> example; None if there is nothing to draw.
     shape:       (h, w, c) of the network's space.
-    num_classes: labels are 0 .. num_classes - 1.
+    num_classes: labels are 0 .. num_classes - 1, and num_classes is the null label; 0 classes: every label is 0, which
+                 is then the null label.
     """
 
     source: Any

@@ -32,15 +32,15 @@ def make(
     size: int = 65_536,
     seed: int = 0,
 ) -> Dataset:
-    """`size` examples: `x` float32 standard normal of the given shape, `y` uniform over the classes.
+    """`size` examples: `x` float32 standard normal of the given shape, `y` uniform over the classes, 0 without any.
 
     The same arguments give the same examples; `train` and `test` differ. Only 256 images are distinct.
     """
     if split not in ("train", "test"):
         raise ConfigError(f"synthetic: split must be one of train, test, given {split!r}")
-    if len(shape) != 3 or min(*shape, num_classes, size) < 1:
+    if len(shape) != 3 or min(*shape, num_classes + 1, size) < 1:
         raise ConfigError(f"synthetic: not a data set: shape={shape}, num_classes={num_classes}, size={size}")
     rng = np.random.default_rng([seed, split == "test"])
     pool = rng.standard_normal((min(POOL, size), *shape), dtype=np.float32)
-    labels = rng.integers(num_classes, size=size, dtype=np.int32)
+    labels = rng.integers(max(num_classes, 1), size=size, dtype=np.int32)
     return Dataset(Noise(pool, labels), None, tuple(shape), num_classes)
