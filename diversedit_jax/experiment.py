@@ -30,8 +30,15 @@ class Experiment(NamedTuple):
 
 
 def open_data(config: ConfigDict, split: str = "train") -> Dataset:
-    """The data set of a config."""
-    return configs.make("data", config.data, "config.data", split)
+    """The data set of a config. ConfigError where its latents are of another scale than `config.prepare` takes."""
+    dataset = configs.make("data", config.data, "config.data", split)
+    scale = config.prepare.get("scale", dataset.scale)
+    if dataset.scale not in (None, scale):
+        raise ConfigError(
+            f"config.prepare.scale = {scale}, but the autoencoder of these latents has {dataset.scale}: "
+            f"set --config.prepare.scale={dataset.scale}"
+        )
+    return dataset
 
 
 def build(config: ConfigDict, shape: tuple[int, int, int], num_classes: int) -> Experiment:

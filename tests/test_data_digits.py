@@ -161,7 +161,7 @@ def test_synthetic_examples_repeat_and_are_not_zeros():
     assert 0 <= y.min() < 50 < 950 < y.max() < 1000
     np.testing.assert_array_equal(train.source[999]["x"], again.source[999]["x"])
     assert not np.array_equal(train.source[0]["x"], test.source[0]["x"])
-    for options in ({"size": 0}, {"shape": (0, 4, 4)}, {"num_classes": 0}):
+    for options in ({"size": 0}, {"shape": (0, 4, 4)}, {"num_classes": -1}):
         with pytest.raises(ConfigError, match="not a data set"):
             data.make("synthetic", "train", **options)
     with pytest.raises(ConfigError, match="given 'val'"):

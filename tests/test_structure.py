@@ -65,7 +65,7 @@ EXCEPTIONS = {
     "diversedit_jax.interop.orbax_folder": {"orbax", "tensorstore"},
 }
 # Host data stands beside the floors: it never touches jax (though grain itself loads it), and floors 2 and up use it.
-DATA_MAY_IMPORT = {"absl", "numpy", "grain", "tensorflow_datasets", "sklearn", "array_record"}
+DATA_MAY_IMPORT = {"PIL", "absl", "numpy", "grain", "tensorflow_datasets", "sklearn", "array_record"}
 DATA_MAY_USE = {"", "data", "errors", "slots"}
 
 NEVER = {"configs", "launch", "tests", "tools", "tensorflow", "torch"}

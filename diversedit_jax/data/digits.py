@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 
-from diversedit_jax.data import Dataset
+from diversedit_jax.data import Dataset, local_path
 from diversedit_jax.errors import ConfigError, DataError
 
 SHAPE = (8, 8, 1)
@@ -101,7 +101,7 @@ def levels(split: str, data_dir: str | Path | None = None) -> tuple[np.ndarray, 
     """
     if split not in SIZES:
         raise ConfigError(f"digits: split must be one of {', '.join(SIZES)}, given {split!r}")
-    place = build(Path(data_dir).expanduser() if data_dir else cache_dir())
+    place = build(local_path("digits", data_dir) if data_dir else cache_dir())
     try:
         source = tfds.builder_from_directory(str(place)).as_data_source(split)
         examples = source.__getitems__(range(len(source)))

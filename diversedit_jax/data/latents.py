@@ -1,4 +1,4 @@
-"""Image latents on disk: what the Stable Diffusion VAE says of every image, computed once (tools/ has the program).
+"""Image latents on disk: what the Stable Diffusion VAE says of every image, computed once by tools/prepare_latents.py.
 
 The directory is a tfds dataset, file format array_record, read without TensorFlow:
 
@@ -12,14 +12,20 @@ and every record has two features, and may have more that alignment to an image 
     label     Scalar of an integer type, or ClassLabel: 0 .. num_classes - 1.
     image     Image(shape=(H, W, k), encoding_format='png' or 'jpeg'), or Tensor of this shape and uint8: the pixels
               that `moments` were computed from, not mirrored.
+    key       Text: the name of the image. Training does not read it.
     features/NAME, token/NAME
               Tensor(shape=(2, n, d)) and Tensor(shape=(2, d)), dtype=float16, encoding='bytes': the patch tokens and
               the class token of the encoder NAME, computed before. Axis 0 as in `moments`.
+
+Beside them, latents.json says how they were made: `format`, `moments` (mean_std), `shape` [h w c], `classes` (names by
+label; null: none, every label is 0), `vae` with its `scale`, `resolution`, `crop`, checksums of the shards. It may be
+missing; tools/prepare_latents.py writes it last, so that a set that has its plan instead is not finished.
 
 ImageNet at 256x256 has h = w = 32 and c = 4: 32 KiB for an image with its mirror image, before compression. Its pixels
 are about 100 KB as PNG; the patch tokens of DINOv2-B are 768 KiB, which is why encoders rather run on the pixels.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,8 +36,11 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
-from diversedit_jax.data import Dataset
+from diversedit_jax.data import Dataset, local_path
 from diversedit_jax.errors import ConfigError, DataError
+
+ABOUT = "latents.json"
+FORMAT, MOMENTS = 1, "mean_std"
 
 
 def first_line(error: Exception) -> str:
@@ -42,11 +51,12 @@ def first_line(error: Exception) -> str:
 def open_source(data_dir: Path, split: str) -> tuple[tfds.core.DatasetInfo, Any]:
     """The metadata of the dataset in `data_dir` and its records by index, as they are stored."""
     if not data_dir.is_dir():
-        raise DataError(f"latents: data_dir {data_dir} is not a directory of this machine (a bucket must be mounted)")
+        raise DataError(f"latents: data_dir {data_dir} is not a directory of this machine")
     try:
         builder = tfds.builder_from_directory(str(data_dir))
     except Exception as error:
-        raise DataError(f"latents: {data_dir} is not a tfds dataset: {first_line(error)}") from error
+        left = "its preparation is not finished" if (data_dir / "plan.json").exists() else first_line(error)
+        raise DataError(f"latents: {data_dir} is not a tfds dataset: {left}") from error
     try:
         whole = builder.info.splits[split].num_examples
         records = builder.as_data_source(split, deserialize_method=RAW) if whole else []
@@ -55,6 +65,25 @@ def open_source(data_dir: Path, split: str) -> tuple[tfds.core.DatasetInfo, Any]
     if len(records) == 0:
         raise DataError(f"latents: split {split!r} of {data_dir} is empty")
     return builder.info, records
+
+
+def about(data_dir: Path) -> dict[str, Any]:
+    """What latents.json says, {} where there is none; DataError for latents of another kind than are read here."""
+    try:
+        found = json.loads((data_dir / ABOUT).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise DataError(f"latents: {data_dir / ABOUT} cannot be read: {error}") from error
+    for name, wanted in (("format", FORMAT), ("moments", MOMENTS)):
+        if found.get(name) != wanted:
+            raise DataError(f"latents: {data_dir / ABOUT} says {name} = {found.get(name)!r}, wanted {wanted!r}")
+    return found
+
+
+def parsed(record: bytes) -> Mapping[str, Any]:
+    """The features of a record, as they are stored."""
+    return tf_example_pb2.Example.FromString(record).features.feature
 
 
 RAW = tfds.decode.DeserializeMethod.RAW_BYTES
@@ -161,11 +190,11 @@ class Moments:
         return "beyond the last shard"
 
     def _example(self, record: bytes) -> dict[str, np.ndarray | np.int32]:
-        stored = tf_example_pb2.Example.FromString(record).features.feature
+        stored = parsed(record)
         example = {name: decode(stored[name]) for name, decode in self.decoders.items()}
         label = example.pop("label")
-        if not 0 <= label < self.num_classes:
-            raise DataError(f"label {label} is not in 0 .. {self.num_classes - 1}")
+        if not 0 <= label < max(self.num_classes, 1):
+            raise DataError(f"label {label} is not in 0 .. {max(self.num_classes, 1) - 1}")
         example["y"] = np.int32(label)
         return example if self.both else chosen(example, False)
 
@@ -187,14 +216,17 @@ def make(
     split: str,
     *,
     data_dir: str,
-    shape: tuple[int, int, int] = (32, 32, 4),
-    num_classes: int = 1000,
+    shape: tuple[int, int, int] | None = None,
+    num_classes: int | None = None,
     mirror: bool = False,
     image: bool = False,
     cached: tuple[str, ...] = (),
 ) -> Dataset:
-    """The latents in `data_dir`: `moments` float16 [h w 2c] of latents [h w c] = `shape`, and `y` int32.
+    """The latents in `data_dir`: `moments` float16 [h w 2c] and `y` int32.
 
+    shape: of the latents, h w c; by default as the data have it.
+    num_classes: by default those that the data name, 0 where they say that there are none, and 1000 where they are
+    silent.
     mirror: each draw takes the mirror image with probability 1/2, in all that is read.
     image: also read `image`, uint8 [H W k], which encoders run on.
     cached: also read these, computed before, such as `features/dinov2` [n d] and `token/dinov2` [d], float16.
@@ -204,8 +236,12 @@ def make(
     for name in cached:
         if name.partition("/")[0] not in CACHED or not name.partition("/")[2]:
             raise ConfigError(f"latents: cached = {name!r}: wanted features/NAME or token/NAME")
-    info, records = open_source(Path(data_dir).expanduser(), split)
-    check(info, tuple(shape), num_classes, image, cached)
+    folder = local_path("latents", data_dir)
+    info, records = open_source(folder, split)
+    says = about(folder)
+    shape = _shape(info) if shape is None else tuple(shape)
+    num_classes = _classes(info, says) if num_classes is None else num_classes
+    check(info, shape, num_classes, image, cached)
     wanted = ("moments", "label", *(["image"] if image else []), *cached)
     decoders = {name: decoder(name, info.features[name]) for name in wanted}
     files = tfds.core.data_sources.base.file_instructions(info, split)
@@ -213,4 +249,18 @@ def make(
         (file.filename, file.examples_in_shard if file.take == -1 else file.take, file.skip) for file in files
     )
     source = Moments(records, f"{data_dir}, split {split}", num_classes, decoders, shards, mirror)
-    return Dataset(source, flip if mirror else None, tuple(shape), num_classes)
+    return Dataset(source, flip if mirror else None, shape, num_classes, says.get("vae", {}).get("scale"))
+
+
+def _shape(info: tfds.core.DatasetInfo) -> tuple[int, int, int]:
+    if "moments" not in info.features or len(info.features["moments"].shape) != 4:
+        raise DataError(f"latents: no feature 'moments' [2 h w 2c], given: {', '.join(sorted(info.features))}")
+    _, h, w, channels = info.features["moments"].shape
+    return h, w, channels // 2
+
+
+def _classes(info: tfds.core.DatasetInfo, says: Mapping[str, Any]) -> int:
+    if "classes" in says:
+        return len(says["classes"] or ())
+    label = dict(info.features.items()).get("label")
+    return getattr(label, "num_classes", None) or 1000

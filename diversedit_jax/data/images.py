@@ -1,0 +1,49 @@
+"""Pixels of a collection of images, to train on without an autoencoder: see `image_files` for what is read."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from diversedit_jax.data import Dataset, image_files
+from diversedit_jax.data.image_files import ImageFiles
+from diversedit_jax.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Examples by index: `x` float32 [size size 3] in [-1, 1], and `y`."""
+
+    images: ImageFiles
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict:
+        x = image_files.crop(self.images, index, self.size)
+        return {"x": np.float32(x) / 127.5 - 1, "y": self.images.labels[index]}
+
+
+def flip(example: dict, rng: np.random.Generator) -> dict:
+    """The image or, with probability 1/2, its mirror image."""
+    return example | {"x": example["x"][:, ::-1]} if rng.random() < 0.5 else example
+
+
+def make(
+    split: str,
+    *,
+    data_dir: str,
+    size: int = 64,
+    kind: str | None = None,
+    unconditional: bool = False,
+    mirror: bool = False,
+) -> Dataset:
+    """The images in `data_dir`, cropped to size x size pixels as ADM does; classes as the collection has them.
+
+    kind, unconditional: as in `image_files.open_images`. mirror: each draw takes the mirror image with probability 1/2.
+    Images are decoded at every draw: `config.input.num_workers` takes more processes to it.
+    """
+    if size < 1:
+        raise ConfigError(f"images: size = {size}: must be positive")
+    images = image_files.open_images(data_dir, kind, split, unconditional)
+    return Dataset(Pixels(images, size), flip if mirror else None, (size, size, 3), len(images.classes))

@@ -1,0 +1,256 @@
+"""Collections of images: every layout gives the same items in the same order, and nothing is lost silently."""
+
+import io
+import json
+import os
+import pickle
+import tarfile
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
+
+from diversedit_jax import data
+from diversedit_jax.data import image_files
+from diversedit_jax.errors import ConfigError, DataError
+
+CLASSES = ("ant", "bee", "cow")
+
+
+def picture(number: int, size=(20, 14)) -> np.ndarray:
+    return np.random.default_rng(number).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+
+
+def encoded(array: np.ndarray, kind="PNG", mode=None, **options) -> bytes:
+    file = io.BytesIO()
+    image = Image.fromarray(array)
+    (image.convert(mode) if mode else image).save(file, kind, **options)
+    return file.getvalue()
+
+
+# name below the top -> number of its picture; the classes are the folders
+ITEMS = {"ant/a.png": 0, "ant/deep/b.PNG": 1, "bee/a.png": 2, "cow/c.png": 3, "cow/d.png": 4}
+LABELS = [0, 0, 1, 2, 2]
+
+
+def folder(path):
+    for name, number in reversed(ITEMS.items()):
+        file = path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encoded(picture(number)))
+    return path
+
+
+def tar(path, label="cls", items=ITEMS):
+    path.mkdir(exist_ok=True)
+    for part, rows in (("0001", [3, 4]), ("0000", [0, 1, 2])):
+        with tarfile.open(path / f"train-{part}.tar", "w") as file:
+            for row in rows:
+                add(file, f"x/{row:04d}.png", encoded(picture(row)))
+                text = str(LABELS[row]) if label == "cls" else json.dumps({"label": LABELS[row], "w": 20})
+                add(file, f"x/{row:04d}.{label}", text.encode())
+    return path
+
+
+def add(file, name, content):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    file.addfile(info, io.BytesIO(content))
+
+
+def zipped(path):
+    path = path / "set.zip"
+    path.parent.mkdir(exist_ok=True)
+    with zipfile.ZipFile(path, "w") as file:
+        for number in (4, 2, 0, 1, 3):
+            file.writestr(f"00000/img{number:08d}.png", encoded(picture(number)))
+        listed = [[f"00000/img{number:08d}.png", LABELS[number]] for number in range(5)]
+        file.writestr("dataset.json", json.dumps({"labels": listed}))
+    return path
+
+
+def imagenet(path):
+    """As tfds keeps imagenet2012."""
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+            "label": tfds.features.ClassLabel(names=list(CLASSES)),
+            "file_name": tfds.features.Text(),
+        }
+    )
+    path.mkdir()
+    writer = ArrayRecordWriter(str(path / "imagenet2012-train.array_record-00000-of-00001"), "group_size:1")
+    for name, number in ITEMS.items():
+        example = {"image": encoded(picture(number)), "label": LABELS[number], "file_name": name}
+        writer.write(features.serialize_example(example))
+    writer.close()
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=str(path), dataset_name="imagenet2012", split="train", filetype_suffix="array_record"
+    )
+    split = tfds.core.SplitInfo(name="train", shard_lengths=[5], num_bytes=1, filename_template=template)
+    tfds.folder_dataset.write_metadata(data_dir=str(path), features=features, split_infos=[split], check_data=False)
+    return path
+
+
+@pytest.mark.parametrize("make", [folder, tar, zipped, imagenet])
+def test_every_layout_gives_the_same_items(make, tmp_path):
+    images = image_files.open_images(make(tmp_path / "images"))
+    assert images.kind == {folder: "folder", tar: "tar", zipped: "zip", imagenet: "tfds"}[make]
+    assert len(set(images.keys)) == len(images) == 5
+    assert images.labels.tolist() == LABELS
+    assert images.classes == (CLASSES if make in (folder, imagenet) else ("0", "1", "2"))
+    sent = pickle.loads(pickle.dumps(images))
+    with ThreadPoolExecutor(4) as pool:
+        for found in (map(images.read, range(5)), pool.map(sent.read, range(5))):
+            for number, content in enumerate(found):
+                np.testing.assert_array_equal(np.asarray(image_files.decode(content)), picture(number))
+    plain = image_files.open_images(make(tmp_path / "again"), images.kind, unconditional=True)
+    assert (plain.classes, plain.labels.tolist()) == ((), [0] * 5)
+
+
+def test_labels_may_be_json(tmp_path):
+    assert image_files.open_images(tar(tmp_path, "json")).labels.tolist() == LABELS
+
+
+def test_images_without_folders_have_no_classes(tmp_path):
+    for name in ("b.png", "a.jpg"):
+        (tmp_path / name).write_bytes(encoded(picture(0)))
+    images = image_files.open_images(tmp_path)
+    assert (images.keys, images.classes, images.labels.tolist()) == (["a.jpg", "b.png"], (), [0, 0])
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "c.png").write_bytes(encoded(picture(0)))
+    with pytest.raises(DataError, match=r"has images in folders \(more\) and beside them \(a.jpg\)"):
+        image_files.open_images(tmp_path)
+
+
+def test_the_subfolder_of_a_split_is_taken(tmp_path):
+    folder(tmp_path / "train")
+    folder(tmp_path / "val")
+    assert len(image_files.open_images(tmp_path)) == 5
+    assert image_files.open_images(tmp_path, split="val").classes == CLASSES
+
+
+def test_what_is_no_image_is_counted(tmp_path):
+    folder(tmp_path)
+    (tmp_path / "ant" / "readme.txt").write_text("")
+    (tmp_path / "ant" / "Thumbs.db").write_text("")
+    (tmp_path / "bee" / ".DS_Store").write_text("")
+    os.symlink(tmp_path, tmp_path / "cow" / "loop")
+    images = image_files.open_images(tmp_path)
+    assert len(images) == 5
+    assert images.ignored == {"*.txt": 1, "*.db": 1, "hidden file or folder": 1, "link to a folder above": 1}
+
+
+def test_what_is_no_collection_is_named(tmp_path):
+    def refused(path, words, error_kind=DataError, **options):
+        with pytest.raises(error_kind, match=words) as error:
+            image_files.open_images(path, **options)
+        assert "\n" not in str(error.value)
+
+    (tmp_path / "notes.txt").write_text("")
+    refused(tmp_path, r"holds no images, but 1 x \*.txt")
+    refused(tmp_path / "notes.txt", "is neither a folder nor a .tar or .zip file")
+    refused(tmp_path / "nowhere", "does not exist")
+    refused("gs://bucket/images", "gs://bucket/images is not a path of this machine: mount the bucket", ConfigError)
+    refused(tmp_path, "kind = 'lmdb' is unknown; one of: folder, tar, zip, tfds", ConfigError, kind="lmdb")
+    (tmp_path / "bad.zip").write_bytes(b"PK\3\4")
+    refused(tmp_path / "bad.zip", "bad.zip cannot be read: BadZipFile")
+    whole = tar(tmp_path / "tars") / "train-0000.tar"
+    content = whole.read_bytes()
+    for size in (2000, 1536, 700, len(content.rstrip(b"\0"))):
+        whole.write_bytes(content[:size])
+        refused(tmp_path / "tars", r"train-0000.tar cannot be read: (it is truncated|unexpected end of data)")
+    with tarfile.open(whole, "w") as file:
+        add(file, "0009.png", b"")
+    refused(tmp_path / "tars", r"train-0000.tar/0009 in .* has no label, but others have")
+    listed = {"labels": [["a.png", 0]]}
+    with zipfile.ZipFile(tmp_path / "part.zip", "w") as file:
+        for name, content in (("a.png", b""), ("b.png", b""), ("dataset.json", json.dumps(listed))):
+            file.writestr(name, content)
+    refused(tmp_path / "part.zip", "b.png in .* has no label in dataset.json, but others have")
+    refused(imagenet(tmp_path / "tfds"), "cannot open split 'val'", split="val")
+
+
+@pytest.mark.parametrize(
+    ("content", "tolerance"),
+    [
+        (encoded(picture(0)), 0),
+        (encoded(picture(0), "JPEG", quality=100, subsampling=0), 6),
+        (encoded(picture(0), "JPEG", "CMYK", quality=100), 60),  # no profile: a plain conversion
+        (encoded(np.dstack([picture(0), np.full((14, 20), 9, np.uint8)])), 0),  # transparency is dropped
+        (encoded(picture(0), "WEBP", lossless=True), 0),
+    ],
+    ids=["png", "jpeg", "cmyk", "alpha", "webp"],
+)
+def test_images_of_every_kind_become_rgb(content, tolerance):
+    image = image_files.decode(content)
+    assert (image.mode, image.size) == ("RGB", (20, 14))
+    error = np.abs(np.asarray(image).astype(int) - picture(0))
+    assert error.mean() <= tolerance / 3
+    assert tolerance or not error.any()
+
+
+def test_grey_palette_and_deep_images_become_rgb():
+    grey = picture(0)[..., 0]
+    wanted = np.repeat(grey[..., None], 3, axis=-1)
+    deep = grey.astype(np.uint16) * 256 + 17
+    for content in (encoded(grey), encoded(grey, mode="P"), encoded(deep)):
+        np.testing.assert_array_equal(np.asarray(image_files.decode(content)), wanted)
+
+
+def test_what_cannot_be_decoded_is_an_error(monkeypatch):
+    jpeg = encoded(picture(0, (64, 64)), "JPEG")
+    for content, words in [
+        (b"", "an empty file"),
+        (b"GIF? no", "not an image that can be decoded"),
+        (jpeg[: len(jpeg) // 2], "truncated"),
+        (b"<html>404</html>", "not an image"),
+    ]:
+        with pytest.raises(DataError, match=words) as error:
+            image_files.decode(content)
+        assert "\n" not in str(error.value)
+    monkeypatch.setattr(image_files, "MAX_PIXELS", 100)
+    with pytest.raises(DataError, match="20 x 14 pixels: more than 100"):
+        image_files.decode(encoded(picture(0)))
+
+
+def adm(image: Image.Image, size: int) -> np.ndarray:
+    """ADM's rule, written down once more in other words."""
+    width, height = image.size
+    while min(width, height) >= 2 * size:
+        width, height = width // 2, height // 2
+        image = image.resize((width, height), resample=Image.BOX)
+    if width < height:
+        width, height = size, round(height * (size / width))
+    else:
+        width, height = round(width * (size / height)), size
+    array = np.array(image.resize((width, height), resample=Image.BICUBIC))
+    return array[(height - size) // 2 :, (width - size) // 2 :][:size, :size]
+
+
+@pytest.mark.parametrize("size", [(16, 16), (33, 47), (47, 33), (101, 64), (64, 63), (15, 9), (200, 31)])
+def test_crops_are_those_of_adm(size):
+    image = Image.fromarray(picture(1, size))
+    np.testing.assert_array_equal(image_files.center_crop(image, 16), adm(image, 16))
+
+
+def test_pixels_of_a_folder_are_a_data_set(tmp_path):
+    dataset = data.make("images", "train", data_dir=str(folder(tmp_path)), size=8, mirror=True)
+    assert (dataset.shape, dataset.num_classes, len(dataset.source)) == ((8, 8, 3), 3, 5)
+    example = dataset.source[2]
+    wanted = adm(Image.fromarray(picture(2)), 8) / 127.5 - 1
+    np.testing.assert_allclose(example["x"], wanted, atol=1e-6)
+    assert (example["y"], example["x"].dtype) == (1, np.float32)
+    drawn = [dataset.transform(example, np.random.default_rng(i))["x"] for i in range(40)]
+    mirrored = [np.array_equal(x, example["x"][:, ::-1]) for x in drawn]
+    assert all(m or np.array_equal(x, example["x"]) for m, x in zip(mirrored, drawn, strict=True))
+    assert 8 < sum(mirrored) < 32
+    (tmp_path / "cow" / "c.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"cow/c.png: an empty file"):
+        dataset.source[3]
+    plain = data.make("images", "train", data_dir=str(tmp_path), size=8, unconditional=True)
+    assert (plain.num_classes, plain.transform) == (0, None)

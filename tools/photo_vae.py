@@ -1,0 +1,74 @@
+"""Train a small autoencoder on a folder of images, and write it as diffusers writes that of Stable Diffusion.
+
+    python -m tools.photo_vae IMAGES OUT [--steps=1500]
+
+It stands in for the SD-VAE where nothing can be downloaded: four pixels a latent, four channels, some minutes of a CPU.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+from tqdm import tqdm
+
+from diversedit_jax import data, program
+from diversedit_jax.data import pipeline
+from diversedit_jax.errors import ConfigError
+from diversedit_jax.interop import vae as published
+from diversedit_jax.models import vae
+
+ARCH = vae.Architecture(widths=(16, 32, 64), layers=1, groups=8)
+KL = 1e-3  # weight of the divergence from a normal distribution, per latent
+
+
+def train(images: str | Path, out: str | Path, size: int = 32, steps: int = 1500) -> tuple[float, float]:
+    """Train, and write the folder; returns the mean absolute error, of a range of 2, and the scale of the latents."""
+    network = vae.network(ARCH)
+    dataset = data.make("images", "train", data_dir=str(images), size=size, mirror=True)
+    params = jax.jit(network.init)(jax.random.key(0))
+    optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
+
+    def loss(params, x, key):
+        mean, std = jnp.split(network.encode(params, x), 2, axis=-1)
+        decoded = network.decode(params, mean + std * jax.random.normal(key, mean.shape))
+        divergence = 0.5 * jnp.mean(mean**2 + std**2 - 1 - 2 * jnp.log(std))
+        return jnp.mean(jnp.abs(decoded - x)) + KL * divergence, (jnp.mean(jnp.abs(decoded - x)), mean)
+
+    @jax.jit
+    def step(params, opt, x, key):
+        (_, found), gradient = jax.value_and_grad(loss, has_aux=True)(params, x, key)
+        updates, opt = optimizer.update(gradient, opt, params)
+        return optax.apply_updates(params, updates), opt, found
+
+    opt, errors, deviations = optimizer.init(params), [], []
+    loader = pipeline.batches(dataset, 16, seed=0)
+    try:
+        for number in tqdm(range(steps), unit="step", mininterval=5):
+            key = jax.random.fold_in(jax.random.key(1), number)
+            params, opt, (error, mean) = step(params, opt, next(loader)["x"], key)
+            errors.append(error)
+            deviations.append(jnp.std(mean))
+    finally:
+        loader.close()
+    scale = round(float(1 / np.mean(deviations[-100:])), 4)
+    published.export(params, ARCH, out, scale=scale)
+    return float(np.mean(errors[-100:])), scale
+
+
+if __name__ == "__main__":
+    flags.DEFINE_integer("size", 32, "Side of the images, in pixels.")
+    flags.DEFINE_integer("steps", 1500, "Training steps, of 16 images.")
+
+    def main(arguments: list[str]) -> None:
+        """Train it."""
+        if len(arguments) != 2:
+            raise ConfigError("usage: python -m tools.photo_vae IMAGES OUT; --help says more")
+        error, scale = train(*arguments, size=flags.FLAGS.size, steps=flags.FLAGS.steps)
+        print(
+            f"{arguments[1]}: mean absolute error {127.5 * error:.1f} of 255 grey levels; the latents' scale is {scale}"
+        )
+
+    program.launch(main, arguments=True)

@@ -1,0 +1,402 @@
+"""From images to latents that train: python -m tools.prepare_latents IMAGES OUT --vae=VAE [--size=256]
+
+IMAGES is a folder of class folders, a folder of images without classes, WebDataset .tar files, a .zip with
+dataset.json, or a tfds dataset in array_record files such as imagenet2012. VAE is an autoencoder of Stable Diffusion's
+kind: a folder as diffusers writes it, or a file. Every image is cropped as ADM does and encoded, and so is its mirror
+image; OUT becomes a tfds dataset that `--config.data.data_dir=OUT` trains on, in shards of float16 means and standard
+deviations.
+
+The same command goes on after it was killed: no image is done twice, none is lost, and the records are those of an
+undisturbed run. Several processes may share the work: --process_index=0 .. n-1 --process_count=n, on one machine or on
+several that see OUT. Images that cannot be read are skipped, and listed in OUT/report.json; with --strict they are an
+error. OUT/mosaic.png shows images beside what the autoencoder makes of their latents.
+
+    python -m tools.prepare_latents --verify OUT     checks a finished set: checksums, counts, ranges
+"""
+
+import ast
+import io
+import os
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from PIL import Image
+from tqdm import tqdm
+
+from diversedit_jax import __version__, encoders, logs, program, sharding
+from diversedit_jax.data import image_files, latents, local_path
+from diversedit_jax.data.image_files import ImageFiles
+from diversedit_jax.errors import ConfigError, DataError
+from diversedit_jax.interop import vae as vae_files
+from diversedit_jax.models import vae as vae_model
+from diversedit_jax.prepare import pixels
+from tools import latent_shards
+from tools.latent_shards import Plan
+
+
+class Options(NamedTuple):
+    """What the flags say; see their help below."""
+
+    vae: str
+    size: int = 256
+    kind: str | None = None
+    split: str = "train"
+    unconditional: bool = False
+    image: str = "none"
+    encoder: tuple[str, ...] = ()
+    batch_size: int = 32
+    per_shard: int = 4096
+    threads: int = 0
+    process_index: int = 0
+    process_count: int = 1
+    strict: bool = False
+    precision: str = "highest"
+
+
+JPEG_QUALITY = 95
+SHOWN = 8  # images in the mosaic, and lines of skipped ones
+
+
+class Encoding(NamedTuple):
+    """What computes the features of crops.
+
+    run:    uint8 [b size size 3], b at most `batch` -> float16 [b 2 ...] by name: of the crops, of their mirror images.
+    shapes: of the features of encoders, of one image.
+    """
+
+    run: Callable[[np.ndarray], dict[str, np.ndarray]]
+    batch: int
+    shapes: dict[str, tuple[int, ...]]
+
+
+def prepare(source: str | Path, out: str | Path, options: Options) -> None:
+    """Prepare a set, or what is left of it."""
+    started = time.monotonic()
+    images = image_files.open_images(source, options.kind, options.split, options.unconditional)
+    folder = local_path("OUT", out).absolute()
+    release = vae_files.open_vae(local_path("--vae", options.vae))
+    check(options, release.arch.factor)
+    encoding = encoder(release, options)
+    plan = planned(images, release, encoding.shapes, options)
+    classes = f"{len(images.classes)} classes" if images.classes else "no classes"
+    print(f"{len(images)} images, {classes}: {source}")
+    for what, count in images.ignored.items():
+        print(f"  ignored: {count} x {what}")
+    if latent_shards.claim(folder, plan):
+        print(f"nothing to do: {folder} is whole")
+        return
+
+    mine = range(options.process_index, plan.shards, options.process_count)
+    todo = [shard for shard in latent_shards.missing(folder, plan) if shard in mine]
+    whole = sum(len(plan.images(shard)) for shard in mine)
+    left = sum(len(plan.images(shard)) for shard in todo)
+    with (
+        ThreadPoolExecutor(options.threads or 2 * (os.cpu_count() or 1)) as pool,
+        Ticker(whole, whole - left) as ticker,
+    ):
+        for shard in todo:
+            skipped: dict[str, str] = {}
+            crops = cropped(images, plan.images(shard), pool, skipped, ticker, options)
+            latent_shards.write_shard(folder, plan, shard, encoded(images, crops, encoding, options.image), skipped)
+
+    others = latent_shards.missing(folder, plan)
+    if others:
+        print(f"this process is done; {len(others)} of {plan.shards} shards are left to the others")
+        return
+    report = summary(folder, plan, images)
+    about = latent_shards.finish(folder, plan)
+    latent_shards.write_json(folder / "report.json", report | {"ignored": dict(images.ignored)})
+    mosaic(folder, images, release, options)
+    show(report, about, folder, time.monotonic() - started)
+
+
+def check(options: Options, factor: int) -> None:
+    """Raise ConfigError for options that cannot be. factor: pixels of a latent."""
+    if options.size < 1 or options.size % factor:
+        raise ConfigError(f"--size={options.size}: must be a multiple of the {factor} pixels of a latent")
+    for name, value in (("batch_size", options.batch_size), ("per_shard", options.per_shard)):
+        if value < 1:
+            raise ConfigError(f"--{name}={value}: must be positive")
+    if not 0 <= options.process_index < options.process_count:
+        raise ConfigError(f"--process_index={options.process_index} is not in 0 .. {options.process_count - 1}")
+
+
+def planned(
+    images: ImageFiles, release: vae_files.Release, shapes: dict[str, tuple[int, ...]], options: Options
+) -> Plan:
+    """The plan of the set that the options ask for."""
+    factor, size = release.arch.factor, options.size
+    shape = (size // factor, size // factor, release.arch.latent_channels)
+    about = {
+        "format": latents.FORMAT,
+        "moments": latents.MOMENTS,
+        "shape": list(shape),
+        "classes": list(images.classes) or None,
+        "vae": {"name": release.name, "sha256": release.digest, "scale": release.scale, "shift": release.shift},
+        "input_range": [-1, 1],
+        "crop": "adm",
+        "resolution": size,
+        "precision": options.precision,
+        "image": None if options.image == "none" else options.image,
+        "encoders": {
+            name: given | {"file": latent_shards.file_digest(given["file"])}
+            for name, given in chosen_encoders(options).items()
+        },
+        "collection": {"kind": images.kind, "sha256": latent_shards.collection_digest(images.keys, images.labels)},
+        "tool": f"diversedit_jax {__version__}",
+    }
+    image = None if options.image == "none" else options.image
+    features = latent_shards.features(shape, size, image, shapes, images.classes)
+    return Plan(about, features, len(images), options.per_shard)
+
+
+def chosen_encoders(options: Options) -> dict[str, dict[str, Any]]:
+    """The encoders to run: name -> the options of `encoders.NAME.make`, `file` among them."""
+    found = {}
+    for given in options.encoder:
+        (name, _, file), *more = (part.partition("=") for part in given.split(","))
+        if not name or not file or not all(option and value for option, _, value in more):
+            raise ConfigError(f"--encoder={given}: wanted NAME=FILE, or NAME=FILE,OPTION=VALUE,...")
+        found[name] = {"file": file} | {option: literal(value) for option, _, value in more}
+    return found
+
+
+def literal(text: str) -> Any:
+    """A number or another value of Python, or the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+def encoder(release: vae_files.Release, options: Options) -> Encoding:
+    """What computes the moments, and the features of encoders.
+
+    All batches have one size, the last of a shard filled up, so that one program is compiled and no result depends on
+    how many processes there are.
+    """
+    mesh = sharding.make_mesh()
+    network = vae_model.network(release.arch, options.precision)
+    made = {name: encoders.make(name, **given) for name, given in chosen_encoders(options).items()}
+    batch = -(-options.batch_size // mesh.size) * mesh.size
+
+    @jax.jit
+    def compute(frozen: Any, crops: jax.Array) -> dict[str, jax.Array]:
+        found = {"moments": network.encode(frozen["vae"], crops.astype(jnp.float32) / 127.5 - 1)}
+        for name, one in made.items():
+            patches, token = one.apply(frozen[name], crops)
+            found |= {f"features/{name}": patches} | ({} if token is None else {f"token/{name}": token})
+        return jax.tree.map(lambda x: x.astype(jnp.float16), found)
+
+    abstract = {"vae": jax.eval_shape(network.init, jax.random.key(0))}
+    abstract |= {name: jax.eval_shape(one.init) for name, one in made.items()}
+    crops = jax.ShapeDtypeStruct((1, options.size, options.size, 3), np.uint8)
+    found = jax.eval_shape(compute, abstract, crops)
+    shapes = {name: leaf.shape[1:] for name, leaf in found.items() if name != "moments"}
+    frozen: dict[str, Any] = {}
+
+    def encode(crops: np.ndarray) -> dict[str, np.ndarray]:
+        if not frozen:  # only when there is something to do
+            on_host = {"vae": release.read(("encoder",))} | {name: one.init() for name, one in made.items()}
+            frozen.update(jax.device_put(on_host, sharding.replicated(mesh)))
+        padded = np.resize(crops, (batch, *crops.shape[1:]))
+        both = [
+            jax.device_get(compute(frozen, jax.device_put(np.ascontiguousarray(side), sharding.over_batch(mesh))))
+            for side in (padded, padded[:, :, ::-1])
+        ]
+        return {name: np.stack([side[name][: len(crops)] for side in both], axis=1) for name in both[0]}
+
+    return Encoding(encode, batch, shapes)
+
+
+def cropped(
+    images: ImageFiles,
+    indices: range,
+    pool: ThreadPoolExecutor,
+    skipped: dict[str, str],
+    ticker: "Ticker",
+    options: Options,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The images that can be read, in order, decoded ahead by the threads; the others go to `skipped`."""
+    ahead: deque[tuple[int, Future]] = deque()
+    rest = iter(indices)
+    try:
+        while True:
+            while len(ahead) < 2 * options.batch_size and (index := next(rest, None)) is not None:
+                ahead.append((index, pool.submit(image_files.crop, images, index, options.size)))
+            if not ahead:
+                return
+            index, future = ahead.popleft()
+            try:
+                yield index, future.result()
+            except DataError as error:
+                if options.strict:
+                    raise
+                skipped[images.keys[index]] = str(error).removeprefix(f"{images.keys[index]}: ")
+            ticker.update(1)
+    finally:
+        for _, future in ahead:
+            future.cancel()
+
+
+def encoded(
+    images: ImageFiles, crops: Iterator[tuple[int, np.ndarray]], encoding: Encoding, image: str
+) -> Iterator[dict[str, Any]]:
+    """The records of these crops."""
+    while batch := list(islice(crops, encoding.batch)):
+        found = encoding.run(np.stack([crop for _, crop in batch]))
+        for row, (index, crop) in enumerate(batch):
+            example = {name: values[row] for name, values in found.items()}
+            for name, values in example.items():
+                if not np.isfinite(values).all():
+                    raise DataError(f"{images.keys[index]}: its {name} are not finite in float16")
+            example |= {"key": images.keys[index], "label": int(images.labels[index])}
+            yield example | ({} if image == "none" else {"image": compressed(crop, image)})
+
+
+def compressed(crop: np.ndarray, kind: str) -> bytes:
+    """A crop as PNG or JPEG."""
+    file = io.BytesIO()
+    quality = {"quality": JPEG_QUALITY, "subsampling": 0} if kind == "jpeg" else {}
+    Image.fromarray(crop).save(file, kind, **quality)
+    return file.getvalue()
+
+
+class Ticker:
+    """Progress: a bar on a terminal, elsewhere a line now and then."""
+
+    def __init__(self, total: int, done: int, every: float = 30.0):
+        self.bar = tqdm(total=total, initial=done, unit="img", smoothing=0.05, disable=not sys.stderr.isatty())
+        self.total, self.done, self.every = total, done, every
+        self.start = self.said = time.monotonic()
+        self.first = done
+
+    def update(self, count: int) -> None:
+        self.bar.update(count)
+        self.done += count
+        now = time.monotonic()
+        if self.bar.disable and now - self.said >= self.every:
+            self.said = now
+            rate = (self.done - self.first) / (now - self.start)
+            left = logs.duration((self.total - self.done) / rate)
+            print(f"{self.done} of {self.total} images, {rate:.1f} images/s, {left} left", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "Ticker":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+
+def summary(folder: Path, plan: Plan, images: ImageFiles) -> dict[str, Any]:
+    """What became of every image."""
+    notes = [latent_shards.note(folder, shard) for shard in range(plan.shards)]
+    skipped = {key: why for found in notes for key, why in found["skipped"].items()}
+    lost = Counter(int(label) for key, label in zip(images.keys, images.labels, strict=True) if key in skipped)
+    counts = Counter(images.labels.tolist())
+    names = images.classes or ("all",)
+    return {
+        "images": plan.count,
+        "records": sum(found["records"] for found in notes),
+        "bytes": sum(found["bytes"] for found in notes),
+        "per_class": {name: counts[label] - lost[label] for label, name in enumerate(names)},
+        "skipped": skipped,
+    }
+
+
+def show(report: dict[str, Any], about: dict[str, Any], folder: Path, seconds: float) -> None:
+    """The end of the report, for a person."""
+    counts = sorted(report["per_class"].values())
+    shards = len(about["shards"])
+    print(f"{report['records']} of {report['images']} images in {shards} shards, {logs.duration(seconds)}")
+    print(f"  {report['bytes'] / 2**20:.1f} MiB before compression")
+    if about["classes"]:
+        print(f"  {len(counts)} classes of {counts[0]} to {counts[-1]} images, median {counts[len(counts) // 2]}")
+    for key, why in list(report["skipped"].items())[:SHOWN]:
+        print(f"  skipped: {key}: {why}")
+    if len(report["skipped"]) > SHOWN:
+        print(f"  and {len(report['skipped']) - SHOWN} others: {folder / 'report.json'}")
+    print(f"  images beside their reconstructions: {folder / 'mosaic.png'}")
+    scale = about["vae"]["scale"]
+    more = f" --config.prepare.scale={scale}" if scale not in (None, 0.18215) else ""
+    print(f"train on it: --config.data.data_dir={folder}{more}")
+
+
+def mosaic(folder: Path, images: ImageFiles, release: vae_files.Release, options: Options) -> None:
+    """mosaic.png: some images above what the decoder makes of the means of their latents."""
+    place = {key: index for index, key in enumerate(images.keys)}
+    dataset = latents.make("train", data_dir=str(folder))
+    records = dataset.source.records
+    chosen = np.unique(np.linspace(0, len(dataset.source) - 1, SHOWN).astype(int))
+    keys = [latents.parsed(records[int(i)])["key"].bytes_list.value[0].decode() for i in chosen]
+    originals = np.stack([image_files.crop(images, place[key], options.size) for key in keys])
+    means = np.stack([dataset.source[int(i)]["moments"] for i in chosen]).astype(np.float32)
+    means = means[..., : means.shape[-1] // 2]
+    network = vae_model.network(release.arch, options.precision)
+    params = release.read(("decoder",))
+    decode = jax.jit(lambda params, z: pixels.decode({}, network.decode(params, z)))
+    decoded = np.concatenate([decode(params, jnp.asarray(mean[None])) for mean in means])
+    rows = [np.concatenate(list(row), axis=1) for row in (originals, decoded)]
+    logs.save_png(folder / "mosaic.png", np.concatenate(rows))
+    error = np.mean((originals.astype(np.float32) - decoded) ** 2)
+    print(f"  PSNR of the reconstructions of {len(chosen)} images: {10 * np.log10(255**2 / max(error, 1e-9)):.1f} dB")
+
+
+def verify(out: str) -> None:
+    """Check a finished set."""
+    folder = local_path("OUT", out).absolute()
+    about = latent_shards.whole(folder)
+    begin, count = time.monotonic(), 0
+    with Ticker(about["records"], 0) as ticker:
+        for records in latent_shards.verify(folder):
+            count += records
+            ticker.update(records)
+    latents.make("train", data_dir=str(folder))  # and tfds and training read it
+    seconds = logs.duration(time.monotonic() - begin)
+    print(f"{folder} is whole: {count} records in {len(about['shards'])} shards, {seconds}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("vae", None, "Autoencoder: a folder as diffusers writes it, or a weight file.")
+    flags.DEFINE_integer("size", 256, "Side of the crops, in pixels.")
+    flags.DEFINE_enum("kind", None, list(image_files.KINDS), "What IMAGES is; by default told by what lies there.")
+    flags.DEFINE_string("split", "train", "Split of a tfds dataset, or a subfolder of this name.")
+    flags.DEFINE_bool("unconditional", False, "Do not read classes.")
+    flags.DEFINE_enum("image", "none", ["none", "png", "jpeg"], "Also store the crops, for encoders (REPA, REG).")
+    flags.DEFINE_multi_string(
+        "encoder", [], "Also store features: NAME=FILE[,OPTION=VALUE...], such as dinov2=FILE. Large."
+    )
+    flags.DEFINE_integer("batch_size", 32, "Images that all devices encode at a time; then their mirror images.")
+    flags.DEFINE_integer("per_shard", 4096, "Images of a shard: at 256 pixels 4,096 are 128 MiB.")
+    flags.DEFINE_integer("threads", 0, "Threads that decode and crop; 0: two for each core.")
+    flags.DEFINE_integer("process_index", 0, "Which of the processes this is.")
+    flags.DEFINE_integer("process_count", 1, "Processes that share the work.")
+    flags.DEFINE_bool("strict", False, "An image that cannot be read is an error.")
+    flags.DEFINE_enum("precision", "highest", list(vae_model.PRECISIONS), "Of the autoencoder's products.")
+    flags.DEFINE_bool("verify", False, "Check the finished set in OUT, and do nothing else.")
+
+    def main(arguments: list[str]) -> None:
+        """Read the arguments and run."""
+        logs.silence()
+        checking = flags.FLAGS.verify
+        if len(arguments) != (1 if checking else 2):
+            usage = "--verify OUT" if checking else "IMAGES OUT --vae=VAE"
+            raise ConfigError(f"usage: python -m tools.prepare_latents {usage}; --help says more")
+        if checking:
+            return verify(*arguments)
+        if flags.FLAGS.vae is None:
+            raise ConfigError("--vae is required: a folder as diffusers writes it, or a weight file")
+        options = {name: flags.FLAGS[name].value for name in Options._fields}
+        prepare(*arguments, Options(**options | {"encoder": tuple(options["encoder"])}))
+
+    program.launch(main, arguments=True)
