@@ -347,7 +347,8 @@ def mosaic(folder: Path, images: ImageFiles, release: vae_files.Release, options
     decode = jax.jit(lambda params, z: pixels.decode({}, network.decode(params, z)))
     decoded = np.concatenate([decode(params, jnp.asarray(mean[None])) for mean in means])
     rows = [np.concatenate(list(row), axis=1) for row in (originals, decoded)]
-    logs.save_png(folder / "mosaic.png", np.concatenate(rows))
+    large = max(1, 96 // options.size)  # times, so that small images can be seen
+    logs.save_png(folder / "mosaic.png", np.concatenate(rows).repeat(large, axis=0).repeat(large, axis=1))
     error = np.mean((originals.astype(np.float32) - decoded) ** 2)
     print(f"  PSNR of the reconstructions of {len(chosen)} images: {10 * np.log10(255**2 / max(error, 1e-9)):.1f} dB")
 
