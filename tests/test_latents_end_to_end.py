@@ -19,7 +19,7 @@ def latents(tmp_path_factory):
     assert photographs.write(home / "images", 16, 64) == 64
     photo_vae.train(home / "images", home / "vae", size=16, steps=3)
     prepare_latents.prepare(home / "images", home / "latents", prepare_latents.Options(str(home / "vae"), size=16))
-    prepare_latents.verify(str(home / "latents"))
+    prepare_latents.verify(home / "latents", home / "vae", "highest")
     return home
 
 
