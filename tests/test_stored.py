@@ -207,6 +207,8 @@ def test_standard_deviations_are_not_guessed(tmp_path):
     path = repa(tmp_path / "set", kind="logvar")
     refused(r"a standard deviation of -\d.*: are these log variances\? Set kind='logvar'", "repa", path)
     refused("kind = 'var': wanted one of std, logvar", "repa", path, ConfigError, kind="var")
+    other = r"log variances of at least 0.1\d*: are these standard deviations\? Set kind='std'"
+    refused(other, "repa", repa(tmp_path / "plain"), kind="logvar")
     refused("are these log variances", "meanflow_pt", torch_files(tmp_path / "pt", "logvar"))
     assert data.make("meanflow_pt", "train", data_dir=str(tmp_path / "pt"), kind="logvar").shape == (H, W, K)
 

@@ -72,6 +72,10 @@ class Stored:
 def deviations(second: np.ndarray, kind: str) -> np.ndarray:
     """Standard deviations from what is stored: themselves, or the logarithms of their squares."""
     if kind == "logvar":
+        if second.min() > 0:
+            raise DataError(
+                f"log variances of at least {second.min():.3g}: are these standard deviations? Set kind='std'"
+            )
         return np.exp(0.5 * np.clip(second, *LOGVAR))
     if second.min() < 0:
         raise DataError(f"a standard deviation of {second.min():.3g}: are these log variances? Set kind='logvar'")
