@@ -38,6 +38,7 @@ setup(
         "array-record>=0.8.1",  # the files that tensorflow-datasets reads and writes without TensorFlow
         "diffrax>=0.7.2",  # the ODE solver with adaptive steps, dopri5
         "jaxtyping>=0.3.2",  # array shapes in signatures
+        "ml-dtypes>=0.5",  # bfloat16 and float8 in weight files, as jax has them
         "pillow>=11.0",  # PNG
         "safetensors>=0.5",  # weights of public releases, without pickle
         "scikit-learn>=1.6",  # the bundled digits, and the classifier that judges samples

@@ -39,7 +39,7 @@ FLOORS = {
         ],
         ["jax", "numpy", "jaxtyping"],
     ),
-    1: (["models", "interop"], ["flax", "safetensors"]),
+    1: (["models", "interop"], ["flax", "safetensors", "ml_dtypes"]),
     2: (
         [
             "train_state",
@@ -69,8 +69,9 @@ EXCEPTIONS = {
 # Host data stands beside the floors: it never touches jax (though grain itself loads it), and floors 2 and up use it.
 DATA_MAY_IMPORT = {"PIL", "absl", "numpy", "grain", "tensorflow_datasets", "sklearn", "array_record"}
 DATA_MAY_USE = {"", "data", "errors", "slots"}
-# Layouts that are files of weights: read by `interop.weights_file`, which is numpy alone, and by safetensors itself.
-READS_WEIGHTS = {"diversedit_jax.data.meanflow_pt", "diversedit_jax.data.lightningdit"}
+# Layouts that are files of weights, or pickles: read by these, which are numpy alone.
+FILES = [f"diversedit_jax.interop.{name}" for name in ("weights_file", "numpy_pickle")]
+READS_WEIGHTS = {f"diversedit_jax.data.{name}" for name in ("meanflow_pt", "meanflow_lmdb", "lightningdit")}
 
 NEVER = {"configs", "launch", "tests", "tools", "tensorflow", "torch"}
 
@@ -146,6 +147,11 @@ def allowed(where: int | str) -> tuple[set[str], set[str]]:
     return (packages | DATA_MAY_IMPORT, parts | {"data"}) if where >= 2 else (packages, parts)
 
 
+def imports_of_interop(path: Path) -> set[str]:
+    """The modules of interop/ that a file imports."""
+    return {name for name in imports(path) if name.startswith("diversedit_jax.interop")}
+
+
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
 def test_a_module_imports_its_own_and_lower_floors_only(path):
     where = floor(part(dotted(path)))
@@ -155,7 +161,7 @@ def test_a_module_imports_its_own_and_lower_floors_only(path):
         f"{dotted(path)} (floor {where}) may not import {found}"
     )
     used = {part(name) for name in imports(path) if name.partition(".")[0] == "diversedit_jax"}
-    parts = parts | {"interop"} if dotted(path) in READS_WEIGHTS else parts
+    used -= {"interop"} if dotted(path) in READS_WEIGHTS and not imports_of_interop(path) - set(FILES) else set()
     assert not (found := used - parts), f"{dotted(path)} (floor {where}) may not use diversedit_jax.{found}"
 
 
@@ -170,6 +176,11 @@ def loaded_after_importing(modules: list[str]) -> set[str]:
     process = subprocess.run([sys.executable, "-c", code, *modules], cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     return {name.partition(".")[0] for name in process.stdout.partition("LOADED")[2].split()}
+
+
+def test_readers_of_files_need_numpy_alone():
+    found = loaded_after_importing(FILES) & {"jax", "flax", "orbax"}
+    assert not found, f"importing {FILES} loads {found}"
 
 
 def test_floor_0_needs_jax_alone():

@@ -4,13 +4,11 @@
     0, 1, ...     a pickled dict: `moments` and `moments_flip`, float32 [8 h w], means, then LOG VARIANCES, of the image
                   and of its mirror image; `label`, `filename`
 
-Needs the package lmdb (`pip install -e .[lmdb]`). No pickle is run: arrays are put together here, and any other object
-in it is refused by name.
+Needs the package lmdb (`pip install -e .[lmdb]`). No pickle is run: `interop.numpy_pickle` puts arrays together,
+and any other object is refused by name.
 """
 
-import io
 import os
-import pickle
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,74 +18,16 @@ import numpy as np
 
 from diversedit_jax.data import Dataset, local_path, stored
 from diversedit_jax.data.stored import Record
-from diversedit_jax.errors import ConfigError, DataError
-
-DTYPES = ("f2", "f4", "f8")
-
-
-class PickledDtype:
-    """What a pickle calls a dtype."""
-
-    def __init__(self, name: str, *flags: Any):
-        if name not in DTYPES:
-            raise pickle.UnpicklingError(f"an array of dtype {str(name)[:20]!r}, wanted one of {', '.join(DTYPES)}")
-        self.name, self.order = name, "<"
-
-    def __setstate__(self, state: tuple) -> None:
-        self.order = ">" if state[1] == ">" else "<"
-
-    def array(self, content: bytes | bytearray, shape: tuple[int, ...], order: str) -> np.ndarray:
-        """The array of these numbers."""
-        return np.frombuffer(content, f"{self.order}{self.name}").reshape(shape, order=order)
-
-
-class PickledArray:
-    """What a pickle calls an array."""
-
-    def __init__(self, *arguments: Any):
-        self.value: np.ndarray | None = None
-
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, dtype, fortran, content = state
-        self.value = dtype.array(content, shape, "F" if fortran else "C")
-
-
-def from_buffer(content: bytes | bytearray, dtype: PickledDtype, shape: tuple[int, ...], order: str) -> PickledArray:
-    """An array as later versions of pickle have it."""
-    array = PickledArray()
-    array.value = dtype.array(content, shape, order)
-    return array
-
-
-KNOWN = {
-    "multiarray._reconstruct": PickledArray,
-    "numeric._frombuffer": from_buffer,
-    "ndarray": PickledArray,
-    "dtype": PickledDtype,
-}
-
-
-class Unpickler(pickle.Unpickler):
-    """Reads dicts, numbers, strings and arrays; names nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        inside = module.removeprefix("numpy").removeprefix(".core").removeprefix("._core").strip(".")
-        known = KNOWN.get(f"{inside}.{name}".strip("."))
-        if known is None or module.partition(".")[0] != "numpy":
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not run")
-        return known
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it names a persistent object")
+from diversedit_jax.errors import ConfigError, DataError, WeightsError
+from diversedit_jax.interop import numpy_pickle
 
 
 def entry(content: bytes) -> dict[str, Any]:
     """A record of the database; DataError for anything but a dict of arrays, numbers and strings."""
     try:
-        found = Unpickler(io.BytesIO(content)).load()
-        return {name: value.value if isinstance(value, PickledArray) else value for name, value in found.items()}
-    except Exception as error:
-        raise DataError(f"its pickle cannot be read: {error}") from error
+        return numpy_pickle.load(content)
+    except WeightsError as error:
+        raise DataError(str(error)) from error
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,17 @@ attributes, hashes any key, and sizes its memo by a number in the file. This mac
 it never imports, a name is a token with a meaning in the tables below or an error, and what it builds are dicts, lists,
 tuples, numbers, strings and `Tensor`. PyTorch's own `weights_only` reader is built alike.
 
-Opcodes: those of protocols 2 (which PyTorch writes) to 5, without bytes, sets, cycles of tuples and classes.
+Opcodes: those of protocols 2 (which PyTorch writes) to 5, without bytes, sets, cycles of tuples and classes. What names
+mean is a `Vocabulary`: that of PyTorch is here, that of numpy, which has bytes, in `numpy_pickle`.
 """
 
 import math
 import pickletools
-from collections.abc import Callable
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from io import BufferedIOBase
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from diversedit_jax.errors import WeightsError
@@ -29,7 +31,7 @@ _INTEGERS = {
     name: np.dtype(name) for name in ("uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64")
 }
 _FLOATS = {name: np.dtype(name) for name in ("float16", "float32", "float64")}
-_NARROW = {name: np.dtype(getattr(jnp, name)) for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2")}
+_NARROW = {name: np.dtype(getattr(ml_dtypes, name)) for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2")}
 DTYPES = {"bool": np.dtype(bool), **_INTEGERS, **_FLOATS, **_NARROW}
 
 _STORAGES = {
@@ -171,19 +173,34 @@ def _put(mapping: Any, key: Any, value: Any) -> None:
     _checked(mapping, dict, Namespace)[_checked(key, str, int, float, bool, type(None))] = value
 
 
-def _named(module: Any, name: Any) -> _Name | str:
+class Vocabulary(NamedTuple):
+    """What the names and opcodes of a kind of pickle mean.
+
+    calls: names that may be called. types: names that may be handed on. constants: names that stand for a value.
+    build: (object, state) -> None, the opcode BUILD. stored: of a persistent id. opcodes: by their byte.
+    """
+
+    calls: Mapping[str, Callable]
+    types: Collection[str]
+    constants: Mapping[str, Any]
+    build: Callable[[Any, Any], None]
+    stored: Callable[[Any], Any]
+    opcodes: Mapping[bytes, Any]
+
+
+def _named(words: Vocabulary, module: Any, name: Any) -> Any:
     dotted = f"{_checked(module, str)}.{_checked(name, str)}"
-    if dotted in _CALLS or dotted in _STORAGES:
+    if dotted in words.calls or dotted in words.types:
         return _Name(dotted)
-    if dotted.removeprefix("torch.") in DTYPES and dotted.startswith("torch."):
-        return dotted
+    if dotted in words.constants:
+        return words.constants[dotted]
     raise WeightsError(f"refuses to load {show(dotted)}: only tensors, containers and numbers are read")
 
 
-def _called(function: Any, args: tuple) -> Any:
-    if type(function) is not _Name or function.dotted not in _CALLS:
+def _called(words: Vocabulary, function: Any, args: tuple) -> Any:
+    if type(function) is not _Name or function.dotted not in words.calls:
         raise ValueError(f"a call of {type(function).__name__}")
-    return _CALLS[function.dotted](*args)
+    return words.calls[function.dotted](*args)
 
 
 def _build(target: Any, state: Any) -> None:
@@ -211,25 +228,34 @@ _MARKED = ("MARK", "TUPLE", "APPENDS", "SETITEMS")
 _SINGLE = ("EMPTY_DICT", "EMPTY_LIST", "APPEND", "SETITEM", "REDUCE", "NEWOBJ", "BUILD", "BINPERSID")
 _MEMO = ("BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET")
 _OTHERS = ("PROTO", "FRAME", "STOP", "GLOBAL", "STACK_GLOBAL")
-_KNOWN = {*_LITERALS, *_STRINGS, *_CONSTANTS, *_TUPLES, *_MARKED, *_SINGLE, *_MEMO, *_OTHERS}
-_OPCODES = {op.code.encode("latin-1"): op for op in pickletools.opcodes if op.name in _KNOWN}
+KNOWN = {*_LITERALS, *_STRINGS, *_CONSTANTS, *_TUPLES, *_MARKED, *_SINGLE, *_MEMO, *_OTHERS}
 
 
-def load(file: BinaryIO) -> Any:
+def opcodes(names: Collection[str]) -> dict[bytes, Any]:
+    """Opcodes by their byte."""
+    return {op.code.encode("latin-1"): op for op in pickletools.opcodes if op.name in names}
+
+
+_TORCH = Vocabulary(
+    _CALLS, _STORAGES, {f"torch.{name}": f"torch.{name}" for name in DTYPES}, _build, _stored, opcodes(KNOWN)
+)
+
+
+def load(file: BufferedIOBase, words: Vocabulary = _TORCH) -> Any:
     """The object of the pickle at the file's position, which is left behind it; storages are not read.
 
     Strings and dtypes (torch.bfloat16) come as str, OrderedDict as dict, argparse.Namespace as `Namespace`.
     Raises WeightsError, in one line without the file's name, for whatever else the pickle holds or lacks.
     """
     try:
-        return _run(file)
+        return _run(file, words)
     except LookupError as error:
         raise WeightsError("its pickle cannot be read: an opcode that refers to nothing") from error
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise WeightsError(f"its pickle cannot be read: {show(str(error))}") from error
 
 
-def _run(file: BinaryIO) -> Any:
+def _run(file: BufferedIOBase, words: Vocabulary) -> Any:
     stack, marks, memo = [], [], {}
     end = file.tell() + MAX_BYTES
     work = 0
@@ -250,10 +276,11 @@ def _run(file: BinaryIO) -> Any:
         code = file.read(1)
         if not code:
             raise ValueError("it ends in the middle")
-        if code not in _OPCODES:
+        if code not in words.opcodes:
             raise ValueError(f"opcode {code!r} where only tensors, containers and numbers are read")
-        name = _OPCODES[code].name
-        argument = _OPCODES[code].arg.reader(file) if _OPCODES[code].arg and name != "GLOBAL" else None
+        opcode = words.opcodes[code]
+        name = opcode.name
+        argument = opcode.arg.reader(file) if opcode.arg and name != "GLOBAL" else None
         match name:
             case "PROTO" | "FRAME":
                 pass
@@ -294,20 +321,20 @@ def _run(file: BinaryIO) -> Any:
                 stack.append(memo[argument])
             case "GLOBAL":
                 # Not by pickletools, which undoes escapes in names, with a warning for those it does not know.
-                stack.append(_named(*(file.readline().removesuffix(b"\n").decode("utf-8") for _ in range(2))))
+                stack.append(_named(words, *(file.readline().removesuffix(b"\n").decode("utf-8") for _ in range(2))))
             case "STACK_GLOBAL":
-                stack.append(_named(*popped(2)))
+                stack.append(_named(words, *popped(2)))
             case "REDUCE" | "NEWOBJ":
                 function, args = popped(2)
                 work += COPY * sum(len(arg) for arg in _checked(args, tuple) if type(arg) in (list, tuple))
-                stack.append(_called(function, args))
+                stack.append(_called(words, function, args))
             case "BUILD":
                 target, state = popped(2)
                 work += COPY * len(state) if type(state) is dict else 0
-                _build(target, state)
+                words.build(target, state)
                 stack.append(target)
             case "BINPERSID":
-                stack.append(_stored(popped(1)[0]))
-            case _:  # numbers and strings
+                stack.append(words.stored(popped(1)[0]))
+            case _:  # numbers, strings and bytes
                 stack.append(argument)
     raise ValueError(f"it is more than {MAX_BYTES} bytes or {MAX_WORK} opcodes, copies counted")

@@ -1,0 +1,89 @@
+"""A pickle of numpy arrays in containers, read as data by the machine of `torch_pickle`: nothing in it is run.
+
+numpy pickles an array as a call of `_reconstruct` and its state (version, shape, dtype, Fortran order, bytes), a dtype
+as a call of `dtype` and its state (version, byte order, ...); with protocol 5 as a call of `_frombuffer` instead.
+"""
+
+import io
+import math
+from typing import Any
+
+import numpy as np
+
+from diversedit_jax.errors import WeightsError
+from diversedit_jax.interop import torch_pickle
+from diversedit_jax.interop.torch_pickle import KNOWN, Vocabulary
+
+KINDS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
+BYTES = ("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8")
+
+
+class _DType:
+    """A dtype in the making: its kind, then its byte order."""
+
+    def __init__(self, kind: str):
+        self.kind, self.order = kind, "|"
+
+
+class _Array:
+    """An array in the making."""
+
+    value: np.ndarray | None = None
+
+
+def _dtype(kind: Any, align: Any = False, copy: Any = True) -> _DType:
+    if kind not in KINDS:
+        raise ValueError("a dtype that is not of plain numbers")
+    return _DType(kind)
+
+
+def _reconstruct(kind: Any, shape: Any, code: Any) -> _Array:
+    return _Array()
+
+
+def _frombuffer(content: Any, dtype: Any, shape: Any, order: Any) -> _Array:
+    array = _Array()
+    array.value = _array(content, dtype, shape, order)
+    return array
+
+
+def _array(content: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
+    """The array of these bytes, which must be as many as its shape says."""
+    if type(content) not in (bytes, bytearray) or type(dtype) is not _DType or type(shape) is not tuple:
+        raise ValueError("an array without bytes, dtype and shape")
+    given = np.dtype(dtype.kind).newbyteorder(dtype.order)
+    if not all(type(n) is int and n >= 0 for n in shape) or math.prod(shape) * given.itemsize != len(content):
+        raise ValueError(f"an array {given} {shape} of {len(content)} bytes")
+    return np.frombuffer(content, given).reshape(shape, order=order).astype(given.newbyteorder("="))
+
+
+def _build(target: Any, state: Any) -> None:
+    if type(target) is _DType and type(state) is tuple and len(state) > 1 and state[1] in ("<", ">", "|", "="):
+        target.order = state[1]
+    elif type(target) is _Array and type(state) is tuple and len(state) == 5:
+        target.value = _array(state[4], state[2], state[1], "F" if state[3] else "C")
+    else:
+        raise ValueError(f"a state of {type(target).__name__}")
+
+
+def _no_storage(reference: Any) -> None:
+    raise ValueError("a persistent id")
+
+
+_MODULES = ("numpy.core", "numpy._core")
+_CALLS = {"numpy.dtype": _dtype}
+_CALLS |= {f"{module}.multiarray._reconstruct": _reconstruct for module in _MODULES}
+_CALLS |= {f"{module}.numeric._frombuffer": _frombuffer for module in _MODULES}
+_OPCODES = torch_pickle.opcodes({*KNOWN, *BYTES})
+_NUMPY = Vocabulary(_CALLS, ("numpy.ndarray",), {}, _build, _no_storage, _OPCODES)
+
+
+def load(content: bytes) -> dict[Any, Any]:
+    """The dict that was pickled, with numpy arrays of plain numbers in it, contiguous and in the machine's byte order.
+
+    Raises WeightsError, in one line, for whatever else the pickle holds.
+    """
+    tree = torch_pickle.load(io.BytesIO(content), _NUMPY)
+    if type(tree) is not dict:
+        raise WeightsError(f"its pickle is of a {type(tree).__name__}, wanted a dict")
+    return {name: value.value if type(value) is _Array else value for name, value in tree.items()}
