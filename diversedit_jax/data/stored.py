@@ -6,7 +6,7 @@ Each layout is a file of its own beside this one: `repa`, `edm2`, `meanflow_lmdb
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +34,8 @@ class Stored:
     """Examples by index: `moments` float32 [h w 2k], means, then standard deviations; `y`; `image` where it is read.
 
     read: index -> Record. kind: of the second half as it is stored. normalise: (mean, std) [k] of the latents that are
-    taken out of them, or None. both: as in `latents.Moments`.
+    taken out of them, or None. shape: [h w 2k] of every record, if it is known. num_classes: if 0, labels are not read.
+    both: as in `latents.Moments`.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Stored:
     num_classes: int
     both: bool
     normalise: tuple[np.ndarray, np.ndarray] | None = None
+    shape: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return self.count
@@ -56,14 +58,19 @@ class Stored:
             raise DataError(f"{self.name}, record {index}: {text}") from error
 
     def _example(self, record: Record) -> dict[str, Any]:
-        if not 0 <= record.label < self.num_classes:
-            raise DataError(f"label {record.label} is not in 0 .. {self.num_classes - 1}")
+        label = record.label if self.num_classes else 0
+        if not 0 <= label < max(self.num_classes, 1):
+            raise DataError(f"label {label} is not in 0 .. {self.num_classes - 1}")
         moments = np.moveaxis(np.asarray(record.moments, np.float32), 1, -1)
+        if self.shape and moments.shape[1:] != self.shape:
+            raise DataError(f"moments {list(moments.shape[1:])}, those of record 0 are {list(self.shape)}")
+        if not np.isfinite(moments).all():
+            raise DataError("moments that are not finite")
         mean, second = np.split(moments, 2, axis=-1)
         std = deviations(second, self.kind)
         if self.normalise is not None:
             mean, std = (mean - self.normalise[0]) / self.normalise[1], std / self.normalise[1]
-        example = {"moments": np.concatenate([mean, std], axis=-1), "y": np.int32(record.label)}
+        example = {"moments": np.concatenate([mean, std], axis=-1), "y": np.int32(label)}
         if record.image is not None:
             example["image"] = record.image
         return example if self.both else chosen(example, False)
@@ -103,6 +110,7 @@ def dataset(
     if moments.ndim != 3 + mirror or (mirror and len(moments) != 2):
         raise DataError(f"{name}: moments of shape {list(moments.shape)}: wanted [h w 2k]" + (", twice" * mirror))
     *_, h, w, channels = moments.shape
+    source = replace(source, shape=(h, w, channels))
     return Dataset(source, flip if mirror else None, (h, w, channels // 2), num_classes, scale)
 
 
@@ -130,6 +138,8 @@ def labelled(what: str, path: Path, suffix: str) -> Files:
     if path.is_dir():
         try:
             listed = json.loads((path / image_files.INDEX).read_text(encoding="utf-8"))["labels"]
+            if listed is None:
+                raise DataError(f"{what}: {path / image_files.INDEX} has no labels, and so does not list the files")
             labels = {str(name): int(label) for name, label in listed}
         except FileNotFoundError:
             raise DataError(f'{what}: {path} has no {image_files.INDEX}: {{"labels": [[file, class], ...]}}') from None
