@@ -1,5 +1,6 @@
 """Latents as others keep them: from every layout the same images give the same examples, and doubt is an error."""
 
+import contextlib
 import io
 import json
 import pickle
@@ -13,7 +14,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from diversedit_jax import data
-from diversedit_jax.data import edm2, meanflow_lmdb, stored
+from diversedit_jax.data import edm2, meanflow_lmdb, pipeline, stored
 from diversedit_jax.errors import ConfigError, DataError
 from tests.test_weights_file import mapping, op, storage, tensor, zipped
 
@@ -346,3 +347,34 @@ def test_threads_share_the_directory_of_a_zip(tmp_path, monkeypatch):
         list(pool.map(sent.__getitem__, list(range(COUNT)) * 20))
         list(pool.map(source.__getitem__, list(range(COUNT)) * 20))
     assert len(opened) == 1, "the copy opens the archive once, the source has opened it before"
+
+
+@pytest.mark.parametrize("zip_file", [False, True])
+def test_a_set_without_labels_has_no_classes(zip_file, tmp_path):
+    """As dataset_tool writes it for images without classes: {"labels": null}."""
+    files = {f"00000/img-mean-std-{n:08d}.npy": npy(stacked(n)) for n in range(COUNT)}
+    path = packed(tmp_path / "set", files | {"dataset.json": b'{"labels": null}'}, zip_file)
+    dataset = data.make("edm2", "train", data_dir=str(path))
+    assert (len(dataset.source), dataset.num_classes, dataset.source[4]["y"]) == (COUNT, 0, 0)
+    np.testing.assert_allclose(dataset.source[4]["moments"], expected("edm2", 4), rtol=1e-5, atol=1e-6)
+    refused("num_classes is 3, but dataset.json has no labels; 0 trains without", "edm2", path, num_classes=3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_split_that_is_not_there_is_not_the_training_data(layout, tmp_path):
+    path = make(layout, tmp_path / "set") and tmp_path / "set"
+    with pytest.raises(ConfigError, match=r"no split 'test': all that is there is 'train'"):
+        data.make(layout.partition("-")[0], "test", data_dir=str(path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["edm2-zip", "meanflow_lmdb", "lightningdit"])
+def test_worker_processes_read_the_same(layout, tmp_path):
+    dataset = make(layout, tmp_path / "set", mirror=LAYOUTS[layout][2])
+    with contextlib.closing(pipeline.batches(dataset, 4, seed=0)) as threads:
+        wanted = [next(threads) for _ in range(2)]
+    with contextlib.closing(pipeline.batches(dataset, 4, seed=0, num_workers=2)) as workers:
+        for batch in wanted:
+            given = next(workers)
+            for name, array in batch.items():
+                np.testing.assert_array_equal(given[name], array)

@@ -24,7 +24,7 @@ class Reader:
 
     def __call__(self, index: int) -> Record:
         name = self.latents.names[index]
-        return Record(stored.array(self.latents.read(name))[None], self.latents.labels[name])
+        return Record(stored.array(self.latents.read(name))[None], self.latents.labels.get(name, 0))
 
 
 def make(
@@ -39,10 +39,11 @@ def make(
 ) -> Dataset:
     """The latents in the zip or folder `data_dir`, which has no splits.
 
-    num_classes: by default one more than the largest label. mean, std: of the channels, taken out of them.
-    final_std: of the latents that are trained on.
+    num_classes: by default one more than the largest label, 0 without labels. mean, std: of the channels, taken out of
+    them. final_std: of the latents that are trained on.
     """
     stored.no_mirror("edm2", mirror)
+    stored.no_splits("edm2", split)
     path = local_path("edm2", data_dir)
     latents = stored.labelled("edm2", path, ".npy")
     return stored.dataset(

@@ -48,7 +48,7 @@ def make(
     mirror: each draw takes the mirror image with probability 1/2.
     """
     path = local_path("lightningdit", data_dir)
-    path = path / split if (path / split).is_dir() else path
+    path = stored.of_split("lightningdit", path, split)
     files = tuple(sorted(path.glob("*.safetensors")))
     if not files:
         raise DataError(f"lightningdit: {path} has no .safetensors files")

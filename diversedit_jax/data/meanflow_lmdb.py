@@ -79,6 +79,7 @@ def make(split: str, *, data_dir: str, num_classes: int = 1000, mirror: bool = F
 
     mirror: each draw takes the mirror image with probability 1/2.
     """
+    stored.no_splits("meanflow_lmdb", split)
     path = local_path("meanflow_lmdb", data_dir)
     reader = Reader(path, mirror)
     try:

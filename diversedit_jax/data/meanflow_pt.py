@@ -38,7 +38,7 @@ def make(split: str, *, data_dir: str, num_classes: int = 1000, kind: str = "std
     """
     stored.no_mirror("meanflow_pt", mirror)
     path = local_path("meanflow_pt", data_dir)
-    path = path / split if (path / split).is_dir() else path
+    path = stored.of_split("meanflow_pt", path, split)
     if not path.is_dir():
         raise DataError(f"meanflow_pt: {path} is not a folder of .pt files")
     found = (Path(folder, name) for folder, _, names in os.walk(path) for name in names if name.endswith(".pt"))

@@ -27,7 +27,7 @@ class Reader:
     def __call__(self, index: int) -> Record:
         name = self.latents.names[index]
         image = None if self.images is None else np.asarray(image_files.decode(self.images.read(index)))
-        return Record(stored.array(self.latents.read(name))[None], self.latents.labels[name], image)
+        return Record(stored.array(self.latents.read(name))[None], self.latents.labels.get(name, 0), image)
 
 
 def make(
@@ -41,10 +41,11 @@ def make(
 ) -> Dataset:
     """The latents in `data_dir`, which has no splits.
 
-    num_classes: by default one more than the largest label. kind: `std` as REPA writes them, `logvar` for sets in this
-    layout that hold log variances. image: also read the crops, for encoders.
+    num_classes: by default one more than the largest label, 0 without labels. kind: `std` as REPA writes them, `logvar`
+    for sets in this layout that hold log variances. image: also read the crops, for encoders.
     """
     stored.no_mirror("repa", mirror)
+    stored.no_splits("repa", split)
     path = local_path("repa", data_dir)
     latents = stored.labelled("repa", _either(path / "vae-sd"), ".npy")
     images = None

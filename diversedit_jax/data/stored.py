@@ -123,38 +123,53 @@ def no_mirror(name: str, mirror: bool) -> None:
 
 
 class Files(NamedTuple):
-    """Files of a folder or a zip, and the labels that its dataset.json gives them."""
+    """Files of a folder or a zip, and the labels that its dataset.json gives them; none without classes."""
 
     names: Sequence[str]
     labels: Mapping[str, int]
     read: Callable[[str], bytes]
 
 
+def no_splits(name: str, split: str) -> None:
+    """Raise ConfigError for another split than `train` where the layout has none: it would be the training data."""
+    if split != "train":
+        raise ConfigError(f"{name}: no split {split!r}: all that is there is 'train'")
+
+
+def of_split(name: str, path: Path, split: str) -> Path:
+    """The subfolder of a split; the path itself for `train` where there is no such folder."""
+    if not (path / split).is_dir():
+        no_splits(name, split)
+        return path
+    return path / split
+
+
 def labelled(what: str, path: Path, suffix: str) -> Files:
     """The files of a suffix in a folder or a zip with dataset.json, sorted by name: the index alone lists them.
 
+    Where its labels are null, there are no classes: labels are empty, and the files are listed once.
     Raises DataError for a missing or damaged index.
     """
     if path.is_dir():
         try:
             listed = json.loads((path / image_files.INDEX).read_text(encoding="utf-8"))["labels"]
-            if listed is None:
-                raise DataError(f"{what}: {path / image_files.INDEX} has no labels, and so does not list the files")
-            labels = {str(name): int(label) for name, label in listed}
+            labels = {str(name): int(label) for name, label in listed or ()}
         except FileNotFoundError:
             raise DataError(f'{what}: {path} has no {image_files.INDEX}: {{"labels": [[file, class], ...]}}') from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             kind = type(error).__name__
             raise DataError(f"{what}: {path / image_files.INDEX} cannot be read: {kind}: {error}") from error
+        names = labels or [file.relative_to(path).as_posix() for file in path.rglob(f"*{suffix}")]
         read = partial(_read, path)
     elif path.is_file():
-        _, labels = image_files.zip_index(path)
-        if labels is None:
+        names, labels = image_files.zip_index(path)
+        if image_files.INDEX not in names:
             raise DataError(f'{what}: {path} has no {image_files.INDEX}: {{"labels": [[file, class], ...]}}')
+        names, labels = labels or names, labels or {}
         read = image_files.ZipReader(path)
     else:
         raise DataError(f"{what}: {path} does not exist")
-    return Files(sorted(name for name in labels if name.lower().endswith(suffix)), labels, read)
+    return Files(sorted(name for name in names if name.lower().endswith(suffix)), labels, read)
 
 
 def _read(folder: Path, name: str) -> bytes:
@@ -167,5 +182,9 @@ def array(content: bytes) -> np.ndarray:
 
 
 def classes(labels: Mapping[str, int], num_classes: int | None) -> int:
-    """Number of classes: as it is given, else one more than the largest label."""
+    """Number of classes: as it is given, else one more than the largest label, and 0 without any."""
+    if num_classes and not labels:
+        raise DataError(
+            f"num_classes is {num_classes}, but {image_files.INDEX} has no labels; 0 trains without classes"
+        )
     return max(labels.values(), default=-1) + 1 if num_classes is None else num_classes
