@@ -56,6 +56,7 @@ setup(
             "pytest>=8.3",
             "pytest-xdist>=3.6",  # a process per core: most of the time goes into compiling, by one thread
             "ruff>=0.17",
+            "scikit-image>=0.26",  # the photographs that it bundles, see tools/photographs.py
             "setuptools>=77",  # builds the wheel without fetching a second copy
             "tensorboard>=2.19",  # reads event files back
         ],
