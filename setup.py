@@ -49,14 +49,16 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "cuda12": ["jax[cuda12]"],  # for drivers older than CUDA 13
+        "lmdb": ["lmdb>=1.6"],  # latents of MeanFlow's port to torch, kept in that database
         "test": [
             "beartype>=0.21",  # checks the shapes in signatures at run time
             "build>=1.2",  # builds the wheel that a test looks into
             "equinox>=0.13",  # losses are tested on its models too
+            "lmdb>=1.6",
             "pytest>=8.3",
             "pytest-xdist>=3.6",  # a process per core: most of the time goes into compiling, by one thread
             "ruff>=0.17",
-            "scikit-image>=0.26",  # the photographs that it bundles, see tools/photographs.py
+            "scikit-image>=0.25",  # photographs to test the way from images to latents on
             "setuptools>=77",  # builds the wheel without fetching a second copy
             "tensorboard>=2.19",  # reads event files back
         ],

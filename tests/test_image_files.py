@@ -218,6 +218,13 @@ def test_what_cannot_be_decoded_is_an_error(monkeypatch):
         image_files.decode(encoded(picture(0)))
 
 
+def test_a_file_that_cannot_be_opened_is_named(tmp_path):
+    images = image_files.open_images(folder(tmp_path))
+    (tmp_path / "bee" / "a.png").unlink()  # between the listing and the reading
+    with pytest.raises(DataError, match=r"^bee/a.png: cannot be read: .*No such file"):
+        image_files.crop(images, 2, 8)
+
+
 def adm(image: Image.Image, size: int) -> np.ndarray:
     """ADM's rule, written down once more in other words."""
     width, height = image.size

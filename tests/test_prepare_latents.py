@@ -108,8 +108,8 @@ def test_the_report_names_every_image_that_is_not_there(straight):
     assert "truncated" in skipped["ant/03.png"]
     assert skipped["ant/07.png"] == "an empty file"
     with Image.open(straight / "mosaic.png") as mosaic:
-        assert mosaic.size == (8 * SIZE, 2 * SIZE)
-        first = np.asarray(mosaic)[:SIZE, :SIZE]
+        assert mosaic.size == (8 * 96, 2 * 96)  # small images are shown six times as large
+        first = np.asarray(mosaic)[:96:6, :96:6]
     np.testing.assert_array_equal(first, image_files.center_crop(picture(0), SIZE))
 
 
@@ -228,7 +228,7 @@ def wrong(folder: Path, words: str):
 
 def test_verification_finds_what_is_wrong(home, tmp_path, capsys):
     out = prepare(home, tmp_path / "set")
-    prepare_latents.verify(str(out))
+    prepare_latents.verify(out, None, "highest")
     assert "is whole: 17 records in 3 shards" in capsys.readouterr().out
     shard = out / "latents-train.array_record-00001-of-00003"
     whole = shard.read_bytes()
@@ -253,6 +253,17 @@ def test_verification_finds_what_is_wrong(home, tmp_path, capsys):
     wrong(out, r"00000-of-00003, record 0: 1024 moments, wanted \[2, 4, 4, 8\]")
     latent_shards.write_json(out / "latents.json", about | {"classes": ["ant"]})
     wrong(out, r"00001-of-00003, record \d+: label 1 is not in 0 .. 0")
+
+
+def test_verification_decodes_some_records_beside_their_crops(home, straight, tmp_path, capsys):
+    prepare_latents.verify(straight, home / "vae", "highest")
+    assert "PSNR of the reconstructions of 8 images: " in capsys.readouterr().out
+    with Image.open(straight / "verified.png") as found, Image.open(straight / "mosaic.png") as wanted:
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted))
+    network = vae.network(ARCH)
+    published.export(jax.jit(network.init)(jax.random.key(1)), ARCH, tmp_path / "other", scale=0.5)
+    with pytest.raises(ConfigError, match=r"other is not the autoencoder that made .*: the checksum differs"):
+        prepare_latents.verify(straight, tmp_path / "other", "highest")
 
 
 def test_moments_of_another_kind_are_refused(home, tmp_path):

@@ -26,7 +26,15 @@ def test_the_files_it_names_exist():
 
 
 @pytest.mark.parametrize(
-    "module", ["diversedit_jax.train", "diversedit_jax.sample", "tools.benchmark_step", "tools.compare_methods"]
+    "module",
+    [
+        "diversedit_jax.train",
+        "diversedit_jax.sample",
+        "tools.benchmark_step",
+        "tools.benchmark_data",
+        "tools.compare_methods",
+        "tools.prepare_latents",
+    ],
 )
 def test_the_programs_it_names_explain_themselves(module):
     assert f"-m {module}" in README

@@ -1,6 +1,7 @@
 """The autoencoder: equal to the published one in both directions, read from every spelling, and the way to pictures."""
 
 import json
+import re
 import shutil
 from functools import cache
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from diversedit_jax import prepare, sample
+from diversedit_jax import prepare, sample, sharding
 from diversedit_jax.errors import ConfigError, WeightsError
 from diversedit_jax.interop import loading
 from diversedit_jax.interop import vae as published
@@ -213,6 +214,16 @@ def test_latents_are_decoded_a_chunk_at_a_time(folder):
         assert np.abs(images - np.floor(wanted[:count])).max() <= 1  # rounding of a sum in another order
         assert np.mean(images != np.floor(wanted[:count])) < 1e-3
     same(latents.init(), {"decoder": params()["decoder"]})
+
+
+def test_a_batch_is_decoded_where_it_lies(folder):
+    """Over eight devices and in chunks no latent changes its device."""
+    latents = prepare.make("latents", scale=0.5, bias=0.25, vae=str(folder), chunk=2)
+    split = sharding.over_batch(sharding.make_mesh())
+    x = jax.ShapeDtypeStruct((64, 2, 2, 4), jnp.float32, sharding=split)
+    compiled = jax.jit(latents.decode, out_shardings=split).lower(latents.init(), x).compile().as_text()
+    assert " while(" in compiled, "it is not in chunks"
+    assert not re.findall(r" (all-\w+|collective-permute)\(", compiled)
 
 
 def test_the_scale_is_that_of_the_autoencoder(folder):

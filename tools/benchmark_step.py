@@ -21,6 +21,7 @@ from diversedit_jax.config import slot
 from diversedit_jax.data import synthetic
 from diversedit_jax.models.dit import SIZES
 from diversedit_jax.train_state import initializer, train_step
+from tools.flops import multiply_adds
 
 # What a variant changes in a plain SiT: keys of the model, options of the diversity loss (None: no such loss).
 VARIANTS = {
@@ -44,14 +45,6 @@ ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each variant is timed.")
 STEPS = flags.DEFINE_integer("steps", 5, "Steps in one timing.")
 NAMES = flags.DEFINE_list("variants", ["plain", "skips", "diversity"], f"Of {', '.join(VARIANTS)}.")
 OUT = flags.DEFINE_string("json", None, "File to write the figures to.")
-
-
-def multiply_adds(depth: int, width: int, tokens: int, pixels: int, skips: bool) -> int:
-    """Of one forward pass for one image; DiT's published "Gflops" are these. A training step is 3 x 2 x this."""
-    block = 12 * tokens * width**2 + 2 * tokens**2 * width + 6 * width**2
-    merge = 2 * tokens * width**2 if skips else 0
-    ends = 2 * tokens * width * pixels + 3 * width**2 + 256 * width
-    return depth * block + depth // 2 * merge + ends
 
 
 def prepare(name: str):

@@ -15,6 +15,7 @@ from absl import flags
 from tqdm import tqdm
 
 from diversedit_jax import data, program
+from diversedit_jax.api import Params
 from diversedit_jax.data import pipeline
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.interop import vae as published
@@ -22,10 +23,11 @@ from diversedit_jax.models import vae
 
 ARCH = vae.Architecture(widths=(16, 32, 64), layers=1, groups=8)
 KL = 1e-3  # weight of the divergence from a normal distribution, per latent
+SCALE = 0.18215  # of Stable Diffusion's latents
 
 
-def train(images: str | Path, out: str | Path, size: int = 32, steps: int = 1500) -> tuple[float, float]:
-    """Train, and write the folder; returns the mean absolute error, of a range of 2, and the scale of the latents."""
+def train(images: str | Path, out: str | Path, size: int = 32, steps: int = 1500) -> float:
+    """Train, and write the folder; returns the mean absolute error of reconstructions, of a range of 2."""
     network = vae.network(ARCH)
     dataset = data.make("images", "train", data_dir=str(images), size=size, mirror=True)
     params = jax.jit(network.init)(jax.random.key(0))
@@ -53,9 +55,19 @@ def train(images: str | Path, out: str | Path, size: int = 32, steps: int = 1500
             deviations.append(jnp.std(mean))
     finally:
         loader.close()
-    scale = round(float(1 / np.mean(deviations[-100:])), 4)
-    published.export(params, ARCH, out, scale=scale)
-    return float(np.mean(errors[-100:])), scale
+    published.export(stretched(jax.device_get(params), 1 / (SCALE * float(np.mean(deviations[-100:])))), ARCH, out)
+    return float(np.mean(errors[-100:]))
+
+
+def stretched(params: Params, factor: float) -> Params:
+    """The same autoencoder with latents `factor` times as large: with Stable Diffusion's scale, of unit variance."""
+    k = ARCH.latent_channels
+    into, out = params["encoder"]["quant"], params["decoder"]["quant"]
+    stretch = np.where(np.arange(2 * k) < k, factor, 1).astype(np.float32)  # the means; log variances are shifted
+    shift = np.where(np.arange(2 * k) < k, 0, 2 * np.log(factor)).astype(np.float32)
+    into |= {"kernel": into["kernel"] * stretch, "bias": into["bias"] * stretch + shift}
+    out |= {"kernel": out["kernel"] / np.float32(factor)}
+    return params
 
 
 if __name__ == "__main__":
@@ -66,9 +78,7 @@ if __name__ == "__main__":
         """Train it."""
         if len(arguments) != 2:
             raise ConfigError("usage: python -m tools.photo_vae IMAGES OUT; --help says more")
-        error, scale = train(*arguments, size=flags.FLAGS.size, steps=flags.FLAGS.steps)
-        print(
-            f"{arguments[1]}: mean absolute error {127.5 * error:.1f} of 255 grey levels; the latents' scale is {scale}"
-        )
+        error = train(*arguments, size=flags.FLAGS.size, steps=flags.FLAGS.steps)
+        print(f"{arguments[1]}: mean absolute error {127.5 * error:.1f} of 255 grey levels")
 
     program.launch(main, arguments=True)

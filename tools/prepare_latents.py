@@ -11,7 +11,10 @@ undisturbed run. Several processes may share the work: --process_index=0 .. n-1 
 several that see OUT. Images that cannot be read are skipped, and listed in OUT/report.json; with --strict they are an
 error. OUT/mosaic.png shows images beside what the autoencoder makes of their latents.
 
-    python -m tools.prepare_latents --verify OUT     checks a finished set: checksums, counts, ranges
+    python -m tools.prepare_latents --verify OUT [--vae=VAE]
+
+checks a finished set: checksums, counts, ranges; with the autoencoder it also decodes some of it: OUT/verified.png.
+Records are the same to the bit on one kind of machine; on GPUs with XLA_FLAGS=--xla_gpu_deterministic_ops=true.
 """
 
 import ast
@@ -34,7 +37,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from diversedit_jax import __version__, encoders, logs, program, sharding
-from diversedit_jax.data import image_files, latents, local_path
+from diversedit_jax.data import Dataset, image_files, latents, local_path
 from diversedit_jax.data.image_files import ImageFiles
 from diversedit_jax.errors import ConfigError, DataError
 from diversedit_jax.interop import vae as vae_files
@@ -116,8 +119,11 @@ def prepare(source: str | Path, out: str | Path, options: Options) -> None:
     report = summary(folder, plan, images)
     about = latent_shards.finish(folder, plan)
     latent_shards.write_json(folder / "report.json", report | {"ignored": dict(images.ignored)})
+    show(report, about, time.monotonic() - started, folder)
     mosaic(folder, images, release, options)
-    show(report, about, folder, time.monotonic() - started)
+    scale = about["vae"]["scale"]
+    more = f" --config.prepare.scale={scale}" if scale not in (None, 0.18215) else ""
+    print(f"train on it: --config.data.data_dir={folder}{more}")
 
 
 def check(options: Options, factor: int) -> None:
@@ -314,8 +320,8 @@ def summary(folder: Path, plan: Plan, images: ImageFiles) -> dict[str, Any]:
     }
 
 
-def show(report: dict[str, Any], about: dict[str, Any], folder: Path, seconds: float) -> None:
-    """The end of the report, for a person."""
+def show(report: dict[str, Any], about: dict[str, Any], seconds: float, folder: Path) -> None:
+    """The report, for a person."""
     counts = sorted(report["per_class"].values())
     shards = len(about["shards"])
     print(f"{report['records']} of {report['images']} images in {shards} shards, {logs.duration(seconds)}")
@@ -326,44 +332,68 @@ def show(report: dict[str, Any], about: dict[str, Any], folder: Path, seconds: f
         print(f"  skipped: {key}: {why}")
     if len(report["skipped"]) > SHOWN:
         print(f"  and {len(report['skipped']) - SHOWN} others: {folder / 'report.json'}")
-    print(f"  images beside their reconstructions: {folder / 'mosaic.png'}")
-    scale = about["vae"]["scale"]
-    more = f" --config.prepare.scale={scale}" if scale not in (None, 0.18215) else ""
-    print(f"train on it: --config.data.data_dir={folder}{more}")
 
 
 def mosaic(folder: Path, images: ImageFiles, release: vae_files.Release, options: Options) -> None:
     """mosaic.png: some images above what the decoder makes of the means of their latents."""
-    place = {key: index for index, key in enumerate(images.keys)}
     dataset = latents.make("train", data_dir=str(folder))
-    records = dataset.source.records
-    chosen = np.unique(np.linspace(0, len(dataset.source) - 1, SHOWN).astype(int))
-    keys = [latents.parsed(records[int(i)])["key"].bytes_list.value[0].decode() for i in chosen]
+    place = {key: index for index, key in enumerate(images.keys)}
+    keys = [stored(dataset, row)["key"].bytes_list.value[0].decode() for row in some(dataset)]
     originals = np.stack([image_files.crop(images, place[key], options.size) for key in keys])
-    means = np.stack([dataset.source[int(i)]["moments"] for i in chosen]).astype(np.float32)
-    means = means[..., : means.shape[-1] // 2]
-    network = vae_model.network(release.arch, options.precision)
-    params = release.read(("decoder",))
+    compare(originals, reconstructed(dataset, release, options.precision), folder / "mosaic.png")
+
+
+def some(dataset: Dataset) -> list[int]:
+    """A few records, over the whole set."""
+    return np.unique(np.linspace(0, len(dataset.source) - 1, SHOWN).astype(int)).tolist()
+
+
+def stored(dataset: Dataset, row: int) -> Any:
+    """The features of a record, as they are stored."""
+    return latents.parsed(dataset.source.records[row])
+
+
+def reconstructed(dataset: Dataset, release: vae_files.Release, precision: str) -> np.ndarray:
+    """What the decoder makes of the means of some records, uint8 [n size size 3]."""
+    network, params = vae_model.network(release.arch, precision), release.read(("decoder",))
     decode = jax.jit(lambda params, z: pixels.decode({}, network.decode(params, z)))
-    decoded = np.concatenate([decode(params, jnp.asarray(mean[None])) for mean in means])
+    means = [dataset.source[row]["moments"][..., : dataset.shape[-1]].astype(np.float32) for row in some(dataset)]
+    return np.concatenate([decode(params, jnp.asarray(mean[None])) for mean in means])
+
+
+def compare(originals: np.ndarray, decoded: np.ndarray, place: Path) -> None:
+    """Write images above their reconstructions, small ones enlarged, and print how near they are."""
     rows = [np.concatenate(list(row), axis=1) for row in (originals, decoded)]
-    logs.save_png(folder / "mosaic.png", np.concatenate(rows))
+    large = max(1, 96 // originals.shape[1])
+    logs.save_png(place, np.concatenate(rows).repeat(large, axis=0).repeat(large, axis=1))
     error = np.mean((originals.astype(np.float32) - decoded) ** 2)
-    print(f"  PSNR of the reconstructions of {len(chosen)} images: {10 * np.log10(255**2 / max(error, 1e-9)):.1f} dB")
+    psnr = 10 * np.log10(255**2 / max(error, 1e-9))
+    print(f"  PSNR of the reconstructions of {len(decoded)} images: {psnr:.1f} dB; side by side: {place}")
 
 
-def verify(out: str) -> None:
-    """Check a finished set."""
+def verify(out: str | Path, vae: str | Path | None, precision: str) -> None:
+    """Check a finished set; with its autoencoder, also decode some of it, beside the crops if they are stored."""
     folder = local_path("OUT", out).absolute()
     about = latent_shards.whole(folder)
+    release = None if vae is None else vae_files.open_vae(local_path("--vae", vae))
+    if release is not None and release.digest != about["vae"]["sha256"]:
+        raise ConfigError(f"--vae={vae} is not the autoencoder that made {folder}: the checksum differs")
     begin, count = time.monotonic(), 0
     with Ticker(about["records"], 0) as ticker:
         for records in latent_shards.verify(folder):
             count += records
             ticker.update(records)
-    latents.make("train", data_dir=str(folder))  # and tfds and training read it
+    dataset = latents.make("train", data_dir=str(folder), image=about["image"] is not None)  # training reads it
     seconds = logs.duration(time.monotonic() - begin)
     print(f"{folder} is whole: {count} records in {len(about['shards'])} shards, {seconds}")
+    if release is None:
+        print("  give --vae=VAE as well, and some of it is decoded")
+        return
+    decoded = reconstructed(dataset, release, precision)
+    crops = [dataset.source[row].get("image", image) for row, image in zip(some(dataset), decoded, strict=True)]
+    if about["image"] is None:
+        print("  the crops are not stored: the upper row of the picture is the lower one")
+    compare(np.stack(crops), decoded, folder / "verified.png")
 
 
 if __name__ == "__main__":
@@ -393,7 +423,7 @@ if __name__ == "__main__":
             usage = "--verify OUT" if checking else "IMAGES OUT --vae=VAE"
             raise ConfigError(f"usage: python -m tools.prepare_latents {usage}; --help says more")
         if checking:
-            return verify(*arguments)
+            return verify(*arguments, flags.FLAGS.vae, flags.FLAGS.precision)
         if flags.FLAGS.vae is None:
             raise ConfigError("--vae is required: a folder as diffusers writes it, or a weight file")
         options = {name: flags.FLAGS[name].value for name in Options._fields}

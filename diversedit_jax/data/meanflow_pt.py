@@ -1,0 +1,54 @@
+"""Latents as the official MeanFlow keeps them (arXiv 2505.13447): a .pt file for each image.
+
+Each holds a dict: `image`, means, then standard deviations, float32 [8 h w], and `label`. There are no mirror images.
+Files are read without torch and without running anything in them. The folder is listed once, at the beginning.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from diversedit_jax.data import Dataset, local_path, stored
+from diversedit_jax.data.stored import Record
+from diversedit_jax.errors import DataError
+from diversedit_jax.interop.weights_file import open_weights
+
+
+@dataclass(frozen=True)
+class Reader:
+    """index -> Record."""
+
+    folder: Path
+    names: tuple[str, ...]
+
+    def __call__(self, index: int) -> Record:
+        with open_weights(self.folder / self.names[index]) as file:
+            if not isinstance(file.tree, dict) or not {"image", "label"} <= file.tree.keys():
+                raise DataError(f"{self.names[index]}: wanted a dict with `image` and `label`")
+            label = file.read("label") if "label" in file else file.tree["label"]
+            return Record(np.asarray(file.read("image"), np.float32)[None], int(label))
+
+
+def make(split: str, *, data_dir: str, num_classes: int = 1000, kind: str = "std", mirror: bool = False) -> Dataset:
+    """The .pt files in `data_dir`, or in its subfolder `split` if there is one, in the order of their names.
+
+    kind: `std` as published, `logvar` for sets in this layout that hold log variances.
+    """
+    stored.no_mirror("meanflow_pt", mirror)
+    path = local_path("meanflow_pt", data_dir)
+    path = path / split if (path / split).is_dir() else path
+    if not path.is_dir():
+        raise DataError(f"meanflow_pt: {path} is not a folder of .pt files")
+    found = (Path(folder, name) for folder, _, names in os.walk(path) for name in names if name.endswith(".pt"))
+    names = tuple(sorted(str(name.relative_to(path)) for name in found))
+    return stored.dataset(
+        f"meanflow_pt: {path}",
+        len(names),
+        Reader(path, names),
+        kind=kind,
+        num_classes=num_classes,
+        mirror=False,
+        scale=0.18215,
+    )

@@ -1,0 +1,64 @@
+"""From photographs to decoded samples, by the programs and in small: prepare, verify, train, stop, resume, sample."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import photos
+from diversedit_jax import sample, train
+from diversedit_jax.errors import ConfigError
+from tools import photo_vae, photographs, prepare_latents
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    """Crops of photographs, a small autoencoder of them, their latents."""
+    home = tmp_path_factory.mktemp("photos")
+    assert photographs.write(home / "images", 16, 64) == 64
+    photo_vae.train(home / "images", home / "vae", size=16, steps=3)
+    prepare_latents.prepare(home / "images", home / "latents", prepare_latents.Options(str(home / "vae"), size=16))
+    prepare_latents.verify(home / "latents", home / "vae", "highest")
+    return home
+
+
+def config_of(home):
+    config = photos.get_config()
+    config.data.data_dir, config.prepare.vae = str(home / "latents"), str(home / "vae")
+    config.model.update({"depth": 2, "width": 32, "heads": 2, "remat": "none"})
+    config.update({"total_steps": 4, "batch_size": 16, "log_every": 1})
+    config.sampler.update({"solver": "euler", "steps": 2, "batch_size": 16})
+    config.samples.update({"every": 0, "num": 16})
+    return config
+
+
+def test_the_whole_chain_ends_in_pictures(latents, tmp_path, capsys):
+    config = config_of(latents)
+    config.total_steps = 2
+    train.run(config, tmp_path)
+    config.total_steps = 4
+    train.run(config, tmp_path)
+    assert "resuming from step 2 of 4" in capsys.readouterr().err
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss/total"] for record in steps if "loss/total" in record]
+    assert len(losses) == 4
+    assert np.isfinite(losses).all()
+    with Image.open(tmp_path / "samples.png") as grid:
+        assert grid.mode == "RGB"
+    with np.load(sample.run(sample.of_run(tmp_path), num=16) / "samples.npz") as found:
+        assert (found["arr_0"].shape, found["arr_0"].dtype) == ((16, 16, 16, 3), np.uint8)
+        np.testing.assert_array_equal(found["labels"], np.arange(16))
+
+
+def test_latents_of_another_scale_are_refused(latents, tmp_path):
+    config = config_of(latents)
+    config.prepare.update({"scale": 1.0, "vae": None})
+    with pytest.raises(ConfigError, match=r"prepare.scale = 1.0, but the autoencoder of these latents has 0.18215"):
+        train.run(config, tmp_path)
+
+
+def test_crops_are_the_same_every_time():
+    first, again = (photographs.crops("cat", 8, 3) for _ in range(2))
+    assert [np.asarray(a).tolist() for a in first] == [np.asarray(b).tolist() for b in again]
+    assert len({np.asarray(crop).tobytes() for crop in first}) == 3
