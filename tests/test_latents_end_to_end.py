@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,6 +10,8 @@ from PIL import Image
 from configs import photos
 from diversedit_jax import sample, train
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.interop import vae as published
+from diversedit_jax.models import vae
 from tools import photo_vae, photographs, prepare_latents
 
 
@@ -47,8 +50,22 @@ def test_the_whole_chain_ends_in_pictures(latents, tmp_path, capsys):
     with Image.open(tmp_path / "samples.png") as grid:
         assert grid.mode == "RGB"
     with np.load(sample.run(sample.of_run(tmp_path), num=16) / "samples.npz") as found:
-        assert (found["arr_0"].shape, found["arr_0"].dtype) == ((16, 16, 16, 3), np.uint8)
-        np.testing.assert_array_equal(found["labels"], np.arange(16))
+        pictures, labels = found["arr_0"], found["labels"]
+    assert (pictures.shape, pictures.dtype) == ((16, 16, 16, 3), np.uint8)
+    np.testing.assert_array_equal(labels, np.arange(16))
+
+    # From a run that knows of no autoencoder the same samples are latents, and these pictures once they are decoded.
+    stored = json.loads((tmp_path / "config.json").read_text())
+    stored["prepare"]["vae"] = None
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with np.load(sample.run(sample.of_run(tmp_path), num=16, out=tmp_path / "undecoded") / "samples.npz") as found:
+        x = found["arr_0"]
+    assert (x.shape, x.dtype) == ((16, 4, 4, 4), np.float32)
+    release = published.open_vae(latents / "vae")
+    decoded = jax.jit(vae.network(release.arch).decode)(release.read(("decoder",)), x / config.prepare.scale)
+    wanted = np.floor(np.clip(127.5 * np.asarray(decoded) + 128, 0, 255))
+    assert np.abs(pictures - wanted).max() <= 1  # rounding of a sum in another order
+    assert np.mean(pictures != wanted) < 1e-3
 
 
 def test_latents_of_another_scale_are_refused(latents, tmp_path):

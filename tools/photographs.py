@@ -45,7 +45,10 @@ def photograph(name: str) -> Image.Image:
     spec = importlib.util.find_spec(package)
     if spec is None:
         raise ConfigError(f"{name} is a picture of {package}, which is not installed: pip install -e .[test]")
-    with Image.open(Path(spec.origin).parent / file) as image:
+    path = Path(spec.origin).parent / file
+    if not path.is_file():
+        raise ConfigError(f"{name} is a picture of {package}, but {path} is missing: pip install -e .[test]")
+    with Image.open(path) as image:
         return image.convert("RGB")
 
 
@@ -66,6 +69,8 @@ def write(out: Path, size: int, num: int) -> int:
     """Write crops of all photographs into class folders; returns how many."""
     if size < 1 or num < len(PHOTOGRAPHS):
         raise ConfigError(f"size = {size}, num = {num}: wanted a positive size and at least {len(PHOTOGRAPHS)} crops")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is not an empty folder: crops of before would count as data too")
     each = num // len(PHOTOGRAPHS)
     for name in PHOTOGRAPHS:
         (out / name).mkdir(parents=True, exist_ok=True)
