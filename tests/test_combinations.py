@@ -24,12 +24,12 @@ LOSS = {
 }
 BOTH = {("ddpm", "sra"): {"num_timesteps": 1000}, ("reg", "repa"): {"class_token": True}}
 
-DEFAULT = {"flow_matching": {"dispersive", "diversity"}, "mean_flow": {"repa", "sra"}}
+DEFAULT = {"flow_matching": {"dispersive", "diversity"}}
 CHOICES = [chosen for n in range(4) for chosen in combinations(LOSSES, n)]
 
 
 def case(objective: str, chosen: tuple[str, ...]):
-    """By default two run, which hold every loss."""
+    """By default one runs."""
     marks = [] if set(chosen) == DEFAULT.get(objective) else [pytest.mark.slow]
     return pytest.param(objective, chosen, marks=marks, id="-".join((objective, *chosen)))
 

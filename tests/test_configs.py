@@ -21,11 +21,13 @@ from tests.reference import DATA
 from tests.test_data_latents import write
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py") if path.stem != "__init__")
-# By default one size of a recipe with further losses, at one resolution: tracing takes seconds.
-FURTHER = ("repa", "sra", "disp", "diversedit_disp", "mean_flow", "reg")
+# By default one size of a recipe, at one resolution, and of each kind the largest: tracing takes seconds.
+LARGE = [("sit_xl2", "512"), ("diversedit_xl2", None), ("dit_xl2", None)]
 VARIANTS = [
     pytest.param(
-        name, variant, marks=[pytest.mark.slow] if name.startswith(FURTHER) and (size != "b2" or variant) else []
+        name,
+        variant,
+        marks=[pytest.mark.slow] * ((variant is not None or size in ("l2", "xl2")) and (name, variant) not in LARGE),
     )
     for name, size in ((name, name.split("_")[-1]) for name in NAMES)
     for variant in (None, "512")

@@ -96,10 +96,10 @@ def test_what_is_not_a_release_is_refused_in_one_line(tmp_path, kind, words):
     ("name", "options"),
     [
         ("sit_diversedit", {"solver": "heun"}),
-        ("official_sit", {"cfg_scale": 4.0, "guidance_channels": 3}),
+        pytest.param("official_sit", {"cfg_scale": 4.0, "guidance_channels": 3}, marks=pytest.mark.slow),
         ("official_dit", {}),
         ("meanflow", {}),
-        ("meanflow", {"solver": "euler", "cfg_scale": 2.0}),
+        pytest.param("meanflow", {"solver": "euler", "cfg_scale": 2.0}, marks=pytest.mark.slow),
     ],
 )
 def test_a_release_samples_at_once(tmp_path, name, options):

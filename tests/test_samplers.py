@@ -151,7 +151,7 @@ def gaussian_samples(solver, path, form, times, last="mean", count=40_000):
 
 SOLVERS = [samplers.euler_maruyama, samplers.sde_heun]
 EVERY = [(solver, form, path) for solver in SOLVERS for form in samplers.DIFFUSIONS for path in paths.PATHS]
-QUICK = {(SOLVERS[0], form, "linear") for form in samplers.DIFFUSIONS} | {(SOLVERS[1], "sigma", "linear")}
+QUICK = {(SOLVERS[0], "sbdm", "linear"), (SOLVERS[1], "sigma", "linear")}
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_the_stochastic_heun_is_of_second_order_without_noise(path):
     np.testing.assert_allclose(slopes, 2, atol=0.1, err_msg=f"errors {errors}")
 
 
-@pytest.mark.parametrize("path", paths.PATHS)
+@pytest.mark.parametrize("path", [pytest.param(p, marks=[pytest.mark.slow] * (p != "linear")) for p in paths.PATHS])
 def test_dopri5_keeps_its_tolerance(path):
     with jax.enable_x64(True):
         noise = jnp.linspace(-2.0, 2.0, 16).reshape(1, 4, 4, 1)

@@ -121,7 +121,7 @@ def test_a_longer_run_continues(tmp_path):
     assert_same_bits(resumed, train.run(tiny(total_steps=5, **constant), tmp_path / "b"))
 
 
-@pytest.mark.parametrize("num_classes", [0, 3])
+@pytest.mark.parametrize("num_classes", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_data_of_any_number_of_classes_train_and_are_sampled(num_classes, tmp_path):
     config = tiny(total_steps=2, checkpoint__every=0, sampler__cfg_scale=1.0 if num_classes == 0 else 1.5)
     config.data = slot("data", "synthetic", shape=(8, 8, 1), num_classes=num_classes, size=64)
