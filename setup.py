@@ -59,7 +59,7 @@ setup(
             "pytest>=8.3",
             "pytest-xdist>=3.6",  # a process per core: most of the time goes into compiling, by one thread
             "ruff>=0.17",
-            "scikit-image>=0.25",  # photographs to test the way from images to latents on
+            "scikit-image>=0.26",  # photographs to test the way from images to latents on
             "setuptools>=77",  # builds the wheel without fetching a second copy
             "tensorboard>=2.19",  # reads event files back
         ],

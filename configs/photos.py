@@ -5,7 +5,7 @@
     python -m tools.prepare_latents runs/photos runs/latents --vae=runs/photo_vae --size=32
     python -m diversedit_jax.train --config=configs/photos.py --workdir=runs/photo_model
 
-Hardware: any; 2 CPU cores take 6 min for the autoencoder and 6 min for the training. Expected: crops that one can tell
+Hardware: any; 2 CPU cores take 7 min for the autoencoder and 6 min for the training. Expected: crops that one can tell
 apart by class, 16 of them in two rows of samples.png, as blurred as the small autoencoder makes them (21 dB).
 """
 
