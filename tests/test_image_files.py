@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import tarfile
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -145,6 +146,95 @@ def test_what_is_no_image_is_counted(tmp_path):
     assert images.ignored == {"*.txt": 1, "*.db": 1, "hidden file or folder": 1, "link to a folder above": 1}
 
 
+def test_the_labels_of_a_folder_may_be_listed(tmp_path):
+    """As REPA's and EDM's tools write them: the folders hold a thousand images each, and are no classes."""
+    listed = [[name, 2 * label] for name, label in zip(ITEMS, LABELS, strict=True)]
+    (folder(tmp_path) / "dataset.json").write_text(json.dumps({"labels": [*listed, ["gone.png", 1]]}))
+    images = image_files.open_images(tmp_path)
+    assert images.labels.tolist() == [2 * label for label in LABELS]
+    assert images.classes == tuple("01234")
+    assert images.ignored == {"label without an image": 1}
+    for content, classes in [({"labels": None}, ()), ({"about": "ants"}, CLASSES)]:
+        (tmp_path / "dataset.json").write_text(json.dumps(content))
+        assert image_files.open_images(tmp_path).classes == classes
+    for content, words in [({"labels": listed[1:]}, "ant/a.png in .* has no label"), ({"labels": 3}, "cannot be read")]:
+        (tmp_path / "dataset.json").write_text(json.dumps(content))
+        with pytest.raises(DataError, match=words):
+            image_files.open_images(tmp_path)
+        assert image_files.open_images(tmp_path, unconditional=True).classes == ()
+
+
+def test_unconditional_images_may_lie_anywhere(tmp_path):
+    (folder(tmp_path) / "z.png").write_bytes(encoded(picture(0)))
+    images = image_files.open_images(tmp_path, unconditional=True)
+    assert (images.keys, images.classes) == ([*ITEMS, "z.png"], ())
+
+
+def test_odd_files_are_neither_lost_nor_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    os.symlink("nowhere", tmp_path / "dangling.png")
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.png", "wb") as file:
+        file.write(encoded(picture(3)))
+    images = image_files.open_images(tmp_path)
+    assert images.ignored == {"pipe or device": 1}
+    assert images.keys == ["caf\\udce9.png", "dangling.png"]
+    np.testing.assert_array_equal(np.asarray(image_files.decode(images.read(0))), picture(3))
+    with pytest.raises(DataError, match=r"dangling.png: cannot be read: No such file"):
+        image_files.crop(images, 1, 8)
+
+
+def archive(path, kind, members):
+    """A tar or zip with these members, some of them of one name."""
+    if kind == "tar":
+        with tarfile.open(path, "w") as file:
+            for name, content in members:
+                add(file, name, content)
+    else:
+        with zipfile.ZipFile(path, "w") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for name, content in members:
+                file.writestr(name, content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "members", "words"),
+    [
+        ("tar", ["a.jpg", "a.png"], r"a has several images: .jpg, .png"),
+        ("tar", ["a.left.png", "a.right.png"], r"a has several images: .left.png, .right.png"),
+        ("tar", ["a.png", "a.png"], "two images of the name a.png"),
+        ("tar", ["a.png", "a.cls"], "a.cls is no label: invalid literal"),
+        ("zip", ["a.png", "a.png"], "several images of the name a.png"),
+    ],
+)
+def test_of_images_of_one_name_none_is_lost(kind, members, words, tmp_path):
+    file = archive(tmp_path / f"set.{kind}", kind, [(name, b"x") for name in members])
+    with pytest.raises(DataError, match=words) as error:
+        image_files.open_images(file)
+    assert "\n" not in str(error.value)
+
+
+def test_what_lies_in_archives_beside_images_is_counted(tmp_path):
+    members = [("a.png", encoded(picture(0))), ("a.cls", b"1"), ("a.mask.png", b"x"), ("._a.png", b"x")]
+    file = archive(tmp_path / "set.tar", "tar", members)
+    with tarfile.open(file, "a") as opened:
+        link = tarfile.TarInfo("b.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "a.png"
+        opened.addfile(link)
+    images = image_files.open_images(file)
+    assert (images.keys, images.labels.tolist()) == (["set.tar/a"], [1])
+    np.testing.assert_array_equal(np.asarray(image_files.decode(images.read(0))), picture(0))
+    assert images.ignored == {"*.mask.png": 1, "hidden file or folder": 1, "link or device": 1}
+    (tmp_path / "deep").mkdir()
+    beside = image_files.open_images(tmp_path).ignored
+    assert beside == images.ignored | {"folder beside the .tar files": 1}
+    listed = json.dumps({"labels": [["a.png", 1], ["b.png", 0]]})
+    members = [("a.png", b"x"), ("__MACOSX/._a.png", b"x"), (".b.png", b"x"), ("dataset.json", listed)]
+    zipped = image_files.open_images(archive(tmp_path / "set.zip", "zip", members))
+    assert (zipped.keys, zipped.labels.tolist()) == (["a.png"], [1])
+    assert zipped.ignored == {"hidden file or folder": 2, "label without an image": 1}
+
+
 def test_what_is_no_collection_is_named(tmp_path):
     def refused(path, words, error_kind=DataError, **options):
         with pytest.raises(error_kind, match=words) as error:
@@ -222,6 +312,22 @@ def test_a_file_that_cannot_be_opened_is_named(tmp_path):
     images = image_files.open_images(folder(tmp_path))
     (tmp_path / "bee" / "a.png").unlink()  # between the listing and the reading
     with pytest.raises(DataError, match=r"^bee/a.png: cannot be read: .*No such file"):
+        image_files.crop(images, 2, 8)
+
+
+def test_a_disk_that_goes_is_no_fault_of_an_image(tmp_path, monkeypatch):
+    images = image_files.open_images(folder(tmp_path / "mount" / "images"))
+    (tmp_path / "mount").rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError):
+        image_files.crop(images, 2, 8)
+    (tmp_path / "elsewhere").rename(tmp_path / "mount")
+    assert image_files.crop(images, 2, 8).shape == (8, 8, 3)
+
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "convert", full)
+    with pytest.raises(MemoryError):
         image_files.crop(images, 2, 8)
 
 
