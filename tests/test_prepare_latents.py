@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
 from diversedit_jax import data, encoders
@@ -177,6 +178,70 @@ def test_a_whole_set_is_left_alone_and_another_is_refused(home, straight, tmp_pa
         prepare(home, tmp_path / "file")
 
 
+def test_the_batch_size_may_not_change_on_the_way(home, straight, tmp_path):
+    """The last bits of the moments depend on it."""
+    with pytest.raises(ConfigError, match=r"holds another set \(.*batch_size: 8 there, 4 now"):
+        prepare(home, straight, image="png", batch_size=4)
+    batches = [content(prepare(home, tmp_path / str(size), image="png", batch_size=size)) for size in (8, 8)]
+    assert batches[0] == batches[1] == content(straight)
+
+
+def test_a_mount_that_fails_ends_the_run_and_skips_no_image(home, straight, tmp_path, monkeypatch):
+    read, broken = image_files._read_file, True
+
+    def fails(folder, keys, index):
+        if broken and index >= 10:
+            raise OSError(107, "Transport endpoint is not connected")
+        return read(folder, keys, index)
+
+    monkeypatch.setattr(image_files, "_read_file", fails)
+    with pytest.raises(DataError, match=r"ant/1\d.png: .*Transport endpoint .*; the same command goes on"):
+        prepare(home, tmp_path, image="png")
+    broken = False
+    prepare(home, tmp_path, image="png")
+    assert content(tmp_path) == content(straight)
+
+
+def test_what_is_raised_while_encoding_is_no_fault_of_the_disk(home, tmp_path, monkeypatch):
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(jax, "device_get", full)
+    with pytest.raises(ConfigError, match="--batch_size=8: the memory of the devices is too small"):
+        prepare(home, tmp_path)
+
+
+def test_without_any_good_image_the_report_says_why(home, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"none of 1 images could be read; see report.json"):
+        prepare_latents.prepare(tmp_path / "images", tmp_path / "out", Options(str(home / "vae"), size=SIZE))
+    assert json.loads((tmp_path / "out/report.json").read_text())["skipped"] == {"a.png": "an empty file"}
+
+
+def test_two_that_write_one_shard_do_not_harm_it(tmp_path):
+    """The same command was started twice by mistake, and the first one is stopped when the other is done."""
+    features = latent_shards.features((1, 1, 1), 8, None, {}, ())
+    plan = latent_shards.Plan({}, features, 2, 2)
+    latent_shards.claim(tmp_path, plan)
+    example = {"moments": np.ones((2, 1, 1, 2), np.float16), "label": 0, "key": "a"}
+
+    def overtaken(end):
+        yield example
+        latent_shards.write_shard(tmp_path, plan, 0, [example] * 2, {})
+        yield from end
+
+    def stopped():
+        raise KeyboardInterrupt
+        yield
+
+    for end, error in [(stopped(), KeyboardInterrupt), ([example], DataError)]:
+        with pytest.raises(error, match="No such file" if error is DataError else None):
+            latent_shards.write_shard(tmp_path, plan, 0, overtaken(end), {})
+        assert latent_shards.missing(tmp_path, plan) == []
+        assert len(list(latent_shards.records(tmp_path / plan.file(0)))) == 2
+
+
 def test_what_cannot_work_is_said_at_once(home, tmp_path):
     for options, words in [
         ({"size": 15}, "--size=15: must be a multiple of the 2 pixels of a latent"),
@@ -253,6 +318,47 @@ def test_verification_finds_what_is_wrong(home, tmp_path, capsys):
     wrong(out, r"00000-of-00003, record 0: 1024 moments, wanted \[2, 4, 4, 8\]")
     latent_shards.write_json(out / "latents.json", about | {"classes": ["ant"]})
     wrong(out, r"00001-of-00003, record \d+: label 1 is not in 0 .. 0")
+
+
+def readable(shard: Path, number: int) -> bool:
+    reader = ArrayRecordReader(str(shard), "readahead_buffer_size:0,max_parallelism:0")
+    try:
+        return bool(reader.read([number]))
+    except Exception:  # array_record raises several kinds
+        return False
+    finally:
+        reader.close()
+
+
+def test_verification_names_the_record(tmp_path):
+    """Records are read many at a time; which of them is damaged is said all the same."""
+    features = latent_shards.features((4, 4, 4), 8, None, {}, ())
+    plan = latent_shards.Plan({"shape": [4, 4, 4], "classes": None, "vae": {}, "image": None}, features, 100, 100)
+    latent_shards.claim(tmp_path, plan)
+    rng = np.random.default_rng(0)
+    examples = [
+        {"moments": rng.uniform(0.5, 1, (2, 4, 4, 8)).astype(np.float16), "label": 0, "key": str(number)}
+        for number in range(100)
+    ]
+    latent_shards.write_shard(tmp_path, plan, 0, examples, {})
+    about = latent_shards.finish(tmp_path, plan)
+    assert list(latent_shards.verify(tmp_path)) == [100]
+    shard = tmp_path / plan.file(0)
+    whole = shard.read_bytes()
+    used = np.flatnonzero(np.frombuffer(whole, np.uint8))
+    damaged = bytearray(whole)
+    damaged[used[int(0.77 * len(used))]] ^= 0x10
+    shard.write_bytes(damaged)
+    (bad,) = [number for number in range(100) if not readable(shard, number)]
+    assert bad % 64, "the first of those that are read together would be named anyway"
+    wrong(tmp_path, f"00000-of-00001, record {bad}: ")
+    shard.write_bytes(whole)
+    info = (tmp_path / "dataset_info.json").read_text()
+    assert info.count('"100"') == 1
+    (tmp_path / "dataset_info.json").write_text(info.replace('"100"', '"99"'))
+    wrong(tmp_path, "dataset_info.json and latents.json differ in the numbers of records")
+    latent_shards.write_json(tmp_path / "latents.json", {"records": about["records"]})
+    wrong(tmp_path, "latents.json cannot be read: it does not say 'shape'")
 
 
 def test_verification_decodes_some_records_beside_their_crops(home, straight, tmp_path, capsys):

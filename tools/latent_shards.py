@@ -3,13 +3,15 @@
 Shard s holds the images s * per_shard .. (s + 1) * per_shard - 1 of the collection that could be read, whoever writes
 it. It is written beside its place and renamed when it is whole; then its note says so, `notes/00003.json`: checksum,
 number of records, images that were skipped and why. A shard without a note is written anew. When all have one, the
-metadata of tfds are written, and last `latents.json`, without which a set is not whole.
+metadata of tfds are written, and last `latents.json`, without which a set is not whole. Of two processes that write the
+same shard by mistake the first one ends with an error, and the shard is the other's.
 """
 
 import contextlib
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,10 +121,22 @@ def brief(value: Any) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    """Write a file whole or not at all; DataError if the disk does not take it."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with writing(path), open(partial, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+        os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Within it, what the disk refuses is a DataError that names the file."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # RuntimeError: array_record
+        raise DataError(f"{place} cannot be written: {str(error).partition(chr(10))[0]}") from error
 
 
 def note(folder: Path, shard: int) -> dict[str, Any] | None:
@@ -140,27 +154,30 @@ def write_shard(
     records: the examples, in order; `skipped` is read when they are at an end: image -> why it is not among them.
     """
     place = folder / plan.file(shard)
-    partial = place.with_name(f".{place.name}")
+    partial = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
     checksum, count, size = hashlib.sha256(), 0, 0
-    try:
+    with writing(place):
+        for left in folder.glob(f".{place.name}.*"):  # by one that was killed
+            left.unlink(missing_ok=True)
         writer = array_record_module.ArrayRecordWriter(str(partial), OPTIONS)
-        try:
-            for example in records:
-                content = serialize(plan.features, example)
+    try:
+        for example in records:  # what is raised here has nothing to do with the disk of `place`
+            content = serialize(plan.features, example)
+            with writing(place):
                 writer.write(content)
-                checksum.update(content)
-                count, size = count + 1, size + len(content)
-        finally:
+            checksum.update(content)
+            count, size = count + 1, size + len(content)
+    finally:
+        with writing(place):
             writer.close()
+    if count + len(skipped) != len(plan.images(shard)):
+        raise DataError(f"{place}: {count} records and {len(skipped)} skipped of {len(plan.images(shard))} images")
+    with writing(place):
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, place)
-        if count + len(skipped) != len(plan.images(shard)):
-            raise DataError(f"{place}: {count} records and {len(skipped)} skipped of {len(plan.images(shard))} images")
-        found = {"records": count, "bytes": size, "sha256": checksum.hexdigest(), "skipped": skipped}
-        write_json(folder / NOTES / f"{shard:05d}.json", found)
-    except (OSError, RuntimeError) as error:  # RuntimeError: array_record
-        raise DataError(f"{place} cannot be written: {str(error).partition(chr(10))[0]}") from error
+    found = {"records": count, "bytes": size, "sha256": checksum.hexdigest(), "skipped": skipped}
+    write_json(folder / NOTES / f"{shard:05d}.json", found)
     return size
 
 
@@ -190,10 +207,10 @@ def finish(folder: Path, plan: Plan) -> dict[str, Any]:
     )
     if not sum(split.shard_lengths):
         raise DataError(f"{folder}: none of {plan.count} images could be read; see report.json")
-    # check_data would read the shards with TensorFlow
-    tfds.folder_dataset.write_metadata(
-        data_dir=str(folder), features=plan.features, split_infos=[split], check_data=False
-    )
+    with writing(folder / "dataset_info.json"):  # check_data would read the shards with TensorFlow
+        tfds.folder_dataset.write_metadata(
+            data_dir=str(folder), features=plan.features, split_infos=[split], check_data=False
+        )
     shards = [
         {"file": plan.file(shard), "records": found["records"], "sha256": found["sha256"]}
         for shard, found in enumerate(notes)
@@ -207,7 +224,11 @@ def finish(folder: Path, plan: Plan) -> dict[str, Any]:
 def whole(folder: Path) -> dict[str, Any]:
     """What latents.json says of a set; DataError if it is not whole."""
     try:
-        return json.loads((folder / WHOLE).read_text(encoding="utf-8"))
+        found = json.loads((folder / WHOLE).read_text(encoding="utf-8"))
+        lacks = [name for name in ("shape", "classes", "vae", "image", "records", "shards") if name not in found]
+        if lacks:
+            raise ValueError(f"it does not say {lacks[0]!r}; tools.prepare_latents writes it")
+        return found
     except FileNotFoundError:
         plan = folder / PLAN
         why = "its preparation is not finished: run the same command again" if plan.exists() else f"it has no {WHOLE}"
@@ -217,11 +238,16 @@ def whole(folder: Path) -> dict[str, Any]:
 
 
 def records(file: Path) -> Iterator[bytes]:
-    """The records of a shard, as they are stored."""
+    """The records of a shard, as they are stored; one that cannot be read raises after those before it."""
     reader = array_record_module.ArrayRecordReader(str(file), "readahead_buffer_size:0,max_parallelism:0")
     try:
         for begin in range(0, reader.num_records(), 64):
-            yield from reader.read(list(range(begin, min(begin + 64, reader.num_records()))))
+            indices = list(range(begin, min(begin + 64, reader.num_records())))
+            try:
+                found = reader.read(indices)
+            except Exception:  # of several kinds; one by one, so that it is clear which
+                found = (reader.read([index])[0] for index in indices)
+            yield from found
     finally:
         reader.close()
 
@@ -249,6 +275,10 @@ def verify(folder: Path) -> Iterator[int]:
         if checksum.hexdigest() != shard["sha256"]:
             raise DataError(f"{file}: its records are not those that were written: the checksum differs")
         yield count
+    counts = [shard["records"] for shard in about["shards"]]
+    info, _ = latents.open_source(folder, SPLIT)
+    if list(info.splits[SPLIT].shard_lengths) != counts:
+        raise DataError(f"{folder}: dataset_info.json and {WHOLE} differ in the numbers of records")
 
 
 def fault(record: bytes, shape: tuple[int, ...], classes: int) -> str | None:
@@ -261,8 +291,8 @@ def fault(record: bytes, shape: tuple[int, ...], classes: int) -> str | None:
     label = stored["label"].int64_list.value[0]
     if not np.isfinite(moments).all():
         return "moments that are not finite"
-    if std.min() < 0:
-        return f"a standard deviation of {std.min():.3g}"
+    if std.min() < 0 or not std.any():
+        return f"a standard deviation of {std.min():.3g}" if std.any() else "standard deviations that are all 0"
     if np.abs(mean).max() > 1e3:
         return f"a mean of {np.abs(mean).max():.3g}: no latent is so large"
     if not 0 <= label < classes:

@@ -14,7 +14,8 @@ error. OUT/mosaic.png shows images beside what the autoencoder makes of their la
     python -m tools.prepare_latents --verify OUT [--vae=VAE]
 
 checks a finished set: checksums, counts, ranges; with the autoencoder it also decodes some of it: OUT/verified.png.
-Records are the same to the bit on one kind of machine; on GPUs with XLA_FLAGS=--xla_gpu_deterministic_ops=true.
+Records are the same to the bit on one kind of machine with as many devices, hence --batch_size may not change on the
+way; on GPUs with XLA_FLAGS=--xla_gpu_deterministic_ops=true.
 """
 
 import ast
@@ -117,8 +118,8 @@ def prepare(source: str | Path, out: str | Path, options: Options) -> None:
         print(f"this process is done; {len(others)} of {plan.shards} shards are left to the others")
         return
     report = summary(folder, plan, images)
-    about = latent_shards.finish(folder, plan)
     latent_shards.write_json(folder / "report.json", report | {"ignored": dict(images.ignored)})
+    about = latent_shards.finish(folder, plan)
     show(report, about, time.monotonic() - started, folder)
     mosaic(folder, images, release, options)
     scale = about["vae"]["scale"]
@@ -153,6 +154,7 @@ def planned(
         "crop": "adm",
         "resolution": size,
         "precision": options.precision,
+        "batch_size": options.batch_size,  # the last bits of the moments depend on it
         "image": None if options.image == "none" else options.image,
         "encoders": {
             name: given | {"file": latent_shards.file_digest(given["file"])}
@@ -216,10 +218,15 @@ def encoder(release: vae_files.Release, options: Options) -> Encoding:
             on_host = {"vae": release.read(("encoder",))} | {name: one.init() for name, one in made.items()}
             frozen.update(jax.device_put(on_host, sharding.replicated(mesh)))
         padded = np.resize(crops, (batch, *crops.shape[1:]))
-        both = [
-            jax.device_get(compute(frozen, jax.device_put(np.ascontiguousarray(side), sharding.over_batch(mesh))))
-            for side in (padded, padded[:, :, ::-1])
-        ]
+        try:
+            both = [
+                jax.device_get(compute(frozen, jax.device_put(np.ascontiguousarray(side), sharding.over_batch(mesh))))
+                for side in (padded, padded[:, :, ::-1])
+            ]
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise ConfigError(f"--batch_size={options.batch_size}: the memory of the devices is too small") from error
         return {name: np.stack([side[name][: len(crops)] for side in both], axis=1) for name in both[0]}
 
     return Encoding(encode, batch, shapes)
@@ -233,7 +240,10 @@ def cropped(
     ticker: "Ticker",
     options: Options,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The images that can be read, in order, decoded ahead by the threads; the others go to `skipped`."""
+    """The images that can be read, in order, decoded ahead by the threads; the others go to `skipped`.
+
+    DataError if it is the machine that fails, a mount that is gone or too little memory: no image is to blame.
+    """
     ahead: deque[tuple[int, Future]] = deque()
     rest = iter(indices)
     try:
@@ -249,6 +259,9 @@ def cropped(
                 if options.strict:
                     raise
                 skipped[images.keys[index]] = str(error).removeprefix(f"{images.keys[index]}: ")
+            except (OSError, MemoryError) as error:
+                why = f"{str(error) or type(error).__name__}; the same command goes on when this is mended"
+                raise DataError(f"{images.keys[index]}: {why}") from error
             ticker.update(1)
     finally:
         for _, future in ahead:

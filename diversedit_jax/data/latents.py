@@ -55,7 +55,8 @@ def open_source(data_dir: Path, split: str) -> tuple[tfds.core.DatasetInfo, Any]
     try:
         builder = tfds.builder_from_directory(str(data_dir))
     except Exception as error:
-        left = "its preparation is not finished" if (data_dir / "plan.json").exists() else first_line(error)
+        unfinished = (data_dir / "plan.json").exists() and not (data_dir / ABOUT).exists()
+        left = "its preparation is not finished" if unfinished else first_line(error)
         raise DataError(f"latents: {data_dir} is not a tfds dataset: {left}") from error
     try:
         whole = builder.info.splits[split].num_examples
