@@ -183,15 +183,15 @@ def test_saving_an_old_step_is_an_error(copy):
 # What is damaged is noticed.
 
 
-def damages(directory):
-    """(name, function that does the damage) for every file of a step."""
+def damages(directory, flips):
+    """(name, function that does the damage) for every file of a step, `flips` of them a bit that turns."""
     rng = random.Random(0)
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
         size, name = path.stat().st_size, path.relative_to(directory)
         yield f"delete {name}", path.unlink
         yield f"empty {name}", lambda path=path: path.write_bytes(b"")
         yield f"halve {name}", lambda path=path, size=size: os.truncate(path, size // 2)
-        for _ in range(min(3, size)):
+        for _ in range(min(flips, size)):
             at, bit = rng.randrange(size), rng.randrange(8)
 
             def flip(path=path, at=at, bit=bit):
@@ -203,9 +203,10 @@ def damages(directory):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # late threads of tensorstore
-def test_no_damage_gives_a_wrong_state(saved, copy):
+@pytest.mark.parametrize("flips", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_no_damage_gives_a_wrong_state(saved, copy, flips):
     wanted, target, noticed = make_state(6), target_of(make_state(6)), []
-    for name, damage in damages(copy / "6"):
+    for name, damage in damages(copy / "6", flips):
         damage()
         try:
             (state, meta), text = Checkpoints(copy).restore(target), None

@@ -21,13 +21,16 @@ from tests.reference import DATA
 from tests.test_data_latents import write
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py") if path.stem != "__init__")
-# By default one size of a recipe, at one resolution, and of each kind the largest: tracing takes seconds.
+# By default one size of a recipe, at one resolution, and of each kind the largest: tracing takes seconds. What a recipe
+# holds alone, that with DiverseDiT holds too.
 LARGE = [("sit_xl2", "512"), ("diversedit_xl2", None), ("dit_xl2", None)]
+ALONE = ("repa_b2", "sra_b2", "disp_b2", "mean_flow_b2")
 VARIANTS = [
     pytest.param(
         name,
         variant,
-        marks=[pytest.mark.slow] * ((variant is not None or size in ("l2", "xl2")) and (name, variant) not in LARGE),
+        marks=[pytest.mark.slow]
+        * (((variant is not None or size in ("l2", "xl2")) and (name, variant) not in LARGE) or name in ALONE),
     )
     for name, size in ((name, name.split("_")[-1]) for name in NAMES)
     for variant in (None, "512")

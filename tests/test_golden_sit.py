@@ -68,7 +68,7 @@ def test_diversity_terms_equal_the_release(name, skip, rule):
 
 
 @pytest.mark.parametrize(("name", "skip"), CASES)
-@pytest.mark.parametrize("remat", ["named", "none"])
+@pytest.mark.parametrize("remat", ["named", pytest.param("none", marks=pytest.mark.slow)])
 def test_every_gradient_equals_the_reference(name, skip, remat):
     gold = reference.numbers(name)
 

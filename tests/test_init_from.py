@@ -43,7 +43,8 @@ def outputs(params, **options):
     return model.apply(params, x, jnp.array([0.1, 0.5, 0.9]), jnp.array([0, 4, 10]))[0]
 
 
-@pytest.mark.parametrize("skip", ["release", pytest.param("uvit", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("skip", ["release", "uvit"])
 def test_skips_added_to_a_release_leave_its_outputs_unchanged(release, tmp_path, skip, capfd):
     file, params = release
     config = tiny(file, skip=skip, skip_init="identity")

@@ -67,8 +67,7 @@ def test_the_whole_chain_ends_in_pictures(latents, tmp_path, capsys):
     assert np.abs(pictures - wanted).max() <= 1  # rounding of a sum in another order
     assert np.mean(pictures != wanted) < 1e-3
 
-
-def test_latents_of_another_scale_are_refused(latents, tmp_path):
+    # Latents of another scale are refused. (Here, because another process would make all of the above once more.)
     config = config_of(latents)
     config.prepare.update({"scale": 1.0, "vae": None})
     with pytest.raises(ConfigError, match=r"prepare.scale = 1.0, but the autoencoder of these latents has 0.18215"):
