@@ -1,13 +1,15 @@
-"""The Frechet distance: closed forms, symmetry, covariances without full rank, and the ADM evaluator's values."""
+"""The Frechet distance: closed forms, symmetry, covariances without full rank, and the ADM evaluator's values.
+The moments under it: those of numpy, however the features are cut into batches."""
 
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from diversedit_jax.metrics.frechet import frechet_distance, moments
+from diversedit_jax.metrics.frechet import factor, frechet_distance, merged, moments
 
-GOLDEN = np.load(Path(__file__).parent / "data" / "frechet.npz")  # features, moments, values of the ADM evaluator
+GOLDEN = np.load(Path(__file__).parent / "data" / "adm_metrics.npz")  # features and the ADM evaluator's values
 
 
 def spd(rng, d):
@@ -15,12 +17,41 @@ def spd(rng, d):
     return root @ root.T
 
 
+def gaussian(features):
+    fitted = moments(features)
+    return fitted.mean, fitted.covariance
+
+
 def test_moments_are_those_of_numpy():
     features = np.random.default_rng(0).normal(3, 2, (50, 7)).astype(np.float32)
-    mean, cov = moments(features)
-    assert mean.dtype == cov.dtype == np.float64
-    np.testing.assert_allclose(mean, features.astype(np.float64).mean(0), rtol=1e-13)
-    np.testing.assert_allclose(cov, np.cov(features.astype(np.float64), rowvar=False), rtol=1e-12)
+    fitted = moments(features)
+    assert fitted.mean.dtype == fitted.scatter.dtype == fitted.covariance.dtype == np.float64
+    assert fitted.count == 50
+    np.testing.assert_allclose(fitted.mean, features.astype(np.float64).mean(0), rtol=1e-13)
+    np.testing.assert_allclose(fitted.covariance, np.cov(features.astype(np.float64), rowvar=False), rtol=1e-12)
+
+
+@pytest.mark.parametrize("offset", [0, 1e4])
+def test_batches_of_any_size_have_the_moments_of_all(offset):
+    features = np.random.default_rng(0).normal(offset, 1, (1000, 7))
+    batches = np.split(features, [1, 2, 300, 557, 990])
+    found = reduce(merged, map(moments, batches))
+    assert found.count == 1000
+    np.testing.assert_allclose(found.mean, features.mean(axis=0), rtol=1e-13)
+    np.testing.assert_allclose(found.covariance, np.cov(features, rowvar=False), rtol=0, atol=1e-10)
+    np.testing.assert_allclose(found.covariance, moments(features).covariance, rtol=0, atol=1e-10)
+
+
+def test_the_order_of_batches_changes_nothing():
+    parts = [moments(np.random.default_rng(n).normal(5, n, (n, 4))) for n in (1, 7, 50)]
+    one, other = reduce(merged, parts), merged(parts[2], merged(parts[0], parts[1]))
+    np.testing.assert_allclose(one.mean, other.mean, rtol=1e-13)
+    np.testing.assert_allclose(one.scatter, other.scatter, rtol=1e-12)
+
+
+def test_moments_of_different_dimensions_cannot_be_merged():
+    with pytest.raises(ValueError, match="moments of 3 and of 4 dimensions"):
+        merged(moments(np.ones((2, 3))), moments(np.ones((2, 4))))
 
 
 def test_gaussians_with_common_axes_have_a_closed_form():
@@ -40,15 +71,39 @@ def test_general_covariances_agree_with_the_eigenvalues_of_their_product():
     np.testing.assert_allclose(frechet_distance(np.zeros(5), c2, np.zeros(5), c1), wanted, rtol=1e-10)
 
 
-@pytest.mark.parametrize("n", [2, 10, 1000])
+@pytest.mark.parametrize("n", [2, 10, 200, 1000])
 def test_equal_sets_are_at_distance_zero(n):
-    fitted = moments(np.random.default_rng(3).normal(size=(n, 200)) * 10)
+    fitted = gaussian(np.random.default_rng(3).normal(size=(n, 200)) * 10)
     assert 0 <= frechet_distance(*fitted, *fitted) < 1e-6
+
+
+@pytest.mark.parametrize(("n1", "n2"), [(20, 30), (20, 500), (99, 100), (101, 102)])
+def test_with_fewer_samples_than_dimensions_it_is_what_the_samples_say(n1, n2):
+    # The centred features are themselves a factor of their covariance.
+    rng = np.random.default_rng(4)
+    sets = [rng.normal(size=(n, 100)) * np.logspace(0, -3, 100) for n in (n1, n2)]
+    means = [x.mean(axis=0) for x in sets]
+    f1, f2 = ((x - x.mean(axis=0)) / np.sqrt(len(x) - 1) for x in sets)
+    overlap = np.linalg.svd(f1 @ f2.T, compute_uv=False).sum()
+    wanted = np.sum((means[0] - means[1]) ** 2) + np.sum(f1**2) + np.sum(f2**2) - 2 * overlap
+    np.testing.assert_allclose(frechet_distance(*gaussian(sets[0]), *gaussian(sets[1])), wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("n", "rank"), [(10, 9), (100, 20)])
+def test_a_factor_has_the_rank_of_the_covariance(n, rank):
+    cov = moments(np.random.default_rng(5).normal(size=(n, 20))).covariance
+    assert factor(cov).shape == (20, rank)
+    np.testing.assert_allclose(factor(cov) @ factor(cov).T, cov, atol=1e-14)
 
 
 def test_orthogonal_subspaces_share_nothing():
     c1, c2 = np.diag([4.0, 1, 0, 0]), np.diag([0, 0, 9.0, 2])
     np.testing.assert_allclose(frechet_distance(np.zeros(4), c1, np.zeros(4), c2), 16, rtol=1e-12)
+
+
+def test_points_are_at_the_distance_of_their_means():
+    points = np.zeros(3), np.zeros((3, 3)), np.ones(3), np.zeros((3, 3))
+    assert frechet_distance(*points) == 3
 
 
 def test_eigenvalues_that_rounding_made_negative_count_as_zero():
@@ -57,19 +112,26 @@ def test_eigenvalues_that_rounding_made_negative_count_as_zero():
 
 
 def test_it_is_the_value_of_the_adm_evaluator():
-    value = frechet_distance(*(GOLDEN[k] for k in ("ref_mean", "ref_cov", "samples_mean", "samples_cov")))
+    value = frechet_distance(*gaussian(GOLDEN["ref"]), *gaussian(GOLDEN["samples"]))
     np.testing.assert_allclose(value, GOLDEN["fid"], rtol=1e-6)
 
 
 def test_it_is_the_value_of_the_adm_evaluator_for_ten_samples_of_64_dimensions():
     features = GOLDEN["singular"]
-    value = frechet_distance(*moments(features[:10]), *moments(features[10:]))
-    np.testing.assert_allclose(value, GOLDEN["fid_singular"], rtol=1e-6)
+    value = frechet_distance(*gaussian(features[:10]), *gaussian(features[10:]))
+    np.testing.assert_allclose(value, GOLDEN["fid_singular_first10_vs_last10"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(1, 4), (0, 4), (5,)])
-def test_one_sample_has_no_covariance(shape):
-    with pytest.raises(ValueError, match=r"n >= 2 samples, given shape \("):
+def test_one_sample_has_moments_but_no_covariance():
+    one = moments(np.ones((1, 4)))
+    with pytest.raises(ValueError, match="at least 2 samples, given 1"):
+        _ = one.covariance
+    assert merged(one, one).covariance.shape == (4, 4)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (5,), (2, 3, 4)])
+def test_moments_are_of_a_set_of_features(shape):
+    with pytest.raises(ValueError, match=r"n >= 1, given shape \("):
         moments(np.zeros(shape))
 
 

@@ -1,26 +1,67 @@
 """Frechet distance between Gaussians fitted to two sets of features (FID, arXiv 1706.08500), in float64 on the host.
 
-|mean1 - mean2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). With C = F F^T, from the eigenvectors and square roots of the
-eigenvalues of each covariance, the trace of (C1 C2)^(1/2) is the sum of the singular values of F1^T F2: no square root
-of a product that is not symmetric, and exact to rounding also for covariances without full rank (fewer samples than
-dimensions), where the matrix square root of scipy turns complex.
+|mean1 - mean2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). With C = F F^T, the trace of (C1 C2)^(1/2) is the sum of the singular
+values of F1^T F2: no square root of a product that is not symmetric, and exact to rounding also for covariances without
+full rank (fewer samples than dimensions), where the matrix square root of scipy turns complex.
+
+Features may come in batches of any size: the moments of each are merged into those of all,
+`functools.reduce(merged, map(moments, batches))`.
 """
 
+from typing import NamedTuple
+
 import numpy as np
+from jaxtyping import Float
+
+from diversedit_jax.metrics.checks import check_finite, check_sets
 
 
-def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean [d] and covariance [d d] (divided by n - 1) of features [n d], in float64.
+class Moments(NamedTuple):
+    """What the Gaussian of a set of features needs, in a form that can be merged: float64, on the host."""
 
-    Raises ValueError for fewer than two samples or values that are not finite.
+    count: int  # n samples
+    mean: Float[np.ndarray, " d"]
+    scatter: Float[np.ndarray, "d d"]  # sum over samples of the outer product of (sample - mean) with itself
+
+    @property
+    def covariance(self) -> Float[np.ndarray, "d d"]:
+        """The unbiased estimate, scatter / (n - 1). Raises ValueError for fewer than two samples."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 samples, given {self.count}")
+        return self.scatter / (self.count - 1)
+
+    @property
+    def gaussian(self) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "d d"]]:
+        """The mean and the covariance, as `frechet_distance` takes them."""
+        return self.mean, self.covariance
+
+
+def moments(features: np.ndarray) -> Moments:
+    """Moments of one batch of features [n d], n >= 1; larger batches are quicker to merge.
+
+    Raises ValueError for another shape or values that are not finite.
     """
     features = np.asarray(features, np.float64)
-    if features.ndim != 2 or len(features) < 2:
-        raise ValueError(f"the covariance needs features [n d] of n >= 2 samples, given shape {features.shape}")
-    check_finite("features", features)
+    check_sets(1, features=features)
     mean = features.mean(axis=0)
     centred = features - mean
-    return mean, centred.T @ centred / (len(features) - 1)
+    return Moments(len(features), mean, centred.T @ centred)
+
+
+def merged(a: Moments, b: Moments) -> Moments:
+    """Moments of two batches together (Chan, Golub and LeVeque, 1979).
+
+    Only deviations from means are ever squared, so a large mean costs no digits. Raises ValueError if the dimensions
+    differ.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f"moments of {len(a.mean)} and of {len(b.mean)} dimensions cannot be merged")
+    count = a.count + b.count
+    apart = b.mean - a.mean
+    scatter = np.outer(apart * (a.count * b.count / count), apart)
+    scatter += a.scatter
+    scatter += b.scatter
+    return Moments(count, a.mean + apart * (b.count / count), scatter)
 
 
 def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
@@ -41,14 +82,14 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
     return max(float(distance), 0.0)  # rounding may leave -1e-12 for equal arguments
 
 
-def factor(cov: np.ndarray) -> np.ndarray:
-    """F [d d] with F F^T = cov; eigenvalues that rounding made negative count as 0."""
-    values, vectors = np.linalg.eigh(cov)
-    return vectors * np.sqrt(np.clip(values, 0, None))
+def factor(cov: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d r"]:
+    """F with F F^T = cov: of full rank by Cholesky, otherwise by eigenvectors, r of them.
 
-
-def check_finite(name: str, values: np.ndarray) -> None:
-    """Raise ValueError, with their number, if some values are infinite or NaN."""
-    bad = np.size(values) - np.count_nonzero(np.isfinite(values))
-    if bad:
-        raise ValueError(f"{bad} of {values.size} values of {name} are not finite")
+    Eigenvalues that rounding may have made count as 0. Kept, they would add up: one of 1e-16 has a root of 1e-8.
+    """
+    try:
+        return np.linalg.cholesky(cov)  # a sixth of the time
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(cov)
+        real = values > len(values) * np.finfo(np.float64).eps * values[-1]
+        return vectors[:, real] * np.sqrt(values[real])
