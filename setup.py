@@ -39,7 +39,9 @@ setup(
         "diffrax>=0.7.2",  # the ODE solver with adaptive steps, dopri5
         "jaxtyping>=0.3.2",  # array shapes in signatures
         "ml-dtypes>=0.5",  # bfloat16 and float8 in weight files, as jax has them
+        "matplotlib>=3.10",  # plots of sweeps and analyses
         "pillow>=11.0",  # PNG
+        "protobuf>=5",  # TensorFlow's graph with the weights of FID's Inception, without TensorFlow
         "safetensors>=0.5",  # weights of public releases, without pickle
         "scikit-learn>=1.6",  # the bundled digits, and the classifier that judges samples
         "tensorstore>=0.1.80",  # the index of the folders that orbax writes; orbax brings it

@@ -53,8 +53,15 @@ FLOORS = {
             "sampling",
             "experiment",
             "program",
+            "sources",
+            "extractors",
+            "references",
+            "scoring",
+            "feature_parts",
+            "protocols",
+            "reports",
         ],
-        ["optax", "orbax", "clu", "tensorboardX", "tqdm", "PIL", "ml_collections", "absl"],
+        ["optax", "orbax", "clu", "tensorboardX", "tqdm", "PIL", "ml_collections", "absl", "matplotlib"],
     ),
     3: (["evaluators"], ["sklearn"]),
     4: (["train", "sample", "evaluate", "analyze"], []),
@@ -63,6 +70,7 @@ FLOORS = {
 EXCEPTIONS = {
     "diversedit_jax.samplers": {"diffrax"},
     "diversedit_jax.interop.orbax_folder": {"orbax", "tensorstore"},
+    "diversedit_jax.interop.graph_def": {"google"},
     "diversedit_jax.data.lightningdit": {"safetensors"},
     "diversedit_jax.data.meanflow_lmdb": {"lmdb"},
 }
@@ -76,7 +84,13 @@ READS_WEIGHTS = {f"diversedit_jax.data.{name}" for name in ("meanflow_pt", "mean
 NEVER = {"configs", "launch", "tests", "tools", "tensorflow", "torch"}
 
 # Import name: distribution, where they differ by more than - and _.
-DISTRIBUTIONS = {"absl": "absl-py", "orbax": "orbax-checkpoint", "PIL": "pillow", "sklearn": "scikit-learn"}
+DISTRIBUTIONS = {
+    "absl": "absl-py",
+    "google": "protobuf",
+    "orbax": "orbax-checkpoint",
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+}
 
 TOP_LEVEL = {
     "CHANGELOG.md",

@@ -51,6 +51,7 @@ class Architecture(NamedTuple):
 
 SAME = Turn(lambda x: x, lambda x: x)
 LINEAR = Turn(lambda x: x.T, lambda x: x.T)  # torch keeps [out, in]
+CONV = Turn(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))  # torch keeps [out, in, h, w]
 
 
 def conv(patch: int) -> Turn:

@@ -79,11 +79,18 @@ _NUMPY = Vocabulary(_CALLS, ("numpy.ndarray",), {}, _build, _no_storage, _OPCODE
 
 
 def load(content: bytes) -> dict[Any, Any]:
-    """The dict that was pickled, with numpy arrays of plain numbers in it, contiguous and in the machine's byte order.
+    """The dict that was pickled, with numpy arrays of plain numbers in it or in dicts below, contiguous and in the
+    machine's byte order.
 
     Raises WeightsError, in one line, for whatever else the pickle holds.
     """
     tree = torch_pickle.load(io.BytesIO(content), _NUMPY)
     if type(tree) is not dict:
         raise WeightsError(f"its pickle is of a {type(tree).__name__}, wanted a dict")
-    return {name: value.value if type(value) is _Array else value for name, value in tree.items()}
+    return _finished(tree)
+
+
+def _finished(tree: Any) -> Any:
+    if type(tree) is dict:
+        return {name: _finished(value) for name, value in tree.items()}
+    return tree.value if type(tree) is _Array else tree

@@ -5,7 +5,6 @@ latent diffusion's authors, with the autoencoder below `first_stage_model`. Whic
 widths, are read from its arrays; the scale of the latents and the number of groups stand in config.json alone.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -19,8 +18,8 @@ from diversedit_jax.api import Params
 from diversedit_jax.errors import ConfigError, WeightsError
 from diversedit_jax.interop import loading
 from diversedit_jax.interop.loading import Arrays
-from diversedit_jax.interop.names import SAME, Entry, Turn, norm
-from diversedit_jax.interop.weights_file import WeightsFile, open_weights, write_safetensors
+from diversedit_jax.interop.names import CONV, SAME, Entry, Turn, norm
+from diversedit_jax.interop.weights_file import WeightsFile, file_digest, open_weights, write_safetensors
 from diversedit_jax.models import vae
 from diversedit_jax.models.vae import Architecture
 
@@ -81,8 +80,6 @@ ENTRY = "first_stage_model"  # of the autoencoder in a file of latent diffusion
 # What such files hold beside the two halves, from training the autoencoder or a wrapper of it.
 ASIDE = ("loss.", "model_ema.", "encoder_ema.", "decoder_ema.")
 
-CONV = Turn(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))  # torch keeps [out, in, h, w]
-
 
 class Release(NamedTuple):
     """An autoencoder in a file.
@@ -124,10 +121,8 @@ def open_vae(path: str | Path) -> Release:
         with open_weights(file) as weights:
             return loading.fill(what, wanted, _below(weights), empty)
 
-    with open(file, "rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
     scale, shift = (config.get(key) for key in ("scaling_factor", "shift_factor"))
-    return Release(arch, scale, shift or 0.0 if config else None, path.resolve().name, digest, read)
+    return Release(arch, scale, shift or 0.0 if config else None, path.resolve().name, file_digest(file), read)
 
 
 def export(params: Params, arch: Architecture, folder: str | Path, *, scale: float = 0.18215, shift: float = 0.0):

@@ -13,6 +13,7 @@ PyTorch < 1.6  Five pickles in a row: a magic number, 1001, a dict about the mac
 flax           A state as msgpack, by `flax.serialization`; see `flax_msgpack`.
 """
 
+import hashlib
 import io
 import json
 import math
@@ -153,6 +154,15 @@ class WeightsFile:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def file_digest(path: str | Path) -> str:
+    """sha256 of a file, in hex; WeightsError if it cannot be read."""
+    try:
+        with open(Path(path).expanduser(), "rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def open_weights(path: str | os.PathLike) -> WeightsFile:

@@ -9,6 +9,9 @@ from jaxtyping import Array
 
 from diversedit_jax import slots
 from diversedit_jax.api import Network, Params
+from diversedit_jax.errors import ConfigError
+
+PRECISIONS = ("highest", "high", "default")  # of products, in jax's words; on a CPU all of them are float32
 
 
 class Model(NamedTuple):
@@ -39,6 +42,12 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
         return nnx.merge(graphdef, params)(*inputs, **conditions)
 
     return Model(init, apply)
+
+
+def check_precision(what: str, precision: str) -> None:
+    """Raise ConfigError, in the name of `what`, for what is none of PRECISIONS."""
+    if precision not in PRECISIONS:
+        raise ConfigError(f"{what}: precision = {precision!r} is unknown; one of: {', '.join(PRECISIONS)}")
 
 
 def make(name: str, shape: tuple[int, int, int], num_classes: int, cuts: Sequence[int] = (), **options) -> Model:

@@ -16,9 +16,8 @@ from jaxtyping import Array, Float
 
 from diversedit_jax.api import Params
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.models import functional
+from diversedit_jax.models import check_precision, functional
 
-PRECISIONS = ("highest", "high", "default")
 LOGVAR = (-30.0, 20.0)  # to which the log variance is clipped, as published
 
 
@@ -205,12 +204,11 @@ class VAE(NamedTuple):
 
 @cache
 def network(arch: Architecture, precision: str = "highest") -> VAE:
-    """The autoencoder of an architecture; `precision` of its products: one of PRECISIONS, see above.
+    """The autoencoder of an architecture; `precision` of its products: one of models.PRECISIONS, see above.
 
     Raises ConfigError for what is no autoencoder, or images that `encode` cannot take.
     """
-    if precision not in PRECISIONS:
-        raise ConfigError(f"vae: precision = {precision!r} is unknown; one of: {', '.join(PRECISIONS)}")
+    check_precision("vae", precision)
     sizes = (arch.channels, arch.latent_channels, arch.layers, arch.groups, len(arch.widths), *arch.widths)
     if min(sizes) < 1:
         raise ConfigError(f"vae: not an architecture: {arch}")
