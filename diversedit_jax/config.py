@@ -7,6 +7,7 @@ complete, and any option can be set on the command line (`--config.losses.divers
 import inspect
 import json
 import os
+import types
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -42,7 +43,8 @@ def options(build: Callable, **changes: Any) -> ConfigDict:
 
 def _kind(annotation: Any) -> type:
     """The type of an option that is None until it is set: of `int | None`, int."""
-    kinds = [kind for kind in typing.get_args(annotation) or (annotation,) if kind is not type(None)]
+    choices = typing.get_args(annotation) if typing.get_origin(annotation) in (types.UnionType, typing.Union) else ()
+    kinds = [kind for kind in choices or (annotation,) if kind is not type(None)]
     return typing.get_origin(kinds[0]) or kinds[0]
 
 

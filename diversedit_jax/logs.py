@@ -214,6 +214,32 @@ class Progress:
         print(text, file=self._stream, flush=True)
 
 
+class Ticker:
+    """Progress through a number of images: a bar on a terminal, elsewhere a line now and then."""
+
+    def __init__(self, total: int, done: int = 0, every: float = 30.0):
+        self.bar = tqdm(total=total, initial=done, unit=" images", smoothing=0.05, disable=not sys.stderr.isatty())
+        self.total, self.done, self.every = total, done, every
+        self.start = self.said = time.monotonic()
+        self.first = done
+
+    def update(self, count: int) -> None:
+        self.bar.update(count)
+        self.done += count
+        now = time.monotonic()
+        if self.bar.disable and now - self.said >= self.every:
+            self.said = now
+            rate = (self.done - self.first) / (now - self.start)
+            left = duration((self.total - self.done) / rate)
+            print(f"{self.done} of {self.total} images, {rate:.1f} images/s, {left} left", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "Ticker":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+
 def brief(rate: int | float) -> str:
     """Three significant digits, or a whole number with commas: 0.0123, 13.4, 1,715."""
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"

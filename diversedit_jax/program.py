@@ -1,11 +1,13 @@
 """What all programs share: flags, errors as one line with an exit code, and a stop that is asked for."""
 
+import ast
 import contextlib
 import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 
@@ -68,6 +70,30 @@ def readable(error: Exception) -> str:
 
 
 FLAG_NAMES = re.compile(r"['\"]([\w./-]+)['\"\\]")
+
+
+def named_files(flag: str, given: Sequence[str], required: bool = False) -> dict[str, dict[str, Any]]:
+    """What a flag `NAME=FILE,OPTION=VALUE,...` that may come several times says: name -> options, `file` among them.
+
+    required: the file may not be left out. Raises ConfigError for another form.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for text in given:
+        (name, _, file), *more = (part.partition("=") for part in text.split(","))
+        if not name or (required and not file) or not all(option and value for option, _, value in more):
+            raise ConfigError(f"--{flag}={text}: wanted NAME=FILE, or NAME=FILE,OPTION=VALUE,...")
+        if name in found:
+            raise ConfigError(f"--{flag}={text}: {name} is given twice")
+        found[name] = ({"file": file} if file else {}) | {option: _literal(value) for option, _, value in more}
+    return found
+
+
+def _literal(text: str) -> Any:
+    """A number or another value of Python, or the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
 
 
 @contextlib.contextmanager

@@ -21,13 +21,24 @@ from diversedit_jax.slots import suggestion
 FLOW_SOLVERS = ("euler", "heun", "dopri5", "euler_maruyama", "sde_heun")
 DDPM_SOLVERS = ("ddpm", "ddim")
 SOLVERS = (*FLOW_SOLVERS, "mean_flow", *DDPM_SOLVERS)
+LABELS = ("balanced", "uniform")  # rules for the labels of an evaluation
 
 # (params, frozen, labels [n], seed) -> images [n h w c] on the host: uint8, or x itself in float32 without a decoder.
-# With weak=params of a less trained state, `cfg_scale` is the scale of autoguidance by it.
+# With weak=params of a less trained state, `cfg_scale` is the scale of autoguidance by it. first=: the number of the
+# first image, by default 0. cfg_scale=, guidance_interval=: in place of those the sampler was made with; the compiled
+# program serves all their values.
 Sample = Callable[..., np.ndarray]
 
 # (guided, x, noise) -> x at the end; guided takes what converts a network for the solver, and gives its velocity
 Solve = Callable[[Callable[[Callable[[Network], Network]], Velocity], Array, samplers.Noise], Array]
+
+
+class Drawn(NamedTuple):
+    """What the samples of a run are. shape: (h, w, c) of an image, None for latents. batch: drawn at a time."""
+
+    shape: tuple[int, int, int] | None
+    num_classes: int
+    batch: int
 
 
 class Flow(NamedTuple):
@@ -69,10 +80,33 @@ def known_labels(num_classes: int) -> Int[np.ndarray, " n"]:
     return np.arange(max(num_classes, 1), dtype=np.int32)
 
 
+def labels_by(rule: str, num: int, num_classes: int, seed: int) -> Int[np.ndarray, " n"]:
+    """`num` labels by a rule of LABELS: `balanced`, every class in turn; `uniform`, drawn at random from a seed.
+
+    The first labels do not depend on `num`.
+    """
+    if rule not in LABELS:
+        raise ConfigError(f"unknown rule of labels {rule!r}; {suggestion(rule, LABELS)}")
+    known = known_labels(num_classes)
+    if rule == "balanced":
+        return np.resize(known, num)
+    return np.random.Generator(np.random.Philox(seed)).integers(0, len(known), num).astype(np.int32)
+
+
 def check_guidance(cfg_scale: float, num_classes: int) -> None:
     """Raise ConfigError for classifier-free guidance without classes."""
     if not num_classes and cfg_scale != 1:
         raise ConfigError(f"cfg_scale = {cfg_scale}: the data have no classes to guide to; it must be 1")
+
+
+def evaluations(options: Mapping[str, Any]) -> int | None:
+    """Evaluations of the velocity for one image by a sampler's options, guidance not counted; None: adaptive."""
+    steps, solver = options["steps"], options["solver"]
+    if solver == "dopri5":
+        return None
+    if solver == "sde_heun" and options["last_step_kind"] == "none":
+        return 2 * steps
+    return 2 * steps - 1 if solver in ("heun", "sde_heun") else steps
 
 
 def make(
@@ -120,11 +154,7 @@ def make(
     """
     if solver not in SOLVERS:
         raise ConfigError(f"unknown solver {solver!r}; {suggestion(solver, SOLVERS)}")
-    low, high = guidance_interval
-    if not 0 <= low <= high <= 1:
-        raise ConfigError(f"guidance_interval = {low}, {high}: must be two times with 0 <= lo <= hi <= 1")
-    if not 0 <= cfg_scale < inf:
-        raise ConfigError(f"cfg_scale = {cfg_scale}: must be finite and not negative")
+    _check_values(cfg_scale, guidance_interval)
     width = model.token_width
     if token_cfg_scale is not None and (width is None or not abs(token_cfg_scale) < inf):
         wanted = "the network has no class token" if width is None else "must be finite"
@@ -147,11 +177,15 @@ def make(
         solve = _sde_solve(source, solver, steps, diffusion, diffusion_norm, last_step_kind, last_step)
     else:
         solve = _ode_solve(source, solver, steps, rtol, atol)
-    state, scales = shape, np.float32(cfg_scale)
+    state, guided_image = shape, guidance_channels
     if width is not None:  # to solver and guidance, an image and its token are one vector
+        state, guidance_channels = (1, 1, prod(shape) + width), None
+
+    def scales(cfg_scale: float) -> Array:
+        if width is None:
+            return jnp.float32(cfg_scale)
         token_scale = cfg_scale if token_cfg_scale is None else token_cfg_scale if token_cfg_scale > 0 else 1.0
-        state = (1, 1, prod(shape) + width)
-        scales, guidance_channels = joint.scales(shape, width, cfg_scale, token_scale, guidance_channels), None
+        return jnp.asarray(joint.scales(shape, width, cfg_scale, token_scale, guided_image))
 
     def network(params: Params) -> Network:
         bound = model.network(params)
@@ -173,25 +207,43 @@ def make(
         return x if prepare.decode is None else prepare.decode(frozen, x), jnp.isfinite(x).all()
 
     def sample(
-        params: Params, frozen: Any, labels: Int[np.ndarray, " n"], seed: int, weak: Params | None = None
+        params: Params,
+        frozen: Any,
+        labels: Int[np.ndarray, " n"],
+        seed: int,
+        weak: Params | None = None,
+        *,
+        first: int = 0,
+        cfg_scale: float = cfg_scale,
+        guidance_interval: tuple[float, float] = guidance_interval,
     ) -> np.ndarray:
+        _check_values(cfg_scale, guidance_interval)
         if weak is None:
             check_guidance(cfg_scale, num_classes)
-        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(labels)))
+        numbers = jnp.arange(first, first + len(labels))
+        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(numbers)
         devices = jax.device_count()
         size = -(-min(batch_size, len(labels)) // devices) * devices  # a multiple of the devices
-        guidance = jnp.asarray(scales), (jnp.float32(low), jnp.float32(high))
+        guidance = scales(cfg_scale), tuple(jnp.float32(time) for time in guidance_interval)
         done = []
         for begin in range(0, len(labels), size):
             index = np.minimum(np.arange(begin, begin + size), len(labels) - 1)  # the last batch is filled up
             y, k = jax.device_put((jnp.asarray(labels, jnp.int32)[index], keys[index]), sharding.over_batch(mesh))
             images, finite = run(params, weak, frozen, y, k, *guidance)
             if not finite:
-                raise NonFiniteError(f"samples {begin} to {begin + size - 1} are not finite")
+                raise NonFiniteError(f"samples {first + begin} to {first + begin + size - 1} are not finite")
             done.append(np.asarray(images))
         return np.concatenate(done)[: len(labels)]
 
     return sample
+
+
+def _check_values(cfg_scale: float, interval: tuple[float, float]) -> None:
+    low, high = interval
+    if not 0 <= low <= high <= 1:
+        raise ConfigError(f"guidance_interval = {low}, {high}: must be two times with 0 <= lo <= hi <= 1")
+    if not 0 <= cfg_scale < inf:
+        raise ConfigError(f"cfg_scale = {cfg_scale}: must be finite and not negative")
 
 
 def _instantaneous(model: Model) -> Model:

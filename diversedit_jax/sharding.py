@@ -4,8 +4,13 @@ The batch is split over both axes. Parameters, and whatever has their paths and 
 split over `fsdp` and copied over `data`.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from diversedit_jax.errors import ConfigError
@@ -70,3 +75,34 @@ def shardings(tree, mesh: Mesh):
 def placed(tree, shardings):
     """Abstract arrays with their shardings: what a restore and an ahead-of-time compilation take."""
     return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, shardings)
+
+
+def in_chunks(function: Callable[[jax.Array], Any], x: jax.Array, chunk: int, devices: int | None = None) -> Any:
+    """`function` of x [b ...], of at most `chunk` entries of each of the `devices` (all) at a time, for less memory.
+
+    Every part takes its entries from all devices, so that a batch that is split over them stays where it is. The result
+    may be a pytree of arrays [b ...].
+    """
+    devices = devices or jax.device_count()
+    rows = len(x) // devices if len(x) % devices == 0 else len(x)
+    parts = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= chunk)
+    if parts == 1:
+        return function(x)
+    spread = x.reshape(-1, parts, *x.shape[1:])
+    done = jax.lax.map(function, jnp.moveaxis(spread, 1, 0))
+    return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(len(x), *y.shape[2:]), done)
+
+
+def agreed(numbers: Sequence[int]) -> set[int]:
+    """Numbers that the first process knows, on every process."""
+    if jax.process_count() == 1:
+        return set(numbers)
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers))))
+    mine = np.resize(np.array(numbers or [0], np.int32), count)
+    return set(multihost_utils.broadcast_one_to_all(mine).tolist()) if count else set()
+
+
+def wait_for_all(what: str) -> None:
+    """Return when every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)

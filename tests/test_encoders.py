@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from scipy.special import erf
 
 from configs import default
-from diversedit_jax import bicubic, encoders, experiment, prepare, sample, sharding, train
+from diversedit_jax import bicubic, encoders, experiment, prepare, sharding, sources, train
 from diversedit_jax import config as configs
 from diversedit_jax.encoders import clip, dinov1, dinov2, ijepa, mae, moco_v3
 from diversedit_jax.errors import ConfigError, WeightsError
@@ -491,7 +491,7 @@ def test_a_run_trains_with_an_encoder_and_samples_without_it(tmp_path):
     assert all(np.isfinite(line["loss/aligned"]) for line in lines if "loss/aligned" in line)
     assert any("loss/aligned" in line for line in lines)
     shutil.move(config.encoders.toy.file, tmp_path / "elsewhere")
-    source = sample.of_run(tmp_path / "run")
+    source = sources.of_run(tmp_path / "run")
     assert source.frozen == {}
     with pytest.raises(WeightsError, match="toy: No such file"):
         experiment.build(config, (8, 8, 1), 4)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from configs import digits
 from diversedit_jax import models, train
@@ -20,7 +21,7 @@ def tiny(file, **model):
     config.model.update(DIMS | {"skip": "none"} | model)
     config.samples.num = 10
     config.sampler.update({"solver": "euler", "steps": 1, "batch_size": 16})
-    del config.evaluators["digits"]
+    config.evaluators = ConfigDict()
     config.init_from.update({"file": str(file), "heads": 2})
     return config
 

@@ -6,9 +6,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from configs import digits
-from diversedit_jax import joint, models, objectives, paths, prepare, sample, samplers, sampling, sharding, train
+from diversedit_jax import (
+    joint,
+    models,
+    objectives,
+    paths,
+    prepare,
+    sample,
+    samplers,
+    sampling,
+    sharding,
+    sources,
+    train,
+)
 from diversedit_jax.config import slot
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.guidance import guide
@@ -183,7 +196,7 @@ def test_export_is_exact_and_to_reg_alone():
 def test_a_release_samples_at_once(tmp_path):
     write_safetensors(tmp_path / "reg.safetensors", reg_weights("sit_plain"))
     options = {"steps": 3, "cfg_scale": 2.3, "token_cfg_scale": 1.5, "guidance_interval": (0.0, 0.85)}
-    source = sample.of_release(tmp_path / "reg.safetensors", None, 4, overrides=options)
+    source = sources.of_release(tmp_path / "reg.safetensors", None, 4, overrides=options)
     with np.load(sample.run(source, num=2, labels=[1, 7], out=tmp_path) / "samples.npz") as file:
         assert file["arr_0"].shape == (2, *reference.SHAPE)
         assert np.isfinite(file["arr_0"]).all()
@@ -481,7 +494,7 @@ def test_a_run_trains_and_samples(tmp_path):
     del config.losses["diversity"]
     config.samples.update({"every": 0, "num": 10})
     config.sampler.update({"solver": "euler", "steps": 2, "batch_size": 16, "token_cfg_scale": 2.0})
-    del config.evaluators["digits"]
+    config.evaluators = ConfigDict()
     state = train.run(config, tmp_path / "run")
     assert int(state["step"]) == 3
     assert np.any(state["params"]["token_final"]["kernel"]), "the token's head has not moved"

@@ -77,12 +77,6 @@ def features(
     return tfds.features.FeaturesDict(found | {name: both(*shape) for name, shape in cached.items()})
 
 
-def file_digest(file: str | Path) -> str:
-    """sha256 of a file, in hex."""
-    with open(Path(file).expanduser(), "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 def collection_digest(keys: Sequence[str], labels: np.ndarray) -> str:
     """sha256 of the names and labels of a collection, in hex."""
     found = hashlib.sha256("\0".join(keys).encode())

@@ -18,10 +18,8 @@ Records are the same to the bit on one kind of machine with as many devices, hen
 way; on GPUs with XLA_FLAGS=--xla_gpu_deterministic_ops=true.
 """
 
-import ast
 import io
 import os
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -35,13 +33,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from PIL import Image
-from tqdm import tqdm
 
 from diversedit_jax import __version__, encoders, logs, program, sharding
 from diversedit_jax.data import Dataset, image_files, latents, local_path
 from diversedit_jax.data.image_files import ImageFiles
 from diversedit_jax.errors import ConfigError, DataError
 from diversedit_jax.interop import vae as vae_files
+from diversedit_jax.interop.weights_file import file_digest
+from diversedit_jax.models import PRECISIONS
 from diversedit_jax.models import vae as vae_model
 from diversedit_jax.prepare import pixels
 from tools import latent_shards
@@ -106,7 +105,7 @@ def prepare(source: str | Path, out: str | Path, options: Options) -> None:
     left = sum(len(plan.images(shard)) for shard in todo)
     with (
         ThreadPoolExecutor(options.threads or 2 * (os.cpu_count() or 1)) as pool,
-        Ticker(whole, whole - left) as ticker,
+        logs.Ticker(whole, whole - left) as ticker,
     ):
         for shard in todo:
             skipped: dict[str, str] = {}
@@ -157,8 +156,7 @@ def planned(
         "batch_size": options.batch_size,  # the last bits of the moments depend on it
         "image": None if options.image == "none" else options.image,
         "encoders": {
-            name: given | {"file": latent_shards.file_digest(given["file"])}
-            for name, given in chosen_encoders(options).items()
+            name: given | {"file": file_digest(given["file"])} for name, given in chosen_encoders(options).items()
         },
         "collection": {"kind": images.kind, "sha256": latent_shards.collection_digest(images.keys, images.labels)},
         "tool": f"diversedit_jax {__version__}",
@@ -170,21 +168,7 @@ def planned(
 
 def chosen_encoders(options: Options) -> dict[str, dict[str, Any]]:
     """The encoders to run: name -> the options of `encoders.NAME.make`, `file` among them."""
-    found = {}
-    for given in options.encoder:
-        (name, _, file), *more = (part.partition("=") for part in given.split(","))
-        if not name or not file or not all(option and value for option, _, value in more):
-            raise ConfigError(f"--encoder={given}: wanted NAME=FILE, or NAME=FILE,OPTION=VALUE,...")
-        found[name] = {"file": file} | {option: literal(value) for option, _, value in more}
-    return found
-
-
-def literal(text: str) -> Any:
-    """A number or another value of Python, or the text itself."""
-    try:
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        return text
+    return program.named_files("encoder", options.encoder, required=True)
 
 
 def encoder(release: vae_files.Release, options: Options) -> Encoding:
@@ -237,7 +221,7 @@ def cropped(
     indices: range,
     pool: ThreadPoolExecutor,
     skipped: dict[str, str],
-    ticker: "Ticker",
+    ticker: logs.Ticker,
     options: Options,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """The images that can be read, in order, decoded ahead by the threads; the others go to `skipped`.
@@ -289,32 +273,6 @@ def compressed(crop: np.ndarray, kind: str) -> bytes:
     quality = {"quality": JPEG_QUALITY, "subsampling": 0} if kind == "jpeg" else {}
     Image.fromarray(crop).save(file, kind, **quality)
     return file.getvalue()
-
-
-class Ticker:
-    """Progress: a bar on a terminal, elsewhere a line now and then."""
-
-    def __init__(self, total: int, done: int, every: float = 30.0):
-        self.bar = tqdm(total=total, initial=done, unit="img", smoothing=0.05, disable=not sys.stderr.isatty())
-        self.total, self.done, self.every = total, done, every
-        self.start = self.said = time.monotonic()
-        self.first = done
-
-    def update(self, count: int) -> None:
-        self.bar.update(count)
-        self.done += count
-        now = time.monotonic()
-        if self.bar.disable and now - self.said >= self.every:
-            self.said = now
-            rate = (self.done - self.first) / (now - self.start)
-            left = logs.duration((self.total - self.done) / rate)
-            print(f"{self.done} of {self.total} images, {rate:.1f} images/s, {left} left", file=sys.stderr, flush=True)
-
-    def __enter__(self) -> "Ticker":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
 
 
 def summary(folder: Path, plan: Plan, images: ImageFiles) -> dict[str, Any]:
@@ -392,7 +350,7 @@ def verify(out: str | Path, vae: str | Path | None, precision: str) -> None:
     if release is not None and release.digest != about["vae"]["sha256"]:
         raise ConfigError(f"--vae={vae} is not the autoencoder that made {folder}: the checksum differs")
     begin, count = time.monotonic(), 0
-    with Ticker(about["records"], 0) as ticker:
+    with logs.Ticker(about["records"], 0) as ticker:
         for records in latent_shards.verify(folder):
             count += records
             ticker.update(records)
@@ -425,7 +383,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("process_index", 0, "Which of the processes this is.")
     flags.DEFINE_integer("process_count", 1, "Processes that share the work.")
     flags.DEFINE_bool("strict", False, "An image that cannot be read is an error.")
-    flags.DEFINE_enum("precision", "highest", list(vae_model.PRECISIONS), "Of the autoencoder's products.")
+    flags.DEFINE_enum("precision", "highest", list(PRECISIONS), "Of the autoencoder's products.")
     flags.DEFINE_bool("verify", False, "Check the finished set in OUT, and do nothing else.")
 
     def main(arguments: list[str]) -> None:

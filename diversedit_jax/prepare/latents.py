@@ -3,13 +3,13 @@
 Latent diffusion (arXiv 2112.10752) scales the latents of its autoencoder to about unit variance by 0.18215.
 """
 
-from collections.abc import Callable
 from functools import cache
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, UInt8
 
+from diversedit_jax import sharding
 from diversedit_jax.api import Batch, Params, Prepare
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.interop.vae import open_vae
@@ -29,18 +29,26 @@ def _widened(x: Array) -> Array:
 
 
 def make(
-    *, scale: float = 0.18215, bias: float = 0.0, vae: str | None = None, precision: str = "highest", chunk: int = 8
+    *,
+    scale: float = 0.18215,
+    bias: float = 0.0,
+    vae: str | None = None,
+    precision: str = "highest",
+    rounding: str = pixels.ROUNDING,
+    chunk: int = 8,
 ) -> Prepare:
     """Batches with `moments` [b h w 2c] become batches with `x` float32 [b h w c]; all else in them is passed on.
 
     scale, bias: x = (latent - bias) * scale, by default as in latent diffusion, DiT and SiT.
     vae: the autoencoder that made the latents, a folder or file as `interop.vae.open_vae` takes; its decoder then makes
     images of samples. Without it samples stay latents.
-    precision: of the decoder's products, see `models.vae`. chunk: images that a device decodes at a time, each with
-    224 MiB of activations at 256 x 256 pixels (as XLA plans it on a CPU).
+    precision: of the decoder's products, see `models.vae`. rounding: of images to 256 levels, see `prepare.pixels`.
+    chunk: images that a device decodes at a time, each with 224 MiB of activations at 256 x 256 pixels (as XLA plans it
+    on a CPU).
     """
     if not scale > 0:
         raise ConfigError(f"latents: scale must be positive, given {scale}")
+    pixels.check(rounding)
     if chunk < 1:
         raise ConfigError(f"latents: chunk must be positive, given {chunk}")
 
@@ -58,23 +66,8 @@ def make(
 
     def decode(frozen: Params, x: Float[Array, "b h w c"]) -> UInt8[Array, "b H W k"]:
         def images(part: Float[Array, "n h w c"]) -> UInt8[Array, "n H W k"]:
-            return pixels.decode({}, network.decode(frozen, part / scale + bias))
+            return pixels.decode({}, network.decode(frozen, part / scale + bias), rounding)
 
-        return in_chunks(images, x, chunk)
+        return sharding.in_chunks(images, x, chunk)
 
     return Prepare(cache(lambda: release.read(("decoder",))), apply, decode)
-
-
-def in_chunks(function: Callable[[Array], Array], x: Array, chunk: int) -> Array:
-    """`function` of x [b ...], of at most `chunk` entries of each device at a time, for less memory.
-
-    Every part takes its entries from all devices, so that a batch that is split over them stays where it is.
-    """
-    devices = jax.device_count()
-    rows = len(x) // devices if len(x) % devices == 0 else len(x)
-    parts = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= chunk)
-    if parts == 1:
-        return function(x)
-    spread = x.reshape(-1, parts, *x.shape[1:])
-    done = jax.lax.map(function, jnp.moveaxis(spread, 1, 0))
-    return jnp.moveaxis(done, 0, 1).reshape(len(x), *done.shape[2:])
