@@ -1,0 +1,172 @@
+"""Finished images as evaluators exchange them: an .npz with `arr_0`, or a folder of PNG files, all of one size."""
+
+import ast
+import hashlib
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from diversedit_jax.data import image_files, local_path
+from diversedit_jax.errors import DataError
+
+ARRAY = "arr_0"
+DAMAGED = (  # what numpy and zipfile raise on files that are not what they seem
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    EOFError,
+    SyntaxError,
+    RuntimeError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+class SampleFiles(NamedTuple):
+    """Images on disk. read: (first, count) -> uint8 [count h w c], with their order that of the file or of the names.
+
+    shape: (h, w, c) of each. digest: () -> sha256, in hex, of the file; of a folder of names, sizes and times.
+    """
+
+    count: int
+    shape: tuple[int, int, int]
+    read: Callable[[int, int], np.ndarray]
+    digest: Callable[[], str]
+
+
+def open_samples(path: str | Path) -> SampleFiles:
+    """The images in an .npz, or in a folder, tar or zip of images. DataError, in one line, for what is neither."""
+    path = local_path("samples", path)
+    if not path.exists():
+        raise DataError(f"samples: {path} does not exist")
+    if path.suffix in (".npz", ".npy"):
+        return of_array(path, stored_array(path, ARRAY))
+    if path.is_file() and path.suffix not in (".tar", ".zip"):
+        raise DataError(f"samples: {path} is neither an .npz with {ARRAY} nor a folder, .tar or .zip of images")
+    return _of_images(path)
+
+
+def of_array(path: Path, images: np.ndarray) -> SampleFiles:
+    """The images of an array, which is checked; `path` is for errors."""
+    what = f"{path}: {ARRAY} is {images.dtype} {list(images.shape)}"
+    if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] not in (1, 3):
+        raise DataError(f"{what}: wanted the channels last, uint8 [n h w 3]")
+    if images.dtype != np.uint8:
+        bad = np.issubdtype(images.dtype, np.floating) and not np.isfinite(images).all()
+        raise DataError(f"{what}{', and not all finite' if bad else ''}: wanted uint8 [n h w 3]")
+    if images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:
+        raise DataError(f"{what}: wanted uint8 [n h w 3]")
+
+    def read(first: int, count: int) -> np.ndarray:
+        return np.array(images[first : first + count])
+
+    return SampleFiles(len(images), images.shape[1:], read, partial(_digest, path))
+
+
+def _digest(path: Path) -> str:
+    if path.is_file():
+        with open(path, "rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    found = hashlib.sha256()
+    for file in sorted(path.rglob("*")):
+        if file.is_file():
+            stat = file.stat()
+            found.update(f"{file.relative_to(path)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return found.hexdigest()
+
+
+def stored_array(path: Path, name: str) -> np.ndarray:
+    """An array of an .npz, or of an .npy: mapped from the file, not read, where it is not compressed."""
+    try:
+        if path.suffix == ".npy":
+            return np.lib.format.open_memmap(path, "r")
+        check_zip(path)
+        with zipfile.ZipFile(path) as file:
+            members = [info.filename for info in file.infolist()]
+            if f"{name}.npy" not in members:
+                known = ", ".join(member.removesuffix(".npy") for member in members) or "nothing"
+                raise DataError(f"{path}: no array {name}, it holds {_shown(known)}")
+            info = file.getinfo(f"{name}.npy")
+        if info.compress_type != zipfile.ZIP_STORED:
+            with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as arrays:
+                return arrays[name]
+        return _mapped(path, info)
+    except DataError:
+        raise
+    except DAMAGED as error:
+        raise DataError(f"{path}: cannot be read: {_shown(str(error)) or type(error).__name__}") from error
+
+
+def _shown(text: str) -> str:
+    """Text of a file as a piece of one line."""
+    return text.encode("unicode_escape").decode()
+
+
+def check_zip(path: Path) -> None:
+    """Raise DataError, with its first bytes, for a file that is no .npz: a page of a web server, half of a download."""
+    if path.is_dir():
+        raise DataError(f"{path}: a folder, wanted a file .npz")
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            begin = file.read(24)
+        what = (
+            "it is empty" if not begin else "it is truncated" if begin.startswith(b"PK") else f"it begins with {begin}"
+        )
+        raise DataError(f"{path}: no .npz file: {what}")
+
+
+def _mapped(path: Path, info: zipfile.ZipInfo) -> np.ndarray:
+    """An uncompressed member of an .npz as a view of the file."""
+    with open(path, "rb") as file:
+        file.seek(info.header_offset + 26)
+        name, extra = struct.unpack("<HH", file.read(4))
+        file.seek(info.header_offset + 30 + name + extra)
+        version = np.lib.format.read_magic(file)
+        length = struct.unpack("<H" if version == (1, 0) else "<I", file.read(2 if version == (1, 0) else 4))[0]
+        header = ast.literal_eval(file.read(length).decode())
+        dtype, shape = np.dtype(header["descr"]), header["shape"]
+        if dtype.hasobject:
+            raise ValueError("an array of objects")
+        end = file.tell() + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+        if end > path.stat().st_size:
+            raise ValueError("it is truncated")
+        order = "F" if header["fortran_order"] else "C"
+        return np.memmap(path, dtype, "r", file.tell(), shape, order)
+
+
+def _of_images(path: Path) -> SampleFiles:
+    found = image_files.open_images(path, unconditional=True)
+
+    def decoded(index: int) -> np.ndarray:
+        try:
+            return np.asarray(image_files.decode(found.read(index)))
+        except DataError as error:
+            raise DataError(f"{path}: {found.keys[index]}: {error}") from error
+
+    shape = decoded(0).shape
+
+    def one(index: int) -> np.ndarray:
+        image = decoded(index)
+        if image.shape != shape:
+            sizes = f"{found.keys[index]} has {_size(image.shape)}, {found.keys[0]} {_size(shape)}"
+            raise DataError(f"{path}: {sizes}: wanted images of one size")
+        return image
+
+    def read(first: int, count: int) -> np.ndarray:
+        with ThreadPoolExecutor() as pool:
+            return np.stack(list(pool.map(one, range(first, min(first + count, len(found))))))
+
+    return SampleFiles(len(found), shape, read, partial(_digest, path))
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[0]} x {shape[1]} pixels"

@@ -1,0 +1,29 @@
+"""The Inception network of 2015 that FID means (arXiv 1706.08500), as in the evaluator of ADM (arXiv 2105.05233)."""
+
+from functools import cache
+
+from jaxtyping import Array
+
+from diversedit_jax.api import Params
+from diversedit_jax.extractors import Extractor, Features, digest
+from diversedit_jax.interop.inception import open_inception
+from diversedit_jax.models import inception
+
+
+def make(*, file: str, precision: str = "highest") -> Extractor:
+    """FID's Inception: pool_3 (2048), the first 7 channels of mixed_6/conv (2023), logits without their bias (1008).
+
+    file: pt_inception-2015-12-05-6726825d.pth as torch-fidelity and pytorch-fid load it, the same as .safetensors, or
+    ADM's own classify_image_graph_def.pb. precision: of its products, see `models.vae`.
+    """
+    release = open_inception(file)
+    network = inception.network(precision)
+
+    def apply(weights: Params, images: Array) -> Features:
+        found = network.apply(weights, images)
+        return Features(found.pool, found.spatial, found.logits)
+
+    read = cache(release.read)
+    about = {"weights": {"name": release.name, "digest": digest(read())}, "precision": precision}
+    about["resize"] = "bilinear of TensorFlow 1 to 299 x 299"
+    return Extractor("inception", read, apply, about)
