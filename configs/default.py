@@ -46,6 +46,9 @@ def get_config() -> ConfigDict:
             "every": 5_000,
             "keep": 3,  # the newest so many
             "keep_every": 50_000,  # and every such step
+            "best": 0,  # and the best so many by the metric of an evaluator; it is saved whenever that has run
+            "metric": placeholder(str),  # LABEL/NAME, such as scores/fid
+            "lower": True,  # whether lower values of it are better
         }
     )
     config.sampler = options(sampling.make)  # of the images below, of evaluators, and the default of sample.py

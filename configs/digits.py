@@ -31,4 +31,5 @@ def get_config() -> ConfigDict:
     config.samples.update({"every": 500, "num": 100})
     config.evaluators.digits = slot("evaluators", "digits", num=1000)
     config.evaluators.digits.every = 500
+    config.evaluators.scores = slot("evaluators", "scores", extractor="digits", num=1000)  # at the end; see evaluate.py
     return config

@@ -9,13 +9,14 @@ import contextlib
 import gc
 import json
 import logging
+import math
 import os
 import sys
 import tempfile
 import time
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from jaxtyping import Array, UInt32
 from orbax.checkpoint import checkpoint_managers as policies
 
 from diversedit_jax.errors import CheckpointError, ConfigError
-from diversedit_jax.logs import silence
+from diversedit_jax.logs import replacing, silence
 
+SCORES = "scores.json"  # beside the steps: {step: value}, for keeping the best
 FORMAT = 1  # of our record; a change that old code cannot read raises it
 State = Any  # a pytree of arrays
 
@@ -83,6 +85,17 @@ def difference(stored: Mapping[str, list], target: Mapping[str, list]) -> str | 
     return f"{len(wrong)} of {len(paths)} arrays differ; first: {first}"
 
 
+class _Listed:
+    """Orbax's question which steps to keep, answered by a function that lists them."""
+
+    def __init__(self, listed: Callable[[], list[int]]):
+        self._listed = listed
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        kept = set(self._listed())
+        return [info.step in kept for info in checkpoints]
+
+
 class Checkpoints:
     """The checkpoints in one directory. Opening and reading change nothing there; the first save makes it.
 
@@ -90,14 +103,25 @@ class Checkpoints:
         checkpoints.save(100, state, {"seed": 0})
         state, meta = checkpoints.restore(target)  # target: jax.ShapeDtypeStruct with shardings
 
-    Keeps the newest `keep` steps, and every multiple of `keep_every`. Only one program may save in a directory; its
-    first save removes what killed saves left there.
+    Keeps the newest `keep` steps, every multiple of `keep_every`, and the `best` so many by the values that `score` was
+    told, the lowest of them or, with `lower=False`, the highest. Only one program may save in a directory; its first
+    save removes what killed saves left there.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, keep: int = 3, keep_every: int | None = None):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        *,
+        keep: int = 3,
+        keep_every: int | None = None,
+        best: int = 0,
+        lower: bool = True,
+    ):
         silence()
         self.directory = Path(directory).absolute()
+        self._best, self._lower = best, lower
         preserved = [policies.LatestN(keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
+        preserved += [_Listed(self.best_steps)] if best else []
         self._preservation = policies.AnyPreservationPolicy(preserved)
         self._writer: ocp.CheckpointManager | None = None
         self._saving: int | None = None
@@ -118,6 +142,33 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The newest complete step, or None."""
         return max(self.steps(), default=None)
+
+    def score(self, step: int, value: float) -> None:
+        """Say how good `step` is, for keeping the best. What is not finite is worse than all that is."""
+        scores = self._scores() | {step: float(value)}
+        if jax.process_index() == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with replacing(self.directory / SCORES) as partial:
+                partial.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+
+    def best_steps(self) -> list[int]:
+        """The steps that are kept for their score, the best first; of equal ones the older."""
+        sign = 1 if self._lower else -1
+        finite = {step: value for step, value in self._scores().items() if math.isfinite(value)}
+        on_disk = set(self.steps())
+        ranked = sorted((step for step in finite if step in on_disk), key=lambda step: (sign * finite[step], step))
+        return ranked[: self._best]
+
+    def _scores(self) -> dict[int, float]:
+        try:
+            stored = json.loads((self.directory / SCORES).read_text(encoding="utf-8"))
+            return {int(step): float(value) for step, value in stored.items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{self.directory / SCORES} is damaged ({error}): remove it to forget scores"
+            ) from error
 
     def save(self, step: int, state: State, meta: Mapping[str, Any]) -> None:
         """Save `state`, a pytree of jax arrays, and `meta`, a JSON dict, in the background.

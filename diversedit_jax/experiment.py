@@ -1,5 +1,7 @@
 """From a config to the parts of a run. Whatever a config can have wrong is found here, before anything compiles."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,11 +58,18 @@ def build(config: ConfigDict, shape: tuple[int, int, int], num_classes: int) -> 
     encoders = {label: configs.make("encoders", c, f"config.encoders.{label}") for label, c in config.encoders.items()}
     prepare = with_encoders(prepare, encoders) if encoders else prepare
     parts = Parts(model, prepare, objective, losses, optimizer, config.ema_decay, config.accumulate)
-    sampler = configs.keywords(config.sampler, "config.sampler", sampling.make)
+    options = configs.keywords(config.sampler, "config.sampler", sampling.make)
+    sample = sampler(config, mesh, parts, shape, num_classes)(**options)
+    return Experiment(mesh, parts, sample, rate)
+
+
+def sampler(
+    config: ConfigDict, mesh: Mesh, parts: Parts, shape: tuple[int, int, int], num_classes: int
+) -> Callable[..., sampling.Sample]:
+    """From the options of a sampler to a function that samples what the config trains."""
     source = sampling.trained(config.objective.to_dict())
     _check_times(config, isinstance(source, sampling.AverageVelocity))
-    sample = sampling.make(model, prepare, shape, num_classes, source, mesh, **sampler)
-    return Experiment(mesh, parts, sample, rate)
+    return partial(sampling.make, parts.model, parts.prepare, shape, num_classes, source, mesh)
 
 
 def _check_times(config: ConfigDict, average: bool) -> None:
@@ -126,6 +135,36 @@ def starting_params(config: ConfigDict, wanted: Params) -> Params | None:
     return release.params
 
 
-def evaluator(config: ConfigDict, label: str):
-    """The evaluator `label` of a config."""
-    return configs.make("evaluators", config.evaluators[label], f"config.evaluators.{label}")
+def image_shape(prepare: Prepare, shape: tuple[int, int, int]) -> tuple[int, int, int] | None:
+    """The shape of an image that is decoded from a sample of `shape`; None where samples stay latents."""
+    if prepare.decode is None:
+        return None
+    frozen, x = jax.eval_shape(prepare.init), jax.ShapeDtypeStruct((1, *shape), np.float32)
+    return jax.eval_shape(prepare.decode, frozen, x).shape[1:]
+
+
+def best_by(config: ConfigDict) -> str | None:
+    """The label of the evaluator by whose metric checkpoints are kept, or None; ConfigError if it is not there."""
+    best, metric = config.checkpoint.best, config.checkpoint.metric
+    if best < 0 or (best and not metric):
+        raise ConfigError(f"config.checkpoint.best = {best}: wanted a count, and config.checkpoint.metric=LABEL/NAME")
+    if not best:
+        return None
+    label = metric.partition("/")[0]
+    if label not in config.evaluators:
+        known = ", ".join(config.evaluators) or "none"
+        raise ConfigError(
+            f"config.checkpoint.metric = {metric!r}: wanted LABEL/NAME of config.evaluators, known: {known}"
+        )
+    return label
+
+
+def evaluators(config: ConfigDict, parts: Parts, shape: tuple[int, int, int], num_classes: int) -> dict[str, Callable]:
+    """The evaluators of a config, by label."""
+    devices = jax.device_count()
+    batch = -(-config.sampler.batch_size // devices) * devices
+    drawn = sampling.Drawn(image_shape(parts.prepare, shape), num_classes, batch)
+    return {
+        label: configs.make("evaluators", slot, f"config.evaluators.{label}", drawn)
+        for label, slot in config.evaluators.items()
+    }

@@ -23,6 +23,7 @@ from diversedit_jax import experiment, logs, program, sampling, sharding
 from diversedit_jax.checkpoint import Checkpoints, prepare_workdir
 from diversedit_jax.data import pipeline
 from diversedit_jax.errors import ConfigError, NonFiniteError
+from diversedit_jax.slots import suggestion
 from diversedit_jax.train_state import State, initializer, started_from, train_step
 
 
@@ -36,12 +37,17 @@ def run(config: ConfigDict, workdir: str | Path) -> State:
     dataset = experiment.open_data(config)
     mesh, parts, sample, rate = experiment.build(config, dataset.shape, dataset.num_classes)
     sampling.check_guidance(config.sampler.cfg_scale, dataset.num_classes)
-    evaluators = {label: experiment.evaluator(config, label) for label in config.evaluators}
+    evaluators = experiment.evaluators(config, parts, dataset.shape, dataset.num_classes)
     key_init, key_run = jax.random.split(jax.random.key(config.seed))
 
     checkpoints = Checkpoints(
-        workdir / "checkpoints", keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
+        workdir / "checkpoints",
+        keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+        best=config.checkpoint.best,
+        lower=config.checkpoint.lower,
     )
+    judge = experiment.best_by(config)
     start = checkpoints.latest() or 0
     faults: list[str] = []  # of records that could not be read
     loader = pipeline.batches(
@@ -122,13 +128,20 @@ def run(config: ConfigDict, workdir: str | Path) -> State:
                 logs.save_png(path, grid)
                 writer.write_images(step, {"samples": grid})
 
-        def generate(labels: np.ndarray) -> np.ndarray:
-            return sample(state["ema"], frozen, labels, config.seed)
+        def generate(labels: np.ndarray, first: int = 0) -> np.ndarray:
+            return sample(state["ema"], frozen, labels, config.seed, first=first)
 
         def evaluate(step: int, label: str) -> None:
-            scores = dict(evaluators[label](generate))
+            scores = {f"{label}/{name}": value for name, value in evaluators[label](generate)}
             write(step, scores)
             progress.note("  ".join([f"step {step}", *(f"{name} {value:.4g}" for name, value in scores.items())]))
+            if label == judge:
+                metric = config.checkpoint.metric
+                if metric not in scores:
+                    raise ConfigError(
+                        f"config.checkpoint.metric = {metric!r} is not found; {suggestion(metric, scores)}"
+                    )
+                checkpoints.score(step, scores[metric])
 
         # --- The loop. Metrics are read one step late, so that the device never waits for the host.
         step, pending, saved, noted = start, None, [start], 0
@@ -147,6 +160,7 @@ def run(config: ConfigDict, workdir: str | Path) -> State:
             last = step == config.total_steps
             logging = step == 1 or step % config.log_every == 0 or last
             saving = due(step, config.checkpoint.every) or last
+            saving |= judge is not None and due(step, config.evaluators[judge].every)  # else the best might not be kept
             if logging or saving:
                 values = check_finite(step, metrics, checkpoints)
             if logging:
@@ -238,6 +252,8 @@ def summary(workdir: Path, checkpoints: Checkpoints, seconds: float) -> str:
         "metrics": workdir / "metrics.jsonl",
         "checkpoint": checkpoints.directory / str(checkpoints.latest()),
     }
+    if best := checkpoints.best_steps():
+        places["best"] = checkpoints.directory / str(best[0])
     lines = [f"  {name:<11}{place}" for name, place in places.items() if place.exists()]
     return "\n".join([f"done in {logs.duration(seconds)}", *lines, f"  TensorBoard: tensorboard --logdir {workdir}"])
 

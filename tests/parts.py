@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from diversedit_jax.api import AuxLoss
 
 
-def terminate(*, marker: str):
+def terminate(drawn, *, marker: str):
     """An evaluator that asks the program to stop, once: the first time it runs."""
 
     def run(sample):
@@ -19,6 +19,12 @@ def terminate(*, marker: str):
         return []
 
     return run
+
+
+def rated(drawn, *, values: tuple[float, ...]):
+    """An evaluator whose `value` at each run is the next of these; no sample is drawn."""
+    left = iter(values)
+    return lambda sample: [("value", next(left))]
 
 
 def poisoned(*, at: int):

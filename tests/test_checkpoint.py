@@ -128,6 +128,24 @@ def test_keeps_the_newest_and_every_multiple(tmp_path):
     assert not list(tmp_path.glob("*tmp*"))
 
 
+@pytest.mark.parametrize(("lower", "best"), [(True, [2, 6]), (False, [3, 4])])
+def test_keeps_the_best(lower, best, tmp_path):
+    """Scores come after their step is saved; what is not finite is never good; reopening forgets nothing."""
+    values = {1: 5.0, 2: 1.0, 3: 9.0, 4: 8.0, 5: float("nan"), 6: 2.0, 7: 7.0, 8: 6.0}
+    for step, value in values.items():
+        with Checkpoints(tmp_path, keep=1, best=2, lower=lower) as checkpoints:
+            checkpoints.save(step, {"w": jnp.ones(3)}, {})
+            checkpoints.score(step, value)
+    assert checkpoints.best_steps() == sorted(best, key=values.get, reverse=not lower)
+    assert checkpoints.steps() == sorted({*best, 8})
+
+
+def test_damaged_scores_are_an_error_that_names_them(tmp_path):
+    (tmp_path / "scores.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"scores.json is damaged .*remove it to forget scores"):
+        Checkpoints(tmp_path, best=1).score(1, 2.0)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint8", "int8", "bool"])
 def test_checksum_shows_every_flipped_bit_and_position(dtype):
     x = np.zeros(6, dtype).reshape(2, 3)

@@ -7,6 +7,9 @@ from sklearn.svm import SVC
 from diversedit_jax import evaluators
 from diversedit_jax.data import digits
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.sampling import Drawn
+
+DRAWN = Drawn(digits.SHAPE, digits.NUM_CLASSES, 100)
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +19,7 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def judge(data_dir):
-    return evaluators.make("digits", num=500, data_dir=data_dir)
+    return evaluators.make("digits", DRAWN, num=500, data_dir=data_dir)
 
 
 def real(data_dir, shift=0):
@@ -34,29 +37,27 @@ def real(data_dir, shift=0):
 
 def test_constants_are_those_of_the_real_digits(judge, data_dir):
     values = dict(judge(real(data_dir)))
-    assert values["digits/classifier_heldout_accuracy"] >= 0.98
-    assert values["digits/frechet_floor"] == pytest.approx(0.41, abs=0.02)
-    assert set(values) == {
-        f"digits/{name}" for name in ("accuracy", "frechet", "classifier_heldout_accuracy", "frechet_floor")
-    }
+    assert values["classifier_heldout_accuracy"] >= 0.98
+    assert values["frechet_floor"] == pytest.approx(0.41, abs=0.02)
+    assert set(values) == {"accuracy", "frechet", "classifier_heldout_accuracy", "frechet_floor"}
     assert all(type(value) is float for value in values.values())
 
 
 def test_real_digits_are_near_the_floor_and_recognised(judge, data_dir):
     values = dict(judge(real(data_dir)))
-    assert values["digits/accuracy"] > 0.99
-    assert values["digits/frechet"] < 1.5 * values["digits/frechet_floor"] + 0.3
+    assert values["accuracy"] > 0.99
+    assert values["frechet"] < 1.5 * values["frechet_floor"] + 0.3
 
 
 def test_digits_of_the_wrong_class_are_seen(judge, data_dir):
-    assert dict(judge(real(data_dir, shift=1)))["digits/accuracy"] < 0.01
+    assert dict(judge(real(data_dir, shift=1)))["accuracy"] < 0.01
 
 
 def test_noise_is_far_away(judge):
     rng = np.random.default_rng(0)
     values = dict(judge(lambda labels: rng.integers(0, 256, (len(labels), 8, 8, 1), dtype=np.uint8)))
-    assert values["digits/frechet"] > 20
-    assert values["digits/accuracy"] < 0.3
+    assert values["frechet"] > 20
+    assert values["accuracy"] < 0.3
 
 
 def test_labels_are_balanced_int32(judge, data_dir):
@@ -82,7 +83,7 @@ def test_the_classifier_is_fitted_once(data_dir, monkeypatch):
     fits = []
     fit = SVC.fit
     monkeypatch.setattr(SVC, "fit", lambda *args: fits.append(1) or fit(*args))
-    run = evaluators.make("digits", num=20, data_dir=data_dir)
+    run = evaluators.make("digits", DRAWN, num=20, data_dir=data_dir)
     assert not fits, "nothing is fitted before the first run"
     for _ in range(2):
         dict(run(real(data_dir)))
@@ -105,4 +106,10 @@ def test_samples_that_are_not_images_are_refused(judge, samples, message):
 
 def test_one_sample_is_too_few():
     with pytest.raises(ConfigError, match="at least 2, given 1"):
-        evaluators.make("digits", num=1)
+        evaluators.make("digits", DRAWN, num=1)
+
+
+@pytest.mark.parametrize(("shape", "given"), [(None, "latents"), ((16, 16, 1), r"\(16, 16, 1\)")])
+def test_samples_of_another_kind_are_refused_at_once(shape, given):
+    with pytest.raises(ConfigError, match=rf"must be images \(8, 8, 1\), and are {given}"):
+        evaluators.make("digits", DRAWN._replace(shape=shape))

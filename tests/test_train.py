@@ -16,7 +16,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import default, digits
-from diversedit_jax import program, sample, train
+from diversedit_jax import program, sample, sources, train
 from diversedit_jax.checkpoint import Checkpoints
 from diversedit_jax.config import slot
 from diversedit_jax.data import Dataset
@@ -34,7 +34,7 @@ def tiny(**changes):
     config.checkpoint.update({"every": 2})
     config.samples.update({"every": 0, "num": 10})
     config.sampler.update({"solver": "euler", "steps": 2, "batch_size": 16})
-    del config.evaluators["digits"]
+    config.evaluators = ConfigDict()
     for name, value in changes.items():
         config.update_from_flattened_dict({name.replace("__", "."): value})
     return config
@@ -100,6 +100,41 @@ def test_stopped_and_resumed_equals_straight_to_the_bit(straight, tmp_path, capf
     assert losses(workdir) == losses(straight[1])
 
 
+def test_the_best_checkpoints_are_kept(tmp_path, capsys):
+    """Values 3, 1, 2 at steps 2, 4, 6, of which the newest step stays anyhow."""
+    config = tiny(checkpoint__every=0)
+    config.checkpoint.update({"keep": 1, "keep_every": 0, "best": 1, "metric": "rated/value"})
+    config.evaluators.rated = slot("evaluators", "tests.parts:rated", values=(3.0, 1.0, 2.0))
+    config.evaluators.rated.every = 2
+    train.run(config, tmp_path)
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [4, 6]
+    assert f"best       {tmp_path / 'checkpoints' / '4'}" in capsys.readouterr().out
+    assert {record["step"]: record["rated/value"] for record in records(tmp_path) if "rated/value" in record} == {
+        2: 3.0,
+        4: 1.0,
+        6: 2.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        (None, r"best = 2: wanted a count, and config.checkpoint.metric"),
+        ("fid", r"metric = 'fid': wanted LABEL/NAME of config.evaluators, known: rated"),
+        pytest.param(
+            "rated/fid", r"metric = 'rated/fid' is not found; did you mean 'rated/value'", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_a_metric_that_is_not_there_keeps_nothing(metric, message, tmp_path):
+    config = tiny(total_steps=2)
+    config.checkpoint.update({"best": 2, "metric": metric})
+    config.evaluators.rated = slot("evaluators", "tests.parts:rated", values=(3.0,))
+    config.evaluators.rated.every = 1
+    with pytest.raises(ConfigError, match=message):
+        train.run(config, tmp_path)
+
+
 def test_another_config_is_refused_by_key_and_longer_runs_are_not(straight, tmp_path):
     _, workdir, _ = straight
     for change, key in [
@@ -127,19 +162,20 @@ def test_data_of_any_number_of_classes_train_and_are_sampled(num_classes, tmp_pa
     config.data = slot("data", "synthetic", shape=(8, 8, 1), num_classes=num_classes, size=64)
     state = train.run(config, tmp_path)
     assert state["params"]["label_embed"]["embedding"].shape == (num_classes + 1, 16)
-    source = sample.of_run(tmp_path)
+    source = sources.of_run(tmp_path)
     with np.load(sample.run(source, num=4) / "samples.npz") as found:
         np.testing.assert_array_equal(found["labels"], [0, 0, 0, 0] if num_classes == 0 else [0, 1, 2, 0])
     with pytest.raises(ConfigError, match=rf"labels must be in 0 .. {max(num_classes - 1, 0)}, given 3"):
         sample.run(source, labels=[3])
     if num_classes == 0:
         with pytest.raises(ConfigError, match=r"cfg_scale = 2.0: the data have no classes to guide to; it must be 1"):
-            sample.run(sample.of_run(tmp_path, overrides={"cfg_scale": 2.0}))
+            sample.run(sources.of_run(tmp_path, overrides={"cfg_scale": 2.0}))
         config.sampler.cfg_scale = 1.5
         with pytest.raises(ConfigError, match=r"cfg_scale = 1.5: the data have no classes"):
             train.run(config, tmp_path / "guided")
 
 
+@pytest.mark.slow
 def test_records_that_cannot_be_read_are_replaced_when_the_config_says_so(tmp_path, capfd):
     config = tiny(total_steps=2, checkpoint__every=0)
     config.data = ConfigDict({"name": "tests.test_train:partly_damaged"})
@@ -176,6 +212,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name(tmp_path):
     assert max(losses(tmp_path)) == 3
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_not_used(tmp_path):
     train.run(tiny(), tmp_path)
     files = sorted((tmp_path / "checkpoints" / "6").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
@@ -234,19 +271,19 @@ def test_missing_data_is_refused(tmp_path):
 def test_samples_of_a_run(straight, tmp_path):
     _, workdir, _ = straight
     guided = {"cfg_scale": 1.8, "guidance_interval": (0.0, 0.7)}
-    folder = sample.run(sample.of_run(workdir, overrides=guided), num=12, out=tmp_path / "a")
+    folder = sample.run(sources.of_run(workdir, overrides=guided), num=12, out=tmp_path / "a")
     with np.load(folder / "samples.npz") as file:
         images, labels = file["arr_0"], file["labels"]
     assert images.shape == (12, 8, 8, 1)
     assert images.dtype == np.uint8
     assert labels.tolist() == [*range(10), 0, 1]
     assert (folder / "grid.png").exists()
-    again = sample.run(sample.of_run(workdir, overrides=guided | {"batch_size": 8}), num=12, out=tmp_path / "b")
+    again = sample.run(sources.of_run(workdir, overrides=guided | {"batch_size": 8}), num=12, out=tmp_path / "b")
     with np.load(again / "samples.npz") as file:
         difference = np.abs(file["arr_0"].astype(int) - images.astype(int)).max()
     assert difference <= 1, "samples depend on the batch size"  # 1: rounding at the boundary of two grey levels
     seven = sample.run(
-        sample.of_run(workdir, 4, overrides={"solver": "euler_maruyama", "steps": 3}),
+        sources.of_run(workdir, 4, overrides={"solver": "euler_maruyama", "steps": 3}),
         num=3,
         labels=[7],
         out=tmp_path / "c",
@@ -254,17 +291,17 @@ def test_samples_of_a_run(straight, tmp_path):
     with np.load(seven / "samples.npz") as file:
         assert file["labels"].tolist() == [7, 7, 7]
     weak = sample.run(
-        sample.of_run(workdir, weak_step=4, overrides={"cfg_scale": 2.0, "solver": "dopri5", "steps": 100}),
+        sources.of_run(workdir, weak_step=4, overrides={"cfg_scale": 2.0, "solver": "dopri5", "steps": 100}),
         num=2,
         out=tmp_path / "d",
     )
     assert (weak / "grid.png").exists()
     with pytest.raises(ConfigError, match=r"labels must be in 0 .. 9, given 10"):
-        sample.run(sample.of_run(workdir), labels=[10])
+        sample.run(sources.of_run(workdir), labels=[10])
     with pytest.raises(CheckpointError, match="no step 3"):
-        sample.of_run(workdir, 3)
+        sources.of_run(workdir, 3)
     with pytest.raises(ConfigError, match="holds no run"):
-        sample.of_run(tmp_path)
+        sources.of_run(tmp_path)
 
 
 def test_a_run_goes_out_as_a_release(straight, tmp_path):
@@ -286,7 +323,8 @@ def test_a_run_goes_out_as_a_release(straight, tmp_path):
 def command(workdir: Path, *options: str) -> list[str]:
     """The digits run, small, as a command."""
     small = ["model.width=16", "model.heads=2", "batch_size=16", "samples.num=10", "sampler.steps=2", "samples.every=0"]
-    flags = [f"--config.{option}" for option in (*small, "evaluators.digits.num=20", *options)]
+    small += ["evaluators.digits.num=20", "evaluators.scores.num=100"]
+    flags = [f"--config.{option}" for option in (*small, *options)]
     return [sys.executable, "-m", "diversedit_jax.train", "--config=configs/digits.py", f"--workdir={workdir}", *flags]
 
 

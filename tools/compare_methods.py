@@ -146,7 +146,7 @@ def prepare(changes: tuple[Callable[[ConfigDict], None], ...]) -> Method:
     batch = next(batches(config, 0))
     init = jax.jit(initializer(built.parts, batch), compiler_options=ONCE)
     step = jax.jit(partial(train_step, built.parts), donate_argnums=0)
-    judge = experiment.evaluator(config, "digits")
+    judge = experiment.evaluators(config, built.parts, digits.SHAPE, digits.NUM_CLASSES)["digits"]
     return Method(config, built, experiment.prepared(built.parts.prepare, built.mesh), init, step, judge)
 
 
@@ -214,8 +214,8 @@ def train(methods: dict[str, Method], seed: int) -> dict[str, dict[str, float]]:
         scores = dict(method.judge(generate))
         results[name] = {
             "loss": statistics.mean(errors[name][-100:]),
-            "accuracy": 100 * scores["digits/accuracy"],
-            "frechet": scores["digits/frechet"],
+            "accuracy": 100 * scores["accuracy"],
+            "frechet": scores["frechet"],
             "similarity": similarity(method, states[name]["ema"]),
             "rate": 1 / statistics.median(seconds[name]) if seconds[name] else float("nan"),
         }

@@ -9,6 +9,7 @@ from sklearn.svm import SVC
 from diversedit_jax.data import digits
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.metrics.frechet import frechet_distance, moments
+from diversedit_jax.sampling import Drawn
 
 # int32 labels [n] -> uint8 images [n 8 8 1]
 Sample = Callable[[np.ndarray], np.ndarray]
@@ -30,15 +31,19 @@ def flat(levels: np.ndarray) -> np.ndarray:
     return levels.reshape(len(levels), -1) / (digits.MAX_LEVEL / 2) - 1
 
 
-def make(*, num: int = 1000, data_dir: str | None = None) -> Callable[[Sample], Iterable[tuple[str, float]]]:
+def make(
+    drawn: Drawn, *, num: int = 1000, data_dir: str | None = None
+) -> Callable[[Sample], Iterable[tuple[str, float]]]:
     """The evaluator: `run(sample)` draws `num` images with balanced labels and yields names and values.
 
-    digits/accuracy: the share of samples in which a support vector machine, fitted to the training digits, sees the
-    label asked for; digits/classifier_heldout_accuracy: its share on the 360 held-out digits, about 0.99.
-    digits/frechet: the Frechet distance of samples and held-out digits, as 64 pixels in [-1, 1]; lower is better;
-    digits/frechet_floor: that of training and held-out digits, about 0.41.
+    accuracy: the share of samples in which a support vector machine, fitted to the training digits, sees the
+    label asked for; classifier_heldout_accuracy: its share on the 360 held-out digits, about 0.99.
+    frechet: the Frechet distance of samples and held-out digits, as 64 pixels in [-1, 1]; lower is better;
+    frechet_floor: that of training and held-out digits, about 0.41.
     `run` raises ValueError if `sample` does not return uint8 images [num 8 8 1]. data_dir: as in `data.digits`.
     """
+    if drawn.shape != digits.SHAPE:
+        raise ConfigError(f"digits: the samples must be images {digits.SHAPE}, and are {drawn.shape or 'latents'}")
     if num < 2:
         raise ConfigError(f"digits: num must be at least 2, given {num}")
 
@@ -46,10 +51,10 @@ def make(*, num: int = 1000, data_dir: str | None = None) -> Callable[[Sample], 
     def judge():
         (train, train_labels), (test, test_labels) = (digits.levels(split, data_dir) for split in ("train", "test"))
         classifier = SVC(C=10).fit(flat(train), train_labels)
-        real = moments(flat(test))
+        real = moments(flat(test)).gaussian
         constants = {
-            "digits/classifier_heldout_accuracy": classifier.score(flat(test), test_labels),
-            "digits/frechet_floor": frechet_distance(*moments(flat(train)), *real),
+            "classifier_heldout_accuracy": classifier.score(flat(test), test_labels),
+            "frechet_floor": frechet_distance(*moments(flat(train)).gaussian, *real),
         }
         return classifier, real, constants
 
@@ -57,8 +62,8 @@ def make(*, num: int = 1000, data_dir: str | None = None) -> Callable[[Sample], 
         labels = np.arange(num, dtype=np.int32) % digits.NUM_CLASSES
         samples = flat(to_levels(sample(labels), num))
         classifier, real, constants = judge()
-        yield "digits/accuracy", float(classifier.score(samples, labels))
-        yield "digits/frechet", frechet_distance(*moments(samples), *real)
+        yield "accuracy", float(classifier.score(samples, labels))
+        yield "frechet", frechet_distance(*moments(samples).gaussian, *real)
         yield from constants.items()
 
     return run
