@@ -1,0 +1,344 @@
+"""Score samples of a run, of a release or in a file against a reference: FID, sFID, IS, precision, recall, KID.
+
+    python -m diversedit_jax.evaluate --workdir=DIR --preset=repa --reference=VIRTUAL_imagenet256_labeled.npz \\
+        --extractor=inception=classify_image_graph_def.pb
+    python -m diversedit_jax.evaluate --checkpoint=SiT-XL-2-256.pt --family=official_sit --vae=sd-vae-ft-ema \\
+        --preset=sit --reference=... --extractor=... --sweep cfg_scale=1.0,1.35,1.8 guidance_interval=0:0.7,0:1
+    python -m diversedit_jax.evaluate --samples=samples.npz --reference=... --extractor=...
+
+Samples are drawn, decoded and judged in one program, and only features are kept. The same command goes on after it was
+killed, and ends in the same numbers: image i depends on the seed, on i and on its label. Writes scores.json, with all
+that moves a number beside the scores, and grid.png, to a folder of the run (or --out); a sweep also sweep.csv and
+sweep.png.
+
+--reference: an .npz of ADM, torch-fidelity, MeanFlow, MAR or of tools.reference_stats, a .pkl of EDM2, or images.
+--extractor: inception, dinov2 or digits, with the file of its weights. A run whose config has evaluators of the kind
+`scores` needs neither: theirs are taken.
+"""
+
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+
+from diversedit_jax import config as configs
+from diversedit_jax import extractors as networks
+from diversedit_jax import feature_parts, logs, program, protocols, reports, sampling, scoring, sharding, slots, sources
+from diversedit_jax.data import sample_files
+from diversedit_jax.errors import CheckpointError, ConfigError
+from diversedit_jax.extractors import Extractor
+from diversedit_jax.references import Reference, open_reference
+from diversedit_jax.sources import Source
+
+SCORES, SAMPLES = "scores.json", "samples.npz"
+NUM = 50_000
+FILE_BATCH = 256  # images of a file at a time
+GUIDANCE = ("cfg_scale", "guidance_interval")  # what one compiled sampler serves all values of
+
+
+class Images(NamedTuple):
+    """Images to judge. read: (first, count) -> uint8 [count h w c]. labels: of each, None where they are not known.
+
+    about: where they come from, for the record. name: the same for people.
+    """
+
+    num: int
+    shape: tuple[int, int, int]
+    batch: int
+    read: Callable[[int, int], np.ndarray]
+    labels: np.ndarray | None
+    about: dict[str, Any]
+    name: str
+
+
+class Judges(NamedTuple):
+    """What images are judged by. few: also fewer of them than features."""
+
+    extractors: Sequence[Extractor]
+    references: Sequence[Reference]
+    few: bool = False
+
+
+def of_file(path: str | Path, num: int | None) -> Images:
+    """The first `num` images of a file or folder; by default all."""
+    found = sample_files.open_samples(path)
+    count = found.count if num is None else num
+    if count > found.count:
+        raise ConfigError(f"--num={num}: {path} has {found.count} images")
+    about = {"kind": "file", "name": Path(path).name, "of": found.count, "sha256": found.digest()}
+    return Images(count, found.shape, FILE_BATCH, found.read, None, about, f"{count} images of {path}")
+
+
+def of_source(source: Source, varied: Mapping[str, Any], sample, num: int, rule: str, seed: int) -> Images:
+    """`num` images to sample, of labels by a rule of `sampling.LABELS`. varied: what a sweep changes of the options."""
+    if source.shape is None:
+        raise ConfigError(f"{source.name} samples latents, and images are judged: give their decoder with --vae=FILE")
+    options = source.options | dict(varied)
+    batch = -(-options["batch_size"] // jax.device_count()) * jax.device_count()
+    drawn = -(-num // batch) * batch  # whole batches, so that one program serves all; the last images are not judged
+    labels = sampling.labels_by(rule, drawn, source.num_classes, seed)
+    guidance = {name: options[name] for name in GUIDANCE}
+
+    def read(first: int, count: int) -> np.ndarray:
+        y = labels[first : first + batch]
+        return sample(source.params, source.frozen, y, seed, source.weak, first=first, **guidance)[:count]
+
+    sampler = {name: value for name, value in options.items() if name != "batch_size"}
+    about = source.about | {"sampler": sampler, "evaluations": sampling.evaluations(options)}
+    about |= {"labels": rule, "seed": seed}
+    name = f"{num} samples of {source.name}"
+    return Images(num, source.shape, batch, read, labels[:num], about, name)
+
+
+def plan_of(images: Images, judges: Judges) -> dict[str, Any]:
+    """All that moves a number, but for the versions of programs."""
+    return {
+        "images": images.about,
+        "num": images.num,
+        "size": list(images.shape),
+        "batch": images.batch,
+        "extractors": {one.name: dict(one.about) for one in judges.extractors},
+        "references": [reference.about for reference in judges.references]
+        or [{"name": one.name, "format": "images of the extractor"} for one in judges.extractors],
+        "settings": {
+            "inception_score_split": scoring.SPLIT,
+            "precision_recall_nearest": scoring.NEAREST,
+            "kernel_distance_subsets": scoring.SUBSETS,
+            "kernel_distance_subset_size": scoring.SUBSET_SIZE,
+            "statistics": "float64",
+        },
+    }
+
+
+def check(images: Images, judges: Judges) -> None:
+    """Raise ConfigError for what could not give scores, before anything is sampled."""
+    if images.num < 2:
+        raise ConfigError(f"--num={images.num}: must be at least 2")
+    scoring.check_count(images.num, scoring.features_of(judges.extractors, images.shape), judges.few)
+    scoring.check_reference(judges.extractors, judges.references, images.shape)
+
+
+def evaluate(
+    images: Images,
+    judges: Judges,
+    extract: scoring.Extract,
+    statistics: Mapping[str, Any],
+    folder: Path,
+    keep_samples: bool = False,
+) -> dict[str, float]:
+    """The scores of images, which are also written to `folder`; what was begun there is gone on with."""
+    plan = plan_of(images, judges)
+    if (done := finished(folder, plan)) is not None:
+        if keep_samples and not (folder / SAMPLES).exists():
+            raise ConfigError(
+                f"{folder} was done without --keep_samples: choose another --out, or remove {SCORES} there"
+            )
+        return done
+    started, parts = time.monotonic(), folder / "parts"
+    rows = [] if images.labels is None else reports.grid_rows(images.labels)
+    numbers = {number for row in rows for number in row} or set(range(min(100, images.num)))
+    firsts = list(range(0, images.num, images.batch))
+    whole = sharding.agreed(_begun(parts, plan, firsts, keep_samples))
+    with logs.Ticker(images.num, sum(min(images.batch, images.num - first) for first in whole)) as ticker:
+        for first in [first for first in firsts if first not in whole]:
+            count = min(images.batch, images.num - first)
+            batch = images.read(first, count)
+            found = extract(batch)
+            if jax.process_index() == 0:
+                shown = {n: batch[n - first] for n in numbers if first <= n < first + count}
+                feature_parts.write(parts, first, found, batch if keep_samples else batch[:0], shown)
+            ticker.update(count)
+    sharding.wait_for_all("features are written")
+    if jax.process_index() != 0:
+        return {}
+    scores: dict[str, float] = {}
+    for one in judges.extractors:
+        scores |= scoring.scores(one.name, feature_parts.features(parts, firsts, one.name), statistics[one.name])
+    record = {"scores": scores, "plan": plan, "versions": logs.versions()}
+    record |= {"seconds": round(time.monotonic() - started, 1), "resumed": bool(whole)}
+    shown = feature_parts.shown(parts, firsts)
+    rows = rows or [sorted(numbers)[i : i + 10] for i in range(0, len(numbers) // 10 * 10, 10)]
+    try:
+        if rows:
+            logs.save_png(folder / "grid.png", reports.class_grid(shown, rows))
+        if keep_samples:
+            feature_parts.join_images(parts, firsts, images.num, images.labels, folder / SAMPLES)
+        with logs.replacing(folder / SCORES) as partial, open(partial, "w", encoding="utf-8") as file:
+            file.write(json.dumps(record, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # the parts are removed next
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} cannot be written: {error.strerror}; the same command goes on later"
+        ) from error
+    feature_parts.remove(parts, firsts)
+    return scores
+
+
+def finished(folder: Path, plan: Mapping[str, Any]) -> dict[str, float] | None:
+    """The scores in a folder where this plan was carried out; None where none was. ConfigError for another plan's."""
+    if not (folder / SCORES).exists():
+        return None
+    try:
+        record = json.loads((folder / SCORES).read_text(encoding="utf-8"))
+        before, scores = record["plan"], record["scores"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{folder / SCORES} is damaged ({error}): remove it") from error
+    if found := feature_parts.difference(before, json.loads(json.dumps(plan))):
+        key, was, now = found
+        raise ConfigError(f"{folder} holds the scores of {key} = {was!r}, given {now!r}: choose another --out")
+    return scores
+
+
+def _begun(parts: Path, plan: Mapping[str, Any], firsts: list[int], keep_samples: bool) -> list[int]:
+    """The parts that are there already, on the first process; elsewhere nothing is looked at."""
+    if jax.process_index() != 0:
+        return []
+    if not feature_parts.claim(parts, plan | {"keep_samples": keep_samples}):
+        return []
+    whole = [first for first in firsts if feature_parts.read(parts, first) is not None]
+    if whole:
+        print(f"going on: {len(whole)} of {len(firsts)} parts are there")
+    return whole
+
+
+def swept(given: Sequence[str], extra: Sequence[str]) -> list[str]:
+    """What --sweep says, once or several times, and the arguments that follow it; ConfigError for any other."""
+    unexpected = [text for text in extra if not given or "=" not in text]
+    if unexpected:
+        raise ConfigError(f"unexpected argument {unexpected[0]!r}")
+    return [*given, *extra]
+
+
+def sweep_of(given: Sequence[str]) -> list[dict[str, Any]]:
+    """The points of `NAME=VALUE,VALUE` for each of several options: all combinations; [{}] for none."""
+    known = slots.options(sampling.make)
+    axes = {}
+    for text in given:
+        name, _, values = text.partition("=")
+        if name not in known or name == "batch_size" or not values:
+            raise ConfigError(f"--sweep {text}: wanted NAME=VALUE,VALUE with NAME one of {', '.join(known)}")
+        axes[name] = [_value(name, value, text) for value in values.split(",")]
+    return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
+
+
+def _value(name: str, value: str, text: str) -> Any:
+    """A value of a sweep as its option takes it: lo:hi for an interval."""
+    default = slots.options(sampling.make)[name].default
+    try:
+        if name == "guidance_interval":
+            low, high = value.split(":")
+            return float(low), float(high)
+        if isinstance(default, str):
+            return value
+        return int(value) if name in ("steps", "guidance_channels") else float(value)
+    except ValueError:
+        form = "lo:hi" if name == "guidance_interval" else "a number"
+        raise ConfigError(f"--sweep {text}: {value!r} is no {name}, wanted {form}") from None
+
+
+def judges_of(extractors: Sequence[str], references: Sequence[str], workdir: str | None, few: bool = False) -> Judges:
+    """What the flags name; what they leave out is that of the evaluators of the kind `scores` in the run's config."""
+    chosen = program.named_files("extractor", extractors)
+    paths = list(references)
+    if workdir is not None and not (chosen and paths):
+        config = configs.load(Path(workdir).expanduser())
+        own = [slot for slot in config.evaluators.values() if slot.name == "scores"]
+        if not chosen:
+            chosen = {slot.extractor: {} if slot.file is None else {"file": slot.file} for slot in own}
+            paths = paths or [slot.reference for slot in own if slot.reference is not None]
+    if not chosen:
+        raise ConfigError("give a feature network: --extractor=inception=FILE, with the weights of FID's Inception")
+    made = [networks.make(name, **options) for name, options in chosen.items()]
+    return Judges(made, [open_reference(path) for path in paths], few)
+
+
+def run(
+    judges: Judges,
+    points: Sequence[Mapping[str, Any]],
+    images_at: Callable[[Mapping[str, Any]], Images],
+    folder: Path,
+    keep_samples: bool = False,
+) -> list[reports.Row]:
+    """Evaluate every point of a sweep, [{}] for none, each in a folder of its own; returns what was found."""
+    opened = [images_at(point) for point in points]
+    for images in opened:
+        check(images, judges)
+    extract = scoring.extraction(judges.extractors, sharding.make_mesh(), opened[0].batch)
+    statistics = scoring.references_for(judges.extractors, judges.references, extract, opened[0].batch)
+    rows: list[reports.Row] = []
+    for point, images in zip(points, opened, strict=True):
+        place = folder / reports.label(point) if point else folder
+        if jax.process_index() == 0:
+            print(f"{images.name}{', ' + reports.label(point) if point else ''}", flush=True)
+        rows.append((point, evaluate(images, judges, extract, statistics, place, keep_samples)))
+        if jax.process_index() == 0 and len(points) > 1:
+            reports.write_csv(folder / "sweep.csv", rows)
+    if jax.process_index() == 0:
+        print(reports.table(rows))
+        if len(points) > 1:
+            for suffix in (".png", ".svg"):
+                reports.plot_sweep(folder / f"sweep{suffix}", rows, opened[0].name)
+        print(f"written to {folder}")
+    return rows
+
+
+if __name__ == "__main__":
+    sources.define_flags()
+    flags.adopt_module_key_flags(sources)  # so that --help lists them
+    flags.DEFINE_string("samples", None, "Images to score instead: an .npz with `arr_0`, uint8 [n h w 3], or a folder.")
+    flags.DEFINE_multi_string("reference", [], "What to compare with, see above; may be given several times.")
+    flags.DEFINE_multi_string("extractor", [], "NAME=FILE or NAME=FILE,OPTION=VALUE; may be given several times.")
+    about = "; ".join(f"{name}: {protocol.about}" for name, protocol in protocols.PROTOCOLS.items())
+    flags.DEFINE_enum("preset", None, list(protocols.PROTOCOLS), f"A paper's protocol; other flags change it. {about}.")
+    flags.DEFINE_integer("num", None, f"Number of images; by default {NUM:,}, or all in a file.")
+    flags.DEFINE_enum("labels", None, sampling.LABELS, "balanced: every class in turn (default); uniform: at random.")
+    flags.DEFINE_integer("seed", 0, "Image i depends on the seed, on i and on its label.")
+    flags.DEFINE_multi_string("sweep", [], "OPTION=VALUE,VALUE of the sampler, intervals as lo:hi; all combinations.")
+    flags.DEFINE_bool("keep_samples", False, "Also write samples.npz, which the script of ADM reads.")
+    flags.DEFINE_bool("few", False, "Allow fewer images than features: scores that compare with no others.")
+    flags.DEFINE_string("out", None, "Directory to write to; by default DIR/evaluations/... of the run.")
+
+    def main(extra: list[str]) -> None:
+        """Read the flags and run."""
+        given = flags.FLAGS
+        points = sweep_of(swept(given.sweep, extra))
+        judges = judges_of(given.extractor, given.reference, given.workdir, given.few)
+        if given.samples is not None:
+            if given.workdir or given.checkpoint or given.sweep or given.preset:
+                raise ConfigError("--samples are finished images: no run, release, preset or sweep goes with them")
+            path = Path(given.samples).expanduser().absolute()
+            folder = Path(given.out).expanduser() if given.out else path.with_name(f"{path.stem}_scores")
+            run(judges, points, lambda point: of_file(path, given.num), folder)
+            return
+        protocol = protocols.find(given.preset) if given.preset else None
+        defaults = dict(protocol.sampler) | {"rounding": protocol.rounding} if protocol else {}
+        source = sources.from_flags(defaults)
+        rule = given.labels or (protocol.labels if protocol else "balanced")
+        folder = (
+            Path(given.out).expanduser()
+            if given.out
+            else source.folder.parent
+            / "evaluations"
+            / "_".join([source.folder.name.removeprefix("samples_"), *([given.preset] if given.preset else [])])
+        )
+        samplers: dict[str, sampling.Sample] = {}
+
+        def images_at(point: Mapping[str, Any]) -> Images:
+            changed = {name: value for name, value in point.items() if name not in GUIDANCE}
+            key = reports.label(changed)
+            if key not in samplers:
+                samplers[key] = source.make(**(source.options | changed)) if changed else source.sample
+            num = NUM if given.num is None else given.num
+            return of_source(source, point, samplers[key], num, rule, given.seed)
+
+        run(judges, points, images_at, folder, given.keep_samples)
+
+    program.launch(main, arguments=True)
