@@ -1,0 +1,192 @@
+"""Time what an evaluation takes beside sampling: features, moments, distances.
+
+    python -m tools.benchmark_eval [--extractor=inception=FILE] [--out=tools/benchmarks/eval_cpu.json]
+
+Without a file FID's Inception has random weights, which take as long. Features are those of random images of 256
+pixels, through the function that evaluation uses, so in float32 and with their way to the host; its resizing to 299
+pixels is also timed alone. The Frechet distance of 2,048 features is timed in turn with the usual square root of the
+product of covariances (scipy's sqrtm), whose eigenvalues fall over five orders of magnitude. Precision and recall are
+of fewer images than a paper's, and extrapolated by the number of distances.
+
+Rounds go through all forms in turn, so that what disturbs the machine disturbs them alike; a time is the median over
+rounds, after one that warms up. Where other programs run, ratios hold and seconds do not: the load is in the file.
+"""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import scipy.linalg
+from absl import flags
+
+from diversedit_jax import extractors, logs, program, scoring, sharding
+from diversedit_jax.errors import ConfigError
+from diversedit_jax.extractors import Extractor, Features
+from diversedit_jax.metrics.frechet import frechet_distance
+from diversedit_jax.metrics.precision_recall import precision_recall
+from diversedit_jax.models import inception
+
+WIDTH, SIDE = 2048, 256
+PART, GATHERED = 256, 2_048  # images at a time whose moments are merged
+REFERENCE, SAMPLES = 1_000, 5_000  # of precision and recall
+PAPER = 10_000, 50_000
+
+
+def random_inception() -> Extractor:
+    """FID's Inception with random weights."""
+    network = inception.network("highest")
+    weights = jax.device_get(jax.jit(network.init)(jax.random.key(0)))
+
+    def apply(params: Any, images: jax.Array) -> Features:
+        return Features(*network.apply(params, images))
+
+    return Extractor("inception", lambda: weights, apply, {"weights": {"name": "random"}})
+
+
+def operations(one: Extractor) -> float:
+    """Floating-point operations for one image as XLA counts them: two for a multiply-add, none where one meets padding.
+
+    11.25e9 of Inception: 0.26e9 are the resizing, the rest is 4% below twice its 5.71e9 multiply-adds.
+    """
+    image = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), np.uint8)
+    return jax.jit(one.apply).lower(one.init(), image).compile().cost_analysis()["flops"]
+
+
+def covariance(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A mean and a covariance whose eigenvalues fall from 1 to 1e-5."""
+    rng = np.random.default_rng(seed)
+    root = rng.normal(size=(2 * WIDTH, WIDTH)) * np.logspace(0, -2.5, WIDTH)
+    axes, _ = np.linalg.qr(rng.normal(size=(WIDTH, WIDTH)))
+    turned = root @ axes
+    return rng.normal(size=WIDTH), turned.T @ turned / len(root)
+
+
+def by_sqrtm(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
+    """The Frechet distance as most code computes it."""
+    root = scipy.linalg.sqrtm(cov1 @ cov2)
+    return float(np.sum((mean1 - mean2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * np.trace(root).real)
+
+
+def measure(forms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each form in each round, after one that does not count."""
+    found: dict[str, list[float]] = {name: [] for name in forms}
+    for number in range(rounds + 1):
+        for name, form in forms.items():
+            begin = time.perf_counter()
+            form()
+            if number:
+                found[name].append(time.perf_counter() - begin)
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """The processor, its cores, and how many programs ran in the last minute before this one."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text(encoding="utf-8").splitlines() if about.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    load = round(os.getloadavg()[0], 1)
+    return {"processor": (names or [platform.machine()])[0], "cores": os.cpu_count(), "load": load}
+
+
+def run(one: Extractor, batch: int, rounds: int) -> dict[str, Any]:
+    """All figures."""
+    rng = np.random.default_rng(0)
+    mesh = sharding.make_mesh()
+    if batch < 1 or batch % (one.chunk * mesh.size):
+        raise ConfigError(f"--batch_size={batch}: wanted a multiple of {one.chunk} images on {mesh.size} devices")
+    extract = scoring.extraction([one], mesh, batch)
+    images = rng.integers(0, 256, (batch, SIDE, SIDE, 3), dtype=np.uint8)
+    first, second = covariance(0), covariance(1)
+    reference, samples = (rng.normal(size=(n, WIDTH)).astype(np.float32) for n in (REFERENCE, SAMPLES))
+    part, gathered = (
+        Features(*(rng.normal(size=(n, d)).astype(np.float32) for d in (WIDTH, 2023))) for n in (PART, GATHERED)
+    )
+    totals = scoring.Totals().plus(part)
+    resized = jax.jit(lambda images: sharding.in_chunks(inception.inputs, images, one.chunk, mesh.size))
+    on_device = jax.device_put(images, sharding.over_batch(mesh))
+    forms = {
+        "features": lambda: extract(images),
+        "resizing": lambda: jax.block_until_ready(resized(on_device)),
+        f"moments of {PART}": lambda: totals.plus(part),
+        f"moments of {GATHERED:,}": lambda: totals.plus(gathered),
+        "frechet": lambda: frechet_distance(*first, *second),
+        "frechet by sqrtm": lambda: by_sqrtm(*first, *second),
+        "precision and recall, exact": lambda: precision_recall(reference, samples),
+        "precision and recall, float16": lambda: precision_recall(reference, samples, distances="float16"),
+    }
+    if one.name != "inception":
+        del forms["resizing"]
+    spread = measure(forms, rounds)
+    seconds = {name: statistics.median(times) for name, times in spread.items()}
+    pairs = REFERENCE**2 + SAMPLES**2 + REFERENCE * SAMPLES
+    wanted = PAPER[0] ** 2 + PAPER[1] ** 2 + PAPER[0] * PAPER[1]
+    flops = operations(one)
+    return {
+        "seconds": seconds,
+        "spread": {name: [min(times), max(times)] for name, times in spread.items()},
+        "features_per_s": batch / seconds["features"],
+        "features_tflops_per_s": batch / seconds["features"] * flops / 1e12,
+        "gflop_per_image": flops / 1e9,
+        "resizing_share": seconds["resizing"] / seconds["features"] if "resizing" in seconds else None,
+        "moments_per_s": {str(n): n / seconds[f"moments of {n:,}"] for n in (PART, GATHERED)},
+        "frechet_ratio": seconds["frechet by sqrtm"] / seconds["frechet"],
+        "frechet_difference": by_sqrtm(*first, *second) / frechet_distance(*first, *second) - 1,
+        "precision_recall_extrapolated_s": {
+            mode: seconds[f"precision and recall, {mode}"] * wanted / pairs for mode in ("exact", "float16")
+        },
+        "sizes": {"batch": batch, "precision_recall": [REFERENCE, SAMPLES], "extrapolated_to": list(PAPER)},
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """The figures for a terminal."""
+    rows = [f"{'':<32}{'seconds':>10}{'fastest':>10}{'slowest':>10}"]
+    for name, seconds in found["seconds"].items():
+        low, high = found["spread"][name]
+        rows.append(f"{name:<32}{seconds:>10.3f}{low:>10.3f}{high:>10.3f}")
+    rows += [
+        "",
+        f"features: {logs.brief(found['features_per_s'])} images/s, {found['features_tflops_per_s']:.3f} TFLOP/s"
+        f" ({found['gflop_per_image']:.1f} GFLOP an image)"
+        + (f", {share:.1%} of the time for resizing" if (share := found["resizing_share"]) is not None else ""),
+        *(f"moments: {logs.brief(rate)} images/s in parts of {n}" for n, rate in found["moments_per_s"].items()),
+        f"Frechet distance: {found['frechet_ratio']:.1f} times as fast as by sqrtm, which differs by"
+        f" {found['frechet_difference']:.0e} of it",
+    ]
+    for mode, seconds in found["precision_recall_extrapolated_s"].items():
+        sizes = f"{PAPER[0]:,} and {PAPER[1]:,}"
+        rows.append(f"precision and recall of {sizes}, {mode}: about {logs.duration(seconds)}, extrapolated")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("extractor", None, "NAME=FILE, NAME=FILE,OPTION=VALUE; by default Inception without a file.")
+    flags.DEFINE_integer("batch_size", 32, "Images at a time, over all devices.")
+    flags.DEFINE_integer("rounds", 3, "Rounds that count.")
+    flags.DEFINE_string("out", None, "JSON file to write the figures to.")
+
+    def main() -> None:
+        """Measure, print, write."""
+        logs.silence()
+        given = {name: flags.FLAGS[name].value for name in ("batch_size", "rounds", "extractor")}
+        if given["rounds"] < 1:
+            raise ConfigError(f"--rounds={given['rounds']}: must be at least 1")
+        named = program.named_files("extractor", [given["extractor"]] if given["extractor"] else [])
+        one = next((extractors.make(name, **options) for name, options in named.items()), None) or random_inception()
+        where = hardware()
+        found = run(one, given["batch_size"], given["rounds"])
+        print(f"{where['cores']} x {where['processor']}, load {where['load']} before; jax {jax.__version__}")
+        print(table(found))
+        if flags.FLAGS.out:
+            given["extractor"] = dict(one.about["weights"])  # not the place of its file
+            figures = {"versions": logs.versions() | {"scipy": scipy.__version__}, "hardware": where, "flags": given}
+            Path(flags.FLAGS.out).write_text(json.dumps(figures | found, indent=2) + "\n", encoding="utf-8")
+
+    program.launch(main)
