@@ -23,8 +23,8 @@ from tests.test_data_latents import write
 NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py") if path.stem != "__init__")
 # By default one size of a recipe, at one resolution, and of each kind the largest: tracing takes seconds. What a recipe
 # holds alone, that with DiverseDiT holds too.
-LARGE = [("sit_xl2", "512"), ("diversedit_xl2", None), ("dit_xl2", None)]
-ALONE = ("repa_b2", "sra_b2", "disp_b2", "mean_flow_b2")
+LARGE = [("diversedit_xl2", "512"), ("dit_xl2", None)]
+ALONE = ("default", "repa_b2", "repa_multi_b2", "sra_b2", "disp_b2", "disp_diversedit_b2", "mean_flow_b2")
 VARIANTS = [
     pytest.param(
         name,

@@ -189,7 +189,8 @@ def model_gradient(remat: str, cuts: tuple[int, ...]):
     return jax.device_get(jax.jit(jax.grad(loss))(params))
 
 
-@pytest.mark.parametrize("remat", ["named", *(pytest.param(r, marks=pytest.mark.slow) for r in OTHERS)])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["named", *OTHERS])
 def test_every_remat_policy_gives_the_same_gradient(remat):
     def compare(path, found, wanted):
         scale = np.abs(wanted).max()
