@@ -30,10 +30,13 @@ def test_the_files_it_names_exist():
     [
         "diversedit_jax.train",
         "diversedit_jax.sample",
+        "diversedit_jax.evaluate",
         "tools.benchmark_step",
         "tools.benchmark_data",
+        "tools.benchmark_eval",
         "tools.compare_methods",
         "tools.prepare_latents",
+        "tools.reference_stats",
     ],
 )
 def test_the_programs_it_names_explain_themselves(module):
@@ -41,3 +44,5 @@ def test_the_programs_it_names_explain_themselves(module):
     command = [sys.executable, "-m", module, "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert f"-m {module}" in done.stdout, done.stderr
+    if module in ("diversedit_jax.sample", "diversedit_jax.evaluate"):
+        assert "--cfg_scale:" in done.stdout, "flags that programs share are not listed"
