@@ -161,8 +161,7 @@ def best_by(config: ConfigDict) -> str | None:
 
 def evaluators(config: ConfigDict, parts: Parts, shape: tuple[int, int, int], num_classes: int) -> dict[str, Callable]:
     """The evaluators of a config, by label."""
-    devices = jax.device_count()
-    batch = -(-config.sampler.batch_size // devices) * devices
+    batch = sharding.filled(config.sampler.batch_size)
     drawn = sampling.Drawn(image_shape(parts.prepare, shape), num_classes, batch)
     return {
         label: configs.make("evaluators", slot, f"config.evaluators.{label}", drawn)

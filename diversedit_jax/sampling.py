@@ -222,8 +222,7 @@ def make(
             check_guidance(cfg_scale, num_classes)
         numbers = jnp.arange(first, first + len(labels))
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(numbers)
-        devices = jax.device_count()
-        size = -(-min(batch_size, len(labels)) // devices) * devices  # a multiple of the devices
+        size = sharding.filled(min(batch_size, len(labels)))
         guidance = scales(cfg_scale), tuple(jnp.float32(time) for time in guidance_interval)
         done = []
         for begin in range(0, len(labels), size):

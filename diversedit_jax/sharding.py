@@ -42,6 +42,12 @@ def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
     return Mesh(devices, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
+def filled(batch: int) -> int:
+    """The next number from `batch` on that all devices divide."""
+    devices = jax.device_count()
+    return -(-batch // devices) * devices
+
+
 def over_batch(mesh: Mesh) -> NamedSharding:
     """The leading axis split over all devices."""
     return NamedSharding(mesh, PartitionSpec(AXES))

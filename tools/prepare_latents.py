@@ -18,12 +18,13 @@ Records are the same to the bit on one kind of machine with as many devices, hen
 way; on GPUs with XLA_FLAGS=--xla_gpu_deterministic_ops=true.
 """
 
+import contextlib
 import io
 import os
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -180,7 +181,7 @@ def encoder(release: vae_files.Release, options: Options) -> Encoding:
     mesh = sharding.make_mesh()
     network = vae_model.network(release.arch, options.precision)
     made = {name: encoders.make(name, **given) for name, given in chosen_encoders(options).items()}
-    batch = -(-options.batch_size // mesh.size) * mesh.size
+    batch = sharding.filled(options.batch_size)
 
     @jax.jit
     def compute(frozen: Any, crops: jax.Array) -> dict[str, jax.Array]:
@@ -228,15 +229,9 @@ def cropped(
 
     DataError if it is the machine that fails, a mount that is gone or too little memory: no image is to blame.
     """
-    ahead: deque[tuple[int, Future]] = deque()
-    rest = iter(indices)
-    try:
-        while True:
-            while len(ahead) < 2 * options.batch_size and (index := next(rest, None)) is not None:
-                ahead.append((index, pool.submit(image_files.crop, images, index, options.size)))
-            if not ahead:
-                return
-            index, future = ahead.popleft()
+    ahead = image_files.crops_ahead(images, indices, options.size, pool, 2 * options.batch_size)
+    with contextlib.closing(ahead):
+        for index, future in ahead:
             try:
                 yield index, future.result()
             except DataError as error:
@@ -247,9 +242,6 @@ def cropped(
                 why = f"{str(error) or type(error).__name__}; the same command goes on when this is mended"
                 raise DataError(f"{images.keys[index]}: {why}") from error
             ticker.update(1)
-    finally:
-        for _, future in ahead:
-            future.cancel()
 
 
 def encoded(

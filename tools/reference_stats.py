@@ -13,9 +13,9 @@ Scores compare between papers only if the reference is theirs: for ImageNet that
 Images that cannot be read are an error, as a reference of fewer images is another reference.
 """
 
+import contextlib
 import json
 import os
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -29,6 +29,8 @@ from diversedit_jax import __version__, extractors, logs, program, references, s
 from diversedit_jax.data import image_files, local_path, sample_files
 from diversedit_jax.errors import ConfigError, DataError
 from diversedit_jax.extractors import Extractor
+
+AHEAD = 512  # crops that are decoded before they are needed
 
 
 class Images(NamedTuple):
@@ -61,24 +63,23 @@ def chosen(count: int, num: int | None) -> np.ndarray:
 
 
 def _decoded(images: image_files.ImageFiles, numbers: np.ndarray, size: int, threads: int) -> Iterator[np.ndarray]:
-    """Crops, decoded ahead by threads."""
-    with ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool:
-        ahead, rest = deque(), iter(numbers)
-        while True:
-            while len(ahead) < 512 and (number := next(rest, None)) is not None:
-                ahead.append(pool.submit(image_files.crop, images, int(number), size))
-            if not ahead:
-                return
-            yield ahead.popleft().result()
+    """Crops, decoded ahead by threads. DataError, with its name, for an image that cannot be read."""
+    with (
+        ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool,
+        contextlib.closing(image_files.crops_ahead(images, numbers.tolist(), size, pool, AHEAD)) as ahead,
+    ):
+        for index, future in ahead:
+            try:
+                yield future.result()
+            except (OSError, MemoryError) as error:
+                raise DataError(f"{images.keys[index]}: {str(error) or type(error).__name__}") from error
 
 
 def compute(
     images: Images, networks: Sequence[Extractor], batch: int, features: int, stored: int
 ) -> dict[str, np.ndarray]:
     """The arrays of the file: of all images statistics, of evenly spread ones their features and they themselves."""
-    mesh = sharding.make_mesh()
-    size = -(-batch // mesh.size) * mesh.size
-    extract = scoring.extraction(networks, mesh, size)
+    extract = scoring.extraction(networks, sharding.make_mesh(), batch)
     if images.count < 2:
         raise DataError(f"{images.about['name']}: statistics need at least two images, given {images.count}")
     kept, kept_images = (set(chosen(images.count, n).tolist()) for n in (features, stored))
@@ -86,7 +87,7 @@ def compute(
     single: dict[str, list[np.ndarray]] = {one.name: [] for one in networks}
     whole, done = [], 0
     with logs.Ticker(images.count) as ticker:
-        while part := list(islice(images.stream, size)):
+        while part := list(islice(images.stream, batch)):
             if done == 0:
                 scoring.features_of(networks, part[0].shape)  # says what cannot work before anything compiles
             found = extract(np.stack(part))

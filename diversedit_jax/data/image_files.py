@@ -21,8 +21,9 @@ import tarfile
 import threading
 import zipfile
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -422,6 +423,27 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     image = image.resize(tuple(round(side * scale) for side in image.size), Image.Resampling.BICUBIC)
     left, top = ((side - size) // 2 for side in image.size)
     return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def crops_ahead(
+    images: ImageFiles, indices: Iterable[int], size: int, pool: Executor, ahead: int
+) -> Iterator[tuple[int, Future]]:
+    """(index, `crop` of it in the making), in order, of which `pool` works on at most `ahead` at a time.
+
+    Closing it cancels what has not begun.
+    """
+    waiting: deque[tuple[int, Future]] = deque()
+    rest = iter(indices)
+    try:
+        while True:
+            while len(waiting) < ahead and (index := next(rest, None)) is not None:
+                waiting.append((index, pool.submit(crop, images, index, size)))
+            if not waiting:
+                return
+            yield waiting.popleft()
+    finally:
+        for _, future in waiting:
+            future.cancel()
 
 
 def crop(images: ImageFiles, index: int, size: int) -> np.ndarray:
