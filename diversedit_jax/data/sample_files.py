@@ -1,8 +1,8 @@
 """Finished images as evaluators exchange them: an .npz with `arr_0`, or a folder of PNG files, all of one size."""
 
-import ast
 import hashlib
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -26,6 +26,7 @@ DAMAGED = (  # what numpy and zipfile raise on files that are not what they seem
     SyntaxError,
     RuntimeError,
     struct.error,
+    tokenize.TokenError,
     zipfile.BadZipFile,
     zlib.error,
 )
@@ -131,16 +132,14 @@ def _mapped(path: Path, info: zipfile.ZipInfo) -> np.ndarray:
         name, extra = struct.unpack("<HH", file.read(4))
         file.seek(info.header_offset + 30 + name + extra)
         version = np.lib.format.read_magic(file)
-        length = struct.unpack("<H" if version == (1, 0) else "<I", file.read(2 if version == (1, 0) else 4))[0]
-        header = ast.literal_eval(file.read(length).decode())
-        dtype, shape = np.dtype(header["descr"]), header["shape"]
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = header(file)
         if dtype.hasobject:
             raise ValueError("an array of objects")
         end = file.tell() + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
         if end > path.stat().st_size:
             raise ValueError("it is truncated")
-        order = "F" if header["fortran_order"] else "C"
-        return np.memmap(path, dtype, "r", file.tell(), shape, order)
+        return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
 
 
 def _of_images(path: Path) -> SampleFiles:
