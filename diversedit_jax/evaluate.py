@@ -19,6 +19,7 @@ sweep.png.
 import itertools
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ from diversedit_jax.sources import Source
 
 SCORES, SAMPLES = "scores.json", "samples.npz"
 NUM = 50_000
+READ_WITH_SAMPLES = ("samples", "reference", "extractor", "num", "few", "out")
 FILE_BATCH = 256  # images of a file at a time
 GUIDANCE = ("cfg_scale", "guidance_interval")  # what one compiled sampler serves all values of
 
@@ -81,7 +83,7 @@ def of_source(source: Source, varied: Mapping[str, Any], sample, num: int, rule:
     if source.shape is None:
         raise ConfigError(f"{source.name} samples latents, and images are judged: give their decoder with --vae=FILE")
     options = source.options | dict(varied)
-    batch = -(-options["batch_size"] // jax.device_count()) * jax.device_count()
+    batch = sharding.filled(options["batch_size"])
     drawn = -(-num // batch) * batch  # whole batches, so that one program serves all; the last images are not judged
     labels = sampling.labels_by(rule, drawn, source.num_classes, seed)
     guidance = {name: options[name] for name in GUIDANCE}
@@ -98,7 +100,7 @@ def of_source(source: Source, varied: Mapping[str, Any], sample, num: int, rule:
 
 
 def plan_of(images: Images, judges: Judges) -> dict[str, Any]:
-    """All that moves a number, but for the versions of programs."""
+    """All that moves a number, but for the versions of programs; and `batch`, the images of a part."""
     return {
         "images": images.about,
         "num": images.num,
@@ -111,7 +113,7 @@ def plan_of(images: Images, judges: Judges) -> dict[str, Any]:
             "inception_score_split": scoring.SPLIT,
             "precision_recall_nearest": scoring.NEAREST,
             "kernel_distance_subsets": scoring.SUBSETS,
-            "kernel_distance_subset_size": scoring.SUBSET_SIZE,
+            "kernel_distance_subset_size_at_most": scoring.SUBSET_SIZE,
             "statistics": "float64",
         },
     }
@@ -217,6 +219,13 @@ def swept(given: Sequence[str], extra: Sequence[str]) -> list[str]:
     return [*given, *extra]
 
 
+def check_unread(known: Sequence[flags.Flag]) -> None:
+    """Raise ConfigError for a flag that --samples leaves nothing to."""
+    unread = [flag.name for flag in known if flag.present and flag.name not in READ_WITH_SAMPLES]
+    if unread:
+        raise ConfigError(f"--samples are finished images: --{unread[0]} does nothing to them")
+
+
 def sweep_of(given: Sequence[str]) -> list[dict[str, Any]]:
     """The points of `NAME=VALUE,VALUE` for each of several options: all combinations; [{}] for none."""
     known = slots.options(sampling.make)
@@ -245,15 +254,16 @@ def _value(name: str, value: str, text: str) -> Any:
 
 
 def judges_of(extractors: Sequence[str], references: Sequence[str], workdir: str | None, few: bool = False) -> Judges:
-    """What the flags name; what they leave out is that of the evaluators of the kind `scores` in the run's config."""
+    """What the flags name; without extractors those of the evaluators `scores` in the run's config, with their
+    references where none is named.
+    """
     chosen = program.named_files("extractor", extractors)
     paths = list(references)
-    if workdir is not None and not (chosen and paths):
+    if workdir is not None and not chosen:
         config = configs.load(Path(workdir).expanduser())
         own = [slot for slot in config.evaluators.values() if slot.name == "scores"]
-        if not chosen:
-            chosen = {slot.extractor: {} if slot.file is None else {"file": slot.file} for slot in own}
-            paths = paths or [slot.reference for slot in own if slot.reference is not None]
+        chosen = {slot.extractor: {} if slot.file is None else {"file": slot.file} for slot in own}
+        paths = paths or [slot.reference for slot in own if slot.reference is not None]
     if not chosen:
         raise ConfigError("give a feature network: --extractor=inception=FILE, with the weights of FID's Inception")
     made = [networks.make(name, **options) for name, options in chosen.items()]
@@ -312,8 +322,7 @@ if __name__ == "__main__":
         points = sweep_of(swept(given.sweep, extra))
         judges = judges_of(given.extractor, given.reference, given.workdir, given.few)
         if given.samples is not None:
-            if given.workdir or given.checkpoint or given.sweep or given.preset:
-                raise ConfigError("--samples are finished images: no run, release, preset or sweep goes with them")
+            check_unread(flags.FLAGS.get_key_flags_for_module(sys.argv[0]))
             path = Path(given.samples).expanduser().absolute()
             folder = Path(given.out).expanduser() if given.out else path.with_name(f"{path.stem}_scores")
             run(judges, points, lambda point: of_file(path, given.num), folder)

@@ -152,7 +152,7 @@ def of_release(
         "weights": {"digest": digest(params), "entry": weights},
         "model": {"name": name} | _defaults(slots.factory("models", "dit")) | chosen,
         "weak": None,
-        "decoder": _decoder({"name": "latents"} | decoding),
+        "decoder": _decoder({"name": "latents"} | _defaults(slots.factory("prepare", "latents")) | decoding),
     }
     decoded = experiment.image_shape(latents, shape)
     return Source(make, options, sample, params, None, frozen, decoded, arch.num_classes, file.name, folder, about)

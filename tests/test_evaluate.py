@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -172,7 +173,7 @@ def test_other_files_of_the_same_name_are_judged_anew(undisturbed, judges, tmp_p
         evaluate.of_file(path, 500)
 
 
-def test_a_sweep_compiles_one_sampler_and_ends_in_a_table_and_plots(source, judges, tmp_path, capsys):
+def test_a_sweep_ends_in_a_table_and_plots(source, judges, tmp_path, capsys):
     points = evaluate.sweep_of(["cfg_scale=1.0,1.5", "guidance_interval=0:0.7,0:1"])
     assert points[0] == {"cfg_scale": 1.0, "guidance_interval": (0.0, 0.7)}
     rows = evaluate.run(judges, points, lambda point: drawn(source, **point), tmp_path)
@@ -328,7 +329,7 @@ def test_the_program_sweeps_with_the_judges_of_the_run(workdir, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--samples=a.npz"], "--samples are finished images"),
+        (["--samples=a.npz"], "--samples are finished images: --workdir does nothing to them"),
         pytest.param(["extra"], "unexpected argument 'extra'", marks=pytest.mark.slow),
         pytest.param(["--num=50"], "50 samples are too few", marks=pytest.mark.slow),
         pytest.param(["--reference=nowhere.npz"], "reference: nowhere.npz does not exist", marks=pytest.mark.slow),
@@ -383,9 +384,31 @@ def test_the_evaluator_of_a_run_scores_as_the_program_does(workdir, source, undi
     assert dict(evaluator(sample)) == pytest.approx(undisturbed[1], rel=1e-6)
 
 
-def test_extraction_is_compiled_once(judges):
+def compiled(caplog, function):
+    """Whether a call of the function compiles the program `run`, and its result."""
+    caplog.clear()
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        result = function()
+    return "Compiling jit(run)" in caplog.text, result
+
+
+def test_extraction_is_compiled_once(judges, caplog):
     extract = scoring.extraction(judges.extractors, sharding.make_mesh(), 16)
     images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1), dtype=np.uint8)
-    whole = extract(images)["digits"]
-    part = extract(images[:5])["digits"]
+    first, whole = compiled(caplog, lambda: extract(images)["digits"])
+    again, part = compiled(caplog, lambda: extract(images[:5])["digits"])
+    assert (first, again) == (True, False)
     np.testing.assert_array_equal(part.pool, whole.pool[:5])
+
+
+def test_one_compiled_sampler_serves_every_guidance(source, caplog):
+    sample = source.make(**source.options)
+    labels = np.arange(16) % 10
+
+    def drawn_with(**guidance):
+        return sample(source.params, source.frozen, labels, 0, **guidance)
+
+    first, plain = compiled(caplog, lambda: drawn_with(cfg_scale=1.0))
+    again, guided = compiled(caplog, lambda: drawn_with(cfg_scale=3.0, guidance_interval=(0.0, 0.5), first=16))
+    assert (first, again) == (True, False)
+    assert (plain != guided).any()
