@@ -27,6 +27,7 @@ from diversedit_jax.interop import graph_def, loading
 from diversedit_jax.interop import inception as published
 from diversedit_jax.interop.graph_def import open_graph
 from diversedit_jax.models import inception
+from tests.jaxprs import products
 from tests.test_weights_file import legacy, mapping, op, storage, tensor
 
 DATA = Path(__file__).parent / "data"
@@ -147,15 +148,6 @@ def test_the_precision_reaches_every_product(precision):
     assert found[:2] == [(highest, highest)] * 2  # the resizing
     assert len(found[2:]) == 94 + 1
     assert set(found[2:]) == {(wanted, wanted)}
-
-
-def products(jaxpr):
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
-            yield eqn
-        for inner in eqn.params.values():
-            if hasattr(inner, "jaxpr"):
-                yield from products(inner.jaxpr)
 
 
 def test_an_unknown_precision_is_refused():

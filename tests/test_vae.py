@@ -19,6 +19,7 @@ from diversedit_jax.interop import loading
 from diversedit_jax.interop import vae as published
 from diversedit_jax.models import PRECISIONS, vae
 from diversedit_jax.models.vae import Architecture
+from tests.jaxprs import products
 
 DATA = Path(__file__).parent / "data"
 TINY = Architecture(widths=(32, 64), layers=1)
@@ -87,15 +88,6 @@ def test_the_precision_reaches_every_product(precision):
     kernels = sum(path[-1].key == "kernel" for path, _ in jax.tree.leaves_with_path(params()))
     assert len(found) == kernels + 2 * 2  # and of each attention, the logits and the sum
     assert set(found) == {(wanted, wanted)}
-
-
-def products(jaxpr):
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
-            yield eqn
-        for inner in eqn.params.values():
-            if hasattr(inner, "jaxpr"):
-                yield from products(inner.jaxpr)
 
 
 @pytest.mark.parametrize("four", [False, True])
