@@ -1,35 +1,54 @@
-"""How alike the representations of two blocks are: centred kernel alignment (CKA, Kornblith et al., arXiv 1905.00414).
+"""How alike the blocks of a network are, and how rich each is: the CKA family, cosines, ranks, scores of diversity.
 
-A representation is a matrix of n examples, `rows` [n p]; what one example is, a token or a whole image, is the caller's
-choice. DiverseDiT's analysis (arXiv 2603.04239, section 3.2) compares all blocks of a network at one time in this way.
+A representation is a matrix of n examples, `rows` [n p]; what one example is, a token, an image's mean token or a whole
+image, is the caller's choice. DiverseDiT's analysis (arXiv 2603.04239, section 3.2) compares all blocks of a network at
+one time by centred kernel alignment (CKA, Kornblith et al., arXiv 1905.00414):
+
+    similar = cka([rows_of_block_1, rows_of_block_2, ...], kernel=rbf)      # [l l], 1 on the diagonal
+    diversity(similar)                                                      # {"all": .., "adjacent": .., ...}
+
+More data than memory: HSIC is additive over batches. `normalised` of a sum of `hsic_of(batch, hsic=hsic_unbiased)` is
+minibatch CKA (Nguyen et al., arXiv 2010.15327), which does not depend on the batch size on average; covariances, norms
+and cosines are sums too.
 """
 
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 Rows = Float[Array, "n p"]
+Examples = Float[Array, "n _"]  # representations of the same examples may differ in width
+Representations = Sequence[Examples] | Float[Array, "l n p"]  # of l blocks
 Gram = Float[Array, "n n"]
+Similarity = Float[Array, "l m"]
 Kernel = Callable[[Rows], Gram]
+
+# --- Kernels: how alike two examples are.
+
+
+def inner(rows: Rows) -> Gram:
+    """<u, v>."""
+    return jnp.einsum("np,mp->nm", rows, rows, precision="highest")
 
 
 def linear(rows: Rows) -> Gram:
-    """k(u, v) = <u, v>."""
-    return jnp.einsum("np,mp->nm", rows, rows, precision="highest")
+    """k(u, v) = <u - m, v - m> with the mean example m: HSIC is that of <u, v>, which float32 would lose beside m."""
+    return inner(rows - rows.mean(axis=0))
 
 
 def polynomial(rows: Rows, degree: int = 3) -> Gram:
     """k(u, v) = (<u, v> / p + 1)^degree."""
-    return (linear(rows) / rows.shape[1] + 1) ** degree
+    return (inner(rows) / rows.shape[1] + 1) ** degree
 
 
 def rbf(rows: Rows, multiplier: float = 1.0) -> Gram:
     """k(u, v) = exp(-|u - v|^2 / (2 s^2)), where s is `multiplier` times the median distance of two examples."""
-    inner = linear(rows - rows.mean(axis=0))
-    norms = jnp.diagonal(inner)
-    squared = jnp.maximum(norms[:, None] + norms[None] - 2 * inner, 0)
+    products = linear(rows)
+    norms = jnp.diagonal(products)
+    squared = jnp.maximum(norms[:, None] + norms[None] - 2 * products, 0)
     above = np.triu_indices(len(rows), 1)
     scale = multiplier * jnp.median(jnp.sqrt(squared[above]))
     return jnp.exp(-squared / (2 * scale**2))
@@ -37,37 +56,171 @@ def rbf(rows: Rows, multiplier: float = 1.0) -> Gram:
 
 KERNELS = {"linear": linear, "polynomial": polynomial, "rbf": rbf}
 
-
-def hsic_biased(k: Gram, m: Gram) -> Float[Array, ""]:
-    """The biased estimator Tr(K H M H) / (n - 1)^2 of the Hilbert-Schmidt independence criterion (Gretton, 2005)."""
-    return jnp.sum(_centred(k) * m) / (len(k) - 1) ** 2
+# --- The Hilbert-Schmidt independence criterion of every two of two sets of Gram matrices of the same n examples.
 
 
-def hsic_unbiased(k: Gram, m: Gram) -> Float[Array, ""]:
-    """The unbiased estimator of Song et al. (JMLR 2012, Eq. 5), n >= 4: 0 on average for what is unrelated."""
-    n = len(k)
+def hsic_biased(k: Float[Array, "l n n"], m: Float[Array, "m n n"]) -> Similarity:
+    """The biased estimator Tr(K H M H) / (n - 1)^2 (Gretton et al., 2005)."""
+    return _traces(_centred(k), m) / (k.shape[1] - 1) ** 2
+
+
+def hsic_unbiased(k: Float[Array, "l n n"], m: Float[Array, "m n n"]) -> Similarity:
+    """The unbiased estimator of Song et al. (JMLR 2012, Eq. 5), n >= 4: 0 on average for what is unrelated.
+
+    CKA of it may exceed 1 a little.
+    """
+    # Centring changes nothing but the rounding: what is the same for all examples would be most of the sums.
+    return _unbiased(_centred(k), _centred(m))
+
+
+def _unbiased(k: Float[Array, "l n n"], m: Float[Array, "m n n"]) -> Similarity:
+    """Eq. 5 as it stands, also of matrices that are not symmetric."""
+    n = k.shape[1]
     if n < 4:
         raise ValueError(f"the unbiased estimator of HSIC needs at least 4 examples, given {n}")
-    k, m = (g - jnp.diag(jnp.diagonal(g)) for g in (k, m))
-    rows = jnp.vdot(k.sum(axis=0), m.sum(axis=0))
-    return (jnp.sum(k * m) + k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 * rows / (n - 2)) / (n * (n - 3))
+    k, m = (g * (1 - np.eye(n, dtype=g.dtype)) for g in (k, m))
+    sums = k.sum(axis=(1, 2))[:, None] * m.sum(axis=(1, 2))[None]
+    rows = jnp.einsum("ln,mn->lm", k.sum(axis=1), m.sum(axis=2), precision="highest")
+    return (_traces(k, m) + sums / ((n - 1) * (n - 2)) - 2 * rows / (n - 2)) / (n * (n - 3))
+
+
+def _centred(grams: Float[Array, "l n n"]) -> Float[Array, "l n n"]:
+    """H K H with H = I - 1/n."""
+    grams = grams - grams.mean(axis=1, keepdims=True)
+    return grams - grams.mean(axis=2, keepdims=True)
+
+
+def _traces(k: Float[Array, "l n n"], m: Float[Array, "m n n"]) -> Similarity:
+    """Tr(K_i M_j)."""
+    return jnp.einsum("lab,mba->lm", k, m, precision="highest")
 
 
 HSICS = {"biased": hsic_biased, "unbiased": hsic_unbiased}
 
+# --- Centred kernel alignment and its relatives.
 
-def cka(
-    representations: Sequence[Rows], kernel: Kernel = linear, hsic: Callable[[Gram, Gram], Array] = hsic_biased
-) -> Float[Array, "l l"]:
-    """HSIC(K_i, K_j) / sqrt(HSIC(K_i, K_i) HSIC(K_j, K_j)) of every two of l representations of the same n examples.
 
-    1 for representations that are equal up to rotation and scale (with `linear` and `rbf`). Takes l^2 n^2 work and the
-    memory of l Gram matrices.
+def hsic_of(representations: Representations, kernel: Kernel = linear, hsic: Callable = hsic_biased) -> Similarity:
+    """HSIC of every two of l representations of the same examples, [l l]. Takes the memory of 2 l Gram matrices."""
+    if isinstance(representations, Array):
+        grams = jax.vmap(kernel)(representations)
+    else:
+        grams = jnp.stack([kernel(rows) for rows in representations])
+    found = hsic(grams, grams)
+    return (found + found.T) / 2  # symmetric to the last bit
+
+
+def normalised(hsic: Float[Array, "l l"]) -> Float[Array, "l l"]:
+    """HSIC_ij / sqrt(HSIC_ii HSIC_jj): 1 on the diagonal. NaN where a representation does not vary."""
+    own = jnp.sqrt(jnp.diagonal(hsic))
+    return hsic / (own[:, None] * own[None])
+
+
+def cka(representations: Representations, kernel: Kernel = linear, hsic: Callable = hsic_biased) -> Float[Array, "l l"]:
+    """Centred kernel alignment of every two of l representations of the same n examples.
+
+    1 for representations that are equal up to rotation and scale (with `linear` and `rbf`). Takes l^2 n^2 work.
     """
-    grams = [kernel(rows) for rows in representations]
-    pairs = jnp.stack([jnp.stack([hsic(k, m) for m in grams]) for k in grams])
-    own = jnp.sqrt(jnp.diagonal(pairs))
-    return pairs / (own[:, None] * own[None])
+    return normalised(hsic_of(representations, kernel, hsic))
+
+
+def cknna(representations: Representations, nearest: int = 10, unbiased: bool = True) -> Float[Array, "l l"]:
+    """Centred kernel nearest-neighbour alignment (Huh et al., arXiv 2405.07987, section 2): CKA of linear kernels that
+    keep of every example only those among its `nearest` neighbours that both representations share.
+
+    As the authors compute it: HSIC of the masked kernels, unbiased, with an example not its own neighbour; biased, it
+    is. They normalise rows to unit length first. ValueError unless 2 <= nearest <= n - 1.
+    """
+    n = len(representations[0])
+    if not 2 <= nearest <= n - 1:
+        raise ValueError(f"cknna needs 2 <= nearest <= n - 1 neighbours, given nearest = {nearest}, n = {n}")
+    grams = jnp.stack([inner(rows) for rows in representations])
+    ranked = jnp.where(np.eye(n, dtype=bool), -jnp.inf, grams) if unbiased else grams
+    _, found = jax.lax.top_k(ranked, nearest)
+    near = jnp.zeros_like(grams).at[jnp.arange(len(grams))[:, None, None], jnp.arange(n)[None, :, None], found].set(1)
+    hsic = _unbiased if unbiased else hsic_biased  # masks are not symmetric
+
+    def row(one: tuple[Array, Array]) -> Array:  # of block i: the mask is each pair's own
+        def pair(other: tuple[Array, Array]) -> Array:
+            masks = one[1] * other[1]
+            return hsic((masks * one[0])[None], (masks * other[0])[None])[0, 0]
+
+        return jax.lax.map(pair, (grams, near))  # one pair at a time, for less memory
+
+    return normalised(jax.lax.map(row, (grams, near)))
+
+
+def procrustes(representations: Representations) -> Float[Array, "l l"]:
+    """|X^T Y|_* / (|X|_F |Y|_F) of centred X and Y: 1 if a rotation and a scale turn one into the other, in [0, 1].
+
+    1 minus half the squared Procrustes distance of the shapes (Ding et al., arXiv 2108.01661). Takes the singular
+    values of l^2 / 2 matrices [p p].
+    """
+    centred = [rows - rows.mean(axis=0) for rows in representations]
+    units = [rows / jnp.linalg.norm(rows) for rows in centred]
+    found = np.eye(len(units), dtype=object)
+    for i, j in zip(*np.triu_indices(len(units), 1), strict=True):
+        cross = jnp.einsum("np,nq->pq", units[i], units[j], precision="highest")
+        found[i, j] = found[j, i] = jnp.linalg.svd(cross, compute_uv=False).sum()
+    return jnp.stack([jnp.stack([jnp.asarray(x, units[0].dtype) for x in row]) for row in found])
+
+
+# --- Cosines of features of the same width.
+
+
+def token_cosine(features: Float[Array, "l b n d"]) -> Float[Array, "l l"]:
+    """The mean over tokens of the cosine between two blocks' features of the same token."""
+    units = _unit(features)
+    tokens = features.shape[1] * features.shape[2]
+    return jnp.einsum("lbnd,mbnd->lm", units, units, precision="highest") / tokens
+
+
+def mean_cosine(features: Float[Array, "l b n d"]) -> Float[Array, "l l"]:
+    """The mean over images of the cosine between two blocks' mean tokens of the same image."""
+    units = _unit(features.mean(axis=2))
+    return jnp.einsum("lbd,mbd->lm", units, units, precision="highest") / features.shape[1]
+
+
+def _unit(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+# --- How rich one block is, by the covariance of its features, [.. d d].
+
+
+def effective_rank(covariance: Float[Array, "*l d d"]) -> Float[Array, "*l"]:
+    """exp of the entropy of the normalised singular values (Roy and Vetterli, 2007), between 1 and d.
+
+    The singular values are those of the centred features: the square roots of the covariance's eigenvalues.
+    """
+    values = jnp.sqrt(_eigenvalues(covariance))
+    shares = values / values.sum(axis=-1, keepdims=True)
+    return jnp.exp(-jnp.sum(jnp.where(shares > 0, shares * jnp.log(jnp.where(shares > 0, shares, 1)), 0), axis=-1))
+
+
+def participation_ratio(covariance: Float[Array, "*l d d"]) -> Float[Array, "*l"]:
+    """(sum lambda)^2 / sum lambda^2 of the covariance's eigenvalues, between 1 and d: how many directions share the
+    variance (Gao et al., bioRxiv 214262)."""
+    trace = jnp.trace(covariance, axis1=-2, axis2=-1)
+    return trace**2 / jnp.sum(covariance**2, axis=(-2, -1))
+
+
+def channel_usage(covariance: Float[Array, "*l d d"]) -> Float[Array, "*l d"]:
+    """The share of each channel in the variance of its block; shares of a block add up to 1."""
+    variances = jnp.diagonal(covariance, axis1=-2, axis2=-1)
+    return variances / variances.sum(axis=-1, keepdims=True)
+
+
+def channels_used(usage: Float[Array, "*l d"]) -> Float[Array, "*l"]:
+    """1 / sum of squared shares, between 1 (one channel varies) and d (all alike)."""
+    return 1 / jnp.sum(usage**2, axis=-1)
+
+
+def _eigenvalues(covariance: Float[Array, "*l d d"]) -> Float[Array, "*l d"]:
+    return jnp.maximum(jnp.linalg.eigvalsh(covariance), 0)
+
+
+# --- One number for a network.
 
 
 def off_diagonal_mean(similarity: Float[Array, "l l"]) -> Float[Array, ""]:
@@ -76,7 +229,24 @@ def off_diagonal_mean(similarity: Float[Array, "l l"]) -> Float[Array, ""]:
     return similarity[off].mean()
 
 
-def _centred(gram: Gram) -> Gram:
-    """H K H with H = I - 1/n."""
-    gram = gram - gram.mean(axis=0)
-    return gram - gram.mean(axis=1, keepdims=True)
+# (i, j, number of blocks) -> the weight of a pair of blocks i < j in a score of diversity
+DIVERSITIES = {
+    "all": lambda i, j, blocks: np.ones_like(i, float),
+    "adjacent": lambda i, j, blocks: (j == i + 1).astype(float),
+    "mirrored": lambda i, j, blocks: (i + j == blocks - 1).astype(float),
+    "distant": lambda i, j, blocks: (j - i).astype(float),
+}
+
+
+def diversity(similarity: Float[Array, "l l"]) -> dict[str, Float[Array, ""]]:
+    """Scores of diversity: weighted means of 1 - similarity over pairs of different blocks, by name.
+
+    all: every pair alike. adjacent: each block and the next. mirrored: block i and block L - 1 - i, which a long
+    residual connection joins. distant: every pair, weighted by how far the blocks are apart.
+    """
+    i, j = np.triu_indices(len(similarity), 1)
+    if len(i) == 0:
+        raise ValueError(f"diversity compares blocks: at least 2 are needed, given {len(similarity)}")
+    apart = 1 - similarity[i, j]
+    weights = {name: weigh(i, j, len(similarity)) for name, weigh in DIVERSITIES.items()}
+    return {name: jnp.sum(apart * w.astype(apart.dtype)) / w.sum() for name, w in weights.items()}
