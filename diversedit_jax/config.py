@@ -127,6 +127,11 @@ def read(workdir: Path) -> dict[str, Any]:
     return stored
 
 
+def copied(config: ConfigDict) -> ConfigDict:
+    """A copy that shares nothing with the config, and is not locked. (`ConfigDict(config)` shares what is nested.)"""
+    return ConfigDict(config.to_dict())
+
+
 def load(workdir: Path) -> ConfigDict:
     """The config of the run in a workdir."""
     return ConfigDict(read(workdir))

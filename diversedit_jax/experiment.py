@@ -63,6 +63,14 @@ def build(config: ConfigDict, shape: tuple[int, int, int], num_classes: int) -> 
     return Experiment(mesh, parts, sample, rate)
 
 
+def elsewhere(config: ConfigDict) -> ConfigDict:
+    """The config of a run for looking at it on these devices, however many trained it: a copy with a mesh that fits."""
+    config = configs.copied(config)
+    shards = config.mesh.fsdp
+    config.mesh = ConfigDict({"data": -1, "fsdp": shards if shards > 0 and jax.device_count() % shards == 0 else 1})
+    return config
+
+
 def sampler(
     config: ConfigDict, mesh: Mesh, parts: Parts, shape: tuple[int, int, int], num_classes: int
 ) -> Callable[..., sampling.Sample]:
@@ -162,7 +170,7 @@ def best_by(config: ConfigDict) -> str | None:
 def evaluators(config: ConfigDict, parts: Parts, shape: tuple[int, int, int], num_classes: int) -> dict[str, Callable]:
     """The evaluators of a config, by label."""
     batch = sharding.filled(config.sampler.batch_size)
-    drawn = sampling.Drawn(image_shape(parts.prepare, shape), num_classes, batch)
+    drawn = sampling.Drawn(image_shape(parts.prepare, shape), num_classes, batch, shape, config)
     return {
         label: configs.make("evaluators", slot, f"config.evaluators.{label}", drawn)
         for label, slot in config.evaluators.items()

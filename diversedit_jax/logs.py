@@ -215,10 +215,11 @@ class Progress:
 
 
 class Ticker:
-    """Progress through a number of images: a bar on a terminal, elsewhere a line now and then."""
+    """Progress through a number of images: on a terminal a bar, which stays if asked to `leave`; else lines."""
 
-    def __init__(self, total: int, done: int = 0, every: float = 30.0):
-        self.bar = tqdm(total=total, initial=done, unit=" images", smoothing=0.05, disable=not sys.stderr.isatty())
+    def __init__(self, total: int, done: int = 0, every: float = 30.0, leave: bool = True):
+        tty = sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=done, unit=" images", smoothing=0.05, disable=not tty, leave=leave)
         self.total, self.done, self.every = total, done, every
         self.start = self.said = time.monotonic()
         self.first = done

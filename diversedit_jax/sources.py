@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diversedit_jax import config as configs
@@ -66,7 +67,7 @@ def of_run(
     weak_step: guide by the run's own weights at this earlier step, with cfg_scale (autoguidance, arXiv 2406.02507).
     """
     workdir = Path(workdir).expanduser().absolute()
-    config = configs.load(workdir)
+    config = experiment.elsewhere(configs.load(workdir))
     config.sampler.update(overrides or {})
     if vae is not None:
         if config.prepare.name != "latents":
@@ -115,13 +116,8 @@ def of_release(
     the decoded images, as in `prepare.latents`.
     """
     file = Path(file).expanduser().absolute()
-    release, _ = releases.open_release(file, family, heads, weights)
-    arch, family = release.arch, release.family
-    side = side or release.side
-    if side is None:
-        raise ConfigError(f"{file} does not store the side of its latents: give it with --side=N")
-    shape = (side, side, arch.channels)
-    name = "official_sit" if family == "official_sit" else "dit"
+    release, shape = opened_release(file, family, heads, weights, side)
+    arch, family, name = release.arch, release.family, release_model(release)
     chosen = releases.model_options(arch)
     model = models.make(name, shape, arch.num_classes, **chosen)
     options = _defaults(sampling.make) | dict(overrides or {})
@@ -134,6 +130,7 @@ def of_release(
     else:
         trained = sampling.Flow()
     mesh = sharding.make_mesh()
+    params = placed(release.params, mesh)
     decoding = {"vae": vae, "rounding": rounding or pixels.ROUNDING}
     latents = prepare.make("latents", **decoding)
 
@@ -141,8 +138,6 @@ def of_release(
         return sampling.make(model, latents, shape, arch.num_classes, trained, mesh, **options)
 
     sample = make(**options)
-    placed = sharding.shardings(release.params, mesh)
-    params = jax.tree.map(jax.device_put, release.params, placed)
     folder = file.with_name(f"samples_{file.stem}")
     frozen = experiment.prepared(latents, mesh)
     about = {
@@ -156,6 +151,27 @@ def of_release(
     }
     decoded = experiment.image_shape(latents, shape)
     return Source(make, options, sample, params, None, frozen, decoded, arch.num_classes, file.name, folder, about)
+
+
+def opened_release(
+    file: Path, family: str | None, heads: int | None, weights: str | None, side: int | None
+) -> tuple[releases.Release, tuple[int, int, int]]:
+    """The release in a file, and the shape (h, w, c) of what its network takes; ConfigError where that is not known."""
+    release, _ = releases.open_release(file, family, heads, weights)
+    side = side or release.side
+    if side is None:
+        raise ConfigError(f"{file} does not store the side of its latents: give it with --side=N")
+    return release, (side, side, release.arch.channels)
+
+
+def release_model(release: releases.Release) -> str:
+    """The model, in `models`, whose parameters a release has."""
+    return "official_sit" if release.family == "official_sit" else "dit"
+
+
+def placed(params: Params, mesh: Mesh) -> Params:
+    """Parameters from the host, put where they live."""
+    return jax.tree.map(jax.device_put, params, sharding.shardings(params, mesh))
 
 
 def _defaults(build: Callable) -> dict[str, Any]:
@@ -177,9 +193,8 @@ def _decoder(prepared: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def define_flags() -> None:
-    """The flags that `from_flags` reads."""
-    flags.DEFINE_string("workdir", None, "Directory of a run.")
+def define_release_flags() -> None:
+    """The flags that name a release, all but `side` as `releases.open_release` takes them."""
     flags.DEFINE_string(
         "checkpoint", None, "Weights of a public release: .safetensors, .pt, .pth, or as flax and orbax write."
     )
@@ -187,6 +202,12 @@ def define_flags() -> None:
     flags.DEFINE_integer("heads", None, "Attention heads of the release, for a width that no published size has.")
     flags.DEFINE_string("weights", None, "Entry of the release's file: by default its EMA.")
     flags.DEFINE_integer("side", None, "Side of the release's latents, where it stores none.")
+
+
+def define_flags() -> None:
+    """The flags that `from_flags` reads."""
+    define_release_flags()
+    flags.DEFINE_string("workdir", None, "Directory of a run.")
     flags.DEFINE_string("vae", None, "Autoencoder that decodes latents: a folder as diffusers writes it, or a file.")
     flags.DEFINE_enum(
         "rounding",
