@@ -60,6 +60,7 @@ FLOORS = {
             "feature_parts",
             "protocols",
             "reports",
+            "analysis",
         ],
         ["optax", "orbax", "clu", "tensorboardX", "tqdm", "PIL", "ml_collections", "absl", "matplotlib"],
     ),

@@ -1,0 +1,87 @@
+"""The report of an analysis: one HTML file that holds all it shows, and asks nobody for anything."""
+
+import base64
+import html
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from diversedit_jax import logs
+from diversedit_jax.analysis.drawing import DPI, Plate
+
+PIXELS_PER_INCH = 140  # of a figure, on a wide page
+
+STYLE = """
+:root { color-scheme: light; }
+body { margin: 0 auto; max-width: 62rem; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif; color: #1b1b1b;
+  background: #fff; overflow-wrap: break-word; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0 1rem; }
+h2 { font-size: 1.15rem; margin: 2.5rem 0 .3rem; }
+p { margin: .3rem 0 .8rem; max-width: 46rem; }
+img { display: block; max-width: 100%; height: auto; margin: .5rem 0; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; }
+th, td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .9rem; margin: 1rem 0; }
+a { color: #0057a8; }
+small, dd { color: #555; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; font-size: .85rem; }
+dd { margin: 0; min-width: 0; }
+@media (max-width: 44rem) { .wide img { max-width: 40rem; } }
+@media (max-width: 32rem) { dl { grid-template-columns: 1fr; } dt { margin-top: .4rem; font-weight: 600; } }
+@media print { nav, .files { display: none; } section { break-inside: avoid; } }
+"""
+# Nothing is fetched, no script runs: pictures and styles are in the file.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def write(
+    path: Path,
+    title: str,
+    summary: Sequence[Sequence[str]],
+    drawn: Sequence[Plate],
+    notes: Sequence[str],
+    settings: Mapping[str, str],
+) -> None:
+    """Write the report. summary: a table, its header first. settings: all that moves a number, in words."""
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>",
+        f"<h1>{html.escape(title)}</h1>",
+        _table(summary),
+        "<nav>" + "".join(f'<a href="#{one.name}">{html.escape(one.title)}</a>' for one in drawn) + "</nav>",
+        *(f"<p><strong>Note.</strong> {html.escape(note)}</p>" for note in notes),
+        *map(_section, drawn),
+        "<h2>Settings</h2><dl>",
+        *(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in settings.items()),
+        "</dl></body></html>",
+    ]
+    with logs.replacing(path) as partial:
+        partial.write_text("\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _section(one: Plate) -> str:
+    image, table = (base64.b64encode(one.path(suffix).read_bytes()).decode() for suffix in (".png", ".csv"))
+    title, width = html.escape(one.title), round(_width(one.path(".png")) * PIXELS_PER_INCH / DPI)
+    return (
+        f'<section id="{one.name}"><h2>{title}</h2><p>{html.escape(one.text)}</p>'
+        f'<div class="wide"><img alt="{title}" width="{width}" src="data:image/png;base64,{image}"></div>'
+        f'<small class="files"><a download="{one.name}.csv" href="data:text/csv;base64,{table}">{one.name}.csv</a>; '
+        f"{one.name}.png and {one.name}.svg lie beside this page</small></section>"
+    )
+
+
+def _width(path: Path) -> int:
+    """The width of a PNG, in pixels."""
+    return struct.unpack(">I", path.read_bytes()[16:20])[0]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = ([html.escape(cell) for cell in row] for row in rows)
+    lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
+    lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body]
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
