@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
+from ml_collections import ConfigDict
 
 from diversedit_jax import ddpm_samplers, joint, noise_schedule, paths, samplers, sharding
 from diversedit_jax.api import Network, Params, Prepare
@@ -34,11 +35,16 @@ Solve = Callable[[Callable[[Callable[[Network], Network]], Velocity], Array, sam
 
 
 class Drawn(NamedTuple):
-    """What the samples of a run are. shape: (h, w, c) of an image, None for latents. batch: drawn at a time."""
+    """What the samples of a run are. shape: (h, w, c) of an image, None for latents. batch: drawn at a time.
+
+    latents: the shape of what the network takes. config: that of the run, for evaluators that look at the network.
+    """
 
     shape: tuple[int, int, int] | None
     num_classes: int
     batch: int
+    latents: tuple[int, int, int]
+    config: ConfigDict
 
 
 class Flow(NamedTuple):

@@ -23,6 +23,7 @@ from diversedit_jax import experiment, logs, program, sampling, sharding
 from diversedit_jax.checkpoint import Checkpoints, prepare_workdir
 from diversedit_jax.data import pipeline
 from diversedit_jax.errors import ConfigError, NonFiniteError
+from diversedit_jax.evaluators import Current
 from diversedit_jax.slots import suggestion
 from diversedit_jax.train_state import State, initializer, started_from, train_step
 
@@ -132,8 +133,11 @@ def run(config: ConfigDict, workdir: str | Path) -> State:
             return sample(state["ema"], frozen, labels, config.seed, first=first)
 
         def evaluate(step: int, label: str) -> None:
-            scores = {f"{label}/{name}": value for name, value in evaluators[label](generate)}
+            found = {f"{label}/{name}": x for name, x in evaluators[label](Current(state["ema"], generate))}
+            scores = {name: x for name, x in found.items() if not isinstance(x, np.ndarray)}
             write(step, scores)
+            if writer is not None:
+                writer.write_images(step, {name: x for name, x in found.items() if name not in scores})
             progress.note("  ".join([f"step {step}", *(f"{name} {value:.4g}" for name, value in scores.items())]))
             if label == judge:
                 metric = config.checkpoint.metric

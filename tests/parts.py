@@ -4,7 +4,9 @@ import os
 import signal
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diversedit_jax.api import AuxLoss
 
@@ -27,6 +29,16 @@ def rated(drawn, *, values: tuple[float, ...]):
     return lambda sample: [("value", next(left))]
 
 
+def pictured(drawn, *, side: int):
+    """An evaluator that looks at the network: the number of its parameters, and a picture."""
+
+    def run(current):
+        yield "parameters", float(sum(x.size for x in jax.tree.leaves(current.params)))
+        yield "picture", np.full((side, side, 3), 7, np.uint8)
+
+    return run
+
+
 def poisoned(*, at: int):
     """An auxiliary loss that is NaN from step `at` on (steps counted from 1)."""
 
@@ -44,3 +56,12 @@ def aligned(*, label: str):
         return jnp.mean(forward.features[1]) * jnp.mean(features * token[:, None]), {}
 
     return AuxLoss(init=lambda key, forward, batch: {}, apply=apply, blocks=(1,))
+
+
+def twice(*, sign: float = 1.0):
+    """An auxiliary loss that is the objective itself, twice, or its opposite."""
+
+    def apply(params, forward, batch, teacher, step, key):
+        return 2 * sign * forward.loss.mean(), {}
+
+    return AuxLoss(init=lambda key, forward, batch: {}, apply=apply)

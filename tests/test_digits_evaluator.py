@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from sklearn.svm import SVC
 
 from diversedit_jax import evaluators
@@ -9,7 +10,7 @@ from diversedit_jax.data import digits
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.sampling import Drawn
 
-DRAWN = Drawn(digits.SHAPE, digits.NUM_CLASSES, 100)
+DRAWN = Drawn(digits.SHAPE, digits.NUM_CLASSES, 100, digits.SHAPE, ConfigDict())
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from diversedit_jax.config import slot
 from diversedit_jax.data import Dataset
 from diversedit_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from diversedit_jax.interop import releases
+from tests.test_logs import events_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -106,6 +107,7 @@ def test_the_best_checkpoints_are_kept(tmp_path, capsys):
     config.checkpoint.update({"keep": 1, "keep_every": 0, "best": 1, "metric": "rated/value"})
     config.evaluators.rated = slot("evaluators", "tests.parts:rated", values=(3.0, 1.0, 2.0))
     config.evaluators.rated.every = 2
+    config.evaluators.pictured = slot("evaluators", "tests.parts:pictured", side=5)
     train.run(config, tmp_path)
     assert Checkpoints(tmp_path / "checkpoints").steps() == [4, 6]
     assert f"best       {tmp_path / 'checkpoints' / '4'}" in capsys.readouterr().out
@@ -114,6 +116,10 @@ def test_the_best_checkpoints_are_kept(tmp_path, capsys):
         4: 1.0,
         6: 2.0,
     }
+    (count,) = (record["pictured/parameters"] for record in records(tmp_path) if "pictured/parameters" in record)
+    assert count > 1000
+    (picture,) = events_of(tmp_path).Images("pictured/picture")
+    assert (picture.step, picture.width, picture.height) == (6, 5, 5)
 
 
 @pytest.mark.parametrize(
