@@ -30,7 +30,7 @@ def tiny(file, **model):
 def release(tmp_path):
     """A SiT for digits under the names of REPA, all of its weights random."""
     model = models.make("dit", (8, 8, 1), 10, **DIMS)
-    leaves, tree = jax.tree.flatten(model.init(jax.random.key(0)))
+    leaves, tree = jax.tree.flatten(jax.eval_shape(model.init, jax.random.key(0)))
     rng = np.random.default_rng(0)
     params = tree.unflatten([0.2 * rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves])
     arch = releases.Architecture(**DIMS, patch=2, channels=1, out_channels=1, num_classes=10)

@@ -36,6 +36,7 @@ def config_of(home):
     return config
 
 
+@pytest.mark.slow  # its links are tested one by one: test_prepare_latents, test_vae, test_train, test_sampling
 def test_the_whole_chain_ends_in_pictures(latents, tmp_path):
     config = config_of(latents)
     train.run(config, tmp_path)
