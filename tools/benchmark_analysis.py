@@ -1,0 +1,125 @@
+"""What an analysis of a large network takes on this machine: memory and time, measured in part and computed in part.
+
+    python -m tools.benchmark_analysis [--config=configs/diversedit_xl2.py] [--out=tools/benchmarks/analysis_cpu.json]
+
+The network of a config gets random weights and looks at random latents. Measured: the peak of memory while `--count`
+images pass, in batches of `--batch`, and the time of one batch; then, with as many random mean tokens and tokens as
+`--num` images leave, the peak while blocks are compared in every way that `analyze` knows, but for Procrustes, which
+is timed on one pair. Computed: what `--num` images add to the first peak (the rows that are kept of each, twice while
+they are joined), and how long they take. More images change nothing else: what is kept of them besides are sums.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from diversedit_jax import logs, program
+from diversedit_jax.analysis import measure, study, subjects
+from diversedit_jax.analysis.measure import TOKENS, Estimator, Measured, Settings
+from diversedit_jax.config import slot
+from diversedit_jax.metrics import similarity
+
+GB = 2**30
+
+
+def peak() -> float:
+    """The most memory that this process has had so far, in GB; Linux counts it in kB."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
+
+
+def subject_of(config: ConfigDict) -> tuple[subjects.Subject, dict]:
+    """The network of a config and random parameters for it."""
+    config.data, config.prepare = slot("data", "synthetic"), slot("prepare", "pixels")
+    config.encoders, config.losses = ConfigDict(), ConfigDict()
+    subject = subjects.of_config(config, (32, 32, 4), 1000)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(subject.parts.model.init, jax.random.key(0))
+
+    def random(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(leaf.shape, np.float32) * np.float32(0.02))
+
+    return subject, jax.tree.map(random, shapes)
+
+
+def main() -> None:
+    """Measure, compute, write."""
+    given = flags.FLAGS
+    logs.silence()
+    with given.config.unlocked():
+        subject, params = subject_of(given.config)
+    settings = Settings(num=given.count, batch=given.batch)
+    with_weights = peak()
+    shown = measure.batches(subject.data("test"), settings)
+    ready = measure.compiled(subject, settings._replace(num=given.num))  # keeps as few tokens of each as for all
+    begin = time.perf_counter()
+    measure.measure(ready, params, shown[:1], 0.05)
+    compiled = time.perf_counter() - begin
+    begin = time.perf_counter()
+    found = measure.measure(ready, params, shown, 0.05)
+    seconds = (time.perf_counter() - begin) / len(shown)
+    passing = peak()
+    print(f"{given.count} images: peak {passing:.2f} GB, {seconds:.1f} s for a batch of {given.batch}", flush=True)
+
+    blocks, _, width = found.rows["pooled"].shape
+    rng = np.random.default_rng(1)
+    base = rng.standard_normal((given.num, width), np.float32)
+    rows = {
+        unit: np.stack([base + rng.standard_normal((n, width), np.float32)[: len(base)] for _ in range(blocks)])
+        for unit, n in (("pooled", given.num), ("token", TOKENS))
+    }
+    many = Measured(*found)._replace(rows=rows)
+    begin = time.perf_counter()
+    study.compared(many, Estimator())
+    comparing = time.perf_counter() - begin
+    print(f"{given.num} rows: peak {peak():.2f} GB, {comparing:.0f} s", flush=True)
+    begin = time.perf_counter()
+    similarity.procrustes([jnp.asarray(x) for x in rows["pooled"][:2]]).block_until_ready()
+    one_pair = time.perf_counter() - begin
+
+    kept = 2 * blocks * width * 4 * (given.num + max(TOKENS, given.num)) / GB
+    record = {
+        "command": f"python -m tools.benchmark_analysis --count={given.count} --num={given.num} --batch={given.batch}",
+        "network": {
+            "blocks": blocks,
+            "width": width,
+            "tokens": 256,
+            "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        },
+        "measured": {
+            "images": given.count,
+            "peak_gb_with_weights": round(with_weights, 2),
+            "peak_gb_images": round(passing, 2),
+            "peak_gb_comparing": round(peak(), 2),
+            "seconds_first_batch_with_compilation": round(compiled, 1),
+            "seconds_per_batch": round(seconds, 1),
+            "seconds_comparing": round(comparing, 1),
+            "seconds_procrustes_of_a_pair": round(one_pair, 2),
+        },
+        "computed": {
+            "images": given.num,
+            "rows_kept_gb": round(kept, 2),
+            "peak_gb": round(max(passing + kept, peak()), 2),
+            "hours_per_checkpoint_and_time": round(seconds * given.num / given.batch / 3600, 2),
+        },
+        "versions": logs.versions(),
+    }
+    print(json.dumps(record, indent=2))
+    if given.out:
+        Path(given.out).write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", "configs/diversedit_xl2.py", "Whose network is looked at.")
+    flags.DEFINE_integer("count", 32, "Images that pass.")
+    flags.DEFINE_integer("num", 2000, "Images that the result is for.")
+    flags.DEFINE_integer("batch", 16, "Images at a time.")
+    flags.DEFINE_string("out", None, "JSON file to write.")
+    program.launch(main)
