@@ -255,7 +255,7 @@ if __name__ == "__main__":
     flags.DEFINE_float("multiplier", 1.0, "Of the median distance, for the bandwidth of rbf.")
     flags.DEFINE_integer("degree", 3, "Of the polynomial kernel.")
     flags.DEFINE_integer("num", 512, "Images.")
-    flags.DEFINE_integer("batch", 16, "Images at a time, over all devices.")
+    flags.DEFINE_integer("batch", 8, "Images at a time, over all devices.")
     flags.DEFINE_integer("noises", 1, "Draws of noise for every image.")
     flags.DEFINE_enum("labels", "real", ["real", "null"], "What the network is told: the class, or the label of none.")
     flags.DEFINE_enum("capture", "merged", subjects.CAPTURES, "Features behind long residual connections, or before.")

@@ -25,7 +25,7 @@ from diversedit_jax.analysis.measure import TOKENS, Estimator, Measured, Setting
 from diversedit_jax.config import slot
 from diversedit_jax.metrics import similarity
 
-GB = 2**30
+GB = 1e9
 
 
 def peak() -> float:
@@ -120,6 +120,6 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", "configs/diversedit_xl2.py", "Whose network is looked at.")
     flags.DEFINE_integer("count", 32, "Images that pass.")
     flags.DEFINE_integer("num", 2000, "Images that the result is for.")
-    flags.DEFINE_integer("batch", 16, "Images at a time.")
+    flags.DEFINE_integer("batch", 8, "Images at a time.")
     flags.DEFINE_string("out", None, "JSON file to write.")
     program.launch(main)

@@ -61,7 +61,7 @@ class Settings(NamedTuple):
 
     estimator: Estimator = Estimator()
     num: int = 512
-    batch: int = 16
+    batch: int = 8
     noises: int = 1
     labels: str = "real"
     split: str = "test"

@@ -26,7 +26,7 @@ PARTS = {
     "maps": "principal components of features as pictures",
 }
 NEAREST = 10  # neighbours of CKNNA, as in its paper
-FEW = 8  # batches for what needs gradients or many passes
+FEW = 16  # batches for what needs gradients or many passes
 
 
 class Look(NamedTuple):
