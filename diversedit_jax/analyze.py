@@ -19,8 +19,8 @@ import jax
 import numpy as np
 from absl import flags
 
+from diversedit_jax import checkpoint, logs, program, slots, sources
 from diversedit_jax import config as configs
-from diversedit_jax import logs, program, slots, sources
 from diversedit_jax.analysis import figures, layouts, measure, page, scores, subjects
 from diversedit_jax.analysis.drawing import by_label
 from diversedit_jax.analysis.measure import Estimator, Settings
@@ -132,6 +132,8 @@ def run(
     check(chosen)
     steps = [steps_of(subject, at) for subject in chosen]
     main_process = jax.process_index() == 0
+    if main_process:
+        checkpoint.prepare_workdir(folder, "--out")
 
     def say(line: str) -> None:
         if main_process:
@@ -140,7 +142,6 @@ def run(
     studies = [study(subject, own, settings, t, times, parts, say) for subject, own in zip(chosen, steps, strict=True)]
     if not main_process:
         return studies
-    folder.mkdir(parents=True, exist_ok=True)
     draw = figures.draw_all if layout is None else layouts.LAYOUTS[layout]
     drawn = draw(folder, studies, settings.estimator.name())
     table = summary(studies)

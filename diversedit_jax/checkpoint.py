@@ -353,10 +353,10 @@ def last_words_unheard() -> Iterator[None]:
         sys.unraisablehook, logger.disabled = hook, disabled
 
 
-def prepare_workdir(path: str | os.PathLike) -> Path:
-    """The working directory as an absolute path, made if missing; ConfigError if it cannot be written."""
+def prepare_workdir(path: str | os.PathLike, what: str = "workdir") -> Path:
+    """A directory to write to, as an absolute path, made if missing; ConfigError, naming `what`, if that cannot be."""
     if "://" in str(path):
-        raise ConfigError(f"workdir {path} is a URL: mount the bucket as a directory (gcsfuse) and give its path")
+        raise ConfigError(f"{what} {path} is a URL: mount the bucket as a directory (gcsfuse) and give its path")
     workdir = Path(path).expanduser().absolute()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -364,5 +364,5 @@ def prepare_workdir(path: str | os.PathLike) -> Path:
             file.write(b"test")
     except OSError as error:
         reason = "it is a file" if workdir.is_file() else error.strerror or error
-        raise ConfigError(f"workdir {workdir} cannot be written: {reason}") from None
+        raise ConfigError(f"{what} {workdir} cannot be written: {reason}") from None
     return workdir

@@ -464,6 +464,9 @@ def test_what_is_asked_for(subject, workdir, tmp_path, monkeypatch):
     assert (found["name"], found["data_dir"], found["mirror"]) == ("latents", "/some/where", True)
     with pytest.raises(ConfigError, match=r"--times=0.5,1.5: t is in \[0, 1\], 0 is data, 1 is noise"):
         analyze.run([subject], tmp_path, SETTINGS, times=(0.5, 1.5))
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--out .*file cannot be written: it is a file"):
+        analyze.run([subject], tmp_path / "file", SETTINGS)
     other = subject._replace(about=subject.about | {"model": {"depth": 9}})
     with pytest.raises(ConfigError, match=r"names networks of different depth: give each its own, LABEL=PATH"):
         analyze.check([subject, other])

@@ -90,8 +90,9 @@ def study(
     shown = measure.batches(dataset, settings)
     used = len(shown) * len(shown[0]["y"])
     ready, known = measure.compiled(subject, settings), scores.found(subject.workdir)
-    looks, last = [], None
+    looks, last, params = [], None, None
     for step in steps:
+        params = last = None  # freed before the next are read
         params = subject.load(step)
         last = measure.measure(ready, params, shown, t)
         looks.append(look(subject.label, step, t, last, known.get(step, {})))

@@ -200,7 +200,11 @@ def of_release(
     ready = prepare.make(**config.prepare.to_dict())
     built = objectives.make(num_classes=arch.num_classes, **objective.to_dict())
     parts = Parts(model, ready, built, _supposed(), optim.make(1)[0], 0.0)
-    params = sources.placed(release.params, mesh)
+    arch_options, kind = releases.model_options(arch), release.family
+    del release  # its parameters are read again when they are looked at
+
+    def load(step: int) -> Params:
+        return sources.placed(sources.opened_release(file, family, heads, weights, side)[0].params, mesh)
 
     def opened(split: str) -> Dataset:
         dataset = experiment.open_data(config, split)
@@ -208,12 +212,12 @@ def of_release(
             raise ConfigError(f"--data={config.data.name}: its shape is {dataset.shape}, the network takes {shape}")
         return dataset
 
-    about = {"kind": "release", "file": file.name, "family": release.family, "capture": capture}
-    about |= {"model": {"name": name} | releases.model_options(arch)}
+    about = {"kind": "release", "file": file.name, "family": kind, "capture": capture}
+    about |= {"model": {"name": name} | arch_options}
     return Subject(
         label or file.stem,
         (0,),
-        lambda step: params,
+        load,
         lambda step: {label: {} for label in parts.losses},
         parts,
         experiment.prepared(ready, mesh),
