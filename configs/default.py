@@ -41,6 +41,7 @@ def get_config() -> ConfigDict:
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})  # -1: all devices that are left
     config.log_every = 100
+    config.watchdog = 1_800.0  # seconds without a step after which a run that hangs ends with its stacks; 0: never
     config.checkpoint = ConfigDict(
         {
             "every": 5_000,

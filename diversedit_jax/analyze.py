@@ -284,4 +284,4 @@ if __name__ == "__main__":
         parts = PRESETS[given.preset][1] if given.preset else parts_of(given.skip)
         run(chosen, folder, settings, option["time"], times, option["at"], parts, given.preset)
 
-    program.launch(main, arguments=True)
+    program.launch(main, arguments=True, several=True)

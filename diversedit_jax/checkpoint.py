@@ -17,6 +17,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, UInt32
 from orbax.checkpoint import checkpoint_managers as policies
 
-from diversedit_jax.errors import CheckpointError, ConfigError
+from diversedit_jax import distributed
+from diversedit_jax.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from diversedit_jax.logs import replacing, silence
 
 SCORES = "scores.json"  # beside the steps: {step: value}, for keeping the best
@@ -57,6 +59,8 @@ def checksum(x: Array) -> UInt32[Array, ""]:
 
 def checksums(arrays: Mapping[str, Array]) -> dict[str, int]:
     """The checksum of each array, computed where the arrays are."""
+    if jax.process_count() > 1:  # one after another: sums over processes that run side by side wait for each other
+        return {path: int(checksum(x)) for path, x in arrays.items()}
     return {path: int(value) for path, value in jax.device_get({k: checksum(x) for k, x in arrays.items()}).items()}
 
 
@@ -218,6 +222,36 @@ class Checkpoints:
         part, meta = self._read({key: target}, step, prefix=f"{key}/")
         return part[key], meta
 
+    def restore_newest(self, target: State) -> tuple[State, int, list[str]]:
+        """The newest step that is whole on every process, its number, and a line for each newer one that is not.
+
+        A damaged step is set aside, as STEP.damaged-TIME, for all processes, so that the run may save that step again;
+        but for the oldest: without any whole step the run would begin anew, so that is an error, which says what was
+        tried. Raises CheckpointError for a step that does not fit the target: an older one would not help.
+        """
+        said: list[str] = []
+        tried: list[int] = []
+        while True:
+            step = distributed.number_of_first(self.latest() or 0)
+            problem = None
+            try:
+                state, _ = self.restore(target, step)
+            except DamagedCheckpointError as error:
+                problem = error.problem
+            if distributed.all_of(problem is None):
+                return state, step, said
+            tried.append(step)
+            problem = problem or f"checkpoint {self.directory / str(step)} is damaged for another process"
+            if step == min(self.steps(), default=step):
+                steps = ", ".join(map(str, tried))
+                raise CheckpointError(
+                    f"no whole checkpoint in {self.directory}: tried {steps}; the last: {problem}. "
+                    "Nothing was removed; to begin anew, use another workdir"
+                )
+            aside = self.directory / f"{step}.damaged-{time.strftime('%Y%m%d-%H%M%S')}"
+            distributed.first_alone(partial(_set_aside, self.directory / str(step), aside))
+            said.append(f"{problem}; it is set aside as {aside.name}")
+
     def meta(self, step: int | None = None) -> dict[str, Any]:
         """The meta of `step` (default: the latest), without its arrays. Errors as in `restore`."""
         return self._read({}, step, prefix=None)[1]
@@ -241,30 +275,47 @@ class Checkpoints:
             gc.collect()
         older = max((s for s in steps if s < step), default=None)
         onward = "start from the beginning" if older is None else f"resume from step {older}"
-        raise CheckpointError(
-            f"checkpoint {self.directory / str(step)} is damaged ({problem}). Move it away to {onward}."
+        raise DamagedCheckpointError(
+            f"checkpoint {self.directory / str(step)} is damaged ({problem})", f"Move it away to {onward}."
         )
 
     def _verified(self, target: State, step: int, prefix: str | None) -> tuple[State, dict[str, Any]]:
-        place, wanted = self.directory / str(step), by_path(target)
-        with self._reader() as reader:
-            record = unseal(reader.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta, place)
-            if prefix is None:
-                return {}, record["meta"]
-            stored = {path: leaf for path, leaf in record["leaves"].items() if path.startswith(prefix)}
-            if problem := difference(stored, leaves_of(wanted)):
-                raise CheckpointError(f"checkpoint {place} does not fit this config: {problem}")
-            abstract = nested(wanted)
-            part = ocp.args.PyTreeRestore(
-                abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
-            )
-            arrays = by_path(reader.restore(step, args=ocp.args.Composite(state=part)).state)
-        if problem := difference(leaves_of(arrays), leaves_of(wanted)):
-            raise ValueError(problem)
+        wanted = by_path(target)
+        if prefix is None:
+            return {}, self._record(step)["meta"]
+        record, arrays, error = None, None, None
+        try:
+            record = self._record(step)
+            arrays = self._arrays(step, record, wanted, prefix)
+        except Exception as raised:  # orbax raises many kinds
+            error = raised
+        if not distributed.all_of(error is None):  # before the checksums, which all processes compute together
+            raise error or ValueError("another process cannot read it")
         for path, value in checksums(arrays).items():
             if value != record["checksums"][path]:
                 raise ValueError(f"wrong checksum of {path}")
         return jax.tree.unflatten(jax.tree.structure(target), [arrays[path] for path in wanted]), record["meta"]
+
+    def _record(self, step: int) -> dict[str, Any]:
+        """Our record of a step."""
+        with self._reader() as reader:
+            stored = reader.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        return unseal(stored, self.directory / str(step))
+
+    def _arrays(self, step: int, record: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str) -> dict[str, Array]:
+        """The arrays of a step whose names begin with `prefix`; CheckpointError if those are not the wanted ones."""
+        stored = {path: leaf for path, leaf in record["leaves"].items() if path.startswith(prefix)}
+        if problem := difference(stored, leaves_of(wanted)):
+            raise CheckpointError(f"checkpoint {self.directory / str(step)} does not fit this config: {problem}")
+        abstract = nested(wanted)
+        part = ocp.args.PyTreeRestore(
+            abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
+        )
+        with self._reader() as reader:
+            arrays = by_path(reader.restore(step, args=ocp.args.Composite(state=part)).state)
+        if problem := difference(leaves_of(arrays), leaves_of(wanted)):
+            raise ValueError(problem)
+        return arrays
 
     def _new_writer(self) -> ocp.CheckpointManager:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -283,7 +334,11 @@ class Checkpoints:
         return ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                read_only=True, save_interval_steps=0, create=False, lightweight_initialize=True
+                read_only=True,
+                save_interval_steps=0,
+                create=False,
+                lightweight_initialize=True,
+                multiprocessing_options=_alone(),
             ),
         )
 
@@ -302,6 +357,23 @@ class Checkpoints:
             raise CheckpointError(
                 f"checkpoint {self.directory / str(step)} could not be written ({cause(error)}). Whole steps: {whole}."
             ) from error
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """Reading is each process's own affair: orbax would wait for the others, and for ever where one cannot read."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    mine = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=mine, active_processes={mine}, barrier_sync_key_prefix=f"reader{mine}"
+    )
+
+
+def _set_aside(step: Path, aside: Path) -> None:
+    try:
+        os.rename(step, aside)
+    except OSError as error:
+        raise CheckpointError(f"{step} is damaged and cannot be set aside as {aside.name}: {error}") from error
 
 
 def leaves_of(arrays: Mapping[str, Any]) -> dict[str, list]:

@@ -41,3 +41,11 @@ class CheckpointError(RunError):
     """A checkpoint that cannot be written, read, or fitted to the model."""
 
     exit_code = 74
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint that does not hold what was saved; an older one may be whole. problem: without the remedy."""
+
+    def __init__(self, problem: str, remedy: str):
+        super().__init__(f"{problem}. {remedy}")
+        self.problem = problem

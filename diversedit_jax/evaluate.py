@@ -350,4 +350,4 @@ if __name__ == "__main__":
 
         run(judges, points, images_at, folder, given.keep_samples)
 
-    program.launch(main, arguments=True)
+    program.launch(main, arguments=True, several=True)

@@ -115,12 +115,8 @@ def abstract_params(model: Model, mesh: Mesh) -> Params:
 
 def prepared(prepare: Prepare, mesh: Mesh) -> Any:
     """The frozen weights of a preparation, put where they live. (A program that made them would hold a file.)"""
-    frozen = jax.tree.map(np.asarray, prepare.init())
-
-    def put(leaf: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
-
-    return jax.tree.map(put, frozen, sharding.shardings(frozen, mesh))
+    frozen = prepare.init()
+    return sharding.put(frozen, sharding.shardings(jax.tree.map(np.asarray, frozen), mesh))
 
 
 def starting_params(config: ConfigDict, wanted: Params) -> Params | None:

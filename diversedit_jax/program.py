@@ -2,15 +2,21 @@
 
 import ast
 import contextlib
+import faulthandler
+import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import app, flags
+from jax.experimental import multihost_utils
 
+from diversedit_jax import distributed
 from diversedit_jax.errors import EXIT_PREEMPTED, ConfigError, RunError
 
 
@@ -18,26 +24,35 @@ class Stopped(Exception):
     """The program was asked to stop, and has saved."""
 
 
-def launch(main: Callable[..., None], *, arguments: bool = False) -> None:
+def launch(main: Callable[..., None], *, arguments: bool = False, several: bool = False) -> None:
     """Parse the flags, run `main`, exit: 0 done, 42 stopped and saved, or an error's own code (see `errors`).
 
-    With `arguments`, what stands beside the flags is given to `main` as a list; else it is an error.
+    arguments: what stands beside the flags is given to `main` as a list; else it is an error. several: the program may
+    be one of several processes, which find each other first.
     """
     app.define_help_flags()
+    if several:
+        distributed.define_flags()
+        flags.adopt_module_key_flags(distributed)
     try:
         extra = parse(sys.argv)
         if extra and not arguments:
             raise ConfigError(f"unexpected argument {extra[0]!r}")
+        if several:
+            distributed.start(flags.FLAGS)
         main(*([extra] if arguments else []))
     except Stopped as stop:
         print(stop, file=sys.stderr)
-        sys.exit(EXIT_PREEMPTED)
+        sys.exit(EXIT_PREEMPTED)  # all processes are here, and leave together
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        distributed.leave(130)
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        distributed.leave(error.exit_code)
+    except Exception:
+        traceback.print_exc()
+        distributed.leave(1)
 
 
 def parse(argv: Sequence[str]) -> list[str]:
@@ -97,11 +112,17 @@ def _literal(text: str) -> Any:
 
 
 @contextlib.contextmanager
-def stop_requests(notify: Callable[[str], None]) -> Iterator[Callable[[], str | None]]:
+def stop_requests(notify: Callable[[str], None]) -> Iterator[Callable[[int], str | None]]:
     """Within it, Ctrl-C and SIGTERM end nothing at once; the function given tells which came first, or None.
 
-    A second Ctrl-C interrupts as usual. Outside of the main thread signals are left as they are.
+    A second Ctrl-C interrupts as usual. Outside of the main thread signals are left as they are. Of several processes
+    all must ask the function at every step, with its number: it answers all of them alike, at the same step, whichever
+    was asked to stop.
     """
+    if jax.process_count() > 1:
+        with interrupts_as_stops(notify):
+            yield lambda step: "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None
+        return
     received: list[str] = []
 
     def receive(number, frame):
@@ -115,7 +136,51 @@ def stop_requests(notify: Callable[[str], None]) -> Iterator[Callable[[], str | 
         for number in (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, receive)
     try:
-        yield lambda: received[0] if received else None
+        yield lambda step: received[0] if received else None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def interrupts_as_stops(notify: Callable[[str], None]) -> Iterator[None]:
+    """Within it, Ctrl-C is a SIGTERM to this process, for which jax stops all of them; it keeps the handler of that."""
+
+    def receive(number, frame):
+        signal.signal(signal.SIGINT, before)
+        notify("Ctrl-C: stopping all processes after a step (Ctrl-C again quits at once)")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGINT)
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGINT, receive)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def watchdog(seconds: float) -> Iterator[Callable[[bool], None]]:
+    """Within it, a program that does not say for so many seconds that it is alive writes the stacks of all its threads
+    and ends, by SIGALRM: a launcher sees code 142, which asks for a restart. 0: no watch is kept.
+
+    The function given says that it is alive; with False, that it will be quiet for a while. It works where the program
+    hangs in a library, too.
+    """
+    if not seconds or not hasattr(signal, "SIGALRM"):
+        yield lambda watched=True: None
+        return
+
+    def alive(watched: bool = True) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, seconds + 1 if watched else 0)
+        if watched:
+            faulthandler.dump_traceback_later(seconds, exit=False, file=sys.__stderr__)
+
+    alive()
+    try:
+        yield alive
+    finally:
+        alive(False)

@@ -67,4 +67,4 @@ if __name__ == "__main__":
         options = {name: flags.FLAGS[name].value for name in ("num", "seed", "out")}
         run(sources.from_flags(), labels=labels, **options)
 
-    program.launch(main)
+    program.launch(main, several=True)

@@ -199,6 +199,7 @@ def make(
 
     @partial(jax.jit, out_shardings=sharding.replicated(mesh))  # so that every process can read the result
     def run(params: Params, weak: Params | None, frozen: Any, y: Int[Array, " b"], keys: Array, scale, interval):
+        keys = jax.random.wrap_key_data(keys)
         start, path_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
         x = jax.vmap(lambda key: jax.random.normal(key, state))(start)
         options = {"scale": scale, "interval": interval, "channels": guidance_channels}
@@ -227,13 +228,13 @@ def make(
         if weak is None:
             check_guidance(cfg_scale, num_classes)
         numbers = jnp.arange(first, first + len(labels))
-        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(numbers)
+        keys = np.asarray(jax.random.key_data(jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(numbers)))
         size = sharding.filled(min(batch_size, len(labels)))
         guidance = scales(cfg_scale), tuple(jnp.float32(time) for time in guidance_interval)
         done = []
         for begin in range(0, len(labels), size):
             index = np.minimum(np.arange(begin, begin + size), len(labels) - 1)  # the last batch is filled up
-            y, k = jax.device_put((jnp.asarray(labels, jnp.int32)[index], keys[index]), sharding.over_batch(mesh))
+            y, k = sharding.put((np.asarray(labels, np.int32)[index], keys[index]), sharding.over_batch(mesh))
             images, finite = run(params, weak, frozen, y, k, *guidance)
             if not finite:
                 raise NonFiniteError(f"samples {first + begin} to {first + begin + size - 1} are not finite")

@@ -50,7 +50,7 @@ def extraction(extractors: Iterable[Extractor], mesh: Mesh, batch: int) -> Extra
 
     @functools.cache
     def weights() -> list[Any]:
-        return [jax.device_put(one.init(), sharding.replicated(mesh)) for one in extractors]
+        return [sharding.put(one.init(), sharding.replicated(mesh)) for one in extractors]
 
     def extract(images: np.ndarray) -> Found:
         if not 0 < len(images) <= size:

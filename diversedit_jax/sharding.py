@@ -83,6 +83,18 @@ def placed(tree, shardings):
     return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, shardings)
 
 
+def put(tree, shardings):
+    """Arrays that every process has on its host, where they live; `shardings` of each, or one for all."""
+
+    def place(leaf: np.ndarray, where: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(leaf.shape, where, lambda index: leaf[index])
+
+    tree = jax.tree.map(np.asarray, tree)
+    if isinstance(shardings, NamedSharding):
+        return jax.tree.map(lambda leaf: place(leaf, shardings), tree)
+    return jax.tree.map(place, tree, shardings)
+
+
 def in_chunks(function: Callable[[jax.Array], Any], x: jax.Array, chunk: int, devices: int | None = None) -> Any:
     """`function` of x [b ...], of at most `chunk` entries of each of the `devices` (all) at a time, for less memory.
 

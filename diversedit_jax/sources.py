@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -171,7 +170,7 @@ def release_model(release: releases.Release) -> str:
 
 def placed(params: Params, mesh: Mesh) -> Params:
     """Parameters from the host, put where they live."""
-    return jax.tree.map(jax.device_put, params, sharding.shardings(params, mesh))
+    return sharding.put(params, sharding.shardings(params, mesh))
 
 
 def _defaults(build: Callable) -> dict[str, Any]:

@@ -8,6 +8,8 @@ TensorBoard events, samples/ and samples.png, checkpoints/.
 import contextlib
 import json
 import math
+import os
+import sys
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -19,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from diversedit_jax import config as configs
-from diversedit_jax import experiment, logs, program, sampling, sharding
+from diversedit_jax import distributed, experiment, locks, logs, program, sampling, sharding
 from diversedit_jax.checkpoint import Checkpoints, prepare_workdir
 from diversedit_jax.data import pipeline
 from diversedit_jax.errors import ConfigError, NonFiniteError
@@ -31,10 +33,23 @@ from diversedit_jax.train_state import State, initializer, started_from, train_s
 def run(config: ConfigDict, workdir: str | Path) -> State:
     """Train as `config` says, from the last checkpoint in `workdir` if there is one; returns the final state."""
     logs.silence()
-    started = time.monotonic()
-
-    # --- The parts of the run, and everything that can be refused, before anything compiles.
     workdir = prepare_workdir(workdir)
+    distributed.check_shared(workdir)
+    with contextlib.ExitStack() as stack:  # no other run writes there meanwhile
+        distributed.first_alone(lambda: stack.enter_context(locks.held(workdir, say)))
+        return train(config, workdir)
+
+
+def say(line: str) -> None:
+    """A line before there is a progress bar."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def train(config: ConfigDict, workdir: Path) -> State:
+    """The story of a run, once its directory is its own."""
+    # --- The parts of the run, and everything that can be refused, before anything compiles.
+    started = time.monotonic()
+    distributed.agree("config", configs.flat(config.to_dict()))
     dataset = experiment.open_data(config)
     mesh, parts, sample, rate = experiment.build(config, dataset.shape, dataset.num_classes)
     sampling.check_guidance(config.sampler.cfg_scale, dataset.num_classes)
@@ -49,18 +64,11 @@ def run(config: ConfigDict, workdir: str | Path) -> State:
         lower=config.checkpoint.lower,
     )
     judge = experiment.best_by(config)
-    start = checkpoints.latest() or 0
+    start = distributed.number_of_first(checkpoints.latest() or 0)
     faults: list[str] = []  # of records that could not be read
-    loader = pipeline.batches(
-        dataset,
-        config.batch_size,
-        seed=config.seed,
-        start=start,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        report=faults.append,
-        **configs.keywords(config.input, "config.input", pipeline.batches),
-    )
+    loading = {"process_index": jax.process_index(), "process_count": jax.process_count(), "report": faults.append}
+    loading |= configs.keywords(config.input, "config.input", pipeline.batches)
+    loader = pipeline.batches(dataset, config.batch_size, config.seed, start, **loading)
     over_batch = sharding.over_batch(mesh)
 
     def next_batch() -> dict[str, jax.Array]:
@@ -78,12 +86,18 @@ def run(config: ConfigDict, workdir: str | Path) -> State:
     state_shardings = sharding.shardings(abstract, mesh)
     target = sharding.placed(abstract, state_shardings)
     given = experiment.starting_params(config, abstract["params"]) if not start else None
-    notes = configs.claim(workdir, config)
+    notes = distributed.first_alone(lambda: configs.claim(workdir, config)) or []
 
     # --- The state: born sharded, or read back.
     frozen = experiment.prepared(parts.prepare, mesh)
     if start:
-        state, _ = checkpoints.restore(target, start)
+        state, whole, damaged = checkpoints.restore_newest(target)
+        notes += damaged
+        if whole != start:
+            start = whole
+            loader.close()
+            loader = pipeline.batches(dataset, config.batch_size, config.seed, start, **loading)
+            batch = next_batch()
         notes.append(f"resuming from step {start} of {config.total_steps}")
     else:
         state = jax.jit(init, out_shardings=state_shardings)(key_init)
@@ -100,7 +114,8 @@ def run(config: ConfigDict, workdir: str | Path) -> State:
         stack.callback(checkpoints.close)
         stack.callback(loader.close)
         writer = stack.enter_context(logs.MetricWriter(workdir, start)) if main_process else None
-        progress = stack.enter_context(logs.Progress(config.total_steps, start, config.batch_size))
+        stream = None if main_process else stack.enter_context(open(os.devnull, "w"))  # one process talks for all
+        progress = stack.enter_context(logs.Progress(config.total_steps, start, config.batch_size, stream=stream))
         describe(workdir, config, state, writer, progress, notes)
 
         # --- One compiled step.
@@ -150,7 +165,10 @@ def run(config: ConfigDict, workdir: str | Path) -> State:
         # --- The loop. Metrics are read one step late, so that the device never waits for the host.
         step, pending, saved, noted = start, None, [start], 0
         stop = stack.enter_context(program.stop_requests(progress.note))
-        while step < config.total_steps and not stop():
+        alive = stack.enter_context(program.watchdog(config.watchdog))
+        stopped = None
+        while step < config.total_steps and not (stopped := stop(step)):
+            alive()
             state, metrics = step_fn(state, frozen, batch, key_run)
             step += 1
             if step < config.total_steps:
@@ -174,12 +192,14 @@ def run(config: ConfigDict, workdir: str | Path) -> State:
             if saving:
                 save(step)
             progress.update(step)
+            alive(False)  # samples and scores take as long as they take
             with progress.pause():
                 if due(step, config.samples.every) and not last:
                     show_samples(step, workdir / "samples" / f"{step:07d}.png")
                 for label in evaluators:
                     if due(step, config.evaluators[label].every) and not last:
                         evaluate(step, label)
+        alive(False)
         if step < config.total_steps:
             if step > saved[-1]:
                 check_finite(step, pending, checkpoints)
@@ -187,7 +207,7 @@ def run(config: ConfigDict, workdir: str | Path) -> State:
             checkpoints.wait()
             kept = "saved" if checkpoints.steps() else "nothing to save"
             raise program.Stopped(
-                f"{stop()}: stopped at step {step} of {config.total_steps}, {kept}; run it again to resume"
+                f"{stopped}: stopped at step {step} of {config.total_steps}, {kept}; run it again to resume"
             )
 
         # --- The end: the last samples, the last scores, and where everything is.
@@ -266,4 +286,4 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Config file; --config.KEY=VALUE changes a key.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Directory of the run; made if missing.")
     flags.mark_flags_as_required(["config", "workdir"])
-    program.launch(lambda: run(flags.FLAGS.config, flags.FLAGS.workdir))
+    program.launch(lambda: run(flags.FLAGS.config, flags.FLAGS.workdir), several=True)

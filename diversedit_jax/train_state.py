@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from diversedit_jax import sharding
 from diversedit_jax.api import AuxLoss, Batch, Forward, Metrics, Objective, Params, Prepare
 from diversedit_jax.models import Model
 
@@ -57,9 +58,7 @@ def initializer(parts: Parts, batch: Batch) -> Callable[[Array], State]:
 def started_from(state: State, given: Params) -> State:
     """A new state with the parameters in `given`, EMA a copy; what `given` lacks keeps its new values."""
     params = {
-        name: jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), given[name], old)
-        if name in given
-        else old
+        name: sharding.put(given[name], jax.tree.map(lambda leaf: leaf.sharding, old)) if name in given else old
         for name, old in state["params"].items()
     }
     return state | {"params": params, "ema": jax.tree.map(jnp.copy, params)}

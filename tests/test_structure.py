@@ -52,6 +52,8 @@ FLOORS = {
             "config",
             "sampling",
             "experiment",
+            "distributed",
+            "locks",
             "program",
             "sources",
             "extractors",

@@ -4,6 +4,8 @@ import itertools
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from diversedit_jax import program, sample, sources, train
 from diversedit_jax.checkpoint import Checkpoints
 from diversedit_jax.config import slot
 from diversedit_jax.data import Dataset
+from diversedit_jax.data import digits as digits_data
 from diversedit_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from diversedit_jax.interop import releases
 from tests.test_logs import events_of
@@ -218,13 +221,58 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name(tmp_path):
     assert max(losses(tmp_path)) == 3
 
 
-@pytest.mark.slow
-def test_a_damaged_checkpoint_is_named_and_not_used(tmp_path):
-    train.run(tiny(), tmp_path)
-    files = sorted((tmp_path / "checkpoints" / "6").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+class Sleeping(list):
+    """Examples, of which one takes for ever."""
+
+    def __getitem__(self, index):
+        if index == 3:
+            time.sleep(600)
+        return super().__getitem__(index)
+
+
+def sleeping(split, *, data_dir: str | None = None, dequantize: bool = True):
+    dataset = digits_data.make(split, data_dir=data_dir, dequantize=dequantize)
+    return dataset._replace(source=Sleeping(dataset.source[:64]))
+
+
+def test_a_hang_ends_in_stacks_and_a_code_that_asks_for_a_restart(tmp_path):
+    flags = ["--config.watchdog=6", "--config.total_steps=50", "--config.batch_size=8", "--config.input.num_threads=0"]
+    command = [sys.executable, "-m", "diversedit_jax.train", "--config=configs/digits.py", f"--workdir={tmp_path}"]
+    command += [*flags, "--config.data.name=tests.test_train:sleeping"]
+    command += ["--config.model.depth=2", "--config.model.width=16", "--config.model.heads=2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == -signal.SIGALRM, done.stderr
+    assert "Timeout (0:00:06)!" in done.stderr
+    assert "in __getitem__" in done.stderr, "the stack says where it hangs"
+
+
+def damage(step: Path) -> None:
+    """Cut off the largest file of a checkpoint."""
+    files = sorted(step.rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
     files[-1].write_bytes(files[-1].read_bytes()[:100])
-    with pytest.raises(CheckpointError, match=r"checkpoints/6 is damaged .* resume from step 4"):
-        train.run(tiny(total_steps=8), tmp_path)
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(straight, tmp_path, capfd):
+    shutil.copytree(straight[1], tmp_path / "run")
+    kept = tmp_path / "run" / "checkpoints"
+    damage(kept / "6")
+    state = train.run(tiny(), tmp_path / "run")
+    said = capfd.readouterr().err
+    assert re.search(r"checkpoints/6 is damaged \(.*\); it is set aside as 6.damaged-\d+-\d+", said)
+    assert "resuming from step 4 of 6" in said
+    assert_same_bits(state, straight[2])
+    assert losses(tmp_path / "run") == losses(straight[1])
+    assert Checkpoints(kept).steps() == [2, 4, 6], "the step was saved again"
+    assert len(list(kept.glob("6.damaged-*"))) == 1
+
+    for step in (2, 4, 6):
+        damage(kept / str(step))
+    for tried in ("6, 4, 2", "2"):
+        with pytest.raises(
+            CheckpointError, match=rf"no whole checkpoint in .*: tried {tried}; the last: .*/2 is damaged"
+        ):
+            train.run(tiny(), tmp_path / "run")
+    assert len(list(kept.iterdir())) == 4, "nothing is removed, and the run does not begin anew"
 
 
 @pytest.mark.parametrize(

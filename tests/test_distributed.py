@@ -1,0 +1,198 @@
+"""Several processes are one program: they agree, stop together, fail together, and train what one process trains."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diversedit_jax import distributed
+from diversedit_jax.checkpoint import Checkpoints
+from diversedit_jax.errors import ConfigError
+from tests.processes import started
+
+CONFIG = """
+from ml_collections import ConfigDict
+from configs import digits
+
+def get_config():
+    config = digits.get_config()
+    config.update({"total_steps": 8, "batch_size": 16, "log_every": 1})
+    config.model.update({"depth": 2, "width": 16, "heads": 2})
+    config.checkpoint.update({"every": 2, "keep": 9})
+    config.samples.update({"every": 0, "num": 10})
+    config.sampler.update({"solver": "euler", "steps": 1, "batch_size": 16})
+    config.evaluators.digits.num = 20
+    config.evaluators.scores.num = 110
+    if not EVALUATORS:
+        config.evaluators = ConfigDict()
+    return config
+"""
+
+
+def training(workdir: Path, *flags: str, evaluators: bool = False) -> list[str]:
+    """A small run of the digits."""
+    file = workdir.parent / f"{workdir.name}_config" / "small.py"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(CONFIG.replace("EVALUATORS", str(evaluators)))
+    return ["diversedit_jax.train", f"--config={file}", f"--workdir={workdir}", *flags]
+
+
+def checksums(workdir: Path, step: int = 8) -> dict[str, int]:
+    """Those of every array of a checkpoint, as stored and verified when it is read."""
+    record = json.loads((workdir / "checkpoints" / str(step) / "meta" / "metadata").read_text())
+    return record["body"]["checksums"]
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss/total"] for line in lines if "loss/total" in line}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run of two processes that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("two")
+    with started(training(workdir), 2, 4, workdir) as run:
+        assert run.wait() == [0, 0], run.out(0) + run.out(1)
+        assert "waiting for 2 processes at 127.0.0.1:" in run.out(0)
+        assert "8 x cpu (cpu)" in run.out(0)
+        assert "step" not in run.out(1).replace("stepped", ""), "the second process has nothing to say"
+    assert (workdir / "samples.png").exists()
+    return workdir
+
+
+def test_stopped_and_resumed_is_the_same_to_the_bit(straight, tmp_path):
+    """SIGTERM of the second process stops both, at the same step; the same command goes on."""
+    with started(training(tmp_path), 2, 4, tmp_path) as run:
+        run.until("step 3/8")
+        os.kill(run.running[1].pid, signal.SIGTERM)
+        assert run.wait() == [42, 42], run.out(0) + run.out(1)
+        said = "SIGTERM: stopped at step "
+        assert run.out(0).partition(said)[2][:1] == run.out(1).partition(said)[2][:1] != ""
+    with started(training(tmp_path), 2, 4, tmp_path) as run:
+        assert run.wait() == [0, 0], run.out(0) + run.out(1)
+        assert "resuming from step" in run.out(0)
+    assert checksums(tmp_path) == checksums(straight)
+    assert losses(tmp_path) == losses(straight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_one_killed_ends_the_other_and_nothing_is_lost(straight, tmp_path, killed):
+    with started(training(tmp_path), 2, 4, tmp_path) as run:
+        run.until("step 5/8")
+        os.kill(run.running[killed].pid, signal.SIGKILL)
+        codes = run.wait(60)
+        assert codes[killed] == -signal.SIGKILL
+        assert codes[1 - killed] not in (0, 42)
+    assert Checkpoints(tmp_path / "checkpoints").latest() in (2, 4)
+    with started(training(tmp_path), 2, 4, tmp_path) as run:
+        assert run.wait() == [0, 0], run.out(0) + run.out(1)
+    assert checksums(tmp_path) == checksums(straight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "devices"), [(1, 8), (4, 2), (1, 1)])
+def test_another_number_of_processes_goes_on(straight, tmp_path, count, devices):
+    """The same batches; the same numbers up to the order of sums, and to the bit on a layout that sums alike."""
+    with started(training(tmp_path, "--config.total_steps=4"), 2, 4, tmp_path) as run:
+        assert run.wait() == [0, 0], run.out(0) + run.out(1)
+    with started(training(tmp_path), count, devices, tmp_path) as run:
+        assert run.wait() == [0] * count, run.out(0)
+        assert "resuming from step 4 of 8" in run.out(0)
+    assert losses(tmp_path) == pytest.approx(losses(straight), rel=1e-4)
+    if (count, devices) == (4, 2):
+        assert checksums(tmp_path) == checksums(straight)
+
+
+@pytest.mark.slow
+def test_evaluators_judge_on_several_processes(tmp_path):
+    with started(training(tmp_path, evaluators=True), 2, 4, tmp_path) as run:
+        assert run.wait() == [0, 0], run.out(0) + run.out(1)
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert any("scores/fd_digits" in line for line in found)
+    assert any("digits/accuracy" in line for line in found)
+
+
+@pytest.mark.slow
+def test_damage_that_one_process_sees_sets_the_step_aside_for_all(tmp_path):
+    """Parameters are split, so that each process reads other parts of the files; what the second reads is cut off."""
+    flags = ["--config.mesh.data=1", "--config.mesh.fsdp=8", "--config.model.width=64"]
+    with started(training(tmp_path, *flags, "--config.total_steps=4"), 2, 4, tmp_path) as run:
+        assert run.wait() == [0, 0], run.out(0) + run.out(1)
+    own = sorted((tmp_path / "checkpoints" / "4" / "state").glob("ocdbt.process_1/**/*"), key=os.path.getsize)
+    own[-1].write_bytes(own[-1].read_bytes()[:100])
+    with started(training(tmp_path, *flags), 2, 4, tmp_path) as run:
+        assert run.wait() == [0, 0], run.out(0) + run.out(1)
+        assert "it is set aside as 4.damaged-" in run.out(0)
+        assert "resuming from step 2 of 8" in run.out(0)
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize(
+    ("each", "messages"),
+    [
+        (
+            ["--config.optim.learning_rate=0.001", "--config.optim.learning_rate=0.002"],
+            ["config: optim.learning_rate is 0.001 on process 0 and 0.002 on process 1: all processes need the same"]
+            * 2,
+        ),
+        pytest.param(
+            ["--workdir={tmp}/a", "--workdir={tmp}/b"],
+            ["is not shared: process 0 wrote a file there that process 1 did not see"] * 2,
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_processes_that_do_not_agree_stop_at_once(tmp_path, each, messages):
+    each = [flag.format(tmp=tmp_path) for flag in each]
+    with started(training(tmp_path / "run"), 2, 1, tmp_path, each) as run:
+        codes = run.wait(120)
+    assert 78 in codes
+    assert all(code != 0 for code in codes)
+    for i, message in enumerate(messages):
+        assert message in run.out(i) or codes[i] != 78
+    assert any(message in run.out(i) for i, message in enumerate(messages))
+    assert not list(tmp_path.rglob("config.json"))
+
+
+def test_flags_that_do_not_go_together_are_refused():
+    class Flag:
+        def __init__(self, value):
+            self.value = value
+
+    class Given(dict):
+        heartbeat = 10
+
+    def start(coordinator=None, num_processes=None, process_id=None):
+        options = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+        distributed.start(Given({name: Flag(value) for name, value in options.items()}))
+
+    with pytest.raises(ConfigError, match=r"go together: give --num_processes too"):
+        start(coordinator="here:1")
+    with pytest.raises(ConfigError, match=r"--process_id=2: wanted 0 .. 1 \(--num_processes\)"):
+        start("here:1", 2, 2)
+    start()  # alone: nothing happens
+    assert distributed.cluster() is None
+    distributed.agree("config", {"a": 1})
+    assert distributed.number_of_first(3) == 3
+    assert distributed.first_alone(lambda: 4) == 4
+
+
+def test_clusters_are_known_by_their_marks(monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert distributed.cluster() is None, "a shell on a node of an allocation is no task"
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert distributed.cluster() == "4 SLURM tasks"
+    monkeypatch.delenv("SLURM_NTASKS")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    assert distributed.cluster() == "2 Open MPI processes"
+
+
+def test_restores_of_the_parameters_are_numbers(straight):
+    """What the runs above compare is not empty."""
+    assert len(checksums(straight)) > 50
+    assert np.isfinite(list(losses(straight).values())).all()
