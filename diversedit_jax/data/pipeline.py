@@ -4,9 +4,12 @@ Global batch k and its random draws depend on the data set, the seed and the bat
 processes, threads or workers, so that a run may resume at batch k on another number of hosts.
 """
 
+import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import grain
@@ -165,8 +168,20 @@ def batches(
     if num_workers:
         if not flags.FLAGS.is_parsed():  # grain reads its own, which a notebook never parses
             flags.FLAGS.mark_as_parsed()
-        ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers))
+        die_too = partial(_end_with, os.getpid())
+        ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers), worker_init_fn=die_too)
     return _counted(_closing(ahead), ready, max_bad_records, timeout, report)
+
+
+def _end_with(parent: int, index: int, count: int) -> None:
+    """In a worker: end it soon after the process `parent` has ended, also by SIGKILL; grain's would live for ever."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="end with the trainer").start()
 
 
 def _closing(dataset: grain.IterDataset) -> Iterator[tuple[dict[str, np.ndarray], Bad]]:
