@@ -1,0 +1,283 @@
+# shellcheck shell=bash
+# What the scripts in launch/ share: source this file.
+
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
+  echo "error: bash 4.4 or newer is needed, this is $BASH_VERSION (macOS: brew install bash)" >&2
+  exit 1
+fi
+
+launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(dirname "$launch")
+dry_run=${DRY_RUN:-0}
+
+# --- Messages
+
+log() {
+  if [[ $dry_run != 1 ]]; then
+    printf '[%(%H:%M:%S)T] %s\n' -1 "$*" >&2
+  fi
+}
+
+die() {
+  printf 'error: %s\n' "$*" >&2
+  exit 1
+}
+
+# --- Settings
+
+# Sets what the environment does not: from launch/env, then from launch/env.example, which also names all there are.
+load_env() {
+  local file=${LAUNCH_ENV:-$launch/env}
+  if [[ -f $file ]]; then
+    read_env "$file"
+  elif [[ -n ${LAUNCH_ENV:-} ]]; then
+    die "LAUNCH_ENV=$file: there is no such file"
+  fi
+  read_env "$launch/env.example"
+  whole_numbers SPOT RESERVED DETERMINISTIC MAX_RESTARTS POLL_SECONDS WAIT_SECONDS STOP_SECONDS SETTLE_SECONDS ATTEMPTS \
+    BACKOFF_SECONDS BACKOFF_MAX_SECONDS COMMAND_SECONDS GRACE_SECONDS USER_ID NODES GPUS_PER_NODE CPUS_PER_TASK
+}
+
+read_env() {
+  local file=$1 line name value number=0 known
+  known=$'\n'$(<"$launch/env.example")
+  while IFS= read -r line || [[ -n $line ]]; do
+    number=$((number + 1))
+    line=${line%$'\r'}
+    if [[ $line =~ ^[[:space:]]*(#.*)?$ ]]; then
+      continue
+    fi
+    if ! [[ $line =~ ^[[:space:]]*(export[[:space:]]+)?([A-Z_]+)=(.*)$ ]]; then
+      die "$file:$number: wanted NAME=VALUE"
+    fi
+    name=${BASH_REMATCH[2]}
+    value=${BASH_REMATCH[3]}
+    [[ $known == *$'\n'"$name="* ]] || die "$file:$number: unknown variable $name; see launch/env.example"
+    if [[ $value =~ ^\"(.*)\"[[:space:]]*$ || $value =~ ^\'(.*)\'[[:space:]]*$ ]]; then
+      value=${BASH_REMATCH[1]}
+    elif [[ $value =~ ^(([^#[:space:]]|[[:space:]]+[^#[:space:]])*) ]]; then
+      value=${BASH_REMATCH[1]} # without a comment at its end
+    fi
+    if [[ -z ${!name+set} ]]; then
+      printf -v "$name" %s "$value"
+    fi
+  done <"$file"
+}
+
+required() {
+  local name
+  for name in "$@"; do
+    if [[ -z ${!name:-} || ${!name} == *"<"*">"* ]]; then
+      die "$name is not set: give it in launch/env (a copy of launch/env.example) or in the environment"
+    fi
+  done
+}
+
+# Values that become arithmetic must be numbers: bash would otherwise evaluate them.
+whole_numbers() {
+  local name
+  for name in "$@"; do
+    [[ ${!name} =~ ^[0-9]+$ ]] || die "$name=${!name}: wanted a whole number"
+  done
+}
+
+# --- Commands
+
+# A command as a shell reads it back.
+quote() {
+  local argument line="" escaped="'\\''"
+  for argument in "$@"; do
+    if [[ -z $argument || $argument == *[!A-Za-z0-9_./:=@%+,-]* ]]; then
+      argument="'${argument//\'/$escaped}'"
+    fi
+    line+=${line:+ }$argument
+  done
+  printf '%s\n' "$line"
+}
+
+# Runs a command; with --dry_run prints it instead, also where its output would be read.
+run() {
+  if [[ $dry_run == 1 ]]; then
+    quote "$@" >&3
+  else
+    "$@"
+  fi
+}
+
+# Seconds to pause before attempt $1 + 1.
+backoff() {
+  local seconds=$BACKOFF_SECONDS i
+  for ((i = 1; i < $1 && seconds < BACKOFF_MAX_SECONDS; i++)); do
+    seconds=$((seconds * 2))
+  done
+  echo $((seconds < BACKOFF_MAX_SECONDS ? seconds : BACKOFF_MAX_SECONDS))
+}
+
+# Runs a command up to ATTEMPTS times, until it succeeds; returns its last exit code.
+retry() {
+  local attempt code seconds
+  for ((attempt = 1; ; attempt++)); do
+    code=0
+    "$@" || code=$?
+    if ((code == 0 || attempt >= ATTEMPTS)); then
+      return "$code"
+    fi
+    seconds=$(backoff "$attempt")
+    log "attempt $attempt of $ATTEMPTS failed with exit code $code; again in $seconds s"
+    sleep "$seconds"
+  done
+}
+
+# Asks on the terminal; without an answer it is no.
+confirm() {
+  local answer=""
+  printf '%s [y/N] ' "$1" >&2
+  read -r answer || true
+  [[ $answer == [yY] || $answer == [yY][eE][sS] ]]
+}
+
+# --- Options and the flags of the trainer
+
+# Splits arguments at --: `options` before it, `given` after it. --dry_run is taken out, --help answered.
+parse() {
+  options=()
+  given=()
+  while (($#)); do
+    case $1 in
+      --dry_run | --dry-run) dry_run=1 ;;
+      -h | --help | help)
+        usage
+        exit 0
+        ;;
+      --)
+        given=("${@:2}")
+        break
+        ;;
+      *) options+=("$1") ;;
+    esac
+    shift
+  done
+  if [[ $dry_run == 1 ]]; then
+    exec 3>&1 # for `run`
+  fi
+}
+
+refuse() {
+  if (($#)); then
+    die "unexpected argument $1; see --help (flags of the trainer come after --)"
+  fi
+}
+
+names_flag() {
+  local name=$1 flag
+  for flag in "${given[@]}"; do
+    if [[ $flag == "$name" || $flag == "$name="* ]]; then
+      return 0
+    fi
+  done
+  return 1
+}
+
+# Sets `flags`, what the trainer is called with: `given`, and before it CONFIG, WORKDIR in directory $1 and the data $2
+# where `given` has none. A first word without dashes is the config.
+trainer_flags() {
+  local base=$1 data=$2 path
+  flags=()
+  if ((${#given[@]})) && [[ ${given[0]} != -* ]]; then
+    given[0]=--config=${given[0]}
+  fi
+  names_flag --config || flags+=("--config=$CONFIG")
+  if ! names_flag --workdir; then
+    case $WORKDIR in
+      "$BUCKET"/*) path=$base/${WORKDIR#"$BUCKET"/} ;;
+      *://*) die "WORKDIR=$WORKDIR is not in BUCKET=$BUCKET" ;;
+      /*) path=$WORKDIR ;;
+      *) path=$base/$WORKDIR ;;
+    esac
+    flags+=("--workdir=$path")
+  fi
+  if [[ -n $data ]] && ! names_flag --config.data.data_dir; then
+    flags+=("--config.data.data_dir=$data")
+  fi
+  flags+=("${given[@]}")
+}
+
+# --- What an exit code of the trainer asks for (diversedit_jax/errors.py)
+
+should_restart() {
+  (($1 == 42 || ($1 >= 127 && $1 <= 255)))
+}
+
+# Of the exit codes of all processes, the one that decides. When one fails the others die of its absence, so a code
+# that a restart would not mend comes before those that it would, and these before 0.
+verdict() {
+  local code restart=0
+  for code in "$@"; do
+    if ((code != 0)) && ! should_restart "$code"; then
+      echo "$code"
+      return
+    fi
+    if ((code != 0)) && ((restart == 0 || restart == 42)); then
+      restart=$code
+    fi
+  done
+  echo "$restart"
+}
+
+explain() {
+  case $1 in
+    0) echo "0: done" ;;
+    42) echo "42: stopped and saved; the same command resumes" ;;
+    65) echo "65: data or weights are missing or damaged; mend what the log names, then start again" ;;
+    70) echo "70: a loss or gradient is not finite; the last good checkpoint is kept: change the config, then start again" ;;
+    74) echo "74: a checkpoint cannot be written or read; see the log, the space and the permissions of WORKDIR" ;;
+    78) echo "78: a config, flag or WORKDIR that cannot be used; mend what the log names, then start again" ;;
+    12[7-9] | 1[3-9][0-9] | 2[0-9][0-9]) echo "$1: crashed or killed; a restart resumes from the last checkpoint" ;;
+    *) echo "$1: an error that nobody foresaw; its traceback is in the log" ;;
+  esac
+}
+
+# --- GPUs
+
+# Installs the checkout with the extras of GPUs; sets `python`.
+gpu_environment() {
+  # shellcheck disable=SC2016
+  run env "DIVERSEDIT_EXTRAS=${EXTRAS:-cuda}" bash -euo pipefail -c 'source "$1/tools/environment.sh" && environment' \
+    install "$root"
+  gpu_python
+}
+
+gpu_python() {
+  # shellcheck disable=SC2034
+  python=${VIRTUAL_ENV:-$root/.venv}/bin/python
+}
+
+# Runs a command, passes SIGINT and SIGTERM on to it as SIGTERM, and returns its exit code. Sets `stopping` if one came.
+supervise() {
+  local child code=0 again=0
+  stopping=0
+  "$@" &
+  child=$!
+  trap 'stopping=1; kill -TERM "$child" 2>/dev/null || true' INT TERM
+  wait "$child" || code=$?
+  # A signal ends `wait` too; the exit code is then still to be had.
+  while ((stopping)) && kill -0 "$child" 2>/dev/null; do
+    code=0
+    wait "$child" || code=$?
+  done
+  if ((stopping)); then
+    wait "$child" 2>/dev/null || again=$?
+    if ((again != 127)); then code=$again; fi
+  fi
+  trap - INT TERM
+  return "$code"
+}
+
+# A directory for compiled programs that only this user and this run have: who can write to it can run code.
+private_cache() {
+  local directory
+  directory=${XDG_CACHE_HOME:-$HOME/.cache}/diversedit/xla-$(cksum <<<"$1" | cut -d " " -f 1)
+  mkdir -p "$directory"
+  chmod 700 "$directory"
+  echo "$directory"
+}
