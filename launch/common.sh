@@ -104,6 +104,21 @@ run() {
   fi
 }
 
+# Counts a restart and waits before it; fails when there were MAX_RESTARTS. $1: SECONDS at the last start; $2: why. The
+# caller declares `restarts` and `failures`, 0 at first.
+restart_pause() {
+  local began=$1 seconds
+  if ((restarts >= MAX_RESTARTS)); then
+    return 1
+  fi
+  restarts=$((restarts + 1))
+  if ((SECONDS - began >= 3600)); then failures=0; fi # it worked for an hour: no reason to wait long
+  failures=$((failures + 1))
+  seconds=$(backoff "$failures")
+  log "restart $restarts of $MAX_RESTARTS in $seconds s${2:+; $2}"
+  sleep "$seconds"
+}
+
 # Seconds to pause before attempt $1 + 1.
 backoff() {
   local seconds=$BACKOFF_SECONDS i
@@ -137,6 +152,20 @@ confirm() {
 }
 
 # --- Options and the flags of the trainer
+
+# Sets `command` to the second argument, one of the words in the first, and reads the others with `parse`.
+read_command() {
+  local known=$1
+  command=${2:-help}
+  case $command in
+    -h | --help | help)
+      usage
+      exit 0
+      ;;
+  esac
+  [[ " $known " == *" $command "* ]] || die "unknown command $command; see --help"
+  parse "${@:3}"
+}
 
 # Splits arguments at --: `options` before it, `given` after it. --dry_run is taken out, --help answered.
 parse() {

@@ -80,18 +80,9 @@ logs() {
 }
 
 main() {
-  local command=${1:-help} option worker="" yes=0
+  local command option worker="" yes=0
   local -a options given flags=()
-  if (($#)); then shift; fi
-  case $command in
-    -h | --help | help)
-      usage
-      return
-      ;;
-    create | image | run | status | logs | stop | delete) ;;
-    *) die "unknown command $command; see --help" ;;
-  esac
-  parse "$@"
+  read_command "create image run status logs stop delete" "$@"
   for option in "${options[@]}"; do
     case $command$option in
       logs--worker=*) worker=${option#*=} ;;

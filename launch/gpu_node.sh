@@ -27,7 +27,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$launch/xla_flags.sh"
 
 run_training() {
-  local restarts=0 failures=0 began code seconds stopping python
+  local restarts=0 failures=0 began code stopping python
   [[ $DATA_DIR != gs://* ]] || die "DATA_DIR=$DATA_DIR: copy it to this machine, and give that path"
   trainer_flags "$root" "$DATA_DIR"
   xla_flags gpu
@@ -48,32 +48,17 @@ run_training() {
     if ((stopping)) || ! should_restart "$code"; then
       exit "$code"
     fi
-    if ((restarts >= MAX_RESTARTS)); then
+    if ! restart_pause "$began" ""; then
       log "gave up after $restarts restarts"
       exit "$code"
     fi
-    restarts=$((restarts + 1))
-    if ((SECONDS - began >= 3600)); then failures=0; fi # it worked for an hour: no reason to wait long
-    failures=$((failures + 1))
-    seconds=$(backoff "$failures")
-    log "restart $restarts of $MAX_RESTARTS in $seconds s"
-    sleep "$seconds"
   done
 }
 
 main() {
-  local command=${1:-help} option
+  local command option
   local -a options given flags=()
-  if (($#)); then shift; fi
-  case $command in
-    -h | --help | help)
-      usage
-      return
-      ;;
-    install | run) ;;
-    *) die "unknown command $command; see --help" ;;
-  esac
-  parse "$@"
+  read_command "install run" "$@"
   load_env
   for option in "${options[@]}"; do
     case $command$option in

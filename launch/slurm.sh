@@ -97,18 +97,9 @@ task() {
 }
 
 main() {
-  local command=${1:-help} id
+  local command id
   local -a options given flags=()
-  if (($#)); then shift; fi
-  case $command in
-    -h | --help | help)
-      usage
-      return
-      ;;
-    install | submit | job | task | status | logs | stop) ;;
-    *) die "unknown command $command; see --help" ;;
-  esac
-  parse "$@"
+  read_command "install submit job task status logs stop" "$@"
   load_env
   case $command in
     logs | stop)

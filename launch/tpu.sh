@@ -477,7 +477,7 @@ launch_workers() {
 }
 
 up() {
-  local restarts=0 failures=0 outcome code began seconds why condition installed=no
+  local restarts=0 failures=0 outcome code began why condition installed=no
   local -a states=() codes=()
   trap 'log "no longer watching; training goes on. Watch again: tpu.sh up, end: tpu.sh stop"; exit 130' INT TERM
   while true; do
@@ -518,15 +518,8 @@ up() {
       again*) why="trainer: $(explain "${outcome#again }")" ;;
       lost) why="the node is lost" ;;
     esac
-    if ((restarts >= MAX_RESTARTS)); then
+    restart_pause "$began" "$why" ||
       die "gave up after $restarts restarts ($why); what is still there costs: bash launch/tpu.sh delete"
-    fi
-    restarts=$((restarts + 1))
-    if ((SECONDS - began >= 3600)); then failures=0; fi # it worked for an hour: no reason to wait long
-    failures=$((failures + 1))
-    seconds=$(backoff "$failures")
-    log "restart $restarts of $MAX_RESTARTS in $seconds s; $why"
-    sleep "$seconds"
     if [[ $outcome == lost ]]; then
       installed=no
       count=""
@@ -603,23 +596,17 @@ show_status() {
 }
 
 main() {
-  local command=${1:-help} option worker=0 lines=100 yes=0 delete_when_done=0 count="" allowed assumed=ACTIVE
+  local command option worker=0 lines=100 yes=0 delete_when_done=0 count="" allowed assumed=ACTIVE
   local -a options given flags=() more_args
-  if (($#)); then shift; fi
+  read_command "create up wait install run logs ssh status stop delete" "$@"
   case $command in
-    -h | --help | help)
-      usage
-      return
-      ;;
     create) allowed="" assumed=ABSENT ;;
     up) allowed="max_restarts delete_when_done" assumed=ABSENT ;;
     wait | install | run | status | stop) allowed="" ;;
     logs) allowed="worker lines" ;;
     ssh) allowed="worker" ;;
     delete) allowed="yes" ;;
-    *) die "unknown command $command; see --help" ;;
   esac
-  parse "$@"
   load_env
   for option in "${options[@]}"; do
     [[ $option == --* && " $allowed " == *" $(sed 's/^--//; s/=.*//' <<<"$option") "* ]] || refuse "$option"
