@@ -26,7 +26,6 @@ from diversedit_jax.errors import ConfigError, RunError
 
 TIMEOUT = 300  # seconds until all processes have to be there
 SEEN = 60  # seconds until a file that one process writes has to be seen by all
-LONGEST = 2**20  # bytes of what processes compare
 
 
 def define_flags() -> None:
@@ -82,8 +81,6 @@ def agree(what: str, mine: Mapping[str, Any]) -> None:
     if jax.process_count() == 1:
         return
     text = json.dumps(mine, sort_keys=True, default=str).encode()
-    if len(text) > LONGEST:
-        raise ConfigError(f"{what} is too long to be compared: {len(text)} bytes")
     sizes = multihost_utils.process_allgather(np.int32(len(text)))
     padded = np.frombuffer(text.ljust(int(max(sizes))), np.uint8)
     gathered = multihost_utils.process_allgather(padded)

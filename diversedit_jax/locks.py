@@ -46,13 +46,16 @@ def _take(path: Path, mine: dict[str, Any], say: Callable[[str], None], gone: fl
                 json.dump(mine, file)
             return
         except FileExistsError:
-            _wait_until_gone(path, mine, say, gone)
-            path.unlink(missing_ok=True)
+            holder = _read(path)
+            _wait_until_gone(path, holder, mine, say, gone)
+            if _read(path) == holder:  # else somebody else has taken it over by now
+                path.unlink(missing_ok=True)
 
 
-def _wait_until_gone(path: Path, mine: dict[str, Any], say: Callable[[str], None], gone: float) -> None:
+def _wait_until_gone(
+    path: Path, holder: dict[str, Any], mine: dict[str, Any], say: Callable[[str], None], gone: float
+) -> None:
     """Return when the holder of a lock is gone; ConfigError if it is there."""
-    holder = _read(path)
     here = holder.get("host") == mine["host"]
     if here and not _alive(holder.get("pid")):
         return

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -20,11 +19,11 @@ from PIL import Image
 from configs import digits
 from diversedit_jax import config as configs
 from diversedit_jax import evaluate, experiment, protocols, reports, sampling, scoring, sharding, slots, sources
-from diversedit_jax.checkpoint import Checkpoints
 from diversedit_jax.config import slot
 from diversedit_jax.data.digits import SHAPE
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.evaluate import Images
+from tests import untrained
 
 ROOT = Path(__file__).parents[1]
 NUM = 110  # more than the 96 features of the network for digits, and no multiple of the batch
@@ -38,13 +37,7 @@ def workdir(tmp_path_factory):
     config.sampler.update({"solver": "euler", "steps": 2, "batch_size": 16})
     config.evaluators = ConfigDict({"scores": slot("evaluators", "scores", extractor="digits", num=NUM)})
     workdir = tmp_path_factory.mktemp("run")
-    configs.claim(workdir, config)
-    parts = experiment.build(config, SHAPE, 10).parts
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(parts.model.init, jax.random.key(0))
-    ema = jax.tree.map(lambda x: jnp.asarray(0.1 * rng.standard_normal(x.shape), x.dtype), shapes)
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        checkpoints.save(8, {"ema": ema}, {"shape": list(SHAPE), "num_classes": 10})
+    untrained.leave(workdir, config, {8: ("ema",)}, scale=0.1)
     return workdir
 
 

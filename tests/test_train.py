@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import default, digits
-from diversedit_jax import program, sample, sources, train
+from diversedit_jax import locks, program, sample, sources, train
 from diversedit_jax.checkpoint import Checkpoints
 from diversedit_jax.config import slot
 from diversedit_jax.data import Dataset
@@ -219,6 +220,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name(tmp_path):
         train.run(config, tmp_path)
     assert Checkpoints(tmp_path / "checkpoints").steps() == [2]
     assert max(losses(tmp_path)) == 3
+
+
+def test_a_workdir_that_another_run_holds_is_refused(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        holder = {"host": socket.gethostname(), "pid": other.pid, "started": "now"}
+        (tmp_path / locks.FILE).write_text(json.dumps(holder))
+        with pytest.raises(ConfigError, match=rf"is in use by process {other.pid} on .*, since now"):
+            train.run(tiny(), tmp_path)
+        other.communicate()
+    assert [path.name for path in tmp_path.iterdir()] == [locks.FILE]
 
 
 class Sleeping(list):
