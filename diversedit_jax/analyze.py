@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from diversedit_jax import checkpoint, logs, program, slots, sources
+from diversedit_jax import checkpoint, logs, program, reports, slots, sources
 from diversedit_jax import config as configs
 from diversedit_jax.analysis import figures, layouts, measure, page, scores, subjects
 from diversedit_jax.analysis.drawing import by_label
@@ -94,18 +94,6 @@ def spread(values: Sequence[float], places: int) -> str:
     return f"{np.mean(values):.{places}f}{more}"
 
 
-def on_terminal(rows: Sequence[Sequence[str]]) -> str:
-    """A table of text, the first column to the left."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  "
-        + "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
-
-
 def check(chosen: Sequence[Subject]) -> None:
     """Raise ConfigError where subjects of one label are not seeds of one setting."""
     for label, group in by_label(chosen).items():
@@ -150,7 +138,7 @@ def run(
     title = f"Representations of {', '.join(by_label(studies))}"
     page.write(folder / "report.html", title, table, drawn, notes, said)
     write_record(folder / "analysis.json", settings, t, times, studies)
-    print(on_terminal(table))
+    print(reports.aligned(table, left=1))
     for note in notes:
         print(f"note: {note}")
     print(f"written to {folder / 'report.html'} and, figure by figure, beside it")
@@ -172,7 +160,7 @@ def described(settings: Settings, t: float, studies: Sequence[Study]) -> dict[st
             "merged": "output of a block, behind its long residual connection",
             "block": "output of a block, before its long residual connection",
         }[about["capture"]],
-        **{f"{name}": version for name, version in logs.versions().items()},
+        **logs.versions(),
     }
 
 

@@ -40,8 +40,15 @@ def table(rows: Sequence[Row]) -> str:
     names = [name for name in names if "float16" not in name]
     cells = [[*map(str, rows[0][0]), *names]]
     cells += [[*map(said, varied.values()), *(number(scores[name]) for name in names)] for varied, scores in rows]
+    return aligned(cells)
+
+
+def aligned(cells: Sequence[Sequence[str]], left: int = 0) -> str:
+    """Rows of text as columns for a terminal, the first so many to the left and the others to the right."""
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    return "\n".join("  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in cells)
+    signs = ["<" if i < left else ">" for i in range(len(widths))]
+    forms = [f"{{:{sign}{width}}}" for sign, width in zip(signs, widths, strict=True)]
+    return "\n".join("  " + "  ".join(map(str.format, forms, row)) for row in cells)
 
 
 def number(value: float) -> str:

@@ -58,6 +58,15 @@ def aligned(*, label: str):
     return AuxLoss(init=lambda key, forward, batch: {}, apply=apply, blocks=(1,))
 
 
+def since(*, at: int):
+    """An auxiliary loss that is the objective from step `at` on, and 0 before."""
+
+    def apply(params, forward, batch, teacher, step, key):
+        return jnp.where(step >= at, 1.0, 0.0) * forward.loss.mean(), {}
+
+    return AuxLoss(init=lambda key, forward, batch: {}, apply=apply)
+
+
 def twice(*, sign: float = 1.0):
     """An auxiliary loss that is the objective itself, twice, or its opposite."""
 

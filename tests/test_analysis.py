@@ -23,7 +23,6 @@ from diversedit_jax.analysis.gradients import Pull
 from diversedit_jax.analysis.maps import Maps
 from diversedit_jax.analysis.measure import Estimator, Settings
 from diversedit_jax.analysis.study import PARTS, Close, Look, Study
-from diversedit_jax.checkpoint import Checkpoints
 from diversedit_jax.config import slot
 from diversedit_jax.data.digits import SHAPE
 from diversedit_jax.errors import CheckpointError, ConfigError
@@ -32,16 +31,11 @@ from diversedit_jax.interop import releases
 from diversedit_jax.interop.weights_file import write_safetensors
 from diversedit_jax.metrics import similarity
 from diversedit_jax.metrics.linear_probe import linear_probe
-from tests import browser
+from tests import browser, parts, untrained
 
 ROOT = Path(__file__).parents[1]
 DEPTH, WIDTH, BATCH, T = 4, 16, 16, 0.3
 SETTINGS = Settings(num=2 * BATCH, batch=BATCH)
-
-
-def randomly(shapes, seed):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype), shapes)
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +47,7 @@ def workdir(tmp_path_factory):
     config.losses.against = slot("losses", "tests.parts:twice", sign=-1.0)
     config.evaluators = ConfigDict()
     workdir = tmp_path_factory.mktemp("mine")
-    configs.claim(workdir, config)
-    parts = experiment.build(config, SHAPE, 10).parts
-    shapes = jax.eval_shape(parts.model.init, jax.random.key(0))
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        for step in (5, 10):
-            state = {"ema": randomly(shapes, step), "params": randomly(shapes, step + 1)}
-            checkpoints.save(step, state, {"shape": list(SHAPE), "num_classes": 10})
+    untrained.leave(workdir, config, dict.fromkeys((5, 10), ("ema", "params")), scale=0.3)
     lines = [{"step": step, "time": 0, "digits/frechet": 30.0 / step, "digits/accuracy": 0.1} for step in (5, 10)]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return workdir
@@ -77,7 +65,7 @@ def params(subject):
 
 @pytest.fixture(scope="module")
 def shown(subject):
-    return measure.batches(subject.data("test"), SETTINGS)
+    return measure.batches(subject.data("test"), SETTINGS, subject.mesh)
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +175,7 @@ def test_what_cannot_be_measured_is_refused(settings, message):
 
 def test_too_few_images_are_refused(subject):
     with pytest.raises(ConfigError, match=r"--num=512 of 360 examples: not one batch of 400 \(--batch\)"):
-        measure.batches(subject.data("test"), Settings(batch=400))
+        measure.batches(subject.data("test"), Settings(batch=400), subject.mesh)
 
 
 # --- Probes.
@@ -220,7 +208,7 @@ def test_the_network_cannot_tell_the_probe_the_label(ready, params, shown):
 
 
 def test_a_loss_that_is_the_objective_pulls_where_it_pulls(subject, params, shown):
-    found = gradients.pulls(subject, params, {label: {} for label in subject.parts.losses}, shown)
+    found = gradients.pulls(subject, params, {label: {} for label in subject.parts.losses}, shown, step=10)
     assert found.keys() == {"diversity", "same", "against"}
     for label, cosine in (("same", 1), ("against", -1)):
         np.testing.assert_allclose(found[label].cosine, cosine, rtol=1e-4)
@@ -228,6 +216,15 @@ def test_a_loss_that_is_the_objective_pulls_where_it_pulls(subject, params, show
         np.testing.assert_allclose(found[label].spread, 0, atol=1e-4)
     assert (np.abs(found["diversity"].cosine) < 0.99).all()
     assert (found["diversity"].ratio > 0).all(), "at full weight, whatever the adaptive weight"
+
+
+def test_a_loss_pulls_as_it_weighs_at_the_step_of_the_checkpoint(subject, params, shown):
+    losses = {"now": parts.since(at=10), "later": parts.since(at=11)}
+    changed = subject._replace(parts=subject.parts._replace(losses=losses))
+    found = gradients.pulls(changed, params, {"now": {}, "later": {}}, shown[:1], step=10)
+    np.testing.assert_allclose(found["now"].cosine, 1, rtol=1e-4)
+    assert np.isnan(found["later"].cosine).all()
+    np.testing.assert_array_equal(found["later"].ratio, 0)
 
 
 def test_a_connection_is_cut_where_its_linear_reads_it(subject, params, shown):
@@ -325,12 +322,12 @@ def test_a_release_needs_no_training_state(tmp_path, monkeypatch):
     dims = {"depth": 2, "width": WIDTH, "heads": 2}
     shapes = jax.eval_shape(models.make("official_sit", SHAPE, 10, **dims).init, jax.random.key(0))
     arch = releases.Architecture(**dims, patch=2, channels=1, out_channels=2, num_classes=10)
-    own = jax.tree.map(np.asarray, randomly(shapes, 0))
+    own = jax.tree.map(np.asarray, untrained.randomly(shapes, 0, scale=0.3))
     file = tmp_path / "sit.safetensors"
     write_safetensors(file, releases.export(own, "official_sit", arch, side=8))
     about = {"family": "official_sit", "heads": 2, "data": slot("data", "digits").to_dict()}
     subject = looking.of_release(file, **about)
-    shown = measure.batches(subject.data("train"), SETTINGS)
+    shown = measure.batches(subject.data("train"), SETTINGS, subject.mesh)
     seen = subject.features(subject.load(0), subject.frozen, shown[0], jnp.float32(0), jax.random.key(0))
     network = models.make("official_sit", SHAPE, 10, **dims).network(own)
     _, wanted = network(shown[0]["x"], jnp.zeros(BATCH), shown[0]["y"])

@@ -163,7 +163,7 @@ def test_minibatches_add_up_to_the_whole_on_average():
     sums = sum(hsic_of(batch, hsic=hsic_unbiased) for batch in batches)
     whole = [jnp.concatenate([batch[i] for batch in batches]) for i in range(2)]
     found, wanted = normalised(sums)[0, 1], cka(whole, hsic=hsic_unbiased)[0, 1]
-    assert abs(found - wanted) < 0.06
+    assert abs(found - wanted) < 0.06  # its standard error is 0.025, by the jackknife over batches
     biased = normalised(sum(hsic_of(batch) for batch in batches))[0, 1]
     assert biased - wanted > 3 * abs(found - wanted), "the biased estimator does depend on the batch"
 

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict, config_flags
 
 from diversedit_jax import logs, program
 from diversedit_jax.analysis import measure, study, subjects
-from diversedit_jax.analysis.measure import TOKENS, Estimator, Measured, Settings
+from diversedit_jax.analysis.measure import TOKENS, Estimator, Settings
 from diversedit_jax.config import slot
 from diversedit_jax.metrics import similarity
 
@@ -57,7 +57,7 @@ def main() -> None:
         subject, params = subject_of(given.config)
     settings = Settings(num=given.count, batch=given.batch)
     with_weights = peak()
-    shown = measure.batches(subject.data("test"), settings)
+    shown = measure.batches(subject.data("test"), settings, subject.mesh)
     ready = measure.compiled(subject, settings._replace(num=given.num))  # keeps as few tokens of each as for all
     begin = time.perf_counter()
     measure.measure(ready, params, shown[:1], 0.05)
@@ -70,12 +70,13 @@ def main() -> None:
 
     blocks, _, width = found.rows["pooled"].shape
     rng = np.random.default_rng(1)
-    base = rng.standard_normal((given.num, width), np.float32)
+    counts = {"pooled": given.num, "token": TOKENS}
+    base = rng.standard_normal((max(counts.values()), width), np.float32)
     rows = {
-        unit: np.stack([base + rng.standard_normal((n, width), np.float32)[: len(base)] for _ in range(blocks)])
-        for unit, n in (("pooled", given.num), ("token", TOKENS))
+        unit: np.stack([base[:n] + rng.standard_normal((n, width), np.float32) for _ in range(blocks)])
+        for unit, n in counts.items()
     }
-    many = Measured(*found)._replace(rows=rows)
+    many = found._replace(rows=rows)
     begin = time.perf_counter()
     study.compared(many, Estimator())
     comparing = time.perf_counter() - begin
@@ -84,7 +85,7 @@ def main() -> None:
     similarity.procrustes([jnp.asarray(x) for x in rows["pooled"][:2]]).block_until_ready()
     one_pair = time.perf_counter() - begin
 
-    kept = 2 * blocks * width * 4 * (given.num + max(TOKENS, given.num)) / GB
+    kept = 2 * blocks * width * 4 * sum(counts.values()) / GB
     record = {
         "command": f"python -m tools.benchmark_analysis --count={given.count} --num={given.num} --batch={given.batch}",
         "network": {

@@ -72,28 +72,25 @@ def diversity(folder: Path, studies: Sequence[Study]) -> Plate | None:
 
 def against_scores(folder: Path, studies: Sequence[Study]) -> Plate | None:
     """Off-diagonal similarity of checkpoints against a distance of their samples, where it is known."""
-    points = [(study.label, one) for study in studies for one in study.looks]
-    names = [name for name in dict.fromkeys(n for _, one in points for n in one.scores) if scores.is_distance(name)]
-    names = [name for name in names if sum(name in one.scores for _, one in points) >= 3][:3]
+    points = [one for study in studies for one in study.looks]
+    names = [name for name in dict.fromkeys(n for one in points for n in one.scores) if scores.is_distance(name)]
+    names = [name for name in names if sum(name in one.scores for one in points) >= 3][:3]
     if not names:
         return None
     table = [
-        [label, one.step, 1 - one.diversity["all"], *(one.scores.get(name, "") for name in names)]
-        for label, one in points
+        [one.label, one.step, 1 - one.diversity["all"], *(one.scores.get(name, "") for name in names)] for one in points
     ]
     with drawing(folder, "scores", ["label", "step", "mean similarity", *names], table) as figure:
         figure.set_size_inches(min(WIDTH, 0.4 + 2.6 * len(names)), 2.5)
         correlations = []
         for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-            x, y = ([], [])
-            for (label, group), colour, marker in zip(
-                itertools.groupby(points, key=lambda p: p[0]), itertools.cycle(COLOURS), itertools.cycle(MARKERS)
+            known = [one for one in points if name in one.scores]
+            x, y = [1 - one.diversity["all"] for one in known], [one.scores[name] for one in known]
+            for label, colour, marker in zip(
+                by_label(points), itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False
             ):
-                known = [one for _, one in group if name in one.scores]
-                x += (here := [1 - one.diversity["all"] for one in known])
-                y += (scored := [one.scores[name] for one in known])
-                first = label not in axes.get_legend_handles_labels()[1]
-                axes.scatter(here, scored, color=colour, marker=marker, s=16, label=label if first else None)
+                own = [i for i, one in enumerate(known) if one.label == label]
+                axes.scatter([x[i] for i in own], [y[i] for i in own], color=colour, marker=marker, s=16, label=label)
             axes.set(xlabel="mean similarity of two blocks", ylabel=scores.title(name))
             if min(y) > 0 and max(y) > 10 * min(y):
                 axes.set_yscale("log")
@@ -254,8 +251,8 @@ def gradients(folder: Path, studies: Sequence[Study]) -> Plate | None:
         "gradients",
         "Do auxiliary losses pull with the objective?",
         "The cosine between the gradients of an auxiliary loss and of the objective in the parameters of each block: "
-        "below 0 they work against each other. Losses stand at full weight, the diversity loss also where its adaptive "
-        "weight is 0, and one that a network was not trained with shows what it would ask for.",
+        "below 0 they work against each other. The diversity loss stands at full weight, also where its adaptive "
+        "weight is 0; where a network was not trained with it, it shows what it would ask for.",
         folder,
     )
 

@@ -1,7 +1,7 @@
 """The figures of a report that are heatmaps or pictures, and the order of all; None where there is nothing to draw."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -69,34 +69,37 @@ def blocks(folder: Path, studies: Sequence[Study], scale: str) -> Plate:
 
 def training(folder: Path, studies: Sequence[Study], scale: str) -> Plate | None:
     """Checkpoints over training, a row for each setting; None where no setting has several."""
-    return _rows_of_looks(
-        folder,
-        "training",
-        {label: [one.looks for one in group] for label, group in by_label(studies).items()},
-        lambda look: f"step {look.step:,}",
-        lambda look: look.step,
-        "Over training",
+    text = (
         f"The same comparison at checkpoints over training ({where(scale, studies)}), all on one colour scale. A "
-        "picture that darkens from left to right belongs to a network whose blocks grow apart.",
+        "picture that darkens from left to right belongs to a network whose blocks grow apart."
     )
+    groups = {label: [one.looks for one in group] for label, group in by_label(studies).items()}
+    plate = Plate("training", "Over training", text, folder)
+    return _rows_of_looks(plate, groups, "step", lambda look: look.step, "step {:,}")
 
 
 def timesteps(folder: Path, studies: Sequence[Study], scale: str) -> Plate | None:
     """The last checkpoint at several times, a row for each setting."""
-    return _rows_of_looks(
-        folder,
-        "timesteps",
-        {label: [one.times for one in group] for label, group in by_label(studies).items()},
-        lambda look: f"t = {look.t:g}",
-        lambda look: look.t,
-        "Over the times of the diffusion",
+    text = (
         f"The last checkpoint at several times, where t = 0 is data and t = 1 is noise ({scale}). It shows whether the "
-        "blocks differ more on clean images or on noisy ones.",
+        "blocks differ more on clean images or on noisy ones."
     )
+    groups = {label: [one.times for one in group] for label, group in by_label(studies).items()}
+    plate = Plate("timesteps", "Over the times of the diffusion", text, folder)
+    return _rows_of_looks(plate, groups, "t", lambda look: look.t, "t = {:g}")
 
 
-def _rows_of_looks(folder, name, groups, title_of, place_of, title, text) -> Plate | None:
-    """A row of heatmaps for each setting; seeds are averaged where they have the same place."""
+def _rows_of_looks(
+    plate: Plate,
+    groups: Mapping[str, Sequence[Sequence[Look]]],
+    axis: str,
+    place_of: Callable[[Look], float],
+    said: str,
+) -> Plate | None:
+    """A row of heatmaps for each setting; seeds are averaged where they have the same place on an axis.
+
+    said: how a place is written. None where no setting has two places.
+    """
     rows, names, table = [], [], []
     for label, seeds_of in groups.items():
         places: dict[float, list[Look]] = {}
@@ -106,15 +109,13 @@ def _rows_of_looks(folder, name, groups, title_of, place_of, title, text) -> Pla
             table += entries([label, place], mean_matrix(looks))
         if places:
             chosen = spaced(sorted(places.items()))
-            rows.append([Panel(title_of(looks[0]), mean_matrix(looks)) for _, looks in chosen])
+            rows.append([Panel(said.format(place), mean_matrix(looks)) for place, looks in chosen])
             names.append(label)
     if not rows or max(map(len, rows)) < 2:
         return None
-    with drawing(
-        folder, name, ["label", "step" if name == "training" else "t", "block", "other", "similarity"], table
-    ) as f:
-        heatmaps(f, rows, names if len(rows) > 1 else None, "similarity")
-    return Plate(name, title, text, folder)
+    with drawing(plate.folder, plate.name, ["label", axis, "block", "other", "similarity"], table) as figure:
+        heatmaps(figure, rows, names if len(rows) > 1 else None, "similarity")
+    return plate
 
 
 def cosines(folder: Path, studies: Sequence[Study]) -> Plate:

@@ -28,8 +28,11 @@ class Pull(NamedTuple):
     ratio: Float[np.ndarray, " l"]
 
 
-def pulls(subject: Subject, params: Params, heads: Params, shown: Sequence[Batch], seed: int = 0) -> dict[str, Pull]:
-    """By loss. The losses are those of training, on its times and noise, without label drop and at full weight.
+def pulls(
+    subject: Subject, params: Params, heads: Params, shown: Sequence[Batch], step: int, seed: int = 0
+) -> dict[str, Pull]:
+    """By loss. The losses are those of training, on its times and noise, without label drop, as they weigh at a step;
+    but the diversity loss stands at full weight.
 
     Takes one backward pass for each loss, and one for the objective, a batch. The teacher has the same weights.
     """
@@ -37,7 +40,7 @@ def pulls(subject: Subject, params: Params, heads: Params, shown: Sequence[Batch
     found = []
     for number, batch in enumerate(shown):
         key = jax.random.fold_in(jax.random.key(seed), number)
-        found.append(jax.device_get(run(params, heads, subject.frozen, batch, key)))
+        found.append(jax.device_get(run(params, heads, subject.frozen, batch, jnp.int32(step), key)))
     pulled = {}
     for label in subject.parts.losses:
         dots, own, other = (np.stack([one[label][i] for one in found]) for i in range(3))
@@ -49,7 +52,7 @@ def pulls(subject: Subject, params: Params, heads: Params, shown: Sequence[Batch
     return pulled
 
 
-def _products(subject: Subject, params: Params, heads: Params, frozen: Any, batch: Batch, key: Array):
+def _products(subject: Subject, params: Params, heads: Params, frozen: Any, batch: Batch, step: Array, key: Array):
     """For each loss the products by block: with the objective's gradient, of that with itself, and of its own."""
     parts = subject.parts
     key_prepare, key_objective, key_losses = jax.random.split(key, 3)
@@ -60,7 +63,6 @@ def _products(subject: Subject, params: Params, heads: Params, frozen: Any, batc
         return parts.objective(parts.model.network(params), prepared, key_objective)
 
     def term(params: Params, label: str, number: int) -> Array:
-        step = jnp.int32(2**30)  # behind every warm-up
         key = jax.random.fold_in(key_losses, number)
         return parts.losses[label].apply(heads[label], forward(params), prepared, teacher, step, key)[0]
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from diversedit_jax import logs, sharding
@@ -29,6 +30,7 @@ UNITS = {
     "image": "an example is an image, by all its tokens",
 }
 HSICS = ("biased", "unbiased", "minibatch")
+KERNELS = tuple(similarity.KERNELS)
 TOKENS = 2048  # examples at most, where tokens are gathered
 IMAGE_BYTES = 2**30  # at most, where whole images are gathered
 
@@ -104,8 +106,8 @@ def check(settings: Settings) -> None:
     for name in ("num", "batch", "noises"):
         if getattr(settings, name) < 1:
             raise ConfigError(f"--{name}={getattr(settings, name)}: must be positive")
-    if estimator.hsic != "biased" and sharding.filled(settings.batch) < 4:
-        raise ConfigError(f"--batch={settings.batch}: unbiased estimators need at least 4 examples in a batch")
+    if sharding.filled(settings.batch) < 4:
+        raise ConfigError(f"--batch={settings.batch}: minibatch estimators need at least 4 images at a time")
 
 
 def split_of(subject: Subject, split: str | None) -> str:
@@ -119,7 +121,7 @@ def split_of(subject: Subject, split: str | None) -> str:
     return "test"
 
 
-def batches(dataset: Dataset, settings: Settings) -> list[Batch]:
+def batches(dataset: Dataset, settings: Settings, mesh: Mesh) -> list[Batch]:
     """The first whole batches of the data, at most `num` examples, in an order by the seed; placed over all devices.
 
     ConfigError where there is not one batch.
@@ -128,7 +130,7 @@ def batches(dataset: Dataset, settings: Settings) -> list[Batch]:
     count = min(settings.num, len(dataset.source)) // batch
     if not count:
         raise ConfigError(f"--num={settings.num} of {len(dataset.source)} examples: not one batch of {batch} (--batch)")
-    over = sharding.over_batch(sharding.make_mesh())
+    over = sharding.over_batch(mesh)
     placing = {"process_index": jax.process_index(), "process_count": jax.process_count(), "num_threads": 1}
     with contextlib.closing(pipeline.batches(dataset, batch, settings.seed, **placing)) as loader:
         local = itertools.islice(loader, count)
@@ -171,7 +173,7 @@ def _measure(
         rows = units
     return {
         "rows": rows,
-        "hsic": {"/".join(name): found for name, found in hsic.items()} if b >= 4 else {},
+        "hsic": {"/".join(name): found for name, found in hsic.items()},
         "token_cosine": similarity.token_cosine(stack),
         "mean_cosine": similarity.mean_cosine(stack),
         "norm": jnp.linalg.norm(tokens, axis=-1).mean(axis=1),
@@ -180,9 +182,6 @@ def _measure(
         "count": b * n,
         "labels": batch["y"],
     }
-
-
-KERNELS = tuple(similarity.KERNELS)
 
 
 def _gathers_images(estimator: Estimator) -> bool:
@@ -235,13 +234,15 @@ def _over_batches(
             now = jax.random.fold_in(key, number)
             out = jax.device_get(ready.run(params, ready.subject.frozen, batch, jnp.float32(t), now, null))
             for unit, rows in out.pop("rows").items():
-                parts.setdefault(unit, []).append(rows)
+                if unit != "token" or sum(part.shape[1] for part in parts.get(unit, [])) < TOKENS:
+                    parts.setdefault(unit, []).append(rows)
             parts.setdefault("labels", []).append(out.pop("labels"))
             sums = _merged(sums, out)
             if _gathers_images(ready.settings.estimator):
                 _check_gathered(parts["image"])
             ticker.update(len(batch["y"]))
     blocks = {unit: np.concatenate(found, axis=1) for unit, found in parts.items() if unit != "labels"}
+    blocks["token"] = blocks["token"][:, :TOKENS]
     count = sums["batches"]
     return {
         "rows": blocks,

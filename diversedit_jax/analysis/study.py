@@ -87,7 +87,7 @@ def study(
     """Look into a subject at these steps; `say` gets a line now and then."""
     notes = list(subject.notes)
     dataset = subject.data(settings.split)
-    shown = measure.batches(dataset, settings)
+    shown = measure.batches(dataset, settings, subject.mesh)
     used = len(shown) * len(shown[0]["y"])
     ready, known = measure.compiled(subject, settings), scores.found(subject.workdir)
     looks, last, params = [], None, None
@@ -108,13 +108,13 @@ def study(
         found["estimators"] = estimators(last, settings.estimator)
     if "probe" in parts:
         say(f"{subject.label}: linear probes")
-        fitted = measure.batches(subject.data("train"), settings._replace(num=2 * settings.num))
+        fitted = measure.batches(subject.data("train"), settings._replace(num=2 * settings.num), subject.mesh)
         alike = settings.split == "train"
         found["probe"] = probing.accuracies(ready, params, fitted, None if alike else shown, t)
     if "gradients" in parts:
         say(f"{subject.label}: gradients")
         try:
-            found["pulls"] = gradients.pulls(subject, params, subject.heads(step), shown[:FEW], settings.seed)
+            found["pulls"] = gradients.pulls(subject, params, subject.heads(step), shown[:FEW], step, settings.seed)
         except RunError as error:
             notes.append(f"gradients are left out: {error}")
     if "connections" in parts:
@@ -161,8 +161,7 @@ def compared(found: Measured, chosen: Estimator) -> dict[str, Float[np.ndarray, 
             one = chosen._replace(unit=unit, kernel=kernel, hsic="unbiased")
             others[f"{kernel}, {unit}"] = measure.similar(one, found.rows[unit])
     for kernel in similarity.KERNELS:
-        if ("image", kernel) in found.minibatch:
-            others[f"{kernel}, image"] = found.minibatch["image", kernel]
+        others[f"{kernel}, image"] = found.minibatch["image", kernel]
     biased = chosen._replace(unit="pooled", kernel="linear", hsic="biased")
     others["linear, pooled, biased"] = measure.similar(biased, found.rows["pooled"])
     units = [row / np.linalg.norm(row, axis=1, keepdims=True) for row in found.rows["pooled"]]

@@ -37,7 +37,7 @@ class Subject(NamedTuple):
     label:   for people; subjects of the same label are seeds of one setting.
     steps:   of its checkpoints, in order; [0] of a release.
     load:    step -> parameters. heads: step -> those of the auxiliary losses.
-    parts:   the model and what trains it, without label drop; every loss at full weight.
+    parts:   the model and what trains it, without label drop; the diversity loss at full weight.
     times:   t [b] in [0, 1] -> the time as the network takes it.
     null:    the label of no class.
     data:    split -> data set. workdir: of a run, None of a release.
@@ -130,7 +130,7 @@ def of_config(config: ConfigDict, shape: tuple[int, int, int], num_classes: int)
             config.objective[name] = value
     for loss in config.losses.values():
         if loss.name == "diversity":  # its gradient is asked for also where the adaptive weight is 0
-            loss.update({"weight": "constant", "coefficient": 1.0})
+            loss.update({"weight": "constant", "coefficient": 1.0, "warmup_steps": 0})
     built = experiment.build(config, shape, num_classes)
     parts = built.parts if built.parts.losses else built.parts._replace(losses=_supposed())
 

@@ -158,11 +158,11 @@ def procrustes(representations: Representations) -> Float[Array, "l l"]:
     """
     centred = [rows - rows.mean(axis=0) for rows in representations]
     units = [rows / jnp.linalg.norm(rows) for rows in centred]
-    found = np.eye(len(units), dtype=object)
+    found = jnp.eye(len(units), dtype=units[0].dtype)
     for i, j in zip(*np.triu_indices(len(units), 1), strict=True):
         cross = jnp.einsum("np,nq->pq", units[i], units[j], precision="highest")
-        found[i, j] = found[j, i] = jnp.linalg.svd(cross, compute_uv=False).sum()
-    return jnp.stack([jnp.stack([jnp.asarray(x, units[0].dtype) for x in row]) for row in found])
+        found = found.at[[i, j], [j, i]].set(jnp.linalg.svd(cross, compute_uv=False).sum())
+    return found
 
 
 # --- Cosines of features of the same width.
