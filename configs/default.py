@@ -39,8 +39,17 @@ def get_config() -> ConfigDict:
     config.optim = options(optim.make)
     config.ema_decay = 0.9999  # of the weights that are sampled from; they start as a copy
 
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1})  # -1: all devices that are left
+    config.mesh = ConfigDict(  # -1: all devices that are left
+        {
+            "data": -1,  # copies of the parameters, each with its part of the batch; of several slices a multiple
+            "fsdp": 1,  # parts that parameters, EMA and moments are split into, each with its part of the batch, too
+            "tensor": 1,  # parts of the heads and hidden units, that work on the same examples
+            "rules": (),  # ((pattern of names, axes), ...) before those of sharding.RULES
+        }
+    )
+    config.max_skipped = 0  # batches with a loss or gradient that is not finite, which leave no trace; one more: an end
     config.log_every = 100
+    config.profile = ""  # steps to look at in XProf: 100:105, or 100:105,5000:5005
     config.watchdog = 1_800.0  # seconds without a step after which a run that hangs ends with its stacks; 0: never
     config.checkpoint = ConfigDict(
         {

@@ -23,7 +23,18 @@ FILE = "config.json"
 RESERVED = ("name", "every")  # keys of a slot that are not options of its factory
 
 # What may differ when a run is resumed: how long it runs, where it runs, what it reports and keeps.
-FREE = ("total_steps", "log_every", "watchdog", "mesh", "input", "checkpoint", "samples", "evaluators")
+FREE = (
+    "total_steps",
+    "max_skipped",
+    "log_every",
+    "profile",
+    "watchdog",
+    "mesh",
+    "input",
+    "checkpoint",
+    "samples",
+    "evaluators",
+)
 
 
 def options(build: Callable, **changes: Any) -> ConfigDict:

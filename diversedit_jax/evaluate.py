@@ -281,7 +281,7 @@ def run(
     opened = [images_at(point) for point in points]
     for images in opened:
         check(images, judges)
-    extract = scoring.extraction(judges.extractors, sharding.make_mesh(), opened[0].batch)
+    extract = scoring.extraction(judges.extractors, sharding.make(), opened[0].batch)
     statistics = scoring.references_for(judges.extractors, judges.references, extract, opened[0].batch)
     rows: list[reports.Row] = []
     for point, images in zip(points, opened, strict=True):

@@ -1,6 +1,7 @@
 """From a config to the parts of a run. Whatever a config can have wrong is found here, before anything compiles."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,24 +9,23 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diversedit_jax import config as configs
-from diversedit_jax import optim, sampling, sharding
+from diversedit_jax import flops, optim, profiler, sampling, sharding
 from diversedit_jax.api import Params, Prepare
 from diversedit_jax.data import Dataset
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.interop import releases
 from diversedit_jax.models import Model
 from diversedit_jax.prepare import with_encoders
-from diversedit_jax.train_state import Parts
+from diversedit_jax.train_state import Parts, train_step
 
 
 class Experiment(NamedTuple):
     """A config, built."""
 
-    mesh: Mesh
+    layout: sharding.Layout
     parts: Parts
     sample: sampling.Sample
     rate: optax.Schedule
@@ -43,10 +43,15 @@ def open_data(config: ConfigDict, split: str = "train") -> Dataset:
     return dataset
 
 
-def build(config: ConfigDict, shape: tuple[int, int, int], num_classes: int) -> Experiment:
-    """The parts of a run for samples of `shape` and labels 0 .. num_classes - 1; ConfigError for what cannot work."""
-    mesh = sharding.make_mesh(**config.mesh)
-    _check_steps(config)
+def build(
+    config: ConfigDict, shape: tuple[int, int, int], num_classes: int, devices: Sequence[jax.Device] | None = None
+) -> Experiment:
+    """The parts of a run for samples of `shape` and labels 0 .. num_classes - 1; ConfigError for what cannot work.
+
+    devices: of another machine, to compile for it; by default this one's.
+    """
+    layout = sharding.make(**config.mesh, devices=devices)
+    _check_steps(config, layout)
     for label in {"objective", "total"} & set(config.losses):
         raise ConfigError(f"config.losses.{label}: the metrics use this name already; choose another label")
     losses = {label: configs.make("losses", c, f"config.losses.{label}") for label, c in config.losses.items()}
@@ -59,25 +64,41 @@ def build(config: ConfigDict, shape: tuple[int, int, int], num_classes: int) -> 
     prepare = with_encoders(prepare, encoders) if encoders else prepare
     parts = Parts(model, prepare, objective, losses, optimizer, config.ema_decay, config.accumulate)
     options = configs.keywords(config.sampler, "config.sampler", sampling.make)
-    sample = sampler(config, mesh, parts, shape, num_classes)(**options)
-    return Experiment(mesh, parts, sample, rate)
+    sample = sampler(config, layout, parts, shape, num_classes)(**options)
+    return Experiment(layout, parts, sample, rate)
+
+
+def work(
+    config: ConfigDict, parts: Parts, shape: tuple[int, int, int], num_classes: int, state: Any, batch: Any
+) -> int:
+    """The FLOPs of a training step on this state and batch, which may be abstract: see `flops`.
+
+    Without what rematerialisation computes again. Raises what tracing the step raises.
+    """
+    plain = configs.copied(config.model)
+    plain.update({name: form for name, form in {"remat": "none", "attention": "xla"}.items() if name in plain})
+    parts = parts._replace(model=configs.make("models", plain, "config.model", shape, num_classes))
+    frozen = jax.eval_shape(parts.prepare.init)
+    return flops.of(partial(train_step, parts), state, frozen, batch, jax.eval_shape(jax.random.key, 0))
 
 
 def elsewhere(config: ConfigDict) -> ConfigDict:
     """The config of a run for looking at it on these devices, however many trained it: a copy with a mesh that fits."""
     config = configs.copied(config)
-    shards = config.mesh.fsdp
-    config.mesh = ConfigDict({"data": -1, "fsdp": shards if shards > 0 and jax.device_count() % shards == 0 else 1})
+    given = {axis: config.mesh.get(axis, 1) for axis in ("fsdp", "tensor")}  # a run of an older version lacks some
+    if min(given.values()) < 1 or jax.device_count() % math.prod(given.values()):
+        given = {"fsdp": 1, "tensor": 1}
+    config.mesh = ConfigDict({"data": -1, **given, "rules": config.mesh.get("rules", ())})
     return config
 
 
 def sampler(
-    config: ConfigDict, mesh: Mesh, parts: Parts, shape: tuple[int, int, int], num_classes: int
+    config: ConfigDict, layout: sharding.Layout, parts: Parts, shape: tuple[int, int, int], num_classes: int
 ) -> Callable[..., sampling.Sample]:
     """From the options of a sampler to a function that samples what the config trains."""
     source = sampling.trained(config.objective.to_dict())
     _check_times(config, isinstance(source, sampling.AverageVelocity))
-    return partial(sampling.make, parts.model, parts.prepare, shape, num_classes, source, mesh)
+    return partial(sampling.make, parts.model, parts.prepare, shape, num_classes, source, layout)
 
 
 def _check_times(config: ConfigDict, average: bool) -> None:
@@ -90,33 +111,36 @@ def _check_times(config: ConfigDict, average: bool) -> None:
         )
 
 
-def _check_steps(config: ConfigDict) -> None:
+def _check_steps(config: ConfigDict, layout: sharding.Layout) -> None:
     for name in ("total_steps", "batch_size", "accumulate", "log_every"):
         if config[name] < 1:
             raise ConfigError(f"config.{name} = {config[name]}: must be positive")
+    profiler.windows(config.profile)
+    if config.max_skipped < 0:
+        raise ConfigError(f"config.max_skipped = {config.max_skipped}: must not be negative")
     if not 0 <= config.ema_decay < 1:
         raise ConfigError(f"config.ema_decay = {config.ema_decay}: must be in [0, 1)")
-    at_once = jax.device_count() * config.accumulate
+    at_once = layout.shards * config.accumulate
     if config.batch_size % at_once:
         below = config.batch_size // at_once * at_once
         nearest = f"{below} or {below + at_once}" if below else f"{at_once}"
         times = f" x {config.accumulate} accumulated parts" if config.accumulate > 1 else ""
         raise ConfigError(
-            f"config.batch_size = {config.batch_size} is not divisible by {jax.device_count()} devices{times}; "
+            f"config.batch_size = {config.batch_size} is not divisible by data x fsdp = {layout.shards}{times}; "
             f"nearest: {nearest}"
         )
 
 
-def abstract_params(model: Model, mesh: Mesh) -> Params:
+def abstract_params(model: Model, layout: sharding.Layout) -> Params:
     """The shapes of a model's parameters and where they live."""
     abstract = jax.eval_shape(model.init, jax.random.key(0))
-    return sharding.placed(abstract, sharding.shardings(abstract, mesh))
+    return sharding.placed(abstract, sharding.shardings(abstract, layout))
 
 
-def prepared(prepare: Prepare, mesh: Mesh) -> Any:
+def prepared(prepare: Prepare, layout: sharding.Layout) -> Any:
     """The frozen weights of a preparation, put where they live. (A program that made them would hold a file.)"""
     frozen = prepare.init()
-    return sharding.put(frozen, sharding.shardings(jax.tree.map(np.asarray, frozen), mesh))
+    return sharding.put(frozen, sharding.shardings(jax.tree.map(np.asarray, frozen), layout))
 
 
 def starting_params(config: ConfigDict, wanted: Params) -> Params | None:

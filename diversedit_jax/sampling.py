@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
@@ -121,7 +120,7 @@ def make(
     shape: tuple[int, int, int],
     num_classes: int,
     source: Flow | Diffusion | AverageVelocity,
-    mesh: Mesh,
+    layout: sharding.Layout,
     *,
     solver: str = "euler_maruyama",
     steps: int = 250,
@@ -197,7 +196,7 @@ def make(
         bound = model.network(params)
         return bound if width is None else joint.packed(bound, shape)
 
-    @partial(jax.jit, out_shardings=sharding.replicated(mesh))  # so that every process can read the result
+    @partial(jax.jit, out_shardings=sharding.replicated(layout))  # so that every process can read the result
     def run(params: Params, weak: Params | None, frozen: Any, y: Int[Array, " b"], keys: Array, scale, interval):
         keys = jax.random.wrap_key_data(keys)
         start, path_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
@@ -234,8 +233,9 @@ def make(
         done = []
         for begin in range(0, len(labels), size):
             index = np.minimum(np.arange(begin, begin + size), len(labels) - 1)  # the last batch is filled up
-            y, k = sharding.put((np.asarray(labels, np.int32)[index], keys[index]), sharding.over_batch(mesh))
-            images, finite = run(params, weak, frozen, y, k, *guidance)
+            y, k = sharding.put((np.asarray(labels, np.int32)[index], keys[index]), sharding.over_batch(layout))
+            with jax.set_mesh(layout.mesh):
+                images, finite = run(params, weak, frozen, y, k, *guidance)
             if not finite:
                 raise NonFiniteError(f"samples {first + begin} to {first + begin + size - 1} are not finite")
             done.append(np.asarray(images))

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from diversedit_jax import sharding
 from diversedit_jax.api import Params
@@ -31,34 +30,32 @@ Found = dict[str, Features]  # extractor's name -> features of a batch, on the h
 Extract = Callable[[np.ndarray], Found]
 
 
-def extraction(extractors: Iterable[Extractor], mesh: Mesh, batch: int) -> Extract:
+def extraction(extractors: Iterable[Extractor], layout: sharding.Layout, batch: int) -> Extract:
     """A function from uint8 images [b h w c], b at most `batch`, to the features that each extractor gives.
 
     Batches are filled up to one size, so that one program serves a whole evaluation, and each network takes its own
     number of images at a time on each device: no feature depends on the batch or on the number of devices.
     """
     extractors = list(extractors)
-    least = math.lcm(*(one.chunk for one in extractors)) * mesh.size
+    least = math.lcm(*(one.chunk for one in extractors)) * layout.mesh.size
     size = -(-batch // least) * least
 
-    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))  # so that every process can read the result
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(layout))  # so that every process can read the result
     def run(weights: list[Any], images: jax.Array) -> dict[str, Features]:
         return {
-            one.name: sharding.in_chunks(functools.partial(one.apply, w), images, one.chunk, mesh.size)
+            one.name: sharding.in_chunks(functools.partial(one.apply, w), images, one.chunk, layout.mesh.size)
             for one, w in zip(extractors, weights, strict=True)
         }
 
     @functools.cache
     def weights() -> list[Any]:
-        return [sharding.put(one.init(), sharding.replicated(mesh)) for one in extractors]
+        return [sharding.put(one.init(), sharding.replicated(layout)) for one in extractors]
 
     def extract(images: np.ndarray) -> Found:
         if not 0 < len(images) <= size:
             raise ValueError(f"wanted 1 to {size} images at a time, given {len(images)}")
         filled = np.resize(images, (size, *images.shape[1:]))
-        over_batch = sharding.over_batch(mesh)
-        on_device = jax.make_array_from_callback(filled.shape, over_batch, lambda index: filled[index])
-        found = jax.device_get(run(weights(), on_device))
+        found = jax.device_get(run(weights(), sharding.put(filled, sharding.over_batch(layout))))
         found = jax.tree.map(lambda x: np.asarray(x[: len(images)], np.float32), found)
         for name, features in found.items():
             if not all(np.isfinite(x).all() for x in features if x is not None):

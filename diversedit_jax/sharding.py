@@ -1,45 +1,116 @@
-"""Where arrays live: a mesh with axes (data, fsdp), and rules from the path and shape of an array to its sharding.
+"""Where arrays live: a mesh with axes (data, fsdp, tensor), and rules from an array's name to its sharding.
 
-The batch is split over both axes. Parameters, and whatever has their paths and shapes (EMA, optimizer moments), are
-split over `fsdp` and copied over `data`.
+The batch is split over `data` and `fsdp`. Parameters, and whatever has their names and shapes (EMA, optimizer moments),
+are copied over `data` and split over `fsdp`: each layer is gathered where it is used. Over `tensor` the heads of
+attention and the hidden units of the MLP are split, and computed there (Megatron, arXiv 1909.08053). Only `data` runs
+across slices, or a slow network; the other two stay within one.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from diversedit_jax.errors import ConfigError
 
-AXES = ("data", "fsdp")
-STACKED = (
-    "shallow",
-    "deep",
-    "merges",
-    "blocks",
-)  # parameters with a leading layer axis, which a scan walks: never split
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # what the batch is split over
 SMALLEST = 2**12  # elements; what is smaller is copied to all devices
+STACKED = "shallow|deep|merges|blocks"  # parameters with a leading layer axis, which a scan walks: never split
+
+# (pattern, axes): of an array the first whose pattern is found in its name decides. Each axis of the array is `-`, not
+# split, or names axes of the mesh, `fsdp` or `fsdp+tensor`, or is `*`: the largest of these that can be is split over
+# what no other word uses. What a word names counts as `*` where the mesh has it only once. A last `...` repeats a word.
+RULES = (
+    (r"\b(shallow|deep)/qkv/kernel$", "- * - tensor -"),
+    (r"\b(shallow|deep)/qkv/bias$", "- - tensor -"),
+    (r"\b(shallow|deep)/fc1/kernel$", "- * tensor"),
+    (r"\b(shallow|deep)/fc1/bias$", "- tensor"),
+    (r"\b(shallow|deep)/(proj|fc2)/kernel$", "- tensor *"),
+    (rf"\b({STACKED})/", "- * ..."),
+    (r"", "* ..."),
+)
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
-    """All devices as a mesh of `data` x `fsdp`; -1 stands for what the other leaves."""
-    count = jax.device_count()
-    sizes = {"data": data, "fsdp": fsdp}
-    for name, other in (("data", fsdp), ("fsdp", data)):
-        if sizes[name] == -1:
-            if other < 1 or count % other:
-                raise ConfigError(f"config.mesh: {count} devices cannot be divided by {other}")
-            sizes[name] = count // other
-    if min(sizes.values()) < 1 or sizes["data"] * sizes["fsdp"] != count:
+class Layout(NamedTuple):
+    """The devices of a run, and the rules by which arrays are split over them."""
+
+    mesh: Mesh
+    rules: tuple[tuple[str, str], ...] = RULES
+
+    @property
+    def shards(self) -> int:
+        """How many parts a batch is split into."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+
+def make(
+    *,
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    rules: Sequence[tuple[str, str]] = (),
+    devices: Sequence[jax.Device] | None = None,
+) -> Layout:
+    """All devices as a mesh of `data` x `fsdp` x `tensor`; one may be -1: what the others leave.
+
+    rules: what comes before RULES, in the same form. devices: of another machine, to compile for it.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    given = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    rest = [name for name, size in given.items() if size == -1]
+    known = math.prod(size for size in given.values() if size != -1)
+    if len(rest) > 1 or known < 1 or (rest and len(devices) % known):
+        what = f"{' and '.join(rest)} cannot both be -1" if len(rest) > 1 else f"they cannot be divided by {known}"
+        raise ConfigError(f"config.mesh: {_product(given)} on {len(devices)} devices: {what}")
+    sizes = given | {name: len(devices) // known for name in rest}
+    if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(devices):
         raise ConfigError(
-            f"config.mesh = data {data} x fsdp {fsdp} = {data * fsdp} devices, but JAX sees {count}; -1 takes the rest"
+            f"config.mesh = {_product(sizes)} = {math.prod(sizes.values())} devices, but JAX sees {len(devices)}; "
+            "-1 takes the rest"
         )
-    devices = np.array(jax.devices()).reshape(sizes["data"], sizes["fsdp"])
-    return Mesh(devices, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    if sizes["data"] % slices:
+        raise ConfigError(
+            f"config.mesh.data = {sizes['data']}: {slices} slices divide it, for fsdp and tensor stay within a slice"
+        )
+    checked = tuple(_checked(pattern, axes) for pattern, axes in rules)
+    mesh = Mesh(_arranged(devices, tuple(sizes.values()), slices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Layout(mesh, (*checked, *RULES))
+
+
+def _product(sizes: dict[str, int]) -> str:
+    return " x ".join(f"{name} {size}" for name, size in sizes.items() if size != 1 or name != "tensor")
+
+
+def _arranged(devices: list[jax.Device], shape: tuple[int, ...], slices: int) -> np.ndarray:
+    """Devices in the shape of a mesh: on TPUs so that neighbours in the mesh have links between them."""
+    if devices[0].platform != "tpu":
+        return np.array(devices).reshape(shape)
+    within = (shape[0] // slices, *shape[1:])
+    options = {"devices": devices, "allow_split_physical_axes": True}
+    if slices > 1:
+        return mesh_utils.create_hybrid_device_mesh(within, (slices, *(1,) * (len(shape) - 1)), **options)
+    return mesh_utils.create_device_mesh(shape, **options)
+
+
+def _checked(pattern: str, axes: str) -> tuple[str, str]:
+    """A rule of a config; ConfigError if it cannot be read."""
+    place = f"config.mesh.rules: ({pattern!r}, {axes!r})"
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{place}: {error}") from None
+    for word in axes.removesuffix(" ...").split():
+        if word not in ("-", "*") and not set(word.split("+")) <= {"fsdp", "tensor"}:
+            raise ConfigError(f"{place}: {word!r} is none of -, *, fsdp, tensor, fsdp+tensor")
+    return pattern, axes
 
 
 def filled(batch: int) -> int:
@@ -48,34 +119,87 @@ def filled(batch: int) -> int:
     return -(-batch // devices) * devices
 
 
-def over_batch(mesh: Mesh) -> NamedSharding:
-    """The leading axis split over all devices."""
-    return NamedSharding(mesh, PartitionSpec(AXES))
+def over_batch(layout: Layout) -> NamedSharding:
+    """The leading axis split over the axes of the batch."""
+    return NamedSharding(layout.mesh, PartitionSpec(BATCH))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(layout: Layout) -> NamedSharding:
     """A copy on every device."""
-    return NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(layout.mesh, PartitionSpec())
 
 
-def shardings(tree, mesh: Mesh):
-    """The sharding of each array of a state, from its path and shape.
+def kept_over_batch(x: jax.Array) -> jax.Array:
+    """x [b ...], of which the compiler is told that it stays split by examples; as it is outside of `jax.set_mesh`.
 
-    The largest axis that `fsdp` divides is split, the leading axis of stacked blocks aside.
+    Without it, where parameters are split over the same devices, it may exchange the examples instead of gathering
+    the parameters.
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not set(BATCH) <= set(mesh.axis_names):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH, *[None] * (x.ndim - 1)))
 
-    def rule(path, leaf) -> NamedSharding:
-        names = {getattr(entry, "key", None) for entry in path}
-        first = 1 if names & set(STACKED) else 0
-        shards = mesh.shape["fsdp"]
-        axes = [i for i in range(first, len(leaf.shape)) if leaf.shape[i] % shards == 0]
-        if shards == 1 or not axes or np.prod(leaf.shape) < SMALLEST:
-            return replicated(mesh)
-        spec = [None] * len(leaf.shape)
-        spec[max(axes, key=lambda i: leaf.shape[i])] = "fsdp"
-        return NamedSharding(mesh, PartitionSpec(*spec))
 
-    return jax.tree_util.tree_map_with_path(rule, tree)
+def shardings(tree, layout: Layout):
+    """The sharding of each array of a state, by the rules."""
+
+    def sharding(path, leaf) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        axes = next(axes for pattern, axes in layout.rules if re.search(pattern, name))
+        return NamedSharding(layout.mesh, _spec(name, tuple(leaf.shape), axes, dict(layout.mesh.shape)))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def _spec(name: str, shape: tuple[int, ...], axes: str, sizes: dict[str, int]) -> PartitionSpec:
+    """The axes of a rule applied to an array."""
+    words = axes.split()
+    if words and words[-1] == "...":
+        words = (words[:-1] + words[-2:-1] * len(shape))[: len(shape)]
+    if len(words) != len(shape):
+        raise ConfigError(
+            f"config.mesh.rules: {axes!r} is for another number of axes than those of {name} {list(shape)}"
+        )
+    spec = [() if word in "-*" else tuple(axis for axis in word.split("+") if sizes[axis] > 1) for word in words]
+    for i, split in enumerate(spec):
+        if shape[i] % (parts := math.prod(sizes[axis] for axis in split)):
+            raise ConfigError(
+                f"config.mesh: {'+'.join(split)} = {parts} does not divide axis {i} of {name} {list(shape)}"
+            )
+    unused = [axis for axis in ("fsdp", "tensor") if sizes[axis] > 1 and axis not in sum(spec, ())]
+    free = [i for i, word in enumerate(words) if word != "-" and not spec[i]] if math.prod(shape) >= SMALLEST else []
+    for split in dict.fromkeys((tuple(unused), tuple(unused[:1]), tuple(unused[1:]))):
+        fits = [i for i in free if shape[i] % math.prod(sizes[axis] for axis in split) == 0]
+        if split and fits:
+            spec[max(fits, key=lambda i: shape[i])] = split
+            break
+    return (
+        PartitionSpec(*(split[0] if len(split) == 1 else split or None for split in spec))
+        if any(spec)
+        else PartitionSpec()
+    )
+
+
+def rows(layout: Layout, batch: int) -> list[int]:
+    """The rows of a batch that lie on this process's devices, in order: those that it reads."""
+    places = over_batch(layout).addressable_devices_indices_map((batch,)).values()
+    return sorted({row for place in places for row in range(batch)[place[0]]})
+
+
+def from_rows(local: Mapping[str, np.ndarray], layout: Layout, batch: int) -> dict[str, jax.Array]:
+    """The batch, arrays [batch ...] over all devices, of which every process has its own `rows`."""
+    place = over_batch(layout)
+    at = {row: i for i, row in enumerate(rows(layout, batch))}
+
+    def placed(mine: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            begin, end, _ = index[0].indices(batch)
+            return mine[at[begin] : at[end - 1] + 1]
+
+        return jax.make_array_from_callback((batch, *mine.shape[1:]), place, part)
+
+    return {name: placed(mine) for name, mine in local.items()}
 
 
 def placed(tree, shardings):

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diversedit_jax import config as configs
@@ -78,12 +77,12 @@ def of_run(
     checkpoints = Checkpoints(workdir / "checkpoints")
     meta = checkpoints.meta(step)
     step = checkpoints.latest() if step is None else step
-    mesh, parts, sample, _ = experiment.build(config, tuple(meta["shape"]), meta["num_classes"])
-    make = experiment.sampler(config, mesh, parts, tuple(meta["shape"]), meta["num_classes"])
-    target = experiment.abstract_params(parts.model, mesh)
+    layout, parts, sample, _ = experiment.build(config, tuple(meta["shape"]), meta["num_classes"])
+    make = experiment.sampler(config, layout, parts, tuple(meta["shape"]), meta["num_classes"])
+    target = experiment.abstract_params(parts.model, layout)
     params, _ = checkpoints.restore_part(target, "ema", step)
     weak = None if weak_step is None else checkpoints.restore_part(target, "ema", weak_step)[0]
-    frozen = experiment.prepared(parts.prepare, mesh)
+    frozen = experiment.prepared(parts.prepare, layout)
     options = configs.keywords(config.sampler, "config.sampler", sampling.make)
     about = {
         "kind": "run",
@@ -128,17 +127,17 @@ def of_release(
             options |= {"solver": "mean_flow", "steps": (overrides or {}).get("steps", 1)}
     else:
         trained = sampling.Flow()
-    mesh = sharding.make_mesh()
-    params = placed(release.params, mesh)
+    layout = sharding.make()
+    params = placed(release.params, layout)
     decoding = {"vae": vae, "rounding": rounding or pixels.ROUNDING}
     latents = prepare.make("latents", **decoding)
 
     def make(**options: Any) -> sampling.Sample:
-        return sampling.make(model, latents, shape, arch.num_classes, trained, mesh, **options)
+        return sampling.make(model, latents, shape, arch.num_classes, trained, layout, **options)
 
     sample = make(**options)
     folder = file.with_name(f"samples_{file.stem}")
-    frozen = experiment.prepared(latents, mesh)
+    frozen = experiment.prepared(latents, layout)
     about = {
         "kind": "release",
         "family": family,
@@ -168,9 +167,9 @@ def release_model(release: releases.Release) -> str:
     return "official_sit" if release.family == "official_sit" else "dit"
 
 
-def placed(params: Params, mesh: Mesh) -> Params:
+def placed(params: Params, layout: sharding.Layout) -> Params:
     """Parameters from the host, put where they live."""
-    return sharding.put(params, sharding.shardings(params, mesh))
+    return sharding.put(params, sharding.shardings(params, layout))
 
 
 def _defaults(build: Callable) -> dict[str, Any]:

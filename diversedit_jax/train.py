@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -21,13 +21,14 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from diversedit_jax import config as configs
-from diversedit_jax import distributed, experiment, locks, logs, program, sampling, sharding
+from diversedit_jax import distributed, experiment, flops, locks, logs, program, sampling, sharding
 from diversedit_jax.checkpoint import Checkpoints, prepare_workdir
 from diversedit_jax.data import pipeline
 from diversedit_jax.errors import ConfigError, NonFiniteError
 from diversedit_jax.evaluators import Current
+from diversedit_jax.profiler import Profiler
 from diversedit_jax.slots import suggestion
-from diversedit_jax.train_state import State, initializer, started_from, train_step
+from diversedit_jax.train_state import State, initializer, not_finite_ends, started_from, train_step
 
 
 def run(config: ConfigDict, workdir: str | Path) -> State:
@@ -51,7 +52,7 @@ def train(config: ConfigDict, workdir: Path) -> State:
     started = time.monotonic()
     distributed.agree("config", configs.flat(config.to_dict()))
     dataset = experiment.open_data(config)
-    mesh, parts, sample, rate = experiment.build(config, dataset.shape, dataset.num_classes)
+    layout, parts, sample, rate = experiment.build(config, dataset.shape, dataset.num_classes)
     sampling.check_guidance(config.sampler.cfg_scale, dataset.num_classes)
     evaluators = experiment.evaluators(config, parts, dataset.shape, dataset.num_classes)
     key_init, key_run = jax.random.split(jax.random.key(config.seed))
@@ -66,30 +67,28 @@ def train(config: ConfigDict, workdir: Path) -> State:
     judge = experiment.best_by(config)
     start = distributed.number_of_first(checkpoints.latest() or 0)
     faults: list[str] = []  # of records that could not be read
-    loading = {"process_index": jax.process_index(), "process_count": jax.process_count(), "report": faults.append}
+    loading = {"rows": sharding.rows(layout, config.batch_size), "report": faults.append}
     loading |= configs.keywords(config.input, "config.input", pipeline.batches)
     loader = pipeline.batches(dataset, config.batch_size, config.seed, start, **loading)
-    over_batch = sharding.over_batch(mesh)
 
     def next_batch() -> dict[str, jax.Array]:
         # Called as soon as a step is dispatched: the batch is read and transferred while the device computes.
-        local = next(loader)
-        return {name: jax.make_array_from_process_local_data(over_batch, x) for name, x in local.items()}
+        return sharding.from_rows(next(loader), layout, config.batch_size)
 
     batch = next_batch()  # reads real data, so that what is wrong with it is said now
     init = initializer(parts, batch)
     try:
         abstract = jax.eval_shape(init, key_init)
-        jax.eval_shape(partial(train_step, parts), abstract, jax.eval_shape(parts.prepare.init), batch, key_run)
+        work = experiment.work(config, parts, dataset.shape, dataset.num_classes, abstract, batch)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"the config cannot be traced: {error}") from error
-    state_shardings = sharding.shardings(abstract, mesh)
+    state_shardings = sharding.shardings(abstract, layout)
     target = sharding.placed(abstract, state_shardings)
     given = experiment.starting_params(config, abstract["params"]) if not start else None
     notes = distributed.first_alone(lambda: configs.claim(workdir, config)) or []
 
     # --- The state: born sharded, or read back.
-    frozen = experiment.prepared(parts.prepare, mesh)
+    frozen = experiment.prepared(parts.prepare, layout)
     if start:
         state, whole, damaged = checkpoints.restore_newest(target)
         notes += damaged
@@ -99,8 +98,10 @@ def train(config: ConfigDict, workdir: Path) -> State:
             loader = pipeline.batches(dataset, config.batch_size, config.seed, start, **loading)
             batch = next_batch()
         notes.append(f"resuming from step {start} of {config.total_steps}")
+        skipped = checkpoints.meta(start).get("skipped", 0)
     else:
         state = jax.jit(init, out_shardings=state_shardings)(key_init)
+        skipped = 0
         notes.append(f"starting a new run in {workdir}")
     if given is not None:
         state = started_from(state, given)
@@ -117,16 +118,21 @@ def train(config: ConfigDict, workdir: Path) -> State:
         stream = None if main_process else stack.enter_context(open(os.devnull, "w"))  # one process talks for all
         progress = stack.enter_context(logs.Progress(config.total_steps, start, config.batch_size, stream=stream))
         describe(workdir, config, state, writer, progress, notes)
+        finite = Finite(config.max_skipped, skipped, checkpoints, progress.note)
+        profiler = Profiler(config.profile if main_process else "", workdir, progress.note)
+        stack.callback(profiler.close)
 
         # --- One compiled step.
-        step_shardings = (state_shardings, sharding.replicated(mesh))
+        step_shardings = (state_shardings, sharding.replicated(layout))
         compiled = jax.jit(partial(train_step, parts), donate_argnums=0, out_shardings=step_shardings)
         begin = time.monotonic()
-        step_fn = compiled.lower(state, frozen, batch, key_run).compile()
+        with jax.set_mesh(layout.mesh):
+            step_fn = compiled.lower(state, frozen, batch, key_run).compile()
         progress.note(f"compiled the training step in {time.monotonic() - begin:.1f} s")
 
         def save(step: int) -> None:
             meta = {"next_batch": step, "shape": list(dataset.shape), "num_classes": dataset.num_classes}
+            meta["skipped"] = finite.skipped
             with progress.pause():
                 checkpoints.save(step, state, meta)
             saved.append(step)
@@ -169,25 +175,30 @@ def train(config: ConfigDict, workdir: Path) -> State:
         stopped = None
         while step < config.total_steps and not (stopped := stop(step)):
             alive()
-            state, metrics = step_fn(state, frozen, batch, key_run)
             step += 1
-            if step < config.total_steps:
-                batch = next_batch()
+            with profiler.step(step):
+                state, metrics = step_fn(state, frozen, batch, key_run)
+                if step < config.total_steps:
+                    batch = next_batch()
+            profiler.after(step, metrics)
             for fault in faults[noted:]:
                 progress.note(f"data: {fault}")
             noted = len(faults)
             if pending is not None:
-                check_finite(step - 1, pending, checkpoints)
+                finite(step - 1, pending)
             pending = metrics
             last = step == config.total_steps
             logging = step == 1 or step % config.log_every == 0 or last
             saving = due(step, config.checkpoint.every) or last
             saving |= judge is not None and due(step, config.evaluators[judge].every)  # else the best might not be kept
             if logging or saving:
-                values = check_finite(step, metrics, checkpoints)
+                values = finite(step, metrics)
             if logging:
                 rates = progress.report(step, shown(values))
+                if rates:
+                    rates |= flops.rates(work, rates["steps_per_sec"], jax.devices()[0].device_kind, jax.device_count())
                 counts = {"data/bad_records": len(faults)} if config.input.max_bad_records else {}
+                counts |= {"skipped_batches": finite.skipped} if config.max_skipped else {}
                 write(step, values | rates | counts | {"learning_rate": float(rate(step - 1))})
             if saving:
                 save(step)
@@ -202,7 +213,7 @@ def train(config: ConfigDict, workdir: Path) -> State:
         alive(False)
         if step < config.total_steps:
             if step > saved[-1]:
-                check_finite(step, pending, checkpoints)
+                finite(step, pending)
                 save(step)
             checkpoints.wait()
             kept = "saved" if checkpoints.steps() else "nothing to save"
@@ -230,18 +241,37 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def check_finite(step: int, metrics: Mapping[str, jax.Array], checkpoints: Checkpoints) -> dict[str, float]:
-    """The metrics on the host; NonFiniteError, naming the first term that is not finite, if one is not."""
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    order = sorted(values, key=lambda name: (name == "loss/total", name == "grad_norm", not name.startswith("loss/")))
-    for name in order:
-        if (name.startswith("loss/") or name == "grad_norm") and not math.isfinite(values[name]):
-            with contextlib.suppress(Exception):
-                checkpoints.wait()
-            last = checkpoints.latest()
-            kept = f"the last good checkpoint is step {last}" if last else "there is no checkpoint yet"
-            raise NonFiniteError(f"{name} is {values[name]} at step {step}; nothing of it was saved, {kept}")
-    return values
+class Finite:
+    """The metrics of a step, fetched; and a count of the batches that were skipped because one was not finite.
+
+    most: how many may be; one more is a NonFiniteError that names the first term. before: those of the run so far.
+    """
+
+    def __init__(self, most: int, before: int, checkpoints: Checkpoints, note: Callable[[str], None]):
+        self.skipped = before
+        self._most, self._checkpoints, self._note = most, checkpoints, note
+        self._last = -1  # the last step that was counted: some are looked at twice
+
+    def __call__(self, step: int, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        order = sorted(values, key=lambda name: (name == "loss/total", name == "grad_norm"))
+        bad = [name for name in order if not_finite_ends(name) and not math.isfinite(values[name])]
+        if bad and step > self._last:
+            self._last = step
+            self._count(f"{bad[0]} is {values[bad[0]]} at step {step}")
+        return values
+
+    def _count(self, what: str) -> None:
+        self.skipped += 1
+        if self.skipped <= self._most:
+            self._note(f"{what}: the batch is skipped ({self.skipped} of at most {self._most})")
+            return
+        with contextlib.suppress(Exception):
+            self._checkpoints.wait()
+        last = self._checkpoints.latest()
+        kept = f"the last good checkpoint is step {last}" if last else "there is no checkpoint yet"
+        more = f" (more than max_skipped = {self._most})" if self._most else ""
+        raise NonFiniteError(f"{what}{more}; nothing of it was saved, {kept}")
 
 
 def shown(values: Mapping[str, float]) -> dict[str, float]:

@@ -5,6 +5,7 @@ trained beside the model and not part of it. No random state: step i draws from 
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -67,6 +68,8 @@ def started_from(state: State, given: Params) -> State:
 def train_step(parts: Parts, state: State, frozen: Any, batch: Batch, run_key: Array) -> tuple[State, Metrics]:
     """One update. Metrics: `loss/total`, `loss/objective`, `loss/<label>`, `<label>/<part>`, `grad_norm`.
 
+    Where a loss or the gradient is not finite, the state stays as it was, but for its step: the batch is skipped.
+
     With `accumulate` = k the batch is cut into k parts, whose gradients are averaged: the same update in 1/k of the
     memory, but losses that couple examples see b/k of them at a time.
     """
@@ -102,7 +105,16 @@ def train_step(parts: Parts, state: State, frozen: Any, batch: Batch, run_key: A
     trained = optax.apply_updates(trained, updates)
     ema = optax.incremental_update(trained["params"], state["ema"], 1 - parts.ema_decay)
     metrics["grad_norm"] = optax.tree.norm(grads)
-    return {"step": step + 1, "ema": ema, "opt": opt, **trained}, metrics
+    decisive = [value for name, value in metrics.items() if not_finite_ends(name)]
+    finite = jnp.isfinite(jnp.stack(decisive)).all()
+    before = {name: value for name, value in state.items() if name != "step"}
+    after = jax.tree.map(partial(jnp.where, finite), {"ema": ema, "opt": opt, **trained}, before)
+    return {"step": step + 1, **after}, metrics
+
+
+def not_finite_ends(metric: str) -> bool:
+    """Whether a step counts as failed where the metric of this name is not finite."""
+    return metric.startswith("loss/") or metric == "grad_norm"
 
 
 def _accumulated(gradient: Callable, batch: Batch, key: Array, parts: int) -> tuple[State, Metrics]:

@@ -39,11 +39,11 @@ def pictured(drawn, *, side: int):
     return run
 
 
-def poisoned(*, at: int):
-    """An auxiliary loss that is NaN from step `at` on (steps counted from 1)."""
+def poisoned(*, at: int, last: int = 10**9):
+    """An auxiliary loss that is NaN from step `at` to step `last` (steps counted from 1)."""
 
     def apply(params, forward, batch, teacher, step, key):
-        return jnp.where(step + 1 >= at, jnp.nan, 0.0), {}
+        return jnp.where((step + 1 >= at) & (step + 1 <= last), jnp.nan, 0.0), {}
 
     return AuxLoss(init=lambda key, forward, batch: {}, apply=apply)
 

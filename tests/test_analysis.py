@@ -65,7 +65,7 @@ def params(subject):
 
 @pytest.fixture(scope="module")
 def shown(subject):
-    return measure.batches(subject.data("test"), SETTINGS, subject.mesh)
+    return measure.batches(subject.data("test"), SETTINGS, subject.layout)
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def test_what_cannot_be_measured_is_refused(settings, message):
 
 def test_too_few_images_are_refused(subject):
     with pytest.raises(ConfigError, match=r"--num=512 of 360 examples: not one batch of 400 \(--batch\)"):
-        measure.batches(subject.data("test"), Settings(batch=400), subject.mesh)
+        measure.batches(subject.data("test"), Settings(batch=400), subject.layout)
 
 
 # --- Probes.
@@ -327,7 +327,7 @@ def test_a_release_needs_no_training_state(tmp_path, monkeypatch):
     write_safetensors(file, releases.export(own, "official_sit", arch, side=8))
     about = {"family": "official_sit", "heads": 2, "data": slot("data", "digits").to_dict()}
     subject = looking.of_release(file, **about)
-    shown = measure.batches(subject.data("train"), SETTINGS, subject.mesh)
+    shown = measure.batches(subject.data("train"), SETTINGS, subject.layout)
     seen = subject.features(subject.load(0), subject.frozen, shown[0], jnp.float32(0), jax.random.key(0))
     network = models.make("official_sit", SHAPE, 10, **dims).network(own)
     _, wanted = network(shown[0]["x"], jnp.zeros(BATCH), shown[0]["y"])

@@ -53,10 +53,10 @@ def run_of(objective: str, chosen: tuple[str, ...]) -> Parts:
 
 @pytest.mark.parametrize(("objective", "chosen"), [case(o, c) for o in OBJECTIVES for c in CHOICES])
 def test_it_trains(objective, chosen):
-    parts, mesh = run_of(objective, chosen), sharding.make_mesh(data=2, fsdp=4)
-    batch = jax.device_put(stored(), sharding.over_batch(mesh))
+    parts, layout = run_of(objective, chosen), sharding.make(data=2, fsdp=4)
+    batch = jax.device_put(stored(), sharding.over_batch(layout))
     init, key = initializer(parts, batch), jax.random.key(0)
-    where = sharding.shardings(jax.eval_shape(init, key), mesh)
+    where = sharding.shardings(jax.eval_shape(init, key), layout)
     assert any(not sharded.is_fully_replicated for sharded in jax.tree.leaves(where)), "nothing is sharded"
 
     def train(state, batch):

@@ -473,13 +473,13 @@ def test_weights_are_no_constants_of_the_step(tmp_path):
 def test_frozen_weights_live_where_the_mesh_says(tmp_path):
     config = config_with(tmp_path, width=64)
     config.mesh.fsdp = 4
-    mesh, parts, _, _ = experiment.build(config, (8, 8, 1), 4)
-    frozen, host = experiment.prepared(parts.prepare, mesh), parts.prepare.init()
+    layout, parts, _, _ = experiment.build(config, (8, 8, 1), 4)
+    frozen, host = experiment.prepared(parts.prepare, layout), parts.prepare.init()
     kernel = frozen["encoders"]["toy"]["blocks"]["fc1"]["kernel"]
     assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, None, "fsdp"), "a stack is split along its layers"
     assert kernel.addressable_shards[0].data.shape == (2, 64, 64)
     jax.tree.map(np.testing.assert_array_equal, frozen, host)
-    placed = sharding.shardings(host, mesh)
+    placed = sharding.shardings(host, layout)
     assert jax.tree.all(jax.tree.map(lambda leaf, s: leaf.sharding == s, frozen, placed))
 
 

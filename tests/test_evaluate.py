@@ -386,7 +386,7 @@ def compiled(caplog, function):
 
 
 def test_extraction_is_compiled_once(judges, caplog):
-    extract = scoring.extraction(judges.extractors, sharding.make_mesh(), 16)
+    extract = scoring.extraction(judges.extractors, sharding.make(), 16)
     images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1), dtype=np.uint8)
     first, whole = compiled(caplog, lambda: extract(images)["digits"])
     again, part = compiled(caplog, lambda: extract(images[:5])["digits"])

@@ -175,10 +175,10 @@ def test_one_key_one_result_also_on_eight_devices():
     for field in ("t", "noise", "y"):
         assert np.any(np.asarray(getattr(other, field) != getattr(result, field))), f"the key does not reach {field}"
 
-    mesh = sharding.make_mesh()
-    assert mesh.size == 8
-    shard = jax.device_put(batch(16), sharding.over_batch(mesh))
-    spread = jax.jit(run)(shard, jax.device_put(jax.random.key(5), sharding.replicated(mesh)))
+    layout = sharding.make()
+    assert layout.mesh.size == 8
+    shard = jax.device_put(batch(16), sharding.over_batch(layout))
+    spread = jax.jit(run)(shard, jax.device_put(jax.random.key(5), sharding.replicated(layout)))
     assert len(spread.loss.sharding.device_set) == 8
     for field in ("t", "noise", "y"):
         wanted = getattr(result, field)

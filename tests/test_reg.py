@@ -31,7 +31,7 @@ from diversedit_jax.models import Model
 from diversedit_jax.objectives import reg
 from diversedit_jax.train_state import initializer, train_step
 from tests import reference
-from tests.test_train_step import assert_close, mesh_of, parts
+from tests.test_train_step import assert_close, layout_of, parts
 from tools import convert_checkpoint
 
 LINEAR = paths.make("linear")
@@ -439,7 +439,7 @@ def sampler(model, batch_size=8, **options):
     """labels -> images of `model`, as they are."""
     pixels = prepare.make("pixels")._replace(decode=None)
     given = {"solver": "euler", "steps": 4, "batch_size": batch_size} | options
-    sample = sampling.make(model, pixels, SHAPE, CLASSES, sampling.Flow(), sharding.make_mesh(), **given)
+    sample = sampling.make(model, pixels, SHAPE, CLASSES, sampling.Flow(), sharding.make(), **given)
     return lambda labels: sample({}, {}, np.asarray(labels), 0)
 
 
@@ -511,17 +511,17 @@ def test_a_run_trains_and_samples(tmp_path):
 def test_one_step_on_eight_devices_equals_one():
     made = parts(model=make(depth=2), objective=objectives.make("reg", CLASSES))
 
-    def step(mesh):
+    def step(layout):
         init = initializer(made, batch())
-        where = sharding.shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
+        where = sharding.shardings(jax.eval_shape(init, jax.random.key(0)), layout)
         state = jax.jit(init, out_shardings=where)(jax.random.key(0))
-        shard = jax.device_put(batch(), sharding.over_batch(mesh))
-        return jax.jit(partial(train_step, made), out_shardings=(where, sharding.replicated(mesh)))(
+        shard = jax.device_put(batch(), sharding.over_batch(layout))
+        return jax.jit(partial(train_step, made), out_shardings=(where, sharding.replicated(layout)))(
             state, {}, shard, jax.random.key(1)
         )
 
-    wanted, wanted_metrics = step(mesh_of(1, 1))
-    found, metrics = step(mesh_of(2, 4))
+    wanted, wanted_metrics = step(layout_of(1, 1))
+    found, metrics = step(layout_of(2, 4))
     assert {"image", "token", "loss/objective"} <= metrics.keys()
     assert_close(metrics, wanted_metrics, "metrics")
     assert_close(found, wanted, "state", rtol=1e-4)

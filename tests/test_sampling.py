@@ -21,7 +21,7 @@ PIXELS = prepare.make("pixels")._replace(decode=None)
 
 def sampler(source, model=None, **options):
     model = model or models.make("dit", SHAPE, CLASSES, depth=2, width=16, heads=2)
-    sample = sampling.make(model, PIXELS, SHAPE, CLASSES, source, sharding.make_mesh(), batch_size=8, **options)
+    sample = sampling.make(model, PIXELS, SHAPE, CLASSES, source, sharding.make(), batch_size=8, **options)
     return lambda seed=0: sample(model.init(jax.random.key(0)), {}, np.arange(8) % CLASSES, seed)
 
 
@@ -243,7 +243,7 @@ def test_a_weak_state_of_the_model_guides_it(source):
     """Predictions are linear in guidance: one of 3, guided at scale 2 by one of 1, is one of 5."""
     model = Model(lambda key: {}, lambda params, x, t, y: (params * 0.1 * x, ()))
     solver = "ddim" if isinstance(source, sampling.Diffusion) else "heun"
-    make = partial(sampling.make, model, PIXELS, SHAPE, CLASSES, source, sharding.make_mesh(), solver=solver, steps=5)
+    make = partial(sampling.make, model, PIXELS, SHAPE, CLASSES, source, sharding.make(), solver=solver, steps=5)
     labels, one, three, five = np.arange(8) % CLASSES, *map(jnp.float32, (1, 3, 5))
     plain, guided = make(), make(cfg_scale=2.0)
     np.testing.assert_allclose(guided(three, {}, labels, 0, weak=one), plain(five, {}, labels, 0), rtol=1e-4)

@@ -5,7 +5,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
 
 from diversedit_jax import extractors, scoring, sharding
 from diversedit_jax.data import digits, sample_files
@@ -51,27 +50,27 @@ def random_images(count, seed=0, side=4):
 
 
 def test_neither_batches_nor_devices_change_statistics(network, images):
-    def statistics(mesh, batch, sizes):
-        extract = scoring.extraction([network], mesh, batch)
+    def statistics(layout, batch, sizes):
+        extract = scoring.extraction([network], layout, batch)
         ends = np.cumsum(sizes)
         parts = [extract(images[end - size : end])["digits"] for size, end in zip(sizes, ends, strict=True)]
         return scoring.statistics_of("digits", parts)
 
-    alone = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 2)
+    alone = sharding.make(devices=jax.devices()[:1])
     wanted = statistics(alone, 360, [360])
-    for mesh, batch, sizes in [
-        (sharding.make_mesh(), 64, [64, 1, 63, 50, 64, 64, 54]),
-        (sharding.make_mesh(data=4, fsdp=2), 360, [7, 353]),
+    for layout, batch, sizes in [
+        (sharding.make(), 64, [64, 1, 63, 50, 64, 64, 54]),
+        (sharding.make(data=4, fsdp=2), 360, [7, 353]),
         (alone, 100, [100, 100, 60, 100]),
     ]:
-        found = statistics(mesh, batch, sizes)
+        found = statistics(layout, batch, sizes)
         for kind in ("pool", "spatial"):
             for given, want in zip(getattr(found, kind), getattr(wanted, kind), strict=True):
                 np.testing.assert_allclose(given, want, rtol=0, atol=1e-10)
 
 
 def test_equal_sets_have_no_distance(network, images):
-    extract = scoring.extraction([network], sharding.make_mesh(), 360)
+    extract = scoring.extraction([network], sharding.make(), 360)
     parts = [extract(images)["digits"]]
     found = scoring.scores("digits", parts, scoring.statistics_of("digits", parts))
     assert found["fd_digits"] < 1e-6
@@ -110,7 +109,7 @@ def test_names_tell_the_network_and_logits_give_an_inception_score():
 def test_a_reference_is_completed_from_its_images():
     """ADM's file has statistics of all images, and 30 of these to compute features from."""
     whole, some = random_images(200), random_images(30)
-    extract = scoring.extraction([linear()], sharding.make_mesh(), 8)
+    extract = scoring.extraction([linear()], sharding.make(), 8)
     given = scoring.statistics_of("inception", [extract(whole[i : i + 8])["inception"] for i in range(0, 200, 8)])
     adm = Reference({"inception": given._replace(features=None)}, file_of(some), {})
     found = scoring.references_for([linear()], [adm], extract, 8)["inception"]
@@ -168,17 +167,17 @@ def test_too_few_images_are_refused():
 
 def test_features_that_are_not_finite_are_an_error():
     broken = linear()._replace(init=lambda: {"scale": np.float32(np.nan)})
-    extract = scoring.extraction([broken], sharding.make_mesh(), 8)
+    extract = scoring.extraction([broken], sharding.make(), 8)
     with pytest.raises(NonFiniteError, match=r"the features of inception are not finite"):
         extract(random_images(3))
 
 
 def test_no_feature_depends_on_the_batch_or_the_devices(network, images):
     """Not even its last bits: a device always takes as many images at a time."""
-    alone = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 2)
+    alone = sharding.make(devices=jax.devices()[:1])
     found = []
-    for mesh, batch in ((alone, network.chunk), (alone, 48), (sharding.make_mesh(), 16), (sharding.make_mesh(), 48)):
-        extract = scoring.extraction([network], mesh, batch)
+    for layout, batch in ((alone, network.chunk), (alone, 48), (sharding.make(), 16), (sharding.make(), 48)):
+        extract = scoring.extraction([network], layout, batch)
         parts = [extract(images[first : first + batch][: 48 - first])["digits"] for first in range(0, 48, batch)]
         found.append(Features(*map(np.concatenate, zip(*parts, strict=True))))
     for other in found[1:]:
@@ -192,7 +191,7 @@ def test_one_program_serves_batches_of_every_size():
         traced.append(len(images))
         return linear().apply(weights, images)
 
-    extract = scoring.extraction([linear()._replace(apply=apply, chunk=2)], sharding.make_mesh(), 13)
+    extract = scoring.extraction([linear()._replace(apply=apply, chunk=2)], sharding.make(), 13)
     for count in (13, 1, 16):
         extract(random_images(count))
     assert len(traced) == 1
@@ -235,7 +234,7 @@ def test_features_are_of_the_images_beside_the_statistics(order):
         Reference({"other": theirs}, file_of(others), {"name": "b.npz"}),
     ][::order]
     scoring.check_reference([one, other], references, (4, 4, 1))
-    extract = scoring.extraction([one, other], sharding.make_mesh(), 8)
+    extract = scoring.extraction([one, other], sharding.make(), 8)
     found = scoring.references_for([one, other], references, extract, 8)
     np.testing.assert_allclose(found["inception"].features, some.reshape(9, -1) / 255, rtol=1e-6)
     assert found["other"] is theirs
@@ -285,7 +284,7 @@ def test_from_files_to_scores_it_is_the_evaluator_of_adm(tmp_path, monkeypatch):
     reference = open_reference(tmp_path / "VIRTUAL.npz")
     samples = sample_files.open_samples(tmp_path / "samples.npz")
     scoring.check_reference([one], [reference], samples.shape)
-    extract = scoring.extraction([one], sharding.make_mesh(), 100)
+    extract = scoring.extraction([one], sharding.make(), 100)
     statistics = scoring.references_for([one], [reference], extract, 100)["inception"]
     parts = (extract(part)["inception"] for part in scoring.in_batches(samples, 100))
     found = scoring.scores("inception", parts, statistics)

@@ -32,6 +32,8 @@ FLOORS = {
             "ddpm_samplers",
             "guidance",
             "joint",
+            "sharding",
+            "flops",
             "heads",
             "losses",
             "objectives",
@@ -44,7 +46,7 @@ FLOORS = {
         [
             "train_state",
             "optim",
-            "sharding",
+            "profiler",
             "checkpoint",
             "logs",
             "encoders",

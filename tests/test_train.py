@@ -222,6 +222,25 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name(tmp_path):
     assert max(losses(tmp_path)) == 3
 
 
+def test_batches_are_skipped_as_often_as_the_config_allows(tmp_path, capfd):
+    """Counted over a resume, too: two are allowed, and the third ends the run."""
+    config = tiny(max_skipped=2, total_steps=4, checkpoint__every=2)
+    config.losses.bad = slot("losses", "tests.parts:poisoned", at=2, last=3)
+    train.run(config, tmp_path)
+    said = capfd.readouterr().err
+    assert "loss/bad is nan at step 2: the batch is skipped (1 of at most 2)" in said
+    assert "loss/bad is nan at step 3: the batch is skipped (2 of at most 2)" in said
+    counts = {record["step"]: record["skipped_batches"] for record in records(tmp_path) if "loss/bad" in record}
+    assert counts == {1: 0, 2: 1, 3: 2, 4: 2}
+    assert Checkpoints(tmp_path / "checkpoints").meta(2)["skipped"] == 1
+    longer = tiny(max_skipped=2, total_steps=9)
+    longer.losses.bad = slot("losses", "tests.parts:poisoned", at=2, last=3)
+    meta = Checkpoints(tmp_path / "checkpoints").meta()
+    assert meta["skipped"] == 2
+    train.run(longer, tmp_path)
+    assert records(tmp_path)[-1]["skipped_batches"] == 2
+
+
 def test_a_workdir_that_another_run_holds_is_refused(tmp_path):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         holder = {"host": socket.gethostname(), "pid": other.pid, "started": "now"}

@@ -1,13 +1,14 @@
 """The training step: one result on every mesh, accumulation, EMA and teacher, auxiliary losses, optimizer, metrics."""
 
+import math
 from functools import partial
+from itertools import zip_longest
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from diversedit_jax import config as configs
 from diversedit_jax import losses, models, objectives, optim, sharding
@@ -84,9 +85,9 @@ def assert_close(found, wanted, message: str, rtol: float = 2e-5):
 # --- Meshes.
 
 
-def mesh_of(data: int, fsdp: int) -> Mesh:
-    devices = np.array(jax.devices()[: data * fsdp]).reshape(data, fsdp)
-    return Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+def layout_of(data: int, fsdp: int, tensor: int = 1) -> sharding.Layout:
+    devices = jax.devices()[: data * fsdp * tensor]
+    return sharding.make(data=data, fsdp=fsdp, tensor=tensor, devices=devices)
 
 
 def head() -> AuxLoss:
@@ -113,97 +114,87 @@ def full_parts() -> Parts:
     return parts(model=model, losses=aux, optimizer=optimizer)
 
 
-def on_mesh(mesh: Mesh):
+def on(layout: sharding.Layout):
     made = full_parts()
     init = initializer(made, batch())
-    where = sharding.shardings(jax.eval_shape(init, KEY), mesh)
+    where = sharding.shardings(jax.eval_shape(init, KEY), layout)
     state = jax.jit(init, out_shardings=where)(KEY)
-    shard = jax.device_put(batch(), sharding.over_batch(mesh))
-    out = (where, sharding.replicated(mesh))
+    shard = jax.device_put(batch(), sharding.over_batch(layout))
+    out = (where, sharding.replicated(layout))
     step = jax.jit(partial(train_step, made), donate_argnums=0, out_shardings=out)
-    new, metrics = step(state, {}, shard, RUN_KEY)
+    with jax.set_mesh(layout.mesh):
+        new, metrics = step(state, {}, shard, RUN_KEY)
     return where, state, new, metrics
 
 
 @pytest.fixture(scope="module")
 def on_one_device():
-    return on_mesh(mesh_of(1, 1))
+    return on(layout_of(1, 1))
 
 
 @pytest.mark.parametrize(
-    ("data", "fsdp"),
-    [pytest.param(8, 1, marks=pytest.mark.slow), (2, 4), pytest.param(1, 8, marks=pytest.mark.slow)],
+    "sizes",
+    [
+        pytest.param((8, 1, 1), marks=pytest.mark.slow),
+        pytest.param((2, 4, 1), marks=pytest.mark.slow),
+        pytest.param((1, 8, 1), marks=pytest.mark.slow),
+        (2, 2, 2),
+        pytest.param((4, 1, 2), marks=pytest.mark.slow),
+    ],
 )
-def test_every_mesh_gives_the_same_step(on_one_device, data, fsdp):
+def test_every_mesh_gives_the_same_step(on_one_device, sizes):
     _, _, wanted, wanted_metrics = on_one_device
-    where, state, new, metrics = on_mesh(mesh_of(data, fsdp))
-    assert_close(metrics, wanted_metrics, f"{data} x {fsdp}: metrics")
-    assert_close(new, wanted, f"{data} x {fsdp}: state", rtol=1e-4)
+    layout = layout_of(*sizes)
+    where, state, new, metrics = on(layout)
+    assert_close(metrics, wanted_metrics, f"{sizes}: metrics")
+    assert_close(new, wanted, f"{sizes}: state", rtol=1e-4)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state)), "the old state was not donated"
 
     def check(path, leaf, place):
         name = jax.tree_util.keystr(path)
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim), f"{name} is {leaf.sharding}, wanted {place}"
         shard = leaf.addressable_shards[0].data.shape
-        split = [i for i, axis in enumerate(place.spec) if axis is not None]
-        expected = tuple(n // fsdp if i in split else n for i, n in enumerate(leaf.shape))
+        parts = [math.prod(layout.mesh.shape[axis] for axis in np.atleast_1d(axes or ())) for axes in place.spec]
+        expected = tuple(n // k for n, k in zip_longest(leaf.shape, parts, fillvalue=1))
         assert shard == expected, f"{name}: {leaf.shape} has shards of {shard}"
-        return bool(split) and fsdp > 1
+        return math.prod(parts) > 1
 
     split = jax.tree_util.tree_map_with_path(check, new, where)
     large = [leaf.size >= sharding.SMALLEST for leaf in jax.tree.leaves(new["params"])]
-    assert sum(jax.tree.leaves(split["params"])) == (sum(large) if fsdp > 1 else 0)
+    assert sum(jax.tree.leaves(split["params"])) >= (sum(large) if sizes[1] > 1 else 0)
     assert jax.tree.leaves(split["ema"]) == jax.tree.leaves(split["params"])
     moments = optax.tree.get(split["opt"], "mu")
     assert jax.tree.leaves(moments["params"]) == jax.tree.leaves(split["params"]), "moments live elsewhere"
 
 
-def test_shardings_never_split_the_layers():
-    mesh = mesh_of(2, 4)
-    state = jax.eval_shape(initializer(full_parts(), batch()), KEY)
-    where = sharding.shardings(state, mesh)
-    for half in ("shallow", "deep", "merges"):
-        specs = [place.spec for place in jax.tree.leaves(where["params"][half])]
-        assert all(len(spec) == 0 or spec[0] is None for spec in specs)
-        assert any("fsdp" in spec for spec in specs), f"{half}: nothing is split"
-    assert "fsdp" in where["losses"]["head"]["kernel"].spec
-    assert where["step"].spec == PartitionSpec()
-    placed = sharding.placed(state, where)
-    assert_same = jax.tree.map(
-        lambda p, s, w: p.shape == s.shape and p.dtype == s.dtype and p.sharding == w, placed, state, where
-    )
-    assert all(jax.tree.leaves(assert_same))
+# --- What is not finite.
 
 
-@pytest.mark.parametrize(
-    ("sizes", "shape"),
-    [
-        ({}, (8, 1)),
-        ({"data": 8}, (8, 1)),
-        ({"fsdp": 4}, (2, 4)),
-        ({"data": 2, "fsdp": -1}, (2, 4)),
-        ({"data": 1, "fsdp": 8}, (1, 8)),
-    ],
-)
-def test_make_mesh(sizes, shape):
-    assert tuple(sharding.make_mesh(**sizes).shape.values()) == shape
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_batch_that_is_not_finite_leaves_no_trace(where):
+    """But for the step, so that the next batch is another; and the run goes on as if the batch had not been."""
 
+    def nothing(key, forward, batch):
+        return {}
 
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [
-        ({"data": 3}, r"data 3 x fsdp 1 = 3 devices, but JAX sees 8"),
-        ({"data": 4, "fsdp": 4}, r"data 4 x fsdp 4 = 16 devices, but JAX sees 8"),
-        ({"fsdp": 3}, r"8 devices cannot be divided by 3"),
-        ({"fsdp": 0}, r"8 devices cannot be divided by 0"),
-        ({"data": -1, "fsdp": -1}, r"8 devices cannot be divided by -1"),
-        ({"data": -2, "fsdp": -4}, r"data -2 x fsdp -4"),
-        ({"data": 0, "fsdp": 8}, r"data 0 x fsdp 8"),
-    ],
-)
-def test_make_mesh_errors(sizes, message):
-    with pytest.raises(ConfigError, match=message):
-        sharding.make_mesh(**sizes)
+    def apply(params, forward, batch, teacher, step, key):
+        x = forward.features[1].mean()
+        if where == "loss":
+            return jnp.where(step == 1, jnp.nan, 0.0), {}
+        return jnp.sqrt(jnp.where(step == 1, x - jax.lax.stop_gradient(x), 1.0)), {}  # of 0: its gradient is infinite
+
+    optimizer, _ = optim.make(10)
+    made = parts(losses={"bad": AuxLoss(nothing, apply)}, optimizer=optimizer)
+    first, metrics = one_step(made)
+    assert np.isfinite(metrics["grad_norm"])
+    second, metrics = one_step(made, first)
+    assert not np.isfinite(metrics["grad_norm" if where == "gradient" else "loss/total"])
+    assert np.isfinite(metrics["loss/total"]) == (where == "gradient")
+    assert int(second["step"]) == 2
+    jax.tree.map(np.testing.assert_array_equal, second | {"step": 0}, first | {"step": 0})
+    third, metrics = one_step(made, second)
+    assert np.isfinite(metrics["loss/total"])
+    assert not np.array_equal(third["params"]["first"], second["params"]["first"])
 
 
 # --- Accumulation.

@@ -212,7 +212,7 @@ def test_latents_are_decoded_a_chunk_at_a_time(folder):
 def test_a_batch_is_decoded_where_it_lies(folder):
     """Over eight devices and in chunks no latent changes its device."""
     latents = prepare.make("latents", scale=0.5, bias=0.25, vae=str(folder), chunk=2)
-    split = sharding.over_batch(sharding.make_mesh())
+    split = sharding.over_batch(sharding.make())
     x = jax.ShapeDtypeStruct((64, 2, 2, 4), jnp.float32, sharding=split)
     compiled = jax.jit(latents.decode, out_shardings=split).lower(latents.init(), x).compile().as_text()
     assert " while(" in compiled, "it is not in chunks"

@@ -57,7 +57,7 @@ def main() -> None:
         subject, params = subject_of(given.config)
     settings = Settings(num=given.count, batch=given.batch)
     with_weights = peak()
-    shown = measure.batches(subject.data("test"), settings, subject.mesh)
+    shown = measure.batches(subject.data("test"), settings, subject.layout)
     ready = measure.compiled(subject, settings._replace(num=given.num))  # keeps as few tokens of each as for all
     begin = time.perf_counter()
     measure.measure(ready, params, shown[:1], 0.05)

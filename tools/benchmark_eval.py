@@ -98,10 +98,12 @@ def hardware() -> dict[str, Any]:
 def run(one: Extractor, batch: int, rounds: int) -> dict[str, Any]:
     """All figures."""
     rng = np.random.default_rng(0)
-    mesh = sharding.make_mesh()
-    if batch < 1 or batch % (one.chunk * mesh.size):
-        raise ConfigError(f"--batch_size={batch}: wanted a multiple of {one.chunk} images on {mesh.size} devices")
-    extract = scoring.extraction([one], mesh, batch)
+    layout = sharding.make()
+    if batch < 1 or batch % (one.chunk * layout.mesh.size):
+        raise ConfigError(
+            f"--batch_size={batch}: wanted a multiple of {one.chunk} images on {layout.mesh.size} devices"
+        )
+    extract = scoring.extraction([one], layout, batch)
     images = rng.integers(0, 256, (batch, SIDE, SIDE, 3), dtype=np.uint8)
     first, second = covariance(0), covariance(1)
     reference, samples = (rng.normal(size=(n, WIDTH)).astype(np.float32) for n in (REFERENCE, SAMPLES))
@@ -109,8 +111,8 @@ def run(one: Extractor, batch: int, rounds: int) -> dict[str, Any]:
         Features(*(rng.normal(size=(n, d)).astype(np.float32) for d in (WIDTH, 2023))) for n in (PART, GATHERED)
     )
     totals = scoring.Totals().plus(part)
-    resized = jax.jit(lambda images: sharding.in_chunks(inception.inputs, images, one.chunk, mesh.size))
-    on_device = jax.device_put(images, sharding.over_batch(mesh))
+    resized = jax.jit(lambda images: sharding.in_chunks(inception.inputs, images, one.chunk, layout.mesh.size))
+    on_device = jax.device_put(images, sharding.over_batch(layout))
     forms = {
         "features": lambda: extract(images),
         "resizing": lambda: jax.block_until_ready(resized(on_device)),

@@ -59,17 +59,18 @@ def prepare(name: str):
         config.model.depth = DEPTH.value
     if diversity is not None:
         config.losses.diversity = slot("losses", "diversity", **diversity)
-    mesh, parts, _, _ = experiment.build(config, shape, 1000)
+    layout, parts, _, _ = experiment.build(config, shape, 1000)
     data = synthetic.make("train", shape=shape)
     examples = [data.source[i] for i in range(config.batch_size)]
     batch = jax.device_put(
-        {key: jax.numpy.stack([example[key] for example in examples]) for key in examples[0]}, sharding.over_batch(mesh)
+        {key: jax.numpy.stack([example[key] for example in examples]) for key in examples[0]},
+        sharding.over_batch(layout),
     )
     key = jax.random.key(0)
     init = initializer(parts, batch)
-    shardings = sharding.shardings(jax.eval_shape(init, key), mesh)
+    shardings = sharding.shardings(jax.eval_shape(init, key), layout)
     state = jax.jit(init, out_shardings=shardings)(key)
-    outputs = (shardings, sharding.replicated(mesh))
+    outputs = (shardings, sharding.replicated(layout))
     begin = time.monotonic()
     step = jax.jit(partial(train_step, parts), donate_argnums=0, out_shardings=outputs)
     step = step.lower(state, {}, batch, key).compile()

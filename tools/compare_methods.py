@@ -147,13 +147,13 @@ def prepare(changes: tuple[Callable[[ConfigDict], None], ...]) -> Method:
     init = jax.jit(initializer(built.parts, batch), compiler_options=ONCE)
     step = jax.jit(partial(train_step, built.parts), donate_argnums=0)
     judge = experiment.evaluators(config, built.parts, digits.SHAPE, digits.NUM_CLASSES)["digits"]
-    return Method(config, built, experiment.prepared(built.parts.prepare, built.mesh), init, step, judge)
+    return Method(config, built, experiment.prepared(built.parts.prepare, built.layout), init, step, judge)
 
 
 def batches(config: ConfigDict, seed: int):
     """The training batches of a seed, on the device."""
     dataset = experiment.open_data(config)
-    over_batch = sharding.over_batch(sharding.make_mesh())
+    over_batch = sharding.over_batch(sharding.make())
     for batch in pipeline.batches(dataset, config.batch_size, seed=seed, num_threads=0):
         yield jax.device_put(batch, over_batch)
 

@@ -51,8 +51,8 @@ def of_run(workdir: Path) -> tuple[releases.Release, dict[str, int]]:
         raise ConfigError(f"no release has skips of the form {options.skip!r} with skip_init = {options.skip_init!r}")
     checkpoints = Checkpoints(workdir / "checkpoints")
     meta = checkpoints.meta()
-    mesh, parts, _, _ = experiment.build(config, tuple(meta["shape"]), meta["num_classes"])
-    params, _ = checkpoints.restore_part(experiment.abstract_params(parts.model, mesh), "ema")
+    layout, parts, _, _ = experiment.build(config, tuple(meta["shape"]), meta["num_classes"])
+    params, _ = checkpoints.restore_part(experiment.abstract_params(parts.model, layout), "ema")
     side, _, channels = meta["shape"]
     arch = releases.Architecture(
         depth=options.depth or size.depth,

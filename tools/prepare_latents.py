@@ -178,7 +178,7 @@ def encoder(release: vae_files.Release, options: Options) -> Encoding:
     All batches have one size, the last of a shard filled up, so that one program is compiled and no result depends on
     how many processes there are.
     """
-    mesh = sharding.make_mesh()
+    layout = sharding.make()
     network = vae_model.network(release.arch, options.precision)
     made = {name: encoders.make(name, **given) for name, given in chosen_encoders(options).items()}
     batch = sharding.filled(options.batch_size)
@@ -201,11 +201,11 @@ def encoder(release: vae_files.Release, options: Options) -> Encoding:
     def encode(crops: np.ndarray) -> dict[str, np.ndarray]:
         if not frozen:  # only when there is something to do
             on_host = {"vae": release.read(("encoder",))} | {name: one.init() for name, one in made.items()}
-            frozen.update(jax.device_put(on_host, sharding.replicated(mesh)))
+            frozen.update(jax.device_put(on_host, sharding.replicated(layout)))
         padded = np.resize(crops, (batch, *crops.shape[1:]))
         try:
             both = [
-                jax.device_get(compute(frozen, jax.device_put(np.ascontiguousarray(side), sharding.over_batch(mesh))))
+                jax.device_get(compute(frozen, jax.device_put(np.ascontiguousarray(side), sharding.over_batch(layout))))
                 for side in (padded, padded[:, :, ::-1])
             ]
         except jax.errors.JaxRuntimeError as error:

@@ -79,7 +79,7 @@ def compute(
     images: Images, networks: Sequence[Extractor], batch: int, features: int, stored: int
 ) -> dict[str, np.ndarray]:
     """The arrays of the file: of all images statistics, of evenly spread ones their features and they themselves."""
-    extract = scoring.extraction(networks, sharding.make_mesh(), batch)
+    extract = scoring.extraction(networks, sharding.make(), batch)
     if images.count < 2:
         raise DataError(f"{images.about['name']}: statistics need at least two images, given {images.count}")
     kept, kept_images = (set(chosen(images.count, n).tolist()) for n in (features, stored))

@@ -40,7 +40,7 @@ def used(subject: Subject, params: Params, shown: Sequence[Batch], seed: int = 0
     if "merges" not in params:
         return None
     count, _, width = params["merges"]["linear"]["kernel"].shape
-    copied = sharding.replicated(subject.mesh)
+    copied = sharding.replicated(subject.layout)
     current, skip = jax.device_get(jax.jit(_halves, out_shardings=copied)(params["merges"]))
     run = jax.jit(partial(_loss, subject, width), out_shardings=copied)
     cuts = np.concatenate([np.zeros((1, count)), np.eye(count), np.ones((1, count))]).astype(np.float32)

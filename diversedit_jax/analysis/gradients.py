@@ -36,7 +36,7 @@ def pulls(
 
     Takes one backward pass for each loss, and one for the objective, a batch. The teacher has the same weights.
     """
-    run = jax.jit(partial(_products, subject), out_shardings=sharding.replicated(subject.mesh))
+    run = jax.jit(partial(_products, subject), out_shardings=sharding.replicated(subject.layout))
     found = []
     for number, batch in enumerate(shown):
         key = jax.random.fold_in(jax.random.key(seed), number)

@@ -27,7 +27,7 @@ def principal(subject: Subject, params: Params, batch: Batch, t: float, count: i
     Components of a block have the signs that agree best with those of the block before.
     """
     key = jax.random.key(seed)
-    run = jax.jit(partial(_seen, subject, count), out_shardings=sharding.replicated(subject.mesh))
+    run = jax.jit(partial(_seen, subject, count), out_shardings=sharding.replicated(subject.layout))
     images, scores, explained = jax.device_get(run(params, subject.frozen, batch, jnp.float32(t), key))
     scores = np.array(scores)  # [l k n 3]
     h, w, _ = subject.shape

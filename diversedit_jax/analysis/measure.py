@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from diversedit_jax import logs, sharding
@@ -121,7 +120,7 @@ def split_of(subject: Subject, split: str | None) -> str:
     return "test"
 
 
-def batches(dataset: Dataset, settings: Settings, mesh: Mesh) -> list[Batch]:
+def batches(dataset: Dataset, settings: Settings, layout: sharding.Layout) -> list[Batch]:
     """The first whole batches of the data, at most `num` examples, in an order by the seed; placed over all devices.
 
     ConfigError where there is not one batch.
@@ -130,11 +129,9 @@ def batches(dataset: Dataset, settings: Settings, mesh: Mesh) -> list[Batch]:
     count = min(settings.num, len(dataset.source)) // batch
     if not count:
         raise ConfigError(f"--num={settings.num} of {len(dataset.source)} examples: not one batch of {batch} (--batch)")
-    over = sharding.over_batch(mesh)
-    placing = {"process_index": jax.process_index(), "process_count": jax.process_count(), "num_threads": 1}
-    with contextlib.closing(pipeline.batches(dataset, batch, settings.seed, **placing)) as loader:
-        local = itertools.islice(loader, count)
-        return [{name: jax.make_array_from_process_local_data(over, x) for name, x in one.items()} for one in local]
+    rows = sharding.rows(layout, batch)
+    with contextlib.closing(pipeline.batches(dataset, batch, settings.seed, rows=rows, num_threads=1)) as loader:
+        return [sharding.from_rows(local, layout, batch) for local in itertools.islice(loader, count)]
 
 
 class Pass(NamedTuple):
@@ -148,7 +145,7 @@ class Pass(NamedTuple):
 def compiled(subject: Subject, settings: Settings) -> Pass:
     """The pass over a batch, compiled at its first use and once."""
     check(settings)
-    copied = sharding.replicated(subject.mesh)
+    copied = sharding.replicated(subject.layout)
     return Pass(subject, settings, jax.jit(partial(_measure, subject, settings), out_shardings=copied))
 
 

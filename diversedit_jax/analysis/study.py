@@ -87,7 +87,7 @@ def study(
     """Look into a subject at these steps; `say` gets a line now and then."""
     notes = list(subject.notes)
     dataset = subject.data(settings.split)
-    shown = measure.batches(dataset, settings, subject.mesh)
+    shown = measure.batches(dataset, settings, subject.layout)
     used = len(shown) * len(shown[0]["y"])
     ready, known = measure.compiled(subject, settings), scores.found(subject.workdir)
     looks, last, params = [], None, None
@@ -108,7 +108,7 @@ def study(
         found["estimators"] = estimators(last, settings.estimator)
     if "probe" in parts:
         say(f"{subject.label}: linear probes")
-        fitted = measure.batches(subject.data("train"), settings._replace(num=2 * settings.num), subject.mesh)
+        fitted = measure.batches(subject.data("train"), settings._replace(num=2 * settings.num), subject.layout)
         alike = settings.split == "train"
         found["probe"] = probing.accuracies(ready, params, fitted, None if alike else shown, t)
     if "gradients" in parts:

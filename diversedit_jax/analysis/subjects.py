@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
@@ -50,7 +49,7 @@ class Subject(NamedTuple):
     heads: Callable[[int], Params]
     parts: Parts
     frozen: Any
-    mesh: Mesh
+    layout: sharding.Layout
     shape: tuple[int, int, int]
     null: int
     times: Callable[[Float[Array, " b"]], Array]
@@ -98,7 +97,7 @@ def of_run(
         notes.append(f"its encoders are left out ({error}), and with them the losses that read them")
         subject = of_config(without_encoders(config), shape, classes)
     parts = subject.parts
-    target = experiment.abstract_params(parts.model, subject.mesh)
+    target = experiment.abstract_params(parts.model, subject.layout)
 
     def load(step: int) -> Params:
         return checkpoints.restore_part(target, WEIGHTS[weights], step)[0]
@@ -108,7 +107,7 @@ def of_run(
         wanted = jax.eval_shape(initializer(parts, example), jax.random.key(0))["losses"]
         if not jax.tree.leaves(wanted):
             return wanted
-        placed = sharding.placed(wanted, sharding.shardings(wanted, subject.mesh))
+        placed = sharding.placed(wanted, sharding.shardings(wanted, subject.layout))
         return checkpoints.restore_part(placed, "losses", step)[0]
 
     return subject._replace(
@@ -143,8 +142,8 @@ def of_config(config: ConfigDict, shape: tuple[int, int, int], num_classes: int)
         none,
         none,
         parts,
-        experiment.prepared(parts.prepare, built.mesh),
-        built.mesh,
+        experiment.prepared(parts.prepare, built.layout),
+        built.layout,
         shape,
         num_classes,
         _times(config.objective.to_dict()),
@@ -185,7 +184,7 @@ def of_release(
             f"{file.name} comes without data: say what to show it with --data=NAME=DIR, such as --data=latents=DIR"
         )
     release, shape = sources.opened_release(file, family, heads, weights, side)
-    arch, mesh = release.arch, sharding.make_mesh()
+    arch, layout = release.arch, sharding.make()
     if arch.token_width is not None:
         raise ConfigError(f"{file.name}: REG takes class tokens of an encoder: analyse a run of it, with --workdir")
     name = sources.release_model(release)
@@ -204,7 +203,7 @@ def of_release(
     del release  # its parameters are read again when they are looked at
 
     def load(step: int) -> Params:
-        return sources.placed(sources.opened_release(file, family, heads, weights, side)[0].params, mesh)
+        return sources.placed(sources.opened_release(file, family, heads, weights, side)[0].params, layout)
 
     def opened(split: str) -> Dataset:
         dataset = experiment.open_data(config, split)
@@ -220,8 +219,8 @@ def of_release(
         load,
         lambda step: {label: {} for label in parts.losses},
         parts,
-        experiment.prepared(ready, mesh),
-        mesh,
+        experiment.prepared(ready, layout),
+        layout,
         shape,
         arch.num_classes,
         _times(objective.to_dict()),

@@ -35,7 +35,7 @@ class HostBatches(grain.MapDataset):
         seed: int,
         *,
         first: int,
-        rows: int,
+        rows: Sequence[int],
         stride: int,
         replace: int,
     ):
@@ -46,10 +46,10 @@ class HostBatches(grain.MapDataset):
     def __len__(self) -> int:
         return (len(self._parent) - self.first) // self.stride
 
-    def positions(self, index: int) -> range:
+    def positions(self, index: int) -> list[int]:
         """The places of the rows in the endless order of examples."""
         begin = self.first + index * self.stride
-        return range(begin, begin + self.rows)
+        return [begin + row for row in self.rows]
 
     def records(self, index: int) -> list[int]:
         """The records in these places."""
@@ -109,14 +109,12 @@ def _one(source: Any, record: int) -> dict:
     return example
 
 
-def check(dataset: Dataset, batch_size: int, start: int, process_index: int, process_count: int) -> None:
+def check(dataset: Dataset, batch_size: int, start: int, rows: Sequence[int]) -> None:
     """Raise ConfigError or DataError for what could not give batches."""
     if batch_size < 1:
         raise ConfigError(f"batch_size must be positive, given {batch_size}")
-    if batch_size % process_count:
-        raise ConfigError(f"batch_size {batch_size} is not divisible by {process_count} processes")
-    if not 0 <= process_index < process_count:
-        raise ConfigError(f"process_index {process_index} is not in 0 .. {process_count - 1}")
+    if not rows or not 0 <= min(rows) <= max(rows) < batch_size:
+        raise ConfigError(f"rows = {list(rows)}: wanted some of 0 .. {batch_size - 1}")
     if start < 0:
         raise ConfigError(f"start must be a number of batches, given {start}")
     if len(dataset.source) == 0:
@@ -128,8 +126,7 @@ def batches(
     batch_size: int,
     seed: int,
     start: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     report: Callable[[str], None] | None = None,
     *,
     num_threads: int = 4,
@@ -140,7 +137,8 @@ def batches(
     """This process's rows of the global batches `start`, `start + 1`, ... without end, each dict of [b ...] arrays.
 
     batch_size: of the global batch; epochs follow each other without a gap, every one in an order of its own.
-    start: how many global batches were consumed before. report: gets a line for each bad record that is replaced.
+    start: how many global batches were consumed before. rows: those of every global batch that this process reads
+    (None: all), see `sharding.rows`. report: gets a line for each bad record that is replaced.
 
     num_threads: each prepares a whole batch ahead; 0 reads in the calling thread.
     num_workers: processes, with such threads each: where decoding images keeps one process from keeping up. Latents
@@ -153,15 +151,15 @@ def batches(
     The result is a generator: its threads and processes end with `close()`, with `contextlib.closing`, or when it is
     dropped. Raises ConfigError at once; DataError, naming the record, at the batch that has it, and then ends.
     """
-    check(dataset, batch_size, start, process_index, process_count)
+    rows = range(batch_size) if rows is None else rows
+    check(dataset, batch_size, start, rows)
     for option, value in (("num_threads", num_threads), ("num_workers", num_workers), ("timeout", timeout)):
         if value < 0:
             raise ConfigError(f"{option} = {value}: must not be negative")
     if max_bad_records < 0:
         raise ConfigError(f"max_bad_records = {max_bad_records}: must not be negative")
     order = grain.MapDataset.range(len(dataset.source)).seed(seed).shuffle().repeat()
-    rows = batch_size // process_count
-    first = start * batch_size + process_index * rows
+    first = start * batch_size
     ready = HostBatches(order, dataset, seed, first=first, rows=rows, stride=batch_size, replace=max_bad_records)
     # A buffer of one batch a thread: grain's own default, 500 batches, would fill the host's memory.
     ahead = ready.to_iter_dataset(grain.ReadOptions(num_threads, prefetch_buffer_size=num_threads))

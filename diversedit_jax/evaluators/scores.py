@@ -39,7 +39,7 @@ def make(
 
     @cache  # compiled at the first run, once
     def judge() -> tuple[scoring.Extract, Statistics]:
-        extract = scoring.extraction([one], sharding.make_mesh(), drawn.batch)
+        extract = scoring.extraction([one], sharding.make(), drawn.batch)
         return extract, scoring.references_for([one], references, extract, drawn.batch)[one.name]
 
     def run(sample: Callable[..., np.ndarray]) -> Iterable[tuple[str, float]]:

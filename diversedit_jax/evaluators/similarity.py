@@ -47,7 +47,7 @@ def make(
             config.prepare.vae = None  # nothing is decoded
         subject = subjects.of_config(config, drawn.latents, drawn.num_classes)
         chosen = settings._replace(split=measure.split_of(subject, split))
-        return measure.compiled(subject, chosen), measure.batches(subject.data(chosen.split), chosen, subject.mesh)
+        return measure.compiled(subject, chosen), measure.batches(subject.data(chosen.split), chosen, subject.layout)
 
     def run(current: Current) -> Iterable[tuple[str, Any]]:
         ready, shown = looking()

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from diversedit_jax import sharding
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import Model, functional
 from diversedit_jax.slots import suggestion
@@ -127,7 +128,7 @@ class Block(nnx.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(ada, 6, axis=-1)
         x = x + (gate_a[:, None] * self._attention(modulate(x, shift_a, scale_a))).astype(x.dtype)
         x = x + (gate_m[:, None] * self._mlp(modulate(x, shift_m, scale_m))).astype(x.dtype)
-        return checkpoint_name(x, "out")
+        return checkpoint_name(sharding.kept_over_batch(x), "out")
 
     def _attention(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         qkv = checkpoint_name(self.qkv(x.astype(self.dtype)), "qkv")
@@ -254,7 +255,7 @@ class DiT(nnx.Module):
         if token is not None:  # at position embedding 0
             first = self.token_norm(self.token_embed(token.astype(self.dtype)))
             x = jnp.concatenate([first[:, None], x], axis=1)
-        x = x.astype(self.stream_dtype)
+        x = sharding.kept_over_batch(x.astype(self.stream_dtype))
         c = self.time_embed(t) + self.label_embed(y)
         if (span is None) != (self.span_embed is None):
             raise ValueError(f"this network takes {'one time' if span is not None else 'two times: t and t - r'}")

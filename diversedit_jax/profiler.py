@@ -1,0 +1,60 @@
+"""Windows of steps that are profiled, for XProf: where the time of a step goes, on the device and on the host."""
+
+import contextlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from diversedit_jax.errors import ConfigError
+
+
+def windows(text: str) -> list[tuple[int, int]]:
+    """`100:105` or `100:105,5000:5005` as first and last steps, in order; ConfigError for anything else."""
+    found = []
+    for part in filter(None, text.split(",")):
+        match = re.fullmatch(r"(\d+):(\d+)", part)
+        first, last = map(int, match.groups()) if match else (0, 0)
+        if not 1 <= first <= last or (found and first <= found[-1][1]):
+            raise ConfigError(f"config.profile = {text!r}: wanted FIRST:LAST of steps, or several of them in order")
+        found.append((first, last))
+    return found
+
+
+class Profiler:
+    """Traces of windows of steps, in `directory`/plugins/profile, where TensorBoard and XProf look.
+
+    with profiler.step(i):  # around every step, the steps counted from 1
+        result = ...
+    profiler.after(i, result)  # waits for the result where a window ends
+    """
+
+    def __init__(self, text: str, directory: Path, note: Callable[[str], None]):
+        self._windows, self._directory, self._note = windows(text), directory, note
+        self._since: int | None = None
+
+    @contextlib.contextmanager
+    def step(self, step: int):
+        """Start a window that begins with this step, and mark the step in it."""
+        if self._since is None and any(first <= step <= last for first, last in self._windows):
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # every call of Python would hide what matters
+            jax.profiler.start_trace(self._directory, profiler_options=options)
+            self._since = step
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            yield
+
+    def after(self, step: int, result: Any) -> None:
+        """End a window that ends with this step, whose outcome is `result`."""
+        if self._since is not None and any(step == last for _, last in self._windows):
+            jax.block_until_ready(result)
+            self.close()
+            self._note(f"profiled up to step {step}: xprof --logdir {self._directory}")
+
+    def close(self) -> None:
+        """End a window that is open."""
+        if self._since is not None:
+            jax.profiler.stop_trace()
+            self._since = None
