@@ -12,7 +12,7 @@ import optax
 from ml_collections import ConfigDict
 
 from diversedit_jax import config as configs
-from diversedit_jax import flops, optim, profiler, sampling, sharding
+from diversedit_jax import flops, optim, sampling, sharding
 from diversedit_jax.api import Params, Prepare
 from diversedit_jax.data import Dataset
 from diversedit_jax.errors import ConfigError
@@ -115,9 +115,6 @@ def _check_steps(config: ConfigDict, layout: sharding.Layout) -> None:
     for name in ("total_steps", "batch_size", "accumulate", "log_every"):
         if config[name] < 1:
             raise ConfigError(f"config.{name} = {config[name]}: must be positive")
-    profiler.windows(config.profile)
-    if config.max_skipped < 0:
-        raise ConfigError(f"config.max_skipped = {config.max_skipped}: must not be negative")
     if not 0 <= config.ema_decay < 1:
         raise ConfigError(f"config.ema_decay = {config.ema_decay}: must be in [0, 1)")
     at_once = layout.shards * config.accumulate
@@ -126,8 +123,8 @@ def _check_steps(config: ConfigDict, layout: sharding.Layout) -> None:
         nearest = f"{below} or {below + at_once}" if below else f"{at_once}"
         times = f" x {config.accumulate} accumulated parts" if config.accumulate > 1 else ""
         raise ConfigError(
-            f"config.batch_size = {config.batch_size} is not divisible by data x fsdp = {layout.shards}{times}; "
-            f"nearest: {nearest}"
+            f"config.batch_size = {config.batch_size} is not divisible by {layout.shards} (data x fsdp of config.mesh)"
+            f"{times}; nearest: {nearest}"
         )
 
 

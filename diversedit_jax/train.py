@@ -21,12 +21,11 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from diversedit_jax import config as configs
-from diversedit_jax import distributed, experiment, flops, locks, logs, program, sampling, sharding
+from diversedit_jax import distributed, experiment, flops, locks, logs, profiler, program, sampling, sharding
 from diversedit_jax.checkpoint import Checkpoints, prepare_workdir
 from diversedit_jax.data import pipeline
 from diversedit_jax.errors import ConfigError, NonFiniteError
 from diversedit_jax.evaluators import Current
-from diversedit_jax.profiler import Profiler
 from diversedit_jax.slots import suggestion
 from diversedit_jax.train_state import State, initializer, not_finite_ends, started_from, train_step
 
@@ -54,6 +53,9 @@ def train(config: ConfigDict, workdir: Path) -> State:
     dataset = experiment.open_data(config)
     layout, parts, sample, rate = experiment.build(config, dataset.shape, dataset.num_classes)
     sampling.check_guidance(config.sampler.cfg_scale, dataset.num_classes)
+    profiler.windows(config.profile)
+    if config.max_skipped < 0:
+        raise ConfigError(f"config.max_skipped = {config.max_skipped}: must not be negative")
     evaluators = experiment.evaluators(config, parts, dataset.shape, dataset.num_classes)
     key_init, key_run = jax.random.split(jax.random.key(config.seed))
 
@@ -119,8 +121,8 @@ def train(config: ConfigDict, workdir: Path) -> State:
         progress = stack.enter_context(logs.Progress(config.total_steps, start, config.batch_size, stream=stream))
         describe(workdir, config, state, writer, progress, notes)
         finite = Finite(config.max_skipped, skipped, checkpoints, progress.note)
-        profiler = Profiler(config.profile if main_process else "", workdir, progress.note)
-        stack.callback(profiler.close)
+        profile = profiler.Profiler(config.profile if main_process else "", workdir, progress.note)
+        stack.callback(profile.close)
 
         # --- One compiled step.
         step_shardings = (state_shardings, sharding.replicated(layout))
@@ -176,11 +178,11 @@ def train(config: ConfigDict, workdir: Path) -> State:
         while step < config.total_steps and not (stopped := stop(step)):
             alive()
             step += 1
-            with profiler.step(step):
+            with profile.step(step):
                 state, metrics = step_fn(state, frozen, batch, key_run)
                 if step < config.total_steps:
                     batch = next_batch()
-            profiler.after(step, metrics)
+            profile.after(step, metrics)
             for fault in faults[noted:]:
                 progress.note(f"data: {fault}")
             noted = len(faults)

@@ -65,7 +65,7 @@ def assert_same_bits(found, expected):
 def straight(tmp_path_factory):
     """A run that nothing disturbed: its config, directory and final state."""
     workdir = tmp_path_factory.mktemp("straight")
-    config = tiny()
+    config = tiny(profile="4:5")
     return config, workdir, train.run(config, workdir)
 
 
@@ -84,6 +84,11 @@ def test_a_run_leaves_what_it_says(straight, capfd):
         assert wanted <= record.keys(), f"step {record['step']} lacks {wanted - record.keys()}"
         parts = sum(record[f"loss/{term}"] for term in ("objective", "diversity"))
         assert record["loss/total"] == pytest.approx(parts, rel=1e-6)
+    assert all(record["tflops_per_device"] > 0 for record in records(workdir) if "steps_per_sec" in record)
+    (file,) = workdir.glob("plugins/profile/*/*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(file)).planes
+    events = [event for plane in planes for line in plane.lines for event in line.events]
+    assert {dict(event.stats)["step_num"] for event in events if event.name == "train"} == {4, 5}
     train.run(config, workdir)
     out, err = capfd.readouterr()
     assert "nothing to do: the checkpoint is at step 6" in err
@@ -308,8 +313,11 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(straight, tmp
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 20}, r"config.batch_size = 20 is not divisible by 8 devices; nearest: 16 or 24"),
-        ({"accumulate": 3}, r"not divisible by 8 devices x 3 accumulated parts; nearest: 24"),
+        (
+            {"batch_size": 20},
+            r"batch_size = 20 is not divisible by 8 \(data x fsdp of config.mesh\); nearest: 16 or 24",
+        ),
+        ({"accumulate": 3}, r"not divisible by 8 \(.*\) x 3 accumulated parts; nearest: 24"),
         ({"model__patch": 3}, r"model.patch = 3 does not divide the image of 8 x 8"),
         ({"model__heads": 3}, r"model.heads = 3 does not divide the width 16"),
         ({"model__skip": "relase"}, r"model.skip = 'relase' is unknown; did you mean 'release'"),
@@ -323,6 +331,8 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(straight, tmp
         ({"optim__learning_rate": float("nan")}, r"config.optim.learning_rate = nan: must be a finite number > 0"),
         ({"ema_decay": 7.0}, r"config.ema_decay = 7.0: must be in \[0, 1\)"),
         ({"total_steps": 0}, r"config.total_steps = 0: must be positive"),
+        ({"max_skipped": -1}, r"config.max_skipped = -1: must not be negative"),
+        ({"profile": "5"}, r"config.profile = '5': wanted FIRST:LAST of steps"),
         ({"mesh__data": 3}, r"data 3 x fsdp 1 = 3 devices, but JAX sees 8"),
         ({"sampler__solver": "hen"}, r"unknown solver 'hen'; did you mean 'heun'"),
         ({"sampler__guidance_interval": (0.7, 0.2)}, r"guidance_interval = 0.7, 0.2"),
