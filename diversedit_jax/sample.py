@@ -38,17 +38,18 @@ def run(
     seconds = time.monotonic() - begin
 
     folder = Path(out).expanduser().absolute() if out else source.folder
+    if jax.process_index() != 0:
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
     with logs.replacing(folder / "samples.npz") as partial, open(partial, "wb") as file:
         np.savez(file, arr_0=images, labels=y)
-    if jax.process_index() == 0:
-        took = f"{logs.duration(seconds)} (compilation included)"
-        print(f"{num} samples of {source.name} in {took}: {folder / 'samples.npz'}")
-        if images.dtype == np.uint8:
-            logs.save_png(folder / "grid.png", logs.image_grid(images[:256]))
-            print(f"grid: {folder / 'grid.png'}")
-        else:
-            print("they are latents, float32: --vae=FILE decodes them")
+    took = f"{logs.duration(seconds)} (compilation included)"
+    print(f"{num} samples of {source.name} in {took}: {folder / 'samples.npz'}")
+    if images.dtype == np.uint8:
+        logs.save_png(folder / "grid.png", logs.image_grid(images[:256]))
+        print(f"grid: {folder / 'grid.png'}")
+    else:
+        print("they are latents, float32: --vae=FILE decodes them")
     return folder
 
 

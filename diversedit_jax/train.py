@@ -212,7 +212,7 @@ def train(config: ConfigDict, workdir: Path) -> State:
                 for label in evaluators:
                     if due(step, config.evaluators[label].every) and not last:
                         evaluate(step, label)
-        alive(False)
+        alive()  # a mount that hangs while the last checkpoint is written
         if step < config.total_steps:
             if step > saved[-1]:
                 finite(step, pending)
@@ -229,9 +229,11 @@ def train(config: ConfigDict, workdir: Path) -> State:
                 f"nothing to do: the checkpoint is at step {start}, config.total_steps is {config.total_steps}"
             )
         else:
+            alive(False)
             for label in evaluators:
                 evaluate(step, label)
             show_samples(step, workdir / "samples.png")
+            alive()
         checkpoints.wait()
     if main_process:
         print(summary(workdir, checkpoints, time.monotonic() - started), flush=True)
