@@ -16,12 +16,10 @@ import jax
 from absl import app, flags
 
 from configs import default
-from diversedit_jax import experiment, logs, sharding
+from diversedit_jax import experiment, flops, logs, sharding
 from diversedit_jax.config import slot
 from diversedit_jax.data import synthetic
-from diversedit_jax.models.dit import SIZES
 from diversedit_jax.train_state import initializer, train_step
-from tools.flops import multiply_adds
 
 # What a variant changes in a plain SiT: keys of the model, options of the diversity loss (None: no such loss).
 VARIANTS = {
@@ -68,23 +66,21 @@ def prepare(name: str):
     )
     key = jax.random.key(0)
     init = initializer(parts, batch)
-    shardings = sharding.shardings(jax.eval_shape(init, key), layout)
+    abstract = jax.eval_shape(init, key)
+    shardings = sharding.shardings(abstract, layout)
     state = jax.jit(init, out_shardings=shardings)(key)
     outputs = (shardings, sharding.replicated(layout))
     begin = time.monotonic()
     step = jax.jit(partial(train_step, parts), donate_argnums=0, out_shardings=outputs)
-    step = step.lower(state, {}, batch, key).compile()
+    with jax.set_mesh(layout.mesh):
+        step = step.lower(state, {}, batch, key).compile()
     memory = step.memory_analysis()
     facts = {
         "compile_s": round(time.monotonic() - begin, 1),
         "temp_gib": round(memory.temp_size_in_bytes / 2**30, 3),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state["params"])),
+        "gflop": round(experiment.work(config, parts, shape, 1000, abstract, batch) / BATCH.value / 1e9, 2),
     }
-    tokens = (SIDE.value // config.model.patch) ** 2
-    size = SIZES[config.model.size]
-    depth, width = config.model.depth or size.depth, size.width
-    pixels = config.model.patch**2 * 4
-    facts["gmac"] = round(multiply_adds(depth, width, tokens, pixels, config.model.skip != "none") / 1e9, 2)
     return step, state, batch, key, facts
 
 
@@ -107,15 +103,19 @@ def main(_) -> None:
     for name, (*_, facts) in runs.items():
         seconds = statistics.median(times[name])
         rate = BATCH.value / seconds
-        tflops = rate * facts["gmac"] * 6e9 / jax.device_count() / 1e12
-        rows[name] = {"ms": seconds * 1e3, "ratio": seconds / first, "images/s": rate, "TFLOP/s": tflops} | facts
+        done = flops.rates(rate * facts["gflop"] * 1e9, 1.0, jax.devices()[0].device_kind, jax.device_count())
+        rows[name] = {"ms": seconds * 1e3, "ratio": seconds / first, "images/s": rate} | done | facts
     versions = logs.versions()
     where = f"{versions['devices']} ({versions['backend']}), jax {versions['jax']}"
     print(f"SiT-{SIZE.value}/2, latents of {SIDE.value} x {SIDE.value}, batch {BATCH.value}, {DTYPE.value}, on {where}")
-    columns = {"ms": 1, "ratio": 3, "images/s": 1, "TFLOP/s": 2, "gmac": 2, "temp_gib": 2, "compile_s": 1}
-    print("".join([f"{'variant':<15}", *(f"{column:>11}" for column in columns)]))
+    columns = {"ms": 1, "ratio": 3, "images/s": 1, "tflops_per_device": 2, "mfu": 3, "gflop": 2, "temp_gib": 2}
+    columns = {
+        name: digits for name, digits in (columns | {"compile_s": 1}).items() if name in next(iter(rows.values()))
+    }
+    print("".join([f"{'variant':<15}", *(f"{column:>{len(column) + 2}}" for column in columns)]))
     for name, row in rows.items():
-        print("".join([f"{name:<15}", *(f"{row[column]:>11,.{digits}f}" for column, digits in columns.items())]))
+        shown = (f"{row[column]:>{len(column) + 2},.{digits}f}" for column, digits in columns.items())
+        print("".join([f"{name:<15}", *shown]))
     if OUT.value:
         given = {name: flags.FLAGS[name].value for name in ("size", "side", "depth", "batch_size", "dtype")}
         Path(OUT.value).write_text(
