@@ -1,5 +1,6 @@
 """Several processes are one program: they agree, stop together, fail together, and train what one process trains."""
 
+import csv
 import json
 import os
 import signal
@@ -8,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from configs import digits
 from diversedit_jax import distributed
 from diversedit_jax.checkpoint import Checkpoints
 from diversedit_jax.errors import ConfigError
+from tests import untrained
 from tests.processes import started
 
 CONFIG = """
@@ -196,3 +199,68 @@ def test_restores_of_the_parameters_are_numbers(straight):
     """What the runs above compare is not empty."""
     assert len(checksums(straight)) > 50
     assert np.isfinite(list(losses(straight).values())).all()
+
+
+@pytest.fixture(scope="module")
+def looked_at(tmp_path_factory):
+    """A run with random weights, and what sampling, evaluation and analysis of one process say of it."""
+    workdir = tmp_path_factory.mktemp("looked_at") / "run"
+    workdir.mkdir()
+    config = digits.get_config()
+    config.model.update({"depth": 2, "width": 16, "heads": 2})
+    config.mesh.fsdp = 2
+    config.sampler.update({"solver": "euler", "steps": 2, "batch_size": 16})
+    untrained.leave(workdir, config, {1: ["params", "ema"]}, scale=0.02)
+    alone = workdir.parent / "alone"
+    alone.mkdir()
+    for program, flags in LOOKS.items():
+        with started(look(program, workdir, alone, flags), 1, 8, alone) as run:
+            assert run.wait() == [0], run.out()
+    return workdir, alone
+
+
+LOOKS = {
+    "sample": ["--num=20"],
+    "evaluate": ["--num=110"],
+    "analyze": ["--num=32", "--batch=16", "--times=0.1"],
+}
+
+
+def look(program: str, workdir: Path, out: Path, flags: list[str]) -> list[str]:
+    return [f"diversedit_jax.{program}", f"--workdir={workdir}", f"--out={out / program}", *flags]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", list(LOOKS))
+def test_several_processes_look_at_a_run_as_one_does(looked_at, tmp_path, program):
+    """The same numbers, written by the first alone."""
+    workdir, alone = looked_at
+    with started(look(program, workdir, tmp_path, LOOKS[program]), 2, 4, tmp_path) as run:
+        assert run.wait() == [0, 0], run.out(0) + run.out(1)
+        assert str(tmp_path / program) in run.out(0)
+        assert str(tmp_path / program) not in run.out(1)
+    theirs, ours = alone / program, tmp_path / program
+    assert sorted(file.name for file in ours.rglob("*")) == sorted(file.name for file in theirs.rglob("*"))
+    if program == "sample":
+        with np.load(ours / "samples.npz") as found, np.load(theirs / "samples.npz") as wanted:
+            # a level of 256 at most, where a sum in another order rounds to the other side
+            assert np.abs(found["arr_0"].astype(int) - wanted["arr_0"]).max() <= 1
+    elif program == "evaluate":
+        found, wanted = (json.loads((folder / "scores.json").read_text())["scores"] for folder in (ours, theirs))
+        assert found == pytest.approx(wanted, rel=1e-3)
+    else:
+        for file in theirs.glob("*.csv"):
+            assert_close_tables(ours / file.name, file)
+
+
+def assert_close_tables(found: Path, wanted: Path) -> None:
+    """Two CSV files with the same words and nearly the same numbers."""
+    tables = [list(csv.reader(file.read_text().splitlines())) for file in (found, wanted)]
+    for ours, theirs in zip(*tables, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            try:
+                number = float(b)
+            except ValueError:
+                assert a == b, f"{found.name}: {a} for {b}"
+            else:
+                assert float(a) == pytest.approx(number, rel=1e-3, abs=1e-4, nan_ok=True), found.name
