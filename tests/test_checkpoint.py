@@ -168,8 +168,10 @@ def test_a_target_that_does_not_fit_names_the_array_and_both_shapes(saved):
         Checkpoints(saved).restore_part(target_of(make_state(0, width=96)["ema"]), "ema")
     assert one_line(info) == (
         f"checkpoint {saved}/6 does not fit this config: 3 of 3 arrays differ; first: "
-        "ema/blocks/bias: checkpoint has [2, 64] float32, config needs [2, 96] float32"
+        "ema/blocks/bias: checkpoint has [2, 64] float32, config needs [2, 96] float32. "
+        "Use its config, or another workdir"
     )
+    assert info.value.exit_code == 78
 
 
 def test_a_target_of_another_dtype_or_structure_does_not_fit(saved):
