@@ -17,7 +17,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from jaxtyping import Array, UInt32
 from orbax.checkpoint import checkpoint_managers as policies
 
 from diversedit_jax import distributed
-from diversedit_jax.errors import CheckpointError, ConfigError, DamagedCheckpointError
+from diversedit_jax.errors import CheckpointError, ConfigError, DamagedCheckpointError, UnfitCheckpointError
 from diversedit_jax.logs import replacing, silence
 
 SCORES = "scores.json"  # beside the steps: {step: value}, for keeping the best
@@ -307,7 +307,10 @@ class Checkpoints:
         """The arrays of a step whose names begin with `prefix`; CheckpointError if those are not the wanted ones."""
         stored = {path: leaf for path, leaf in record["leaves"].items() if path.startswith(prefix)}
         if problem := difference(stored, leaves_of(wanted)):
-            raise CheckpointError(f"checkpoint {self.directory / str(step)} does not fit this config: {problem}")
+            raise UnfitCheckpointError(
+                f"checkpoint {self.directory / str(step)} does not fit this config: {problem}. "
+                "Use its config, or another workdir"
+            )
         abstract = nested(wanted)
         part = ocp.args.PyTreeRestore(
             abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
@@ -320,6 +323,7 @@ class Checkpoints:
 
     def _new_writer(self) -> ocp.CheckpointManager:
         self.directory.mkdir(parents=True, exist_ok=True)
+        closed_loops_unheard()
         return ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -391,7 +395,7 @@ def seal(step: int, meta: Mapping[str, Any], leaves: dict[str, list], sums: dict
 def unseal(record: Mapping[str, Any], place: Path) -> dict[str, Any]:
     """The body of a record that is whole; CheckpointError if a newer format, ValueError if damaged."""
     if record["format"] != FORMAT:
-        raise CheckpointError(
+        raise UnfitCheckpointError(
             f"checkpoint {place} has format {record['format']}, this version reads format {FORMAT}: "
             "install the version that wrote it"
         )
@@ -424,6 +428,20 @@ def last_words_unheard() -> Iterator[None]:
             yield
     finally:
         sys.unraisablehook, logger.disabled = hook, disabled
+
+
+@cache
+def closed_loops_unheard() -> None:
+    """Silence, from now on, for what orbax leaves when a write fails: it closes its event loop at the first array that
+    fails, and every other one that is under way prints a traceback of that loop. The failure itself is raised.
+    """
+    hook = sys.unraisablehook
+
+    def unless_closed(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = unless_closed
 
 
 def prepare_workdir(path: str | os.PathLike, what: str = "workdir") -> Path:

@@ -124,12 +124,14 @@ def check_shared(directory: Path) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process. One of several does so at once: it would wait for the others, and they end when it is gone."""
-    if jax.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    """End this process after an error, at once: what sys.exit waits for may never come.
+
+    One of several processes would wait for the others, which end when it is gone; and threads of orbax wait for minutes
+    for a directory that could not be made.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def first_alone(function: Callable[[], Any]) -> Any:

@@ -37,10 +37,22 @@ class NonFiniteError(RunError):
     exit_code = 70
 
 
+class StorageError(RunError):
+    """A file that cannot be written, for the disk is full or takes no writes."""
+
+    exit_code = 74
+
+
 class CheckpointError(RunError):
     """A checkpoint that cannot be written, read, or fitted to the model."""
 
     exit_code = 74
+
+
+class UnfitCheckpointError(CheckpointError):
+    """A checkpoint, whole, of another config or of a newer version: the disk is not to blame."""
+
+    exit_code = 78
 
 
 class DamagedCheckpointError(CheckpointError):

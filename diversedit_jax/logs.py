@@ -17,16 +17,18 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
-import tensorboardX.summary
 from clu import parameter_overview as clu_overview
 from jaxtyping import Num, UInt8
 from PIL import Image
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
 import diversedit_jax
 
 Pixels = np.ndarray | jax.Array
+FLUSHED = 120.0  # seconds between two writes of TensorBoard's file: in a mounted bucket each sends all of it
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 
 
@@ -44,13 +46,16 @@ class MetricWriter:
         keep_until(directory / "metrics.jsonl", start_step)
         self._lines = open(directory / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         suffix = f".{start_step:09}"  # without it a restart within one second would overwrite the file before
-        self._events = tensorboardX.SummaryWriter(str(directory), purge_step=start_step + 1, filename_suffix=suffix)
+        # Not tensorboardX.SummaryWriter: it writes in a thread that a full disk ends, and then waits for it for ever.
+        self._events, self._flushed = EventsWriter(str(directory / "events"), suffix), -math.inf
+        self._event(start_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def __enter__(self) -> "MetricWriter":
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        self.close()
+        with contextlib.suppress(OSError) if error else contextlib.nullcontext():  # the first error says more
+            self.close()
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Numbers or arrays of one element; a non-finite value is the string "nan", "inf" or "-inf" in JSON."""
@@ -58,39 +63,48 @@ class MetricWriter:
         safe = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
         self._lines.write(json.dumps({"step": int(step), "time": round(time.time(), 3), **safe}) + "\n")
         for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+            self._event(step, summary=summary.scalar(name, value))
 
     def write_images(self, step: int, images: Mapping[str, Num[Pixels, "*n h w c"]]) -> None:
         """Images [h w c], or [n h w c] as a grid: uint8, or floats in [0, 1]."""
         for name, image in images.items():
             image = to_uint8(image)
             image = image_grid(image) if image.ndim == 4 else image
-            self._events.add_image(name, np.broadcast_to(image, (*image.shape[:2], 3)), step, dataformats="HWC")
+            image = np.broadcast_to(image, (*image.shape[:2], 3))
+            self._event(step, summary=summary.image(name, image, dataformats="HWC"))
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
         for name, text in texts.items():
-            self._events.add_text(name, text, step)
+            self._event(step, summary=summary.text(name, text))
 
     def write_histograms(
         self, step: int, arrays: Mapping[str, Any], num_buckets: Mapping[str, int] | None = None
     ) -> None:
         for name, array in arrays.items():
             buckets = (num_buckets or {}).get(name, 30)
-            self._events.add_histogram(name, np.asarray(array, np.float64).ravel(), step, bins=buckets)
+            self._event(step, summary=summary.histogram(name, np.asarray(array, np.float64).ravel(), buckets))
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         """The settings of the run; anything but a number, a bool or a string is written as text."""
         plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in hparams.items()}
-        for summary in tensorboardX.summary.hparams(plain, {}):
-            self._events.file_writer.add_summary(summary)
+        for part in summary.hparams(plain, {}):
+            self._event(0, summary=part)
+
+    def _event(self, step: int, **content: Any) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=int(step), **content))
+        if time.monotonic() - self._flushed >= FLUSHED:
+            self.flush()
 
     def flush(self) -> None:
         self._lines.flush()
         self._events.flush()
+        self._flushed = time.monotonic()
 
     def close(self) -> None:
-        self._lines.close()
-        self._events.close()
+        try:
+            self._lines.close()
+        finally:
+            self._events.close()
 
 
 def keep_until(path: Path, step: int) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import errno
 import faulthandler
 import os
 import re
@@ -17,7 +18,7 @@ from absl import app, flags
 from jax.experimental import multihost_utils
 
 from diversedit_jax import distributed
-from diversedit_jax.errors import EXIT_PREEMPTED, ConfigError, RunError
+from diversedit_jax.errors import EXIT_PREEMPTED, ConfigError, RunError, StorageError
 
 
 class Stopped(Exception):
@@ -40,7 +41,8 @@ def launch(main: Callable[..., None], *, arguments: bool = False, several: bool 
             raise ConfigError(f"unexpected argument {extra[0]!r}")
         if several:
             distributed.start(flags.FLAGS)
-        main(*([extra] if arguments else []))
+        with storage():
+            main(*([extra] if arguments else []))
     except Stopped as stop:
         print(stop, file=sys.stderr)
         sys.exit(EXIT_PREEMPTED)  # all processes are here, and leave together
@@ -53,6 +55,23 @@ def launch(main: Callable[..., None], *, arguments: bool = False, several: bool 
     except Exception:
         traceback.print_exc()
         distributed.leave(1)
+
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+
+
+@contextlib.contextmanager
+def storage() -> Iterator[None]:
+    """Within it, a disk that takes no more is a StorageError: metrics, samples and the like are written everywhere."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        where = f" {error.filename}" if error.filename else " a file"
+        raise StorageError(
+            f"cannot write{where}: {error.strerror}. Whole checkpoints stay; run it again when there is space"
+        ) from error
 
 
 def parse(argv: Sequence[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """A checkpoint comes back bit for bit or not at all."""
 
+import json
 import os
 import random
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import jax
@@ -15,8 +17,9 @@ import numpy as np
 import optax
 import pytest
 
-from diversedit_jax.checkpoint import Checkpoints, checksum, prepare_workdir
+from diversedit_jax.checkpoint import FORMAT, Checkpoints, by_path, checksum, checksums, prepare_workdir
 from diversedit_jax.errors import CheckpointError, ConfigError
+from tests import checkpoint_fixture
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,6 +89,28 @@ def test_round_trip_is_exact_and_keeps_the_structure(saved):
         state, meta = checkpoints.restore(target_of(make_state(0)), step=4)
         assert_same(state, make_state(4))
         assert meta == {"seed": 4}
+
+
+@pytest.mark.parametrize("version", range(1, FORMAT + 1))
+def test_a_checkpoint_of_every_format_is_read(version, tmp_path):
+    """Written once, when the format was new, by `python -m tests.checkpoint_fixture`."""
+    with zipfile.ZipFile(checkpoint_fixture.file(version)) as packed:
+        packed.extractall(tmp_path)
+    wanted, step = checkpoint_fixture.state(), checkpoint_fixture.STEP
+    state, meta = Checkpoints(tmp_path).restore(target_of(wanted))
+    assert_same(state, wanted)
+    assert meta == checkpoint_fixture.meta()
+    record = json.loads((tmp_path / str(step) / "meta" / "metadata").read_text())
+    assert record["body"]["checksums"] == checksums(by_path(wanted)), "the checksum itself has changed"
+
+
+def test_a_checkpoint_of_a_newer_format_says_what_to_do(copy):
+    file = copy / "6" / "meta" / "metadata"
+    file.write_text(file.read_text().replace(f'"format": {FORMAT}', f'"format": {FORMAT + 1}'))
+    with pytest.raises(CheckpointError, match=rf"has format {FORMAT + 1}, .* install the version") as info:
+        Checkpoints(copy).restore(target_of(make_state(0)))
+    one_line(info)
+    assert info.value.exit_code == 78
 
 
 def test_restore_part_reads_one_entry(saved):
@@ -168,8 +193,10 @@ def test_a_target_that_does_not_fit_names_the_array_and_both_shapes(saved):
         Checkpoints(saved).restore_part(target_of(make_state(0, width=96)["ema"]), "ema")
     assert one_line(info) == (
         f"checkpoint {saved}/6 does not fit this config: 3 of 3 arrays differ; first: "
-        "ema/blocks/bias: checkpoint has [2, 64] float32, config needs [2, 96] float32"
+        "ema/blocks/bias: checkpoint has [2, 64] float32, config needs [2, 96] float32. "
+        "Use its config, or another workdir"
     )
+    assert info.value.exit_code == 78
 
 
 def test_a_target_of_another_dtype_or_structure_does_not_fit(saved):

@@ -1,7 +1,9 @@
 """Every config builds, and one training step of it traces at full size; the config files say what they must."""
 
+import contextlib
 import importlib
 import inspect
+import re
 from functools import partial
 from pathlib import Path
 
@@ -94,6 +96,20 @@ def test_one_step_traces_at_full_size(name, variant, latents):
         assert any(key.startswith(f"loss/{loss}") for key in metrics) == (part in kinds)
 
 
+def test_the_training_step_lowers_for_tpus():
+    """Without one, and without libtpu: the rules that turn each operation into what a TPU runs. It is not compiled."""
+    config = importlib.import_module("configs.digits").get_config()
+    dataset = experiment.open_data(config)
+    _, parts, _, _ = experiment.build(config, dataset.shape, dataset.num_classes)
+    with contextlib.closing(pipeline.batches(dataset, config.batch_size, seed=0, num_threads=0)) as batches:
+        batch = jax.tree.map(jnp.asarray, next(batches))
+    key = jax.random.key(0)
+    state = jax.eval_shape(initializer(parts, batch), key)
+    traced = jax.jit(partial(train_step, parts)).trace(state, jax.eval_shape(parts.prepare.init), batch, key)
+    lowered = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert lowered.count("stablehlo.dot_general") > 50
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_config_says_its_command_hardware_and_expected_numbers(name):
     text = importlib.import_module(f"configs.{name}").__doc__
@@ -134,6 +150,35 @@ def test_a_config_survives_its_file(tmp_path):
     config.objective.path = "cosine"
     with pytest.raises(ConfigError, match=r"objective.path: 'linear' there, 'cosine' given"):
         configs.claim(tmp_path, config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("seed", 1, "seed: 0 there, 1 given"),
+        ("batch_size", 512, "batch_size: 256 there, 512 given"),
+        ("data.data_dir", "other", "data.data_dir: None there, 'other' given"),
+        ("data.num_classes", 10, "data.num_classes: None there, 10 given"),
+        ("optim.learning_rate", 1e-3, "optim.learning_rate: 0.0001 there, 0.001 given"),
+        ("total_steps", 7, None),
+        ("log_every", 7, None),
+        ("watchdog", 7.0, None),
+        ("mesh.fsdp", 4, None),
+        ("input.num_workers", 2, None),
+        ("checkpoint.every", 7, None),
+        ("samples.every", 7, None),
+    ],
+)
+def test_a_run_goes_on_with_the_same_training_and_other_reports(key, value, message, tmp_path):
+    config = default.get_config()
+    configs.claim(tmp_path, config)
+    old = configs.flat(config.to_dict())[key]
+    config.update_from_flattened_dict({key: value})
+    if message is None:
+        assert configs.claim(tmp_path, config) == [f"config.{key}: {old!r} -> {value!r}"]
+    else:
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            configs.claim(tmp_path, config)
 
 
 def test_a_damaged_config_file_is_named(tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 
 import numpy as np
 import pytest
@@ -275,16 +276,51 @@ def test_a_label_out_of_range_names_its_record(tmp_path, label):
         dataset.source[2]
 
 
-def test_a_damaged_record_is_an_error_that_names_it(tmp_path):
-    directory = write(tmp_path)
-    dataset = make(directory)
-    (shard,) = tmp_path.rglob("*train.array_record*")
+WORKERS = [0, pytest.param(2, marks=pytest.mark.slow)]  # each imports jax
+
+
+def flip_a_byte(shard):
+    """In the middle of what is used of a shard."""
     content = bytearray(shard.read_bytes())
     used = np.flatnonzero(np.frombuffer(bytes(content), np.uint8))
     content[used[len(used) // 2]] ^= 0xFF
     shard.write_bytes(content)
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_damaged_record_is_an_error_that_names_it_or_is_replaced(tmp_path, workers):
+    directory = write(tmp_path)
+    with contextlib.closing(pipeline.batches(make(directory), 4, seed=0)) as batches:
+        wanted = [next(batches)["y"] for _ in range(5)]  # one epoch
+    (shard,) = tmp_path.rglob("*train.array_record*")
+    flip_a_byte(shard)
+    dataset, said = make(directory), []
     with (
-        contextlib.closing(pipeline.batches(dataset, 20, seed=0)) as batches,
-        pytest.raises(DataError, match=r"split train, record \d+ \(latents-train.*, number \d+\): RuntimeError: "),
+        contextlib.closing(pipeline.batches(dataset, 20, seed=0, num_workers=workers)) as batches,
+        pytest.raises(
+            DataError, match=r"split train, record \d+ \(latents-train.*, number \d+\): RuntimeError: "
+        ) as error,
     ):
         next(batches)
+    assert error.value.exit_code == 65
+    lenient = pipeline.batches(dataset, 4, seed=0, num_workers=workers, max_bad_records=20, report=said.append)
+    with contextlib.closing(lenient) as batches:
+        found = [next(batches)["y"] for _ in range(5)]
+    changed = np.concatenate(found) != np.concatenate(wanted)
+    assert 0 < changed.sum() <= len(said) < 20, "the order of the others is the same, and each that is bad is counted"
+
+
+@pytest.mark.parametrize(
+    ("workers", "kept"), [(0, 0.98), (0, 0.5), (0, 0), pytest.param(2, 0.5, marks=pytest.mark.slow)]
+)
+def test_a_shard_that_is_cut_off_is_an_error_that_names_it(tmp_path, workers, kept):
+    dataset = make(write(tmp_path))
+    (shard,) = tmp_path.rglob("*train.array_record*")
+    os.truncate(shard, int(kept * shard.stat().st_size))
+    with (
+        contextlib.closing(pipeline.batches(dataset, 20, seed=0, num_workers=workers)) as batches,
+        pytest.raises(DataError, match=r"record \d+ \(latents-train.array_record-00000-of-00001, number ") as error,
+    ):
+        next(batches)
+    assert one_line(error)
+    assert error.value.exit_code == 65

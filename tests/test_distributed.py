@@ -14,7 +14,7 @@ from diversedit_jax import distributed
 from diversedit_jax.checkpoint import Checkpoints
 from diversedit_jax.errors import ConfigError
 from tests import untrained
-from tests.processes import started
+from tools.processes import started
 
 CONFIG = """
 from ml_collections import ConfigDict

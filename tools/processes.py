@@ -1,4 +1,7 @@
-"""Programs as several processes on this machine, each with some simulated devices, which meet at an address."""
+"""Programs as one or several processes on this machine, each with some simulated devices, which meet at an address.
+
+What tools.chaos and the tests of faults start, disturb and kill.
+"""
 
 import contextlib
 import os
@@ -11,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+# Root may write anywhere; without this right it meets a read-only directory as everybody does.
+AS_USER = ["setpriv", "--bounding-set=-dac_override"] if os.geteuid() == 0 else []
 
 
 def free_port() -> int:
@@ -19,10 +24,29 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-class Processes:
-    """Running processes of one program. out: what each has written, stdout and stderr."""
+def alive(group: int) -> list[int]:
+    """The processes of a group that run, as Linux lists them: one that has ended may stay as a zombie."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            state, _, of = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(of) == group and state not in "ZX":
+                found.append(int(stat.parent.name))
+    return found
 
-    def __init__(self, arguments: Sequence[str], count: int, devices: int, folder: Path, each: Sequence[str] = ()):
+
+class Processes:
+    """Running processes of one program, each the head of a group. out: what each has written, stdout and stderr."""
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        count: int,
+        devices: int,
+        folder: Path,
+        each: Sequence[str] = (),
+        before: Sequence[str] = (),
+    ):
         place = ["--coordinator", f"127.0.0.1:{free_port()}", "--num_processes", str(count), "--heartbeat=10"]
         place = place if count > 1 else []
         self.files = [folder / f"process_{i}_{time.monotonic_ns()}.log" for i in range(count)]
@@ -32,7 +56,7 @@ class Processes:
             own += [each[i]] if each else []
             with open(file, "w") as out:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", *arguments, *own],
+                    [*before, sys.executable, "-m", *arguments, *own],
                     cwd=ROOT,
                     env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
                     stdout=out,
@@ -59,17 +83,25 @@ class Processes:
 
     def kill(self) -> None:
         for process in self.running:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError):  # a group may outlive its head
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
 @contextlib.contextmanager
 def started(
-    arguments: Sequence[str], count: int, devices: int, folder: Path, each: Sequence[str] = ()
+    arguments: Sequence[str],
+    count: int,
+    devices: int,
+    folder: Path,
+    each: Sequence[str] = (),
+    before: Sequence[str] = (),
 ) -> Iterator[Processes]:
-    """Processes of a program, which are killed at the end. each: one more argument for every process."""
-    processes = Processes(arguments, count, devices, folder, each)
+    """Processes of a program, which are killed at the end.
+
+    each: one more argument for every process. before: a program that runs them, such as AS_USER.
+    """
+    processes = Processes(arguments, count, devices, folder, each, before)
     try:
         yield processes
     finally:
