@@ -9,7 +9,7 @@ Training on Google Kubernetes Engine with XPK (pip install xpk; it needs gcloud,
 by itself; XPK restarts the job on exit codes 42 and 127-255, up to MAX_RESTARTS times, and ends it on all others.
 Settings are in launch/env (see launch/env.example).
 
-  create              creates CLUSTER with one slice of ACCELERATOR_TYPE, and attaches BUCKET to it; takes half an hour
+  create              creates CLUSTER with NUM_SLICES of ACCELERATOR_TYPE, attaches BUCKET to it; takes half an hour
   image               builds the image from this checkout and pushes it to IMAGE
   run [-- FLAGS]      starts the job WORKLOAD
   status              the state of the job
@@ -22,6 +22,7 @@ FLAGS go to diversedit_jax.train, as in tpu.sh. BUCKET is at /bucket in the job,
 Examples:
   bash launch/gke.sh create --dry_run
   bash launch/gke.sh image && bash launch/gke.sh run -- --config.total_steps=400_000
+  NUM_SLICES=2 bash launch/gke.sh run -- --config.mesh.data=2 --config.mesh.fsdp=-1
   WORKLOAD=sit-b2 WORKDIR=runs/sit_b2 bash launch/gke.sh run -- configs/sit_b2.py
 USAGE
 }
@@ -43,7 +44,7 @@ create() {
   elif ((SPOT)); then
     capacity=--spot
   fi
-  xpk_cluster cluster create "--tpu-type=$ACCELERATOR_TYPE" --num-slices=1 "$capacity" --enable-workload-identity \
+  xpk_cluster cluster create "--tpu-type=$ACCELERATOR_TYPE" "--num-slices=$NUM_SLICES" "$capacity" --enable-workload-identity \
     --enable-gcsfuse-csi-driver
   # The workers share one directory, and the container's user may write to it.
   xpk_cluster storage attach "$storage" --type=gcsfuse "--bucket=${BUCKET#gs://}" --mount-point=/bucket \
@@ -64,7 +65,7 @@ run_workload() {
   esac
   trainer_flags /bucket "$data"
   # 42 and 127-255 are the exit codes that XPK restarts on; the cache lives and dies with its container.
-  xpk_cluster workload create "--workload=$WORKLOAD" "--tpu-type=$ACCELERATOR_TYPE" --num-slices=1 \
+  xpk_cluster workload create "--workload=$WORKLOAD" "--tpu-type=$ACCELERATOR_TYPE" "--num-slices=$NUM_SLICES" \
     "--docker-image=$IMAGE" "--max-restarts=$MAX_RESTARTS" "--termination-grace-period-seconds=$GRACE_SECONDS" \
     "--storage=$storage" --env=JAX_COMPILATION_CACHE_DIR=/tmp/xla-cache \
     "--command=$(quote python -m diversedit_jax.train "${flags[@]}")"

@@ -683,6 +683,13 @@ def test_gke_starts_a_job_that_restarts(cloud):
     ]
 
 
+def test_gke_takes_several_slices(cloud):
+    for command in ("create", "run"):
+        assert cloud.run("gke.sh", command, NUM_SLICES="2").returncode == 0
+    assert all("--num-slices=2" in call for call in cloud.calls("xpk") if "create" in call and "storage" not in call)
+    assert "NUM_SLICES=two" in cloud.run("gke.sh", "run", NUM_SLICES="two").stderr
+
+
 def test_gke_asks_before_it_deletes(cloud):
     assert cloud.run("gke.sh", "delete", answer="n\n").returncode == 1
     assert not cloud.calls()
