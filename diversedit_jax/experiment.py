@@ -57,7 +57,8 @@ def build(
     losses = {label: configs.make("losses", c, f"config.losses.{label}") for label, c in config.losses.items()}
     cuts = sorted({block for aux in losses.values() for block in aux.blocks})
     optimizer, rate = optim.make(config.total_steps, **configs.keywords(config.optim, "config.optim", optim.make))
-    model = configs.make("models", config.model, "config.model", shape, num_classes, cuts)
+    with jax.set_mesh(layout.mesh):  # a network may ask where it will run
+        model = configs.make("models", config.model, "config.model", shape, num_classes, cuts)
     objective = configs.make("objectives", config.objective, "config.objective", num_classes)
     prepare = configs.make("prepare", config.prepare, "config.prepare")
     encoders = {label: configs.make("encoders", c, f"config.encoders.{label}") for label, c in config.encoders.items()}

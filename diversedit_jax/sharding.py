@@ -181,6 +181,12 @@ def _spec(name: str, shape: tuple[int, ...], axes: str, sizes: dict[str, int]) -
     )
 
 
+def platform() -> str:
+    """Where programs run: on the devices of the mesh that is set, else where jax runs by default."""
+    mesh = jax.sharding.get_mesh()
+    return jax.default_backend() if mesh.empty else mesh.devices.flat[0].platform
+
+
 def rows(layout: Layout, batch: int) -> list[int]:
     """The rows of a batch that lie on this process's devices, in order: those that it reads."""
     places = over_batch(layout).addressable_devices_indices_map((batch,)).values()

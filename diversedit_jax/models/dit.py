@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from diversedit_jax import sharding
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import Model, functional
+from diversedit_jax.models.attention import ATTENDED, attend, choose
 from diversedit_jax.slots import suggestion
 
 EPS = 1e-6  # of every LayerNorm
@@ -69,7 +70,7 @@ KERNELS = {
 }
 
 # What the backward pass keeps of a block; the rest is computed again.
-NAMES = ("ada", "qkv", "attn", "proj", "fc1", "fc2", "out")
+NAMES = ("ada", "qkv", ATTENDED, "proj", "fc1", "fc2", "out")
 REMAT = {
     "named": jax.checkpoint_policies.save_only_these_names(*NAMES),  # the output of every matmul
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -88,19 +89,6 @@ def layer_norm(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
 def modulate(x: Float[Array, "b n d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]) -> Float[Array, "b n d"]:
     """adaLN: the normalised features, scaled and shifted by the condition, in float32."""
     return layer_norm(x) * (1 + scale[:, None]) + shift[:, None]
-
-
-def choose_attention(attention: str, dtype: str, second_time: bool) -> str:
-    """`xla` or `cudnn`: as asked for, and for `auto` cuDNN's kernel where it can run. It has no forward mode."""
-    obstacles = {
-        f"jax runs on {jax.default_backend()}, not on a GPU": jax.default_backend() != "gpu",
-        f"model.dtype is {dtype}, not bfloat16 or float16": dtype == "float32",
-        "model.second_time: MeanFlow differentiates in forward mode, which cuDNN's kernel cannot": second_time,
-    }
-    found = [text for text, stands in obstacles.items() if stands]
-    if attention == "cudnn" and found:
-        raise ConfigError(f"model.attention = 'cudnn' is not possible: {'; '.join(found)}")
-    return ("xla" if found else "cudnn") if attention == "auto" else attention
 
 
 class Block(nnx.Module):
@@ -135,7 +123,7 @@ class Block(nnx.Module):
         q, k, v = jnp.moveaxis(qkv, 2, 0)
         if self.q_norm is not None:
             q, k = self.q_norm(q).astype(v.dtype), self.k_norm(k).astype(v.dtype)
-        out = checkpoint_name(jax.nn.dot_product_attention(q, k, v, implementation=self.attention), "attn")
+        out = checkpoint_name(attend(q, k, v, self.attention), ATTENDED)
         return checkpoint_name(self.proj(out.reshape(x.shape)), "proj")
 
     def _mlp(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
@@ -398,8 +386,8 @@ def make(
     capture: features are taken after the merge (`merged`, as the released loss does) or before it (`block`).
     out_channels: of the prediction (None: as the input; DiT, which predicts noise and variance, has twice as many).
     second_time: the network also takes `span` = t - r, embedded like t, as MeanFlow's does (arXiv 2505.13447).
-    attention: `xla` or `cudnn`, with the softmax in float32; `auto` takes cuDNN's kernel on a GPU in half precision,
-        but not with second_time: it cannot be differentiated in forward mode.
+    attention: `xla`, `cudnn` or `splash`, all with the softmax in float32, see `models.attention`; `auto` takes cuDNN's
+        kernel on a GPU in half precision, but not with second_time: it cannot be differentiated in forward mode.
     token_width: the network also takes `token` [b token_width], a noised class token that stands before the patches,
         and predicts the pair (image's, token's), as REG's does (arXiv 2507.01467).
     """
@@ -407,7 +395,6 @@ def make(
     _known("skip", skip, SKIPS)
     _known("remat", remat, REMAT)
     _known("capture", capture, ("merged", "block"))
-    _known("attention", attention, ("auto", "xla", "cudnn"))
     _known("dtype", dtype, ("float32", "bfloat16", "float16"))
     _known("stream_dtype", stream_dtype, ("float32", "bfloat16", "float16"))
     given = {"depth": depth, "width": width, "heads": heads}
@@ -437,6 +424,7 @@ def make(
         if form is None:
             raise ConfigError(f"model.skip_init = {skip_init!r} has no effect while model.skip is 'none'")
         form = form._replace(init=skip_init)
+    tokens = shape[0] * shape[1] // patch**2 + (token_width is not None)
     build = partial(
         DiT,
         shape,
@@ -453,7 +441,7 @@ def make(
         tuple(sorted(set(cuts))),
         out_channels,
         second_time,
-        choose_attention(attention, dtype, second_time),
+        choose(attention, dtype, second_time, tokens),
         token_width,
     )
     return functional(lambda rngs: build(rngs=rngs))._replace(token_width=token_width)

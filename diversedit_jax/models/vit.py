@@ -16,7 +16,8 @@ from jaxtyping import Array, Float
 from diversedit_jax import bicubic
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import Model, functional
-from diversedit_jax.models.dit import choose_attention, patchify
+from diversedit_jax.models.attention import attend, choose
+from diversedit_jax.models.dit import patchify
 from diversedit_jax.slots import suggestion
 
 ACTIVATIONS = {
@@ -102,7 +103,7 @@ class Block(nnx.Module):
         self.fc1 = linear(arch.width, arch.hidden * (2 if arch.swiglu else 1))
         self.fc2 = linear(arch.hidden, arch.width)
         self.arch, self.dtype = arch, dtype
-        self.attention = choose_attention("auto", dtype.name, second_time=False)
+        self.attention = choose("auto", dtype.name)
 
     def __call__(self, x: Float[Array, "b m d"]) -> Float[Array, "b m d"]:
         x = x + _scaled(self._attention(self.norm1(x)), self.scale1)
@@ -110,7 +111,7 @@ class Block(nnx.Module):
 
     def _attention(self, x: Float[Array, "b m d"]) -> Float[Array, "b m d"]:
         q, k, v = jnp.moveaxis(self.qkv(x.astype(self.dtype)), 2, 0)
-        return self.proj(jax.nn.dot_product_attention(q, k, v, implementation=self.attention).reshape(x.shape))
+        return self.proj(attend(q, k, v, self.attention).reshape(x.shape))
 
     def _mlp(self, x: Float[Array, "b m d"]) -> Float[Array, "b m d"]:
         hidden = self.fc1(x.astype(self.dtype))

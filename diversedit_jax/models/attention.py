@@ -1,0 +1,95 @@
+"""Attention by the kernel that a config chooses, each equal to the plain form up to rounding.
+
+`xla`: plain products and a float32 softmax, on every platform, and the only one with a forward mode (MeanFlow).
+`cudnn`: NVIDIA's kernel. `splash`: jax's Pallas kernel for TPUs, which does not write the [n n] scores to memory.
+"""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from diversedit_jax import sharding
+from diversedit_jax.errors import ConfigError
+from diversedit_jax.slots import suggestion
+
+KERNELS = ("xla", "cudnn", "splash")
+ATTENDED = "attn"  # the name of what attention gives, for rematerialisation
+LANES = 128  # splash takes tokens in multiples of it
+LARGEST = 512  # tokens of a block of splash
+
+
+def choose(attention: str, dtype: str, second_time: bool = False, tokens: int = LANES) -> str:
+    """One of KERNELS: as asked for, or for `auto` cuDNN's where it can run; ConfigError for what cannot.
+
+    The platform is that of the mesh that is set, else of this process.
+    """
+    if attention not in (choices := ("auto", *KERNELS)):
+        raise ConfigError(f"model.attention = {attention!r} is unknown; {suggestion(attention, choices)}")
+    platform = sharding.platform()
+    forward = "model.second_time: MeanFlow differentiates in forward mode, which this kernel cannot"
+    obstacles = {
+        "xla": {},
+        "cudnn": {
+            f"the device is a {platform}, not a GPU": platform not in ("gpu", "cuda", "rocm"),
+            f"model.dtype is {dtype}, not bfloat16 or float16": dtype == "float32",
+            forward: second_time,
+        },
+        "splash": {
+            f"the device is a {platform}, not a TPU": platform != "tpu",
+            f"the network has {tokens} tokens, not a multiple of {LANES}": tokens % LANES != 0,
+            forward: second_time,
+        },
+    }
+    if attention == "auto":
+        return "xla" if any(obstacles["cudnn"].values()) else "cudnn"
+    if found := [text for text, stands in obstacles[attention].items() if stands]:
+        raise ConfigError(f"model.attention = {attention!r} is not possible: {'; '.join(found)}")
+    return attention
+
+
+def attend(
+    q: Float[Array, "b n h d"], k: Float[Array, "b n h d"], v: Float[Array, "b n h d"], kernel: str
+) -> Float[Array, "b n h d"]:
+    """softmax(q k^T / sqrt(d)) v for every head."""
+    if kernel != "splash":
+        return jax.nn.dot_product_attention(q, k, v, implementation=kernel)
+    mesh = jax.sharding.get_abstract_mesh()
+    if not set(sharding.AXES) <= set(mesh.axis_names):
+        return splash(q, k, v)
+    heads = PartitionSpec(sharding.BATCH, None, "tensor", None)  # the compiler cannot divide a kernel by itself
+    return jax.shard_map(splash, in_specs=(heads,) * 3, out_specs=heads, check_vma=False)(q, k, v)
+
+
+def splash(
+    q: Float[Array, "b n h d"], k: Float[Array, "b n h d"], v: Float[Array, "b n h d"], interpret: bool = False
+) -> Float[Array, "b n h d"]:
+    """`attend` by splash attention. interpret: on any platform, slowly."""
+    _, tokens, heads, width = q.shape
+    kernel = _splash(tokens, heads, interpret)
+    q = (q.astype(jnp.float32) * width**-0.5).astype(q.dtype)
+    out = jax.vmap(kernel)(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)))
+    return jnp.swapaxes(out, 1, 2)
+
+
+@cache
+def _splash(tokens: int, heads: int, interpret: bool):
+    block = next(size for size in range(min(LARGEST, tokens), 0, -LANES) if tokens % size == 0)
+    sizes = splash_attention.BlockSizes(
+        **dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv"), block),
+        **dict.fromkeys(("block_kv_compute", "block_kv_dkv_compute"), block),
+        use_fused_bwd_kernel=True,
+    )
+    mask = splash_attention.MultiHeadMask([splash_attention.FullMask((tokens, tokens))] * heads)
+    with jax.ensure_compile_time_eval():  # what the mask becomes is kept, and must not belong to one trace
+        return splash_attention.make_splash_mha(
+            mask,
+            block_sizes=sizes,
+            head_shards=1,
+            q_seq_shards=1,
+            residual_checkpoint_name=ATTENDED,  # else the backward pass would run the kernel a second time
+            interpret=interpret,
+        )
