@@ -1,6 +1,7 @@
 """Parts that tests put into a run by dotted path, such as `tests.parts:terminate`."""
 
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -18,6 +19,16 @@ def terminate(drawn, *, marker: str):
         if not Path(marker).exists():
             Path(marker).touch()
             os.kill(os.getpid(), signal.SIGTERM)
+        return []
+
+    return run
+
+
+def full(drawn, *, limit: int):
+    """An evaluator after which no file of this process can grow beyond `limit` bytes, as on a full disk."""
+
+    def run(current):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         return []
 
     return run

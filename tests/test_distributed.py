@@ -4,17 +4,20 @@ import csv
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from configs import digits
 from diversedit_jax import distributed
 from diversedit_jax.checkpoint import Checkpoints
 from diversedit_jax.errors import ConfigError
 from tests import untrained
-from tools.processes import started
+from tools.processes import alive, started
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -35,11 +38,11 @@ def get_config():
 """
 
 
-def training(workdir: Path, *flags: str, evaluators: bool = False) -> list[str]:
-    """A small run of the digits."""
+def training(workdir: Path, *flags: str, evaluators: bool = False, first: str = "") -> list[str]:
+    """A small run of the digits. first: what its config file, a program, does before anything else."""
     file = workdir.parent / f"{workdir.name}_config" / "small.py"
     file.parent.mkdir(exist_ok=True)
-    file.write_text(CONFIG.replace("EVALUATORS", str(evaluators)))
+    file.write_text(first + CONFIG.replace("EVALUATORS", str(evaluators)))
     return ["diversedit_jax.train", f"--config={file}", f"--workdir={workdir}", *flags]
 
 
@@ -67,11 +70,12 @@ def straight(tmp_path_factory):
     return workdir
 
 
-def test_stopped_and_resumed_is_the_same_to_the_bit(straight, tmp_path):
-    """SIGTERM of the second process stops both, at the same step; the same command goes on."""
+@pytest.mark.parametrize("asked", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_stopped_and_resumed_is_the_same_to_the_bit(straight, tmp_path, asked):
+    """SIGTERM of one process stops both, at the same step; the same command goes on."""
     with started(training(tmp_path), 2, 4, tmp_path) as run:
         run.until("step 3/8")
-        os.kill(run.running[1].pid, signal.SIGTERM)
+        os.kill(run.running[asked].pid, signal.SIGTERM)
         assert run.wait() == [42, 42], run.out(0) + run.out(1)
         said = "SIGTERM: stopped at step "
         assert run.out(0).partition(said)[2][:1] == run.out(1).partition(said)[2][:1] != ""
@@ -88,7 +92,7 @@ def test_one_killed_ends_the_other_and_nothing_is_lost(straight, tmp_path, kille
     with started(training(tmp_path), 2, 4, tmp_path) as run:
         run.until("step 5/8")
         os.kill(run.running[killed].pid, signal.SIGKILL)
-        codes = run.wait(60)
+        codes = run.wait(30)
         assert codes[killed] == -signal.SIGKILL
         assert codes[1 - killed] not in (0, 42)
     assert Checkpoints(tmp_path / "checkpoints").latest() in (2, 4)
@@ -152,14 +156,73 @@ def test_damage_that_one_process_sees_sets_the_step_aside_for_all(tmp_path):
 )
 def test_processes_that_do_not_agree_stop_at_once(tmp_path, each, messages):
     each = [flag.format(tmp=tmp_path) for flag in each]
-    with started(training(tmp_path / "run"), 2, 1, tmp_path, each) as run:
-        codes = run.wait(120)
+    soon = "from diversedit_jax import distributed\ndistributed.SEEN = 3\n"  # not the minute of a slow mount
+    with started(training(tmp_path / "run", first=soon), 2, 1, tmp_path, each) as run:
+        codes = run.wait(60)
     assert 78 in codes
     assert all(code != 0 for code in codes)
     for i, message in enumerate(messages):
         assert message in run.out(i) or codes[i] != 78
     assert any(message in run.out(i) for i, message in enumerate(messages))
     assert not list(tmp_path.rglob("config.json"))
+
+
+def test_a_directory_that_is_not_shared_is_refused_in_time(tmp_path, monkeypatch):
+    """As the second of two processes sees it; the first says that it does."""
+    monkeypatch.setattr(distributed, "SEEN", 0.1)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda x: x)
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda seen: np.array([1, seen]))
+    with pytest.raises(ConfigError, match=r"is not shared: .* that process 1 did not see in 0.1 s") as error:
+        distributed.check_shared(tmp_path)
+    assert error.value.exit_code == 78
+
+
+@pytest.mark.slow
+def test_one_that_hangs_ends_all_with_their_stacks(tmp_path):
+    """The second reads a record that never comes, the first waits for it in the step; both say where they stand."""
+    hang = ["--config.watchdog=8", "--config.data.name=tests.test_train:sleeping", "--config.input.num_threads=0"]
+    with started(training(tmp_path, *hang, "--config.total_steps=50"), 2, 1, tmp_path) as run:
+        codes = run.wait()
+        outs = [run.out(i) for i in range(2)]
+    assert all("Timeout (0:00:08)!" in out for out in outs), outs
+    hung = ['test_train.py", line' in out for out in outs]
+    assert hung == [False, True], "the stacks say which of them hangs in the data"
+    # The alarms of both are due at once; one that has not ended by its own is ended for the other's loss.
+    assert -signal.SIGALRM in codes, codes  # 142 in a shell
+    assert set(codes) <= {-signal.SIGALRM, -signal.SIGABRT}, codes
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_trainer_that_is_killed(tmp_path):
+    with started(
+        training(tmp_path, "--config.input.num_workers=2", "--config.total_steps=100000"), 1, 1, tmp_path
+    ) as run:
+        (trainer,) = run.running
+        run.until(" 1/100000")
+        assert len(alive(trainer.pid)) >= 3, "the trainer and its workers"
+        trainer.kill()
+        trainer.wait()
+        deadline = time.monotonic() + 5
+        while left := alive(trainer.pid):
+            assert time.monotonic() < deadline, left
+            time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_second_run_in_a_workdir_is_refused_until_the_first_is_gone(tmp_path):
+    endless = training(tmp_path, "--config.total_steps=100000")
+    with started(endless, 1, 1, tmp_path) as first:
+        first.until(" 5/100000")
+        with started(endless, 1, 1, tmp_path) as second:
+            assert second.wait() == [78]
+            (line,) = second.out().splitlines()
+            assert f"{tmp_path} is in use by process {first.running[0].pid} on " in line
+        assert first.running[0].poll() is None, "the first goes on"
+    with started(endless, 1, 1, tmp_path) as third:  # the first was killed, and its lock is there
+        assert (tmp_path / ".lock").exists()
+        third.until("resuming from step", seconds=30)
 
 
 def test_flags_that_do_not_go_together_are_refused():

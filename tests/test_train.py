@@ -10,7 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -26,7 +28,9 @@ from diversedit_jax.data import Dataset
 from diversedit_jax.data import digits as digits_data
 from diversedit_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from diversedit_jax.interop import releases
+from tests.test_data_latents import write
 from tests.test_logs import events_of
+from tools.processes import AS_USER, started
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,6 +47,18 @@ def tiny(**changes):
     for name, value in changes.items():
         config.update_from_flattened_dict({name.replace("__", "."): value})
     return config
+
+
+def small(workdir: Path, change: str = "") -> list[str]:
+    """The run of tiny() as a program. change: lines of its config file."""
+    file = workdir.parent / f"{workdir.name}_config" / "small.py"
+    file.parent.mkdir(exist_ok=True)
+    body = textwrap.indent(textwrap.dedent(change), "    ")
+    file.write_text(
+        f"from diversedit_jax.config import slot\nfrom tests.test_train import tiny\n\n\n"
+        f"def get_config():\n    config = tiny()\n{body}\n    return config\n"
+    )
+    return ["diversedit_jax.train", f"--config={file}", f"--workdir={workdir}"]
 
 
 def records(workdir: Path) -> list[dict]:
@@ -94,6 +110,20 @@ def test_a_run_leaves_what_it_says(straight, capfd):
     assert "nothing to do: the checkpoint is at step 6" in err
     for name in ("samples.png", "metrics.jsonl", "checkpoints/6"):
         assert str(workdir / name) in out
+
+
+def test_the_same_run_twice_is_the_same_to_the_bit(straight, tmp_path):
+    assert_same_bits(train.run(tiny(), tmp_path), straight[2])
+    assert losses(tmp_path) == losses(straight[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 4])
+def test_other_numbers_of_devices_train_alike(straight, tmp_path, devices):
+    """On 1, 4 and 8: the same start, data and noise; sums in another order."""
+    with started(small(tmp_path), 1, devices, tmp_path) as run:
+        assert run.wait() == [0], run.out()
+    assert losses(tmp_path) == pytest.approx(losses(straight[1]), rel=1e-5)
 
 
 def test_stopped_and_resumed_equals_straight_to_the_bit(straight, tmp_path, capfd):
@@ -229,21 +259,85 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name(tmp_path):
 
 def test_batches_are_skipped_as_often_as_the_config_allows(tmp_path, capfd):
     """Counted over a resume, too: two are allowed, and the third ends the run."""
-    config = tiny(max_skipped=2, total_steps=4, checkpoint__every=2)
-    config.losses.bad = slot("losses", "tests.parts:poisoned", at=2, last=3)
-    train.run(config, tmp_path)
+
+    def config(total_steps):
+        made = tiny(max_skipped=2, total_steps=total_steps, checkpoint__every=2)
+        made.losses.bad = slot("losses", "tests.parts:poisoned", at=2, last=4)
+        return made
+
+    train.run(config(3), tmp_path)
     said = capfd.readouterr().err
     assert "loss/bad is nan at step 2: the batch is skipped (1 of at most 2)" in said
     assert "loss/bad is nan at step 3: the batch is skipped (2 of at most 2)" in said
     counts = {record["step"]: record["skipped_batches"] for record in records(tmp_path) if "loss/bad" in record}
-    assert counts == {1: 0, 2: 1, 3: 2, 4: 2}
-    assert Checkpoints(tmp_path / "checkpoints").meta(2)["skipped"] == 1
-    longer = tiny(max_skipped=2, total_steps=9)
-    longer.losses.bad = slot("losses", "tests.parts:poisoned", at=2, last=3)
-    meta = Checkpoints(tmp_path / "checkpoints").meta()
-    assert meta["skipped"] == 2
-    train.run(longer, tmp_path)
-    assert records(tmp_path)[-1]["skipped_batches"] == 2
+    assert counts == {1: 0, 2: 1, 3: 2}
+    assert [Checkpoints(tmp_path / "checkpoints").meta(step)["skipped"] for step in (2, 3)] == [1, 2]
+    with pytest.raises(NonFiniteError, match=r"loss/bad is nan at step 4 \(more than max_skipped = 2\); .* is step 3"):
+        train.run(config(6), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("limit", "every", "message"),
+    [
+        (
+            60_000,
+            2,
+            r"error: checkpoint .*/checkpoints/\d could not be written \(.*File too large.*\)\. Whole steps: .*",
+        ),
+        pytest.param(
+            1_000,
+            0,
+            r"error: cannot write a file: File too large\. Whole .* when there is space",
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["at a checkpoint", "at a metric"],
+)
+def test_a_disk_that_fills_ends_the_run_in_one_line_and_it_resumes(straight, tmp_path, limit, every, message):
+    full = f"""
+        config.checkpoint.every = {every}
+        config.evaluators.full = slot("evaluators", "tests.parts:full", limit={limit})
+        config.evaluators.full.every = 3
+    """
+    workdir = tmp_path / "run"
+    done = program_of(small(workdir, full))
+    assert done.returncode == 74, done.stderr
+    assert "step 3/6" in done.stderr
+    assert [line for line in done.stderr.splitlines() if re.fullmatch(message, line)] == [done.stderr.splitlines()[-1]]
+    assert "Traceback" not in done.stderr
+    assert set(Checkpoints(workdir / "checkpoints").steps()) <= {2}
+    assert_same_bits(train.run(tiny(), workdir), straight[2])
+    assert losses(workdir) == losses(straight[1])
+    assert not list((workdir / "checkpoints").glob("*tmp*"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(AS_USER != [] and shutil.which(AS_USER[0]) is None, reason="root may write anywhere")
+@pytest.mark.parametrize(
+    ("place", "code", "message"),
+    [("checkpoints", 74, "could not be written (PermissionError"), (".", 78, "cannot be written: Permission denied")],
+)
+def test_a_directory_that_is_read_only_ends_the_run_in_one_line_and_it_resumes(
+    straight, tmp_path, place, code, message
+):
+    workdir = Path(shutil.copytree(straight[1], tmp_path / "run"))
+    shutil.rmtree(workdir / "checkpoints" / "6")
+    (workdir / place).chmod(0o555)
+    try:
+        done = program_of(small(workdir), before=AS_USER)
+    finally:
+        (workdir / place).chmod(0o755)
+    assert done.returncode == code, done.stderr
+    assert [message in line for line in done.stderr.splitlines() if line.startswith("error: ")] == [True]
+    assert "Traceback" not in done.stderr
+    assert_same_bits(train.run(tiny(), workdir), straight[2])
+
+
+def program_of(arguments: list[str], before: Sequence[str] = ()) -> subprocess.CompletedProcess:
+    """A program on eight devices, as here, when it has ended."""
+    command = [*before, sys.executable, "-m", *arguments]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_a_workdir_that_another_run_holds_is_refused(tmp_path):
@@ -257,10 +351,10 @@ def test_a_workdir_that_another_run_holds_is_refused(tmp_path):
 
 
 class Sleeping(list):
-    """Examples, of which one takes for ever."""
+    """Examples, of which one takes the last process for ever."""
 
     def __getitem__(self, index):
-        if index == 3:
+        if index == 3 and jax.process_index() == jax.process_count() - 1:
             time.sleep(600)
         return super().__getitem__(index)
 
@@ -305,8 +399,9 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(straight, tmp
     for tried in ("6, 4, 2", "2"):
         with pytest.raises(
             CheckpointError, match=rf"no whole checkpoint in .*: tried {tried}; the last: .*/2 is damaged"
-        ):
+        ) as error:
             train.run(tiny(), tmp_path / "run")
+        assert error.value.exit_code == 74
     assert len(list(kept.iterdir())) == 4, "nothing is removed, and the run does not begin anew"
 
 
@@ -360,6 +455,46 @@ def test_missing_data_is_refused(tmp_path):
     config.data.data_dir = str(tmp_path / "nowhere")
     with pytest.raises(DataError, match="nowhere"):
         train.run(config, tmp_path)
+
+
+def without_labels(directory: str) -> None:
+    file = Path(directory) / "features.json"
+    features = json.loads(file.read_text())
+    del features["featuresDict"]["features"]["label"]
+    file.write_text(json.dumps(features))
+
+
+def without_records(directory: str) -> None:
+    file = Path(directory) / "dataset_info.json"
+    info = json.loads(file.read_text())
+    for split in info["splits"]:
+        split["shardLengths"] = ["0"]
+    file.write_text(json.dumps(info))
+
+
+@pytest.mark.parametrize(
+    ("written", "changes", "harm", "message"),
+    [
+        ({}, {}, without_labels, "no feature 'label', given: moments"),
+        ({"labels": [0, 10]}, {}, None, r"record \d+ .* label 10 is not in 0 .. 9"),
+        ({}, {"shape": (8, 8, 2)}, None, r"moments has shape \(2, 4, 6, 4\), wanted \(2, 8, 8, 4\)"),
+        ({}, {}, without_records, "split 'train' of .* is empty"),
+    ],
+    ids=["no labels", "label", "shape", "empty"],
+)
+def test_data_that_do_not_fit_are_refused_before_anything_compiles(tmp_path, written, changes, harm, message):
+    config = default.get_config()
+    directory = write(tmp_path / "data", count=4, **written)
+    config.data.update({"data_dir": directory, "num_classes": 10, **changes})
+    config.update({"batch_size": 8})
+    config.model.update({"size": "S"})
+    if harm is not None:
+        harm(directory)
+    with pytest.raises(DataError, match=message) as error:
+        train.run(config, tmp_path / "run")
+    assert error.value.exit_code == 65
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "run").iterdir()), "a config that cannot run was stored"
 
 
 def test_samples_of_a_run(straight, tmp_path):
