@@ -24,9 +24,9 @@ ROOT = Path(__file__).parents[1]
 def module():
     """A program in the form in which the TPU compiler prints it.
 
-    A loop of 6 turns gathers a layer's weights, by a collective that two fusions share, and writes a layer into a
-    stack; then there are a reduce-scatter within a slice, a shift, and a sum between slices. S(1) is the chip's own
-    memory.
+    A loop of 6 turns, counted in twos, gathers a layer's weights, by a collective that two fusions share, and writes a
+    layer into a stack; then there are a reduce-scatter within a slice, a shift, and a sum between slices. S(1) is the
+    chip's own memory.
     """
     return hlo.parse((DATA / "loop.hlo").read_text())
 
@@ -50,8 +50,8 @@ def test_collectives(module):
 def test_memory_traffic(module):
     layer = 8 * 128 * 4
     entry = layer + layer  # a copy's reading, its writing is on the chip; the total's writing
-    # two gatherings read the part; the stack is updated in place by a layer, of what is read a quarter of one
-    body = 2 * (2 * 128 * 2) + layer + layer // 4
+    # the gathering reads its part; the stack is updated in place by a layer, of what is read a quarter of one
+    body = 2 * 128 * 2 + layer + layer // 4
     assert hlo.memory_traffic(module) == entry + 6 * body
 
 
@@ -61,8 +61,14 @@ def test_groups_of_devices():
     assert hlo.members("replica_groups=[2,2]<=[2,2]T(1,0)", 4) == [[0, 2], [1, 3]]
     assert hlo.members("replica_groups=mesh['x'=2,'y'=1,'z'=2] {'x'}, y", 4) == [[0, 2], [1, 3]]
     assert hlo.members("replica_groups=mesh['x'=2,'y'=2] {'x','y'}", 4) == [[0, 1, 2, 3]]
+    turned = "replica_groups=mesh['x'=2,'y'=1,'z'=4], device_ids=([4,2]T(1,0)) {'x'}, y"
+    assert hlo.members(turned, 8) == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert hlo.members("source_target_pairs={{0,1},{1,0}}", 4) == [[0, 1], [1, 0]]
     assert [list(group) for group in hlo.members("replica_groups={}", 4)] == [[0, 1, 2, 3]]
+    with pytest.raises(ValueError, match="unknown form"):
+        hlo.members(
+            "replica_groups=mesh['x'=4] {'x':(1)2}, dimensions={0}, use_global_device_ids=true, channel_id=1", 4
+        )
 
 
 @pytest.mark.parametrize(
@@ -212,9 +218,9 @@ def test_a_row_counts_the_state_that_stays():
     assert row["fits"]
     assert row["programs"]["train"]["needs_gib"] == 8 + 1
     assert row["programs"]["sample"]["needs_gib"] == 2 + 0.5  # the state, and a program whose input is part of it
-    assert not pod_plan.row_of(plan(), found(bytes={**found()["programs"]["train"]["bytes"], "peak": 2**34}), 0.5)[
-        "fits"
-    ]
+    large = found()
+    large["programs"]["sample"]["bytes"]["peak"] = 2**34
+    assert not pod_plan.row_of(plan(), large, 0.5)["fits"]
 
 
 def test_tables():

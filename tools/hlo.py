@@ -9,18 +9,17 @@ from math import prod
 from typing import NamedTuple
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+SCATTER = "all-reduce-scatter"  # a fusion of an all-reduce and a slice of it, which runs as a reduce-scatter
+CONTROL = ("while", "conditional", "call")
 # Bytes of an element; packed halves of a byte count as one.
 SIZES = {"pred": 1, "bf16": 2, "token": 0}
-# What moves nothing by itself: names for parts of other values, the ends of what has begun, and control.
+# What moves nothing by itself: names for parts of other values, and marks.
 FREE = (
     "parameter",
     "constant",
     "get-tuple-element",
     "tuple",
     "bitcast",
-    "while",
-    "conditional",
-    "call",
     "partition-id",
     "replica-id",
     "after-all",
@@ -115,13 +114,26 @@ def called(instruction: Instruction) -> list[str]:
 
 
 def turns(module: Module, loop: Instruction) -> int:
-    """How often a loop runs its body: the number that its condition compares with; 1 if it has none."""
-    known = re.search(r'known_trip_count[^}]*?"n":"(\d+)"', loop.rest)
-    if known:
-        return int(known[1])
-    condition = module.computations[re.search(r"condition=%([\w.-]+)", loop.rest)[1]]
-    numbers = [int(i.argument) for i in condition.values() if i.op == "constant" and i.shape.startswith("s32[]")]
-    return max(numbers, default=1)
+    """How often a loop runs its body: it counts from 0, in steps, to a number that its condition knows; else 1."""
+    condition, body = (
+        module.computations[re.search(rf"{part}=%([\w.-]+)", loop.rest)[1]] for part in ("condition", "body")
+    )
+    compared = [condition[operand] for operand in _root(condition).operands]
+    bounds = [int(i.argument) for i in compared if i.op == "constant"]
+    counters = [int(re.search(r"index=(\d+)", i.rest)[1]) for i in compared if i.op == "get-tuple-element"]
+    if _root(condition).op != "compare" or len(bounds) != 1 or len(counters) != 1:
+        return 1
+    counted = body[_root(body).operands[counters[0]]]
+    steps = [int(body[operand].argument) for operand in counted.operands if body[operand].op == "constant"]
+    return -(-bounds[0] // (steps[0] if counted.op == "add" and steps else 1))
+
+
+def _inner(module: Module, name: str) -> Iterator[tuple[str, int]]:
+    """The loop bodies and branches in a computation, and how often each runs when it runs once."""
+    for instruction in module.computations[name].values():
+        if instruction.op in CONTROL:
+            more = turns(module, instruction) if instruction.op == "while" else 1
+            yield from ((inner, more) for inner in called(instruction))
 
 
 def scheduled(module: Module) -> dict[str, int]:
@@ -130,68 +142,91 @@ def scheduled(module: Module) -> dict[str, int]:
 
     def visit(name: str, times: int) -> None:
         found[name] = found.get(name, 0) + times
-        for instruction in module.computations[name].values():
-            if instruction.op in ("while", "conditional", "call"):
-                more = turns(module, instruction) if instruction.op == "while" else 1
-                for inner in called(instruction):
-                    visit(inner, times * more)
+        for inner, more in _inner(module, name):
+            visit(inner, times * more)
 
     visit(module.entry, 1)
     return found
 
 
-def _all_within(module: Module, name: str) -> Iterator[tuple[str, Instruction]]:
-    """The instructions of a scheduled computation and of all fusions in it, each with its computation."""
-    for instruction in module.computations[name].values():
-        yield name, instruction
-        if instruction.op not in ("while", "conditional", "call"):
-            for inner in called(instruction):
-                yield from _all_within(module, inner)
+def _exchanges(module: Module) -> Iterator[tuple[str, Instruction, int]]:
+    """The collectives of a program: (computation, instruction, how often).
+
+    One that works in the background of others lies in pieces in several fusions, and in loops that turn meanwhile: a
+    channel counts once, in the outermost computation that it is found in.
+    """
+
+    def within(name: str) -> Iterator[tuple[str, Instruction]]:
+        for instruction in module.computations[name].values():
+            yield name, instruction
+            if instruction.op not in CONTROL:
+                for inner in called(instruction):
+                    yield from within(inner)
+
+    def visit(name: str, times: int, seen: frozenset[str]) -> Iterator[tuple[str, Instruction, int]]:
+        here = set(seen)
+        for place, instruction in within(name):
+            if instruction.op.removesuffix("-start") in COLLECTIVES:
+                channel = re.search(r"channel_id=(\d+)", instruction.rest)
+                if channel is None or channel[1] not in here:
+                    yield place, instruction, times
+                here |= {channel[1]} if channel else set()
+        for inner, more in _inner(module, name):
+            yield from visit(inner, times * more, frozenset(here))
+
+    return visit(module.entry, 1, frozenset())
 
 
 def collectives(module: Module, devices: int, slices: int = 1) -> list[Collective]:
-    """The exchanges of a program for so many devices, of which each slice holds as many, in order.
-
-    A collective that is spread over several fusions (its channel appears in each) counts once.
-    """
+    """The exchanges of a program for so many devices, of which each slice holds as many, in order."""
     found = []
-    for name, times in scheduled(module).items():
-        seen = set()
-        for place, instruction in _all_within(module, name):
-            kind = instruction.op.removesuffix("-start")
-            if kind not in COLLECTIVES:
-                continue
-            channel = re.search(r"channel_id=(\d+)", instruction.rest)
-            if channel and channel[1] in seen:
-                continue
-            seen |= {channel[1]} if channel else set()
-            kind = "reduce-scatter" if place.startswith("all-reduce-scatter") else kind
-            given = sum(size(module.computations[place][o].shape) for o in instruction.operands)
-            groups = members(instruction.rest, devices)
-            n = max(map(len, groups))
-            part = (n - 1) / n
-            sent = given * {"all-gather": n - 1, "all-reduce": 2 * part, "collective-permute": 1}.get(kind, part)
-            between = any(len({device * slices // devices for device in group}) > 1 for group in groups)
-            found.append(Collective(kind, sent, n, times, between))
+    for place, instruction, times in _exchanges(module):
+        kind = "reduce-scatter" if place.startswith(SCATTER) else instruction.op.removesuffix("-start")
+        given = sum(size(module.computations[place][o].shape) for o in instruction.operands)
+        groups = members(instruction.rest, devices)
+        n = max(map(len, groups))
+        part = (n - 1) / n
+        sent = given * {"all-gather": n - 1, "all-reduce": 2 * part, "collective-permute": 1}.get(kind, part)
+        between = any(len({device * slices // devices for device in group}) > 1 for group in groups)
+        found.append(Collective(kind, sent, n, times, between))
     return found
 
 
 def members(rest: str, devices: int) -> list[Sequence[int]]:
     """The groups of devices between which an instruction exchanges; those of a permutation are its pairs."""
     if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", rest):
-        return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d, ]+)\}", found[1])]
-    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-        (count, *_), dims = ([int(n) for n in found[i].split(",")] for i in (1, 2))
-        order = [int(n) for n in found[3].split(",")] if found[3] else list(range(len(dims)))
-        ids = _transposed(dims, order)
-        return [ids[i : i + len(ids) // count] for i in range(0, len(ids), len(ids) // count)]
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+        return [_numbers(group) for group in re.findall(r"\{([\d, ]+)\}", found[1])]
+    if found := re.search(rf"replica_groups=\[(\d+),\d+\]<={ORDER}", rest):
+        return _cut(_ordered(found[2], found[3]), int(found[1]))
+    if found := re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({ORDER}\))? \{{([^}}:]*)\}}", rest):
         sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        named = re.findall(r"'(\w+)'", found[2])
-        order = [i for i, axis in enumerate(sizes) if axis not in named] + [list(sizes).index(axis) for axis in named]
-        ids, n = _transposed(list(sizes.values()), order), prod(sizes[axis] for axis in named)
-        return [ids[i : i + n] for i in range(0, len(ids), n)]
+        named = re.findall(r"'(\w+)'", found[4])
+        order = [axis for axis in sizes if axis not in named] + named
+        places = _transposed(list(sizes.values()), [list(sizes).index(axis) for axis in order])
+        ids = _ordered(found[2], found[3]) if found[2] else range(devices)
+        return _cut([ids[place] for place in places], devices // prod(sizes[axis] for axis in named))
+    if found := re.search(r"replica_groups=(?!\{\})(.{60})", rest):
+        raise ValueError(f"groups of devices in an unknown form: {found[1]}")
     return [range(devices)]
+
+
+ORDER = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # numbers from 0 on as an array of this shape, with its axes in this order
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def _ordered(shape: str, order: str | None) -> list[int]:
+    """The numbers that ORDER has found, flat."""
+    dims = _numbers(shape)
+    return _transposed(dims, _numbers(order) if order else range(len(dims)))
+
+
+def _cut(ids: Sequence[int], count: int) -> list[Sequence[int]]:
+    """As many groups of equal size."""
+    size = len(ids) // count
+    return [ids[i : i + size] for i in range(0, len(ids), size)]
 
 
 def _transposed(dims: Sequence[int], order: Sequence[int]) -> list[int]:
@@ -207,9 +242,12 @@ def memory_traffic(module: Module) -> int:
     """Bytes that a program reads from and writes to the device's main memory.
 
     Of each instruction that is scheduled its operands and results that lie there; of an operand that it only slices the
-    slice, of a result that it updates in place the update.
+    slice, of a result that it updates in place the update. A collective counts once, wherever its pieces are.
     """
     total = 0
+    for place, instruction, times in _exchanges(module):
+        read = sum(size(module.computations[place][o].shape, True) for o in instruction.operands)
+        total += times * (read + (0 if place.startswith(SCATTER) else _result(instruction)))
     for name, times in scheduled(module).items():
         computation = module.computations[name]
         total += times * sum(_traffic(module, computation, i) for i in computation.values())
@@ -217,7 +255,9 @@ def memory_traffic(module: Module) -> int:
 
 
 def _traffic(module: Module, computation: Computation, instruction: Instruction) -> int:
-    if instruction.op in FREE or instruction.op.endswith("-done"):
+    if instruction.op in (*FREE, *CONTROL, *COLLECTIVES) or instruction.op.endswith("-done"):
+        return 0
+    if instruction.op.removesuffix("-start") in COLLECTIVES:
         return 0
     if instruction.op.endswith("-start"):  # (what is read, what is written, flags): as much there as here
         arrays = [found[0] for found in ARRAY.finditer(instruction.shape)][:2]
@@ -240,6 +280,13 @@ def _traffic(module: Module, computation: Computation, instruction: Instruction)
     return total + written
 
 
+def _result(instruction: Instruction) -> int:
+    """Bytes that a collective writes to main memory; begun in the background, it has its operand before its result."""
+    if not instruction.op.endswith("-start") or instruction.op == "all-reduce-start":
+        return size(instruction.shape, True)
+    return size([found[0] for found in ARRAY.finditer(instruction.shape)][1], True)
+
+
 def _root(computation: Computation) -> Instruction:
     return next(i for i in computation.values() if i.root)
 
@@ -258,6 +305,8 @@ def _read_of(module: Module, computation: Computation, value: Instruction) -> in
                 total += size(user.shape)
             elif user.op == "bitcast":
                 total += _read_of(module, computation, user)
+            elif user.op in (*FREE, *COLLECTIVES):
+                continue
             elif user.op == "fusion":
                 total += _read(module, module.computations[called(user)[0]], place)
             elif user.op != "dynamic-update-slice" or place:
@@ -267,6 +316,8 @@ def _read_of(module: Module, computation: Computation, value: Instruction) -> in
 
 def _written(module: Module, computation: Computation, value: Instruction) -> int:
     """Bytes that a fusion writes for this value of its last line."""
+    if value.op in ("parameter", "custom-call", *COLLECTIVES):
+        return 0
     if value.op == "tuple":
         return sum(_written(module, computation, computation[operand]) for operand in value.operands)
     if value.op == "bitcast":
