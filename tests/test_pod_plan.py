@@ -203,14 +203,17 @@ def test_what_bounds_a_step():
     assert guess["ici_ms"] == pytest.approx(5)
     assert guess["dcn_ms"] == pytest.approx(100)
     assert guess["compiler_ms"] == pytest.approx(200)
-    assert (guess["bound"], guess["step_ms"]) == ("compute", pytest.approx(200))
-    assert guess["images_per_sec"] == pytest.approx(256 / 0.2)
-    assert guess["mfu"] == pytest.approx(0.5)
-    assert guess["days"] == pytest.approx(400_000 * 0.2 / 86_400)
-    assert guess["chip_hours"] == pytest.approx(4 * 400_000 * 0.2 / 3600)
+    assert guess["bound"] == "compute"
+    best, worst = guess["hidden"], guess["in_turn"]
+    assert best["step_ms"] == pytest.approx(200)
+    assert worst["step_ms"] == pytest.approx(200 + 5 + 100)
+    assert best["images_per_sec"] == pytest.approx(256 / 0.2)
+    assert best["mfu"] == pytest.approx(0.5)
+    assert best["days"] == pytest.approx(400_000 * 0.2 / 86_400)
+    assert worst["chip_hours"] == pytest.approx(4 * 400_000 * 0.305 / 3600)
     assert pod_plan.estimate(found(hbm_bytes=819 * 10**9), plan(), 0.5)["bound"] == "hbm"
     unknown = pod_plan.estimate(found(), plan("v6e-4"), 0.5)
-    assert (unknown["dcn_ms"], unknown["compiler_ms"]) == (None, None)
+    assert (unknown["dcn_ms"], unknown["compiler_ms"], unknown["in_turn"]) == (None, None, None)
 
 
 def test_a_row_counts_the_state_that_stays():
@@ -229,7 +232,9 @@ def test_tables():
     failed = pod_plan.row_of(plan(), small, 0.5)
     head, _, first, second = pod_plan.table([row, failed]).splitlines()
     assert head.split()[:2] == ["slice", "mesh"]
-    assert " ".join(first.split()) == "v5e-4 (2x2) fsdp 4 64 named 9.00/15.75 yes 200 compute 1,280 50% 0.9 89"
+    assert (
+        " ".join(first.split()) == "v5e-4 (2x2) fsdp 4 64 named 9.00/15.75 yes 200-305 1,280-839 50-33 0.9-1.4 89-136"
+    )
     assert " ".join(second.split()) == "v5e-4 (2x2) fsdp 4 64 named 20.50/15.75 NO"
     text = pod_plan.details(row, 0.5)
     for words in [
@@ -237,8 +242,8 @@ def test_tables():
         "(compiler",
         "(estimated",
         "6 x all-gather of 4 between slices",
-        "MFU 50.0%",
-        "89 chip-hours",
+        "MFU 50.0%; 0.93 days",
+        "136 chip-hours",
     ]:
         assert words in text
     assert "does not fit" in pod_plan.details(failed, 0.5)

@@ -77,8 +77,9 @@ SOURCES = {
     "hbm_ms": "estimated: hbm_bytes at the published bandwidth",
     "ici_ms": "estimated: sent_bytes within a slice over two links of a chip, in one direction each",
     "dcn_ms": "estimated: sent_bytes between slices at a chip's share of its host's network",
-    "compiler_ms": "compiler: its cycles for fusions, one after another, at the clock that the published peak implies",
-    "step_ms and what follows": "estimated: the largest of compute_ms, hbm_ms, ici_ms, dcn_ms: all else is hidden",
+    "compiler_ms": "estimated: the compiler's cycles for fusions, one after another; the clock that the peak implies",
+    "hidden": "estimated: the largest of compute_ms, hbm_ms, ici_ms and dcn_ms (`bound`) hides all else: the best",
+    "in_turn": "estimated: compiler_ms, ici_ms and dcn_ms, one after another: the worst, but for the host and the data",
 }
 
 
@@ -281,33 +282,39 @@ def out_of_memory(message: str) -> float | None:
 
 
 def estimate(found: Mapping[str, Any], plan: Plan, efficiency: float) -> dict[str, Any]:
-    """Times of a training step by what bounds it, and what follows for the run; see SOURCES for the assumptions."""
+    """Times of a training step, and the run that follows at best and at worst; see SOURCES for the assumptions."""
     chip, facts = tpu.GENERATIONS[plan.place.generation], found["programs"]["train"]
-    peak = flops.peak(found["device_kind"])
+    peak = flops.peak(found["device_kind"]) * 1e12
     within, across = (
         sum(c["sent_bytes"] for c in facts["collectives"] if c["between_slices"] == between) / 1e9
         for between in (False, True)
     )
     times = {
-        "compute": found["flops"]["performed"] / plan.chips / (efficiency * peak * 1e12),
+        "compute": found["flops"]["performed"] / plan.chips / (efficiency * peak),
         "hbm": facts["hbm_bytes"] / 1e9 / chip.hbm_gbps,
         "ici": within / (2 * chip.link_gbps),
+        "dcn": across / chip.dcn_gbps if across and chip.dcn_gbps else None if across else 0.0,
+        "compiler": facts["cycles"] / chip.clock_ghz / 1e9 if chip.clock_ghz else None,
     }
-    if across:
-        times["dcn"] = across / chip.dcn_gbps if chip.dcn_gbps else None
-    bound = max((name for name, time in times.items() if time is not None), key=lambda name: times[name])
-    step = times[bound]
-    compiler = facts["cycles"] / chip.clock_ghz / 1e9 if chip.clock_ghz else None
-    hours = plan.config.total_steps * step / 3600
+    known = {name: time for name, time in times.items() if name != "compiler" and time is not None}
+    bound = max(known, key=lambda name: known[name])
+
+    def run(step: float) -> dict[str, float]:
+        hours = plan.config.total_steps * step / 3600
+        return {
+            "step_ms": step * 1e3,
+            "images_per_sec": plan.config.batch_size / step,
+            "mfu": found["flops"]["needed"] / step / plan.chips / peak,
+            "days": hours / 24,
+            "chip_hours": hours * plan.chips,
+        }
+
+    in_turn = [times[name] for name in ("compiler", "ici", "dcn")]
     return {
-        **{f"{name}_ms": time and time * 1e3 for name, time in times.items()},
-        "compiler_ms": compiler and compiler * 1e3,
-        "step_ms": step * 1e3,
+        **{f"{name}_ms": None if time is None else time * 1e3 for name, time in times.items()},
         "bound": bound,
-        "images_per_sec": plan.config.batch_size / step,
-        "mfu": found["flops"]["needed"] / step / plan.chips / (peak * 1e12),
-        "days": hours / 24,
-        "chip_hours": hours * plan.chips,
+        "hidden": run(known[bound]),
+        "in_turn": None if None in in_turn else run(max(sum(in_turn), known[bound])),
     }
 
 
@@ -347,22 +354,37 @@ def row_of(plan: Plan, found: Mapping[str, Any], efficiency: float) -> dict[str,
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows at a glance, one line each."""
-    heads = ("slice", "mesh", "b/chip", "remat", "GiB/chip", "fits", "step ms", "by", "img/s", "MFU", "days", "chip-h")
+    """The rows at a glance, one line each; estimates from the best to the worst."""
+    heads = ("slice", "mesh", "b/chip", "remat", "GiB/chip", "fits", "step ms", "img/s", "MFU %", "days", "chip-h")
     lines = [heads]
     for row in rows:
-        train, guess = row["programs"]["train"], row.get("estimate")
         mesh = " ".join(f"{axis} {size}" for axis, size in row["mesh"].items()) or "1"
-        cells = [row["slice"], mesh, f"{row['batch_per_chip']:g}", row["remat"]]
-        cells[2] += f"/{row['accumulate']}" if row["accumulate"] > 1 else ""
-        cells += [f"{train['needs_gib']:.2f}/{row['hbm_gib']:.2f}", "yes" if row["fits"] else "NO"]
-        if guess:
-            cells += [f"{guess['step_ms']:.0f}", guess["bound"], f"{guess['images_per_sec']:,.0f}"]
-            cells += [f"{guess['mfu']:.0%}", f"{guess['days']:.1f}", f"{guess['chip_hours']:,.0f}"]
+        parts = f"/{row['accumulate']}" if row["accumulate"] > 1 else ""
+        needs = f"{row['programs']['train']['needs_gib']:.2f}/{row['hbm_gib']:.2f}"
+        verdict = "yes" if row["fits"] else "NO"
+        cells = [row["slice"], mesh, f"{row['batch_per_chip']:g}{parts}", row["remat"], needs, verdict]
+        if "estimate" in row:
+            cells += [
+                span(row["estimate"], key, digits, factor)
+                for key, digits, factor in (
+                    ("step_ms", 0, 1),
+                    ("images_per_sec", 0, 1),
+                    ("mfu", 0, 100),
+                    ("days", 1, 1),
+                    ("chip_hours", 0, 1),
+                )
+            ]
         lines.append((*cells, *[""] * (len(heads) - len(cells))))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+
+
+def span(guess: Mapping[str, Any], key: str, digits: int, factor: float = 1) -> str:
+    """An estimate, from the best to the worst where that is known."""
+    runs = [guess["hidden"], guess["in_turn"]]
+    texts = [f"{run[key] * factor:,.{digits}f}" for run in runs if run]
+    return "-".join(dict.fromkeys(texts))
 
 
 def details(row: Mapping[str, Any], efficiency: float) -> str:
@@ -393,21 +415,23 @@ def details(row: Mapping[str, Any], efficiency: float) -> str:
             f"{found['sent_bytes'] / 1e9:.3f} GB sent (counted)"
         )
     for name, links in (("ici", "two links of a chip, one direction"), ("dcn", "a chip's share of its host's network")):
-        if f"{name}_ms" in guess:
+        if guess[f"{name}_ms"] != 0:
             took = "unknown" if guess[f"{name}_ms"] is None else f"{guess[f'{name}_ms']:.1f} ms"
             lines.append(f"  -> {took} (estimated: {links})")
-    if guess["compiler_ms"]:
+    if guess["compiler_ms"] is not None:
         lines.append(
-            f"  {train['cycles'] / 1e6:.0f} million cycles for fusions (compiler)  -> {guess['compiler_ms']:.1f} ms "
-            "(estimated: its clock; nothing overlaps)"
+            f"  {train['cycles'] / 1e6:.0f} million cycles for fusions (compiler)"
+            f"  -> {guess['compiler_ms']:.1f} ms (estimated: one after another, at the clock that the peak implies)"
         )
-    lines += [
-        f"run of {row['total_steps']:,} steps (estimated: {guess['bound']} bounds the step, all else is hidden; "
-        "without samples, scores, checkpoints)",
-        f"  {guess['step_ms']:.1f} ms a step, {guess['images_per_sec']:,.0f} images/s, "
-        f"{guess['images_per_sec'] / row['chips']:,.1f} a chip, MFU {guess['mfu']:.1%}",
-        f"  {guess['days']:.2f} days, {guess['chip_hours']:,.0f} chip-hours",
-    ]
+    lines.append(f"run of {row['total_steps']:,} steps, without samples, scores, checkpoints (estimated)")
+    about = {"hidden": f"{guess['bound']} hides all else", "in_turn": "the compiler's cycles, then the exchanges"}
+    for name, words in about.items():
+        if run := guess[name]:
+            lines.append(
+                f"  {words}: {run['step_ms']:.1f} ms a step, {run['images_per_sec']:,.0f} images/s, "
+                f"{run['images_per_sec'] / row['chips']:,.1f} a chip, MFU {run['mfu']:.1%}; "
+                f"{run['days']:.2f} days, {run['chip_hours']:,.0f} chip-hours"
+            )
     return "\n".join(lines)
 
 
