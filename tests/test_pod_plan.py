@@ -134,6 +134,8 @@ def test_remedies_come_in_order_and_can_be_set():
     assert found == sharded + parts + [(4, "full", 1, batch) for batch in (128, 64, 32)]
     done = pod_plan.varied(plan(), "mesh.fsdp=4 model.remat=full batch_size=4")
     assert pod_plan.remedies(done) == []
+    large = plan("v5e-16")
+    assert [pod_plan.varied(large, words).config.mesh.fsdp for words in pod_plan.remedies(large)[:3]] == [4, 16, 16]
 
 
 def test_shapes_without_data():

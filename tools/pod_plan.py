@@ -118,12 +118,14 @@ def varied(plan: Plan, words: str) -> Plan:
 
 
 def remedies(plan: Plan) -> list[str]:
-    """What to try where a plan does not fit, in this order; each step keeps those before it."""
-    config, found = plan.config, []
-    words = f"mesh.data={plan.slices} mesh.fsdp={plan.place.chips} mesh.tensor=1"
-    if config.mesh.fsdp not in (-1, plan.place.chips):
-        found.append(words)
-    words += " model.remat=full"
+    """What to try where a plan does not fit, in this order; each step keeps those before it.
+
+    Parameters are split over few chips first: the fewer, the less the compiler has to do for it.
+    """
+    config, chips = plan.config, plan.place.chips
+    meshes = [f"mesh.data=-1 mesh.fsdp={parts} mesh.tensor=1" for parts in sorted({min(4, chips), chips})]
+    found = [words for words in meshes if f"mesh.fsdp={config.mesh.fsdp} " not in words]
+    words = f"{meshes[-1]} model.remat=full"
     if config.model.get("remat") != "full":
         found.append(words)
     each = config.batch_size // plan.chips
@@ -495,7 +497,14 @@ def main() -> None:
 
     def look(plan: Plan, programs: Sequence[str]) -> bool:
         say(f"{plan.place.named} x {plan.slices}: {plan.words or 'the config'}")
-        rows.append(row_of(plan, in_process(plan, programs, given.timeout), given.efficiency))
+        try:
+            found = in_process(plan, programs, given.timeout)
+        except RunError as error:
+            if plan is first:
+                raise
+            say(f"left out: {error}")
+            return False
+        rows.append(row_of(plan, found, given.efficiency))
         return rows[-1]["fits"]
 
     if not look(first, given.programs):
