@@ -53,6 +53,7 @@ setup(
         "cuda": ["jax[cuda13]"],
         "cuda12": ["jax[cuda12]"],  # for drivers older than CUDA 13
         "lmdb": ["lmdb>=1.6"],  # latents of MeanFlow's port to torch, kept in that database
+        "plan": ["libtpu==0.0.42.*"],  # tools/pod_plan.py: the TPU compiler that jax 0.10.2 is for, 205 MB, own terms
         "test": [
             "beartype>=0.21",  # checks the shapes in signatures at run time
             "build>=1.2",  # builds the wheel that a test looks into

@@ -70,14 +70,21 @@ def build(
 
 
 def work(
-    config: ConfigDict, parts: Parts, shape: tuple[int, int, int], num_classes: int, state: Any, batch: Any
+    config: ConfigDict,
+    parts: Parts,
+    shape: tuple[int, int, int],
+    num_classes: int,
+    state: Any,
+    batch: Any,
+    again: bool = False,
 ) -> int:
     """The FLOPs of a training step on this state and batch, which may be abstract: see `flops`.
 
-    Without what rematerialisation computes again. Raises what tracing the step raises.
+    again: with what rematerialisation computes again. Raises what tracing the step raises.
     """
     plain = configs.copied(config.model)
-    plain.update({name: form for name, form in {"remat": "none", "attention": "xla"}.items() if name in plain})
+    countable = {"attention": "xla"} | ({} if again else {"remat": "none"})
+    plain.update({name: form for name, form in countable.items() if name in plain})
     parts = parts._replace(model=configs.make("models", plain, "config.model", shape, num_classes))
     frozen = jax.eval_shape(parts.prepare.init)
     return flops.of(partial(train_step, parts), state, frozen, batch, jax.eval_shape(jax.random.key, 0))

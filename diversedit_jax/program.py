@@ -118,11 +118,11 @@ def named_files(flag: str, given: Sequence[str], required: bool = False) -> dict
             raise ConfigError(f"--{flag}={text}: wanted NAME=FILE, or NAME=FILE,OPTION=VALUE,...")
         if name in found:
             raise ConfigError(f"--{flag}={text}: {name} is given twice")
-        found[name] = ({"file": file} if file else {}) | {option: _literal(value) for option, _, value in more}
+        found[name] = ({"file": file} if file else {}) | {option: literal(value) for option, _, value in more}
     return found
 
 
-def _literal(text: str) -> Any:
+def literal(text: str) -> Any:
     """A number or another value of Python, or the text itself."""
     try:
         return ast.literal_eval(text)

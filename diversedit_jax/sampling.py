@@ -26,7 +26,8 @@ LABELS = ("balanced", "uniform")  # rules for the labels of an evaluation
 # (params, frozen, labels [n], seed) -> images [n h w c] on the host: uint8, or x itself in float32 without a decoder.
 # With weak=params of a less trained state, `cfg_scale` is the scale of autoguidance by it. first=: the number of the
 # first image, by default 0. cfg_scale=, guidance_interval=: in place of those the sampler was made with; the compiled
-# program serves all their values.
+# program serves all their values. `sample.lower(params, frozen)` lowers the program of a full batch, as jax.jit does:
+# for arrays that may be abstract, and the devices of the layout, which may be another machine's.
 Sample = Callable[..., np.ndarray]
 
 # (guided, x, noise) -> x at the end; guided takes what converts a network for the solver, and gives its velocity
@@ -228,7 +229,7 @@ def make(
             check_guidance(cfg_scale, num_classes)
         numbers = jnp.arange(first, first + len(labels))
         keys = np.asarray(jax.random.key_data(jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(numbers)))
-        size = sharding.filled(min(batch_size, len(labels)))
+        size = sharding.filled(min(batch_size, len(labels)), layout.mesh.size)
         guidance = scales(cfg_scale), tuple(jnp.float32(time) for time in guidance_interval)
         done = []
         for begin in range(0, len(labels), size):
@@ -241,6 +242,16 @@ def make(
             done.append(np.asarray(images))
         return np.concatenate(done)[: len(labels)]
 
+    def lower(params: Params, frozen: Any) -> jax.stages.Lowered:
+        size = sharding.filled(batch_size, layout.mesh.size)
+        keys = jax.eval_shape(lambda: jax.random.key_data(jax.random.split(jax.random.key(0), size)))
+        inputs = (jax.ShapeDtypeStruct((size,), np.int32), keys)
+        inputs = sharding.placed(inputs, (sharding.over_batch(layout),) * 2)
+        guidance = jax.eval_shape(lambda: (scales(cfg_scale), (jnp.float32(0), jnp.float32(1))))
+        with jax.set_mesh(layout.mesh):
+            return run.lower(params, None, frozen, *inputs, *guidance)
+
+    sample.lower = lower
     return sample
 
 

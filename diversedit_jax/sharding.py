@@ -113,9 +113,9 @@ def _checked(pattern: str, axes: str) -> tuple[str, str]:
     return pattern, axes
 
 
-def filled(batch: int) -> int:
-    """The next number from `batch` on that all devices divide."""
-    devices = jax.device_count()
+def filled(batch: int, devices: int | None = None) -> int:
+    """The next number from `batch` on that the `devices` (all) divide."""
+    devices = devices or jax.device_count()
     return -(-batch // devices) * devices
 
 

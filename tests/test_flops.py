@@ -70,9 +70,9 @@ def test_loops_branches_and_convolutions():
     assert flops.of(conv, image, kernel) == 2 * (2 * 8 * 8 * 5) * (3 * 3 * 3)
 
 
-@pytest.mark.parametrize("remat", ["named", "full"])
-def test_a_step_counts_what_the_method_needs(remat):
-    """Three forward passes, but for the gradients that nothing needs; not what remat computes again."""
+@pytest.mark.parametrize(("remat", "again"), [("named", 1.009), ("full", 1.315)])
+def test_a_step_counts_what_the_method_needs(remat, again):
+    """Three forward passes, but for the gradients that nothing needs; what remat computes again only if asked for."""
     config = diversedit_b2.get_config()
     config.batch_size = 8
     config.losses = {}
@@ -82,6 +82,8 @@ def test_a_step_counts_what_the_method_needs(remat):
     state = jax.eval_shape(initializer(parts, batch), jax.random.key(0))
     work = experiment.work(config, parts, (32, 32, 4), 1000, state, batch)
     assert work / 8 == pytest.approx(6e9 * forward("B", 32, skip="release"), rel=1e-3)
+    performed = experiment.work(config, parts, (32, 32, 4), 1000, state, batch, again=True)
+    assert performed / work == pytest.approx(again, abs=0.01)
 
 
 def test_rates_and_peaks():

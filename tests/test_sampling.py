@@ -248,3 +248,14 @@ def test_a_weak_state_of_the_model_guides_it(source):
     plain, guided = make(), make(cfg_scale=2.0)
     np.testing.assert_allclose(guided(three, {}, labels, 0, weak=one), plain(five, {}, labels, 0), rtol=1e-4)
     np.testing.assert_array_equal(plain(three, {}, labels, 0, weak=one), plain(three, {}, labels, 0))
+
+
+def test_the_program_is_lowered_for_abstract_arrays():
+    model = models.make("dit", SHAPE, CLASSES, depth=2, width=16, heads=2)
+    layout = sharding.make(data=2, devices=jax.devices()[:2])
+    options = {"solver": "euler", "steps": 2, "batch_size": 5}
+    sample = sampling.make(model, PIXELS, SHAPE, CLASSES, sampling.Flow(), layout, **options)
+    params = experiment.abstract_params(model, layout)
+    images, finite = sample.lower(params, {}).out_info
+    assert (images.shape, images.dtype) == ((6, *SHAPE), np.float32)  # 5, filled up for the devices of the layout
+    assert finite.shape == ()

@@ -1,0 +1,340 @@
+"""What a compiled program moves, read from its text: how often each part runs, bytes of memory, bytes between devices.
+
+XLA's own count (`compiled.cost_analysis()`) takes the body of a loop once. Here a loop counts as often as it turns.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+from typing import NamedTuple
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+SCATTER = "all-reduce-scatter"  # a fusion of an all-reduce and a slice of it, which runs as a reduce-scatter
+CONTROL = ("while", "conditional", "call")
+# Bytes of an element; packed halves of a byte count as one.
+SIZES = {"pred": 1, "bf16": 2, "token": 0}
+# What moves nothing by itself: names for parts of other values, and marks.
+FREE = (
+    "parameter",
+    "constant",
+    "get-tuple-element",
+    "tuple",
+    "bitcast",
+    "partition-id",
+    "replica-id",
+    "after-all",
+    "custom-call",
+)
+ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
+CALLED = re.compile(
+    r"(?:calls|to_apply|body|true_computation|false_computation)=%([\w.-]+)|branch_computations=\{(.*?)\}"
+)
+
+
+class Instruction(NamedTuple):
+    """A line of a computation. rest: what stands behind the operands. root: whether it is the computation's result."""
+
+    name: str
+    shape: str
+    op: str
+    operands: tuple[str, ...]
+    argument: str
+    rest: str
+    root: bool
+
+
+Computation = dict[str, Instruction]
+
+
+class Module(NamedTuple):
+    """A program: its computations by name, and the name of the one where it begins."""
+
+    computations: Mapping[str, Computation]
+    entry: str
+
+
+class Collective(NamedTuple):
+    """An exchange between devices. sent: bytes that each device sends (ring). group: devices. times: a program runs it.
+
+    between: whether devices of different slices take part.
+    """
+
+    kind: str
+    sent: float
+    group: int
+    times: int
+    between: bool
+
+
+def parse(text: str) -> Module:
+    """The module that a compiled program prints."""
+    computations: dict[str, Computation] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if line.startswith(("%", "ENTRY")):
+            name = line.removeprefix("ENTRY ").split(" ", 1)[0].removeprefix("%")
+            entry = name if line.startswith("ENTRY") else entry
+            current = computations.setdefault(name, {})
+        elif current is not None and (found := re.match(r"\s+(ROOT )?%([\w.-]+) = ", line)):
+            instruction = _instruction(found[2], line[found.end() :], bool(found[1]))
+            current[instruction.name] = instruction
+    return Module(computations, entry)
+
+
+def _instruction(name: str, text: str, root: bool) -> Instruction:
+    op = re.search(r"(?:^| )([a-z][a-z\d-]*)\(", text)
+    end = depth = 0
+    for end in range(op.end() - 1, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[end], 0)
+        if not depth:
+            break
+    inside = text[op.end() : end]
+    return Instruction(
+        name, text[: op.start()], op[1], tuple(re.findall(r"%([\w.-]+)", inside)), inside, text[end + 1 :], root
+    )
+
+
+def size(shape: str, memory_only: bool = False) -> int:
+    """Bytes of a shape, of all arrays of a tuple; memory_only: of those in the device's main memory (S(0))."""
+    total = 0
+    for dtype, dims, layout in ARRAY.findall(shape):
+        if not (memory_only and re.search(r"S\([1-9]\)", layout)):
+            bits = re.search(r"\d+", dtype)
+            of_one = SIZES.get(dtype) if dtype in SIZES else max(int(bits[0]) // 8, 1)
+            total += of_one * prod(int(dim.removeprefix("<=")) for dim in dims.split(",") if dim)
+    return total
+
+
+def called(instruction: Instruction) -> list[str]:
+    """The computations that an instruction runs, once; of a loop its body."""
+    names = []
+    for one, several in CALLED.findall(instruction.rest):
+        names += [one] if one else re.findall(r"%([\w.-]+)", several)
+    return names
+
+
+def turns(module: Module, loop: Instruction) -> int:
+    """How often a loop runs its body: it counts from 0, in steps, to a number that its condition knows; else 1."""
+    condition, body = (
+        module.computations[re.search(rf"{part}=%([\w.-]+)", loop.rest)[1]] for part in ("condition", "body")
+    )
+    compared = [condition[operand] for operand in _root(condition).operands]
+    bounds = [int(i.argument) for i in compared if i.op == "constant"]
+    counters = [int(re.search(r"index=(\d+)", i.rest)[1]) for i in compared if i.op == "get-tuple-element"]
+    if _root(condition).op != "compare" or len(bounds) != 1 or len(counters) != 1:
+        return 1
+    counted = body[_root(body).operands[counters[0]]]
+    steps = [int(body[operand].argument) for operand in counted.operands if body[operand].op == "constant"]
+    return -(-bounds[0] // (steps[0] if counted.op == "add" and steps else 1))
+
+
+def _inner(module: Module, name: str) -> Iterator[tuple[str, int]]:
+    """The loop bodies and branches in a computation, and how often each runs when it runs once."""
+    for instruction in module.computations[name].values():
+        if instruction.op in CONTROL:
+            more = turns(module, instruction) if instruction.op == "while" else 1
+            yield from ((inner, more) for inner in called(instruction))
+
+
+def scheduled(module: Module) -> dict[str, int]:
+    """The computations whose instructions run one by one, and how often each runs: the entry, bodies, branches."""
+    found: dict[str, int] = {}
+
+    def visit(name: str, times: int) -> None:
+        found[name] = found.get(name, 0) + times
+        for inner, more in _inner(module, name):
+            visit(inner, times * more)
+
+    visit(module.entry, 1)
+    return found
+
+
+def _exchanges(module: Module) -> Iterator[tuple[str, Instruction, int]]:
+    """The collectives of a program: (computation, instruction, how often).
+
+    One that works in the background of others lies in pieces in several fusions, and in loops that turn meanwhile: a
+    channel counts once, in the outermost computation that it is found in.
+    """
+
+    def within(name: str) -> Iterator[tuple[str, Instruction]]:
+        for instruction in module.computations[name].values():
+            yield name, instruction
+            if instruction.op not in CONTROL:
+                for inner in called(instruction):
+                    yield from within(inner)
+
+    def visit(name: str, times: int, seen: frozenset[str]) -> Iterator[tuple[str, Instruction, int]]:
+        here = set(seen)
+        for place, instruction in within(name):
+            if instruction.op.removesuffix("-start") in COLLECTIVES:
+                channel = re.search(r"channel_id=(\d+)", instruction.rest)
+                if channel is None or channel[1] not in here:
+                    yield place, instruction, times
+                here |= {channel[1]} if channel else set()
+        for inner, more in _inner(module, name):
+            yield from visit(inner, times * more, frozenset(here))
+
+    return visit(module.entry, 1, frozenset())
+
+
+def collectives(module: Module, devices: int, slices: int = 1) -> list[Collective]:
+    """The exchanges of a program for so many devices, of which each slice holds as many, in order."""
+    found = []
+    for place, instruction, times in _exchanges(module):
+        kind = "reduce-scatter" if place.startswith(SCATTER) else instruction.op.removesuffix("-start")
+        given = sum(size(module.computations[place][o].shape) for o in instruction.operands)
+        groups = members(instruction.rest, devices)
+        n = max(map(len, groups))
+        part = (n - 1) / n
+        sent = given * {"all-gather": n - 1, "all-reduce": 2 * part, "collective-permute": 1}.get(kind, part)
+        between = any(len({device * slices // devices for device in group}) > 1 for group in groups)
+        found.append(Collective(kind, sent, n, times, between))
+    return found
+
+
+def members(rest: str, devices: int) -> list[Sequence[int]]:
+    """The groups of devices between which an instruction exchanges; those of a permutation are its pairs."""
+    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", rest):
+        return [_numbers(group) for group in re.findall(r"\{([\d, ]+)\}", found[1])]
+    if found := re.search(rf"replica_groups=\[(\d+),\d+\]<={ORDER}", rest):
+        return _cut(_ordered(found[2], found[3]), int(found[1]))
+    if found := re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({ORDER}\))? \{{([^}}:]*)\}}", rest):
+        sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        named = re.findall(r"'(\w+)'", found[4])
+        order = [axis for axis in sizes if axis not in named] + named
+        places = _transposed(list(sizes.values()), [list(sizes).index(axis) for axis in order])
+        ids = _ordered(found[2], found[3]) if found[2] else range(devices)
+        return _cut([ids[place] for place in places], devices // prod(sizes[axis] for axis in named))
+    if found := re.search(r"replica_groups=(?!\{\})(.{60})", rest):
+        raise ValueError(f"groups of devices in an unknown form: {found[1]}")
+    return [range(devices)]
+
+
+ORDER = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # numbers from 0 on as an array of this shape, with its axes in this order
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def _ordered(shape: str, order: str | None) -> list[int]:
+    """The numbers that ORDER has found, flat."""
+    dims = _numbers(shape)
+    return _transposed(dims, _numbers(order) if order else range(len(dims)))
+
+
+def _cut(ids: Sequence[int], count: int) -> list[Sequence[int]]:
+    """As many groups of equal size."""
+    size = len(ids) // count
+    return [ids[i : i + size] for i in range(0, len(ids), size)]
+
+
+def _transposed(dims: Sequence[int], order: Sequence[int]) -> list[int]:
+    """arange(prod(dims)).reshape(dims).transpose(order), flat."""
+    ids = [0]
+    for axis in order:
+        stride = prod(dims[axis + 1 :])
+        ids = [i + stride * j for i in ids for j in range(dims[axis])]
+    return ids
+
+
+def memory_traffic(module: Module) -> int:
+    """Bytes that a program reads from and writes to the device's main memory.
+
+    Of each instruction that is scheduled its operands and results that lie there; of an operand that it only slices the
+    slice, of a result that it updates in place the update. A collective counts once, wherever its pieces are.
+    """
+    total = 0
+    for place, instruction, times in _exchanges(module):
+        read = sum(size(module.computations[place][o].shape, True) for o in instruction.operands)
+        total += times * (read + (0 if place.startswith(SCATTER) else _result(instruction)))
+    for name, times in scheduled(module).items():
+        computation = module.computations[name]
+        total += times * sum(_traffic(module, computation, i) for i in computation.values())
+    return total
+
+
+def _traffic(module: Module, computation: Computation, instruction: Instruction) -> int:
+    if instruction.op in (*FREE, *CONTROL, *COLLECTIVES) or instruction.op.endswith("-done"):
+        return 0
+    if instruction.op.removesuffix("-start") in COLLECTIVES:
+        return 0
+    if instruction.op.endswith("-start"):  # (what is read, what is written, flags): as much there as here
+        arrays = [found[0] for found in ARRAY.finditer(instruction.shape)][:2]
+        moved = min(map(size, arrays))
+        return sum(moved for array in arrays if size(array, True))
+    total = 0
+    inner = module.computations[called(instruction)[0]] if instruction.op == "fusion" else None
+    for i, operand in enumerate(instruction.operands):
+        whole = size(computation[operand].shape, True)
+        if whole and inner is not None:
+            whole = min(whole, _read(module, inner, i))
+        elif whole and instruction.op in ("dynamic-slice", "slice", "gather", "dynamic-update-slice") and i == 0:
+            whole = 0 if instruction.op == "dynamic-update-slice" else size(instruction.shape)
+        total += whole
+    written = size(instruction.shape, True)
+    if written and inner is not None:
+        return total + min(written, _written(module, inner, _root(inner)))
+    if instruction.op == "dynamic-update-slice":
+        return total + size(computation[instruction.operands[1]].shape)
+    return total + written
+
+
+def _result(instruction: Instruction) -> int:
+    """Bytes that a collective writes to main memory; begun in the background, it has its operand before its result."""
+    if not instruction.op.endswith("-start") or instruction.op == "all-reduce-start":
+        return size(instruction.shape, True)
+    return size([found[0] for found in ARRAY.finditer(instruction.shape)][1], True)
+
+
+def _root(computation: Computation) -> Instruction:
+    return next(i for i in computation.values() if i.root)
+
+
+def _read(module: Module, computation: Computation, number: int) -> int:
+    """Bytes that a fusion reads of its operand of this number."""
+    parameter = next(i for i in computation.values() if i.op == "parameter" and int(i.argument) == number)
+    return _read_of(module, computation, parameter)
+
+
+def _read_of(module: Module, computation: Computation, value: Instruction) -> int:
+    whole, total = size(value.shape), 0
+    for user in computation.values():
+        for place in (place for place, operand in enumerate(user.operands) if operand == value.name):
+            if user.op in ("dynamic-slice", "slice", "gather") and place == 0:
+                total += size(user.shape)
+            elif user.op == "bitcast":
+                total += _read_of(module, computation, user)
+            elif user.op in (*FREE, *COLLECTIVES):
+                continue
+            elif user.op == "fusion":
+                total += _read(module, module.computations[called(user)[0]], place)
+            elif user.op != "dynamic-update-slice" or place:
+                total += whole
+    return min(whole, total)
+
+
+def _written(module: Module, computation: Computation, value: Instruction) -> int:
+    """Bytes that a fusion writes for this value of its last line."""
+    if value.op in ("parameter", "custom-call", *COLLECTIVES):
+        return 0
+    if value.op == "tuple":
+        return sum(_written(module, computation, computation[operand]) for operand in value.operands)
+    if value.op == "bitcast":
+        return _written(module, computation, computation[value.operands[0]])
+    if value.op == "dynamic-update-slice":
+        return size(computation[value.operands[1]].shape)
+    if value.op == "fusion":
+        inner = module.computations[called(value)[0]]
+        return _written(module, inner, _root(inner))
+    return size(value.shape)
+
+
+def cycles(module: Module) -> int:
+    """The cycles that the compiler estimates for the fusions of a program; what else runs, it does not say."""
+    total = 0
+    for name, times in scheduled(module).items():
+        for instruction in module.computations[name].values():
+            found = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
+            total += times * int(found[1]) if found else 0
+    return total

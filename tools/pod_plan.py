@@ -1,0 +1,545 @@
+"""What a run takes on a TPU slice, without a TPU: does it fit, how fast may it be, how long does it take.
+
+    python -m tools.pod_plan --config=configs/diversedit_xl2.py --topology=v5e-16 --config.mesh.fsdp=16 \\
+        --compare="model.remat=full" --compare="topology=v5p-32 batch_size=512" --json=plan.json
+
+The programs of a run (training step, initialisation, sampling, the checksum of a save) are compiled for the slice by
+the TPU compiler of the package libtpu (`pip install "libtpu==0.0.42.*"`, 205 MB, terms of Google Cloud), as a run
+compiles them, with abstract arrays: no data, no weights, no TPU. Encoders without a file stand there in the published
+size. Each number says where it comes from:
+
+    compiler   what libtpu says of the compiled program: memory, whether it fits, cycles
+    counted    FLOPs in the traced step; bytes of memory and between chips in the compiled program's text
+    estimated  times, and what follows from them: see `estimate`. No TPU has confirmed them.
+
+`--compare` adds a row for the config with other values, KEY=VALUE KEY=VALUE ..., `topology` and `slices` among the
+keys. Where the config does not fit, what usually helps is tried in turn, until it does.
+"""
+
+import json
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+from jax.experimental import topologies
+from ml_collections import ConfigDict, config_flags
+
+from diversedit_jax import checkpoint, experiment, flops, program, sharding, slots
+from diversedit_jax import config as configs
+from diversedit_jax.errors import ConfigError, RunError
+from diversedit_jax.interop.encoders import LAYOUTS, export
+from diversedit_jax.interop.weights_file import write_safetensors
+from diversedit_jax.models import vit
+from diversedit_jax.train_state import initializer, train_step
+from tools import hlo, tpu
+
+# For the compiler in a machine without TPU: no backend but the CPU, no question to the metadata server, several
+# compilers at a time, and no warnings about a machine that is not there. On a TPU VM they would break the start.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
+MISSING = 'plans need the TPU compiler: pip install "libtpu==0.0.42.*" (205 MB, terms of Google Cloud)'
+PROGRAMS = ("train", "init", "sample", "checksum")
+GIB = 2**30
+
+# (depth, width, patch, side of the position table) of the encoders that REPA's and our configs align to.
+ENCODERS = {
+    "dinov2": (12, 768, 14, 37),
+    "dinov1": (12, 768, 16, 14),
+    "clip": (24, 1024, 14, 16),
+    "mae": (24, 1024, 16, 14),
+    "moco_v3": (24, 1024, 16, 14),
+    "ijepa": (32, 1280, 14, 16),
+}
+SOURCES = {
+    "fits, memory": "compiler",
+    "flops": "counted: products in the traced step; `performed` with what remat computes again",
+    "hbm_bytes": "counted: operands and results in HBM of what the compiled program runs, loops as often as they turn",
+    "sent_bytes": "counted: collectives in the compiled program; a ring's bytes for each chip",
+    "compute_ms": "estimated: performed FLOPs at `efficiency` of the published peak",
+    "hbm_ms": "estimated: hbm_bytes at the published bandwidth",
+    "ici_ms": "estimated: sent_bytes within a slice over two links of a chip, in one direction each",
+    "dcn_ms": "estimated: sent_bytes between slices at a chip's share of its host's network",
+    "compiler_ms": "estimated: the compiler's cycles for fusions, one after another; the clock that the peak implies",
+    "hidden": "estimated: the largest of compute_ms, hbm_ms, ici_ms and dcn_ms (`bound`) hides all else: the best",
+    "in_turn": "estimated: compiler_ms, ici_ms and dcn_ms, one after another: the worst, but for the host and the data",
+}
+
+
+class Plan(NamedTuple):
+    """What is planned: the words that ask for it, the config, and where it would run."""
+
+    words: str
+    config: ConfigDict
+    place: tpu.Slice
+    slices: int
+
+    @property
+    def chips(self) -> int:
+        """Of all slices."""
+        return self.place.chips * self.slices
+
+
+def varied(plan: Plan, words: str) -> Plan:
+    """The plan with other values, `KEY=VALUE KEY=VALUE ...`; a key of the config, `topology` or `slices`."""
+    config = configs.copied(plan.config)
+    known = {*configs.flat(config.to_dict()), "topology", "slices"}
+    for word in words.split():
+        key, given, text = word.partition("=")
+        if not given or key not in known:
+            raise ConfigError(f"--compare={words}: {word!r}: wanted KEY=VALUE; {slots.suggestion(key, sorted(known))}")
+        try:
+            if key == "topology":
+                plan = plan._replace(place=tpu.parse(text))
+            elif key == "slices":
+                plan = plan._replace(slices=int(text))
+            else:
+                config.update_from_flattened_dict({key: program.literal(text)})
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"--compare={words}: {word!r}: {error}") from error
+    return plan._replace(words=words, config=config)
+
+
+def remedies(plan: Plan) -> list[str]:
+    """What to try where a plan does not fit, in this order; each step keeps those before it.
+
+    Parameters are split over few chips first: the fewer, the less the compiler has to do for it.
+    """
+    config, chips = plan.config, plan.place.chips
+    meshes = [f"mesh.data=-1 mesh.fsdp={parts} mesh.tensor=1" for parts in sorted({min(4, chips), chips})]
+    found = [words for words in meshes if f"mesh.fsdp={config.mesh.fsdp} " not in words]
+    words = f"{meshes[-1]} model.remat=full"
+    if config.model.get("remat") != "full":
+        found.append(words)
+    each = config.batch_size // plan.chips
+    found += [f"{words} accumulate={parts}" for parts in (2, 4) if each % parts == 0 and parts > config.accumulate]
+    found += [f"{words} batch_size={config.batch_size // parts}" for parts in (2, 4, 8) if each % parts == 0]
+    return found
+
+
+# --- What is compiled, in a process of its own.
+
+
+def shapes(config: ConfigDict) -> tuple[tuple[int, int, int], int]:
+    """The shape of a sample and the number of classes; where data cannot be made here those of ImageNet's latents."""
+    options = slots.options(slots.factory("data", config.data.name)).values()
+    if all(option.default is not option.empty for option in options):
+        dataset = experiment.open_data(config)
+        return dataset.shape, dataset.num_classes
+    return tuple(config.data.get("shape") or (32, 32, 4)), config.data.get("num_classes") or 1000
+
+
+def stored(config: ConfigDict, shape: tuple[int, int, int]) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch as the data of the config would give it, without its values."""
+    h, w, c = shape
+    if config.data.get("cached"):
+        raise ConfigError("config.data.cached: the shapes of stored features are not known without the data")
+    moments = config.prepare.name == "latents"
+    values = {"moments": ((h, w, 2 * c), np.float16)} if moments else {"x": (shape, np.float32)}
+    values |= {"image": ((8 * h, 8 * w, 3), np.uint8)} if config.data.get("image") else {}
+    values["y"] = ((), np.int32)
+    return {name: jax.ShapeDtypeStruct((config.batch_size, *of), dtype) for name, (of, dtype) in values.items()}
+
+
+def stand_in(name: str, folder: Path) -> Path:
+    """A file of zeros with the arrays of the published encoder `name`."""
+    if name not in ENCODERS:
+        raise ConfigError(f"config.encoders: no published size of {name!r} is known; give its file")
+    kind = import_module(f"diversedit_jax.encoders.{name}").KIND
+    depth, width, patch, side = ENCODERS[name]
+    layout = kind.layouts[0]
+    same = {field: getattr(kind, field) for field in ("class_token", "layer_scale", "final_norm", "activation", "eps")}
+    size = {"depth": depth, "width": width, "heads": kind.heads[width], "hidden": 4 * width, "patch": patch}
+    arch = vit.Architecture(**size, channels=3, side=side, pre_norm=bool(LAYOUTS[layout].pre_norm), **same)
+    empty = jax.eval_shape(vit.network(arch).init, jax.random.key(0))
+    arrays = export(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), empty), layout, arch)
+    path = folder / f"{name}.safetensors"
+    write_safetensors(path, {f"{kind.entry}.{key}" if kind.entry else key: value for key, value in arrays.items()})
+    return path
+
+
+def compiled(plan: Plan, programs: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
+    """What the compiler says of a plan, and what can be counted. Needs ENVIRONMENT, before jax knows its devices."""
+    config, place = plan.config, plan.place
+    options = place.options | ({"num_slices": plan.slices} if plan.slices > 1 else {})
+    name = f"{place.generation}:{place.topology}"
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+    except Exception as error:  # of no one kind
+        raise ConfigError(f"--topology={name}: the compiler refuses it: {error}".splitlines()[0]) from error
+    shape, num_classes = shapes(config)
+    with tempfile.TemporaryDirectory() as folder:
+        for label, encoder in config.encoders.items():
+            if encoder.get("file") is None:
+                encoder.file = str(stand_in(encoder.name, Path(folder)))
+                say(f"config.encoders.{label}: a stand-in for its published weights")
+        if config.prepare.get("vae"):
+            config.prepare.vae = None
+            say("config.prepare.vae: samples are planned without decoding")
+        layout, parts, sample, _ = experiment.build(config, shape, num_classes, devices=devices)
+        frozen = jax.eval_shape(parts.prepare.init)
+    parts = parts._replace(prepare=parts.prepare._replace(init=lambda: frozen))
+    frozen = sharding.placed(frozen, sharding.shardings(frozen, layout))
+    batch = {
+        key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.over_batch(layout))
+        for key, x in stored(config, shape).items()
+    }
+    key = jax.eval_shape(jax.random.key, 0)
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(layout))
+    init = initializer(parts, batch)
+    abstract = jax.eval_shape(init, key)
+    where = sharding.shardings(abstract, layout)
+    state = sharding.placed(abstract, where)
+    count = partial(experiment.work, config, parts, shape, num_classes, abstract, batch)
+    found = {
+        "device_kind": devices[0].device_kind,
+        "mesh": {axis: size for axis, size in layout.mesh.shape.items() if size > 1},
+        "batch_per_chip": config.batch_size / layout.shards,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(abstract["params"])),
+        "flops": {"needed": count(), "performed": count(again=True)},
+        "programs": {},
+    }
+
+    def train() -> jax.stages.Lowered:
+        outputs = (where, sharding.replicated(layout))
+        with jax.set_mesh(layout.mesh):
+            return jax.jit(partial(train_step, parts), donate_argnums=0, out_shardings=outputs).lower(
+                state, frozen, batch, key
+            )
+
+    lowered = {
+        "train": train,
+        "init": lambda: jax.jit(init, out_shardings=where).lower(key),
+        "sample": lambda: sample.lower(state["ema"], frozen),
+        "checksum": lambda: checkpoint.checksum.lower(max(jax.tree.leaves(state), key=lambda leaf: leaf.size)),
+    }
+    for name in programs:
+        begin = time.monotonic()
+        try:
+            facts = facts_of(lowered[name]().compile(), plan.chips, plan.slices)
+        except jax.errors.JaxRuntimeError as error:
+            needed = out_of_memory(str(error))
+            if needed is None:
+                raise
+            facts = {"fits": False, "needs_gib": needed}
+        facts["compile_s"] = round(time.monotonic() - begin, 1)
+        found["programs"][name] = facts
+        say(f"{name}: {'compiled' if facts['fits'] else 'does not fit'}, {facts['compile_s']:.0f} s")
+    return found
+
+
+def facts_of(program: jax.stages.Compiled, devices: int, slices: int) -> dict[str, Any]:
+    """The memory of a compiled program on each device, and what its text tells."""
+    memory, module = program.memory_analysis(), hlo.parse(program.as_text())
+    sums: dict[tuple, dict[str, Any]] = {}
+    for found in hlo.collectives(module, devices, slices):
+        key = (found.kind, found.group, found.between)
+        total = sums.setdefault(key, {"kind": found.kind, "devices": found.group, "times": 0, "sent_bytes": 0})
+        total["between_slices"] = found.between
+        total["times"] += found.times
+        total["sent_bytes"] += round(found.sent * found.times)
+    return {
+        "fits": True,
+        "bytes": {
+            "arguments": memory.argument_size_in_bytes,
+            "outputs": memory.output_size_in_bytes,
+            "donated": memory.alias_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+            "code": memory.generated_code_size_in_bytes,
+            "peak": memory.peak_memory_in_bytes,
+        },
+        "hbm_bytes": hlo.memory_traffic(module),
+        "cycles": hlo.cycles(module),
+        "collectives": sorted(sums.values(), key=lambda total: -total["sent_bytes"]),
+    }
+
+
+def out_of_memory(message: str) -> float | None:
+    """GiB that a program needs, by the compiler's message that it does not fit; None if it says something else."""
+    units = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2**10}
+    for pattern in (r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", r"\(([\d.]+)([KMGT])\) exceeds available HBM"):
+        if found := re.search(pattern, message):
+            return float(found[1]) * units[found[2]]
+    return None
+
+
+# --- What follows from it.
+
+
+def estimate(found: Mapping[str, Any], plan: Plan, efficiency: float) -> dict[str, Any]:
+    """Times of a training step, and the run that follows at best and at worst; see SOURCES for the assumptions."""
+    chip, facts = tpu.GENERATIONS[plan.place.generation], found["programs"]["train"]
+    peak = flops.peak(found["device_kind"]) * 1e12
+    within, across = (
+        sum(c["sent_bytes"] for c in facts["collectives"] if c["between_slices"] == between) / 1e9
+        for between in (False, True)
+    )
+    times = {
+        "compute": found["flops"]["performed"] / plan.chips / (efficiency * peak),
+        "hbm": facts["hbm_bytes"] / 1e9 / chip.hbm_gbps,
+        "ici": within / (2 * chip.link_gbps),
+        "dcn": across / chip.dcn_gbps if across and chip.dcn_gbps else None if across else 0.0,
+        "compiler": facts["cycles"] / chip.clock_ghz / 1e9 if chip.clock_ghz else None,
+    }
+    known = {name: time for name, time in times.items() if name != "compiler" and time is not None}
+    bound = max(known, key=lambda name: known[name])
+
+    def run(step: float) -> dict[str, float]:
+        hours = plan.config.total_steps * step / 3600
+        return {
+            "step_ms": step * 1e3,
+            "images_per_sec": plan.config.batch_size / step,
+            "mfu": found["flops"]["needed"] / step / plan.chips / peak,
+            "days": hours / 24,
+            "chip_hours": hours * plan.chips,
+        }
+
+    in_turn = [times[name] for name in ("compiler", "ici", "dcn")]
+    return {
+        **{f"{name}_ms": None if time is None else time * 1e3 for name, time in times.items()},
+        "bound": bound,
+        "hidden": run(known[bound]),
+        "in_turn": None if None in in_turn else run(max(sum(in_turn), known[bound])),
+    }
+
+
+def resident(name: str, programs: Mapping[str, Any]) -> int:
+    """Bytes on a chip while a program of the run works: its own, and the training state and batch where they stay."""
+    own = programs[name]["bytes"]
+    if name in ("train", "init") or "bytes" not in programs.get("train", {}):
+        return own["peak"] + own["code"]
+    return programs["train"]["bytes"]["arguments"] + own["peak"] - own["arguments"] + own["code"]
+
+
+def row_of(plan: Plan, found: Mapping[str, Any], efficiency: float) -> dict[str, Any]:
+    """A plan as it is written: its settings, what was found, what is estimated."""
+    chip, programs = tpu.GENERATIONS[plan.place.generation], found["programs"]
+    row = {
+        "setting": plan.words,
+        "slice": f"{plan.place.named} ({plan.place.topology})" + (f" x {plan.slices}" if plan.slices > 1 else ""),
+        "chips": plan.chips,
+        "batch_size": plan.config.batch_size,
+        "accumulate": plan.config.accumulate,
+        "remat": plan.config.model.get("remat", ""),
+        "total_steps": plan.config.total_steps,
+        "hbm_gib": chip.hbm_gib,
+        **found,
+    }
+    for name, facts in programs.items():
+        if facts["fits"]:
+            facts["needs_gib"] = resident(name, programs) / GIB
+            facts["fits"] = name == "train" or facts["needs_gib"] <= chip.hbm_gib  # of that the compiler has said it
+    row["fits"] = all(facts["fits"] for facts in programs.values())
+    if "bytes" in programs["train"]:
+        row["estimate"] = estimate(found, plan, efficiency)
+    return row
+
+
+# --- What a person reads.
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows at a glance, one line each; estimates from the best to the worst."""
+    heads = ("slice", "mesh", "b/chip", "remat", "GiB/chip", "fits", "step ms", "img/s", "MFU %", "days", "chip-h")
+    lines = [heads]
+    for row in rows:
+        mesh = " ".join(f"{axis} {size}" for axis, size in row["mesh"].items()) or "1"
+        parts = f"/{row['accumulate']}" if row["accumulate"] > 1 else ""
+        needs = f"{row['programs']['train']['needs_gib']:.2f}/{row['hbm_gib']:.2f}"
+        verdict = "yes" if row["fits"] else "NO"
+        cells = [row["slice"], mesh, f"{row['batch_per_chip']:g}{parts}", row["remat"], needs, verdict]
+        if "estimate" in row:
+            cells += [
+                span(row["estimate"], key, digits, factor)
+                for key, digits, factor in (
+                    ("step_ms", 0, 1),
+                    ("images_per_sec", 0, 1),
+                    ("mfu", 0, 100),
+                    ("days", 1, 1),
+                    ("chip_hours", 0, 1),
+                )
+            ]
+        lines.append((*cells, *[""] * (len(heads) - len(cells))))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+
+
+def span(guess: Mapping[str, Any], key: str, digits: int, factor: float = 1) -> str:
+    """An estimate, from the best to the worst where that is known."""
+    runs = [guess["hidden"], guess["in_turn"]]
+    texts = [f"{run[key] * factor:,.{digits}f}" for run in runs if run]
+    return "-".join(dict.fromkeys(texts))
+
+
+def details(row: Mapping[str, Any], efficiency: float) -> str:
+    """All that is known of one plan, and where it comes from."""
+    lines = [f"memory of a chip in GiB (compiler; of {row['hbm_gib']:.2f}; needs: while the state stays there)"]
+    kinds = ("arguments", "outputs", "donated", "temporaries", "code", "peak")
+    lines.append("  program   " + "".join(f"{kind:>12}" for kind in (*kinds, "needs")) + "  compile s")
+    for name, facts in row["programs"].items():
+        held = [facts["bytes"][kind] / GIB for kind in kinds] if "bytes" in facts else []
+        numbers = "".join(f"{number:>12.3f}" for number in (*held, facts["needs_gib"]))
+        verdict = "" if facts["fits"] else "  does not fit"
+        lines.append(f"  {name:<10}{numbers.rjust(12 * (len(kinds) + 1))}{facts['compile_s']:>11.0f}{verdict}")
+    if "estimate" not in row:
+        return "\n".join(lines)
+    guess, train = row["estimate"], row["programs"]["train"]
+    needed, performed = (row["flops"][kind] / 1e12 / row["chips"] for kind in ("needed", "performed"))
+    lines += [
+        "training step, each chip",
+        f"  {needed:.2f} TFLOP needed, {performed:.2f} with what remat computes again (counted)"
+        f"  -> {guess['compute_ms']:.1f} ms (estimated: {efficiency:.0%} of peak)",
+        f"  {train['hbm_bytes'] / 1e9:.1f} GB to and from HBM (counted)"
+        f"  -> {guess['hbm_ms']:.1f} ms (estimated: published bandwidth)",
+    ]
+    for found in train["collectives"]:
+        network = "between slices" if found["between_slices"] else "within a slice"
+        lines.append(
+            f"  {found['times']} x {found['kind']} of {found['devices']} {network}: "
+            f"{found['sent_bytes'] / 1e9:.3f} GB sent (counted)"
+        )
+    for name, links in (("ici", "two links of a chip, one direction"), ("dcn", "a chip's share of its host's network")):
+        if guess[f"{name}_ms"] != 0:
+            took = "unknown" if guess[f"{name}_ms"] is None else f"{guess[f'{name}_ms']:.1f} ms"
+            lines.append(f"  -> {took} (estimated: {links})")
+    if guess["compiler_ms"] is not None:
+        lines.append(
+            f"  {train['cycles'] / 1e6:.0f} million cycles for fusions (compiler)"
+            f"  -> {guess['compiler_ms']:.1f} ms (estimated: one after another, at the clock that the peak implies)"
+        )
+    lines.append(f"run of {row['total_steps']:,} steps, without samples, scores, checkpoints (estimated)")
+    about = {"hidden": f"{guess['bound']} hides all else", "in_turn": "the compiler's cycles, then the exchanges"}
+    for name, words in about.items():
+        if run := guess[name]:
+            lines.append(
+                f"  {words}: {run['step_ms']:.1f} ms a step, {run['images_per_sec']:,.0f} images/s, "
+                f"{run['images_per_sec'] / row['chips']:,.1f} a chip, MFU {run['mfu']:.1%}; "
+                f"{run['days']:.2f} days, {run['chip_hours']:,.0f} chip-hours"
+            )
+    return "\n".join(lines)
+
+
+# --- The program.
+
+
+def in_process(plan: Plan, programs: Sequence[str], seconds: float) -> dict[str, Any]:
+    """`compiled` in a process of its own: it can be ended, and a compiler that dies takes nothing with it."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(theirs, plan._replace(config=plan.config.to_dict()), programs))
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(seconds):
+            raise RunError(f"{plan.words or 'the config'}: not compiled within --timeout={seconds:g} s")
+        found = ours.recv()
+    except EOFError:
+        process.join()
+        raise RunError(f"{plan.words or 'the config'}: the compiler died with code {process.exitcode}") from None
+    finally:
+        process.kill()
+        process.join()
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _answer(pipe, plan: Plan, programs: Sequence[str]) -> None:
+    try:
+        pipe.send(compiled(plan._replace(config=ConfigDict(plan.config)), programs, say))
+    except RunError as error:
+        pipe.send(type(error)(str(error)))
+
+
+def say(line: str) -> None:
+    """A line of progress."""
+    print(f"  {line}", file=sys.stderr, flush=True)
+
+
+def record(path: Path, command: str, rows: Sequence[Mapping[str, Any]], efficiency: float) -> None:
+    """Write the rows of a command into a file, beside those of other commands."""
+    held = json.loads(path.read_text()) if path.exists() else {}
+    plans = held.get("plans", {}) | {command: list(rows)}
+    text = {"sources": SOURCES, "efficiency": efficiency, "plans": plans}
+    path.write_text(json.dumps(text, indent=1) + "\n")
+
+
+def main() -> None:
+    """Compile, estimate, print."""
+    given = flags.FLAGS
+    if find_spec("libtpu") is None:
+        raise ConfigError(MISSING)
+    if not 0 < given.efficiency <= 1:
+        raise ConfigError(f"--efficiency={given.efficiency}: must be in (0, 1]")
+    if unknown := set(given.programs) - set(PROGRAMS) or ("train" not in given.programs and {"no train"}):
+        raise ConfigError(f"--programs: {', '.join(sorted(unknown))}: wanted train, and any of {', '.join(PROGRAMS)}")
+    os.environ.update(ENVIRONMENT)
+    first = Plan("", configs.copied(given.config), tpu.parse(given.topology), given.slices)
+    rows = []
+
+    def look(plan: Plan, programs: Sequence[str]) -> bool:
+        say(f"{plan.place.named} x {plan.slices}: {plan.words or 'the config'}")
+        try:
+            found = in_process(plan, programs, given.timeout)
+        except RunError as error:
+            if plan is first:
+                raise
+            say(f"left out: {error}")
+            return False
+        rows.append(row_of(plan, found, given.efficiency))
+        return rows[-1]["fits"]
+
+    if not look(first, given.programs):
+        for words in remedies(first) if given.suggest else []:
+            if look(varied(first, words), given.programs):
+                break
+    suggested = rows[-1]
+    for words in given.compare:
+        look(varied(first, words), ["train"])
+    print(details(suggested, given.efficiency), end="\n\n")
+    print(table(rows))
+    if len(rows) > 1 and rows[0] is not suggested:
+        options = " ".join(f"--config.{word}" for word in suggested["setting"].split())
+        print(f"\nthe config does not fit; {'this does: ' + options if suggested['fits'] else 'nor does all of this'}")
+    if given.json:
+        command = " ".join(
+            ["python -m tools.pod_plan", *(shown(word) for word in sys.argv[1:] if "--json" not in word)]
+        )
+        record(Path(given.json), command, rows, given.efficiency)
+
+
+def shown(word: str) -> str:
+    """An argument as one types it."""
+    return re.sub(r"^(--\w+=)(.* .*)$", r'\1"\2"', word)
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "Config file; --config.KEY=VALUE changes a key.")
+    flags.DEFINE_string("topology", None, "Slice, such as v5e-16, v5p:4x4x4, v4-32.")
+    flags.DEFINE_integer("slices", 1, "How many of them.")
+    flags.DEFINE_multi_string("compare", [], "KEY=VALUE KEY=VALUE ...: another row, with other values.")
+    flags.DEFINE_list("programs", list(PROGRAMS), "What is compiled for the config; for other rows the training step.")
+    flags.DEFINE_bool("suggest", True, "Where the config does not fit, look for what does.")
+    flags.DEFINE_float("efficiency", 0.5, "Share of the peak that products are assumed to reach.")
+    flags.DEFINE_float("timeout", 1800.0, "Seconds for the programs of a row.")
+    flags.DEFINE_string("json", None, "File to add the figures to.")
+    flags.mark_flags_as_required(["config", "topology"])
+    program.launch(main)
