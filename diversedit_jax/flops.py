@@ -63,7 +63,7 @@ def peak(device_kind: str) -> float | None:
     return next((value for kind, value in PEAKS.items() if device_kind.startswith(kind)), None)
 
 
-def rates(work: float, steps_per_sec: float, device_kind: str, devices: int) -> dict[str, float]:
+def rates(work: int | float, steps_per_sec: float, device_kind: str, devices: int) -> dict[str, float]:
     """`tflops_per_device`, and `mfu` where the peak is known, of steps of `work` FLOPs over so many devices."""
     tflops = work * steps_per_sec / devices / 1e12
     most = peak(device_kind)

@@ -183,8 +183,8 @@ def _spec(name: str, shape: tuple[int, ...], axes: str, sizes: dict[str, int]) -
 
 def platform() -> str:
     """Where programs run: on the devices of the mesh that is set, else where jax runs by default."""
-    mesh = jax.sharding.get_mesh()
-    return jax.default_backend() if mesh.empty else mesh.devices.flat[0].platform
+    device = jax.sharding.get_abstract_mesh().abstract_device  # None where no mesh is set
+    return jax.default_backend() if device is None else device.platform
 
 
 def rows(layout: Layout, batch: int) -> list[int]:

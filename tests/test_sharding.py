@@ -150,6 +150,7 @@ def test_the_compiler_is_told_where_examples_lie_only_on_a_mesh():
     told = jax.make_jaxpr(sharding.kept_over_batch)
     assert "sharding_constraint" not in str(told(x))
     with jax.set_mesh(sharding.make(data=2, fsdp=4).mesh):
+        assert sharding.platform() == "cpu"
         assert "sharding_constraint" in str(told(x))
     with jax.set_mesh(jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))):
         assert "sharding_constraint" not in str(told(x)), "a mesh of someone else"
