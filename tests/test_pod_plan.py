@@ -11,8 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from configs import digits, diversedit_b2, repa_multi_b2
+from configs import diversedit_b2, repa_multi_b2
 from diversedit_jax import encoders, flops
+from diversedit_jax.config import slot
 from diversedit_jax.errors import ConfigError
 from tests.reference import DATA
 from tools import hlo, pod_plan, tpu
@@ -148,10 +149,11 @@ def test_shapes_without_data():
     assert (batch["y"].shape, batch.keys()) == ((8,), {"moments", "y"})
     batch = pod_plan.stored(repa_multi_b2.get_config(), (32, 32, 4))
     assert (batch["image"].shape, batch["image"].dtype) == ((256, 256, 256, 3), np.uint8)
-    config = digits.get_config()
+    config.data = slot("data", "synthetic", shape=(8, 8, 1), num_classes=10, size=4)
+    config.prepare = slot("prepare", "pixels")
     shape, num_classes = pod_plan.shapes(config)
     assert (shape, num_classes) == ((8, 8, 1), 10)
-    assert pod_plan.stored(config, shape)["x"].shape == (128, 8, 8, 1)
+    assert pod_plan.stored(config, shape)["x"].shape == (8, 8, 8, 1)
     config.data.unlock()
     config.data.cached = ("features/dinov2",)
     with pytest.raises(ConfigError, match="not known without the data"):
