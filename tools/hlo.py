@@ -181,6 +181,7 @@ def _exchanges(module: Module) -> Iterator[tuple[str, Instruction, int]]:
 
 
 def _leaves(instruction: Instruction) -> bool:
+    """Whether something is sent to other slices."""
     return instruction.op == "send" and TRANSFER.search(instruction.rest) is not None
 
 
@@ -192,15 +193,10 @@ def collectives(module: Module, devices: int, slices: int = 1) -> list[Collectiv
     found = []
     for place, instruction, times in _exchanges(module):
         between = TRANSFER.search(instruction.rest)
-        if between:
-            kind, n, given = between[1].lower().replace("_", "-"), slices, instruction.operands[:1]
-        else:
-            kind, n, given = (
-                instruction.op.removesuffix("-start"),
-                _group(instruction.rest, devices),
-                instruction.operands,
-            )
-            kind = "reduce-scatter" if place.startswith(SCATTER) else kind
+        kind = between[1].lower().replace("_", "-") if between else instruction.op.removesuffix("-start")
+        kind = "reduce-scatter" if place.startswith(SCATTER) else kind
+        n = slices if between else _group(instruction.rest, devices)
+        given = instruction.operands[:1] if between else instruction.operands  # beside what is sent stands a token
         held = sum(size(module.computations[place][operand].shape) for operand in given)
         part = (n - 1) / n
         sent = held * {"all-gather": n - 1, "all-reduce": 2 * part, "collective-permute": 1}.get(kind, part)
