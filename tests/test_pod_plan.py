@@ -11,8 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from configs import digits, diversedit_b2, repa_multi_b2
+from configs import diversedit_b2, repa_multi_b2
 from diversedit_jax import encoders, flops
+from diversedit_jax.config import slot
 from diversedit_jax.errors import ConfigError
 from tests.reference import DATA
 from tools import hlo, pod_plan, tpu
@@ -25,7 +26,7 @@ def module():
     """A program in the form in which the TPU compiler prints it.
 
     A loop of 6 turns, counted in twos, gathers a layer's weights, by a collective that two fusions share, and writes a
-    layer into a stack; then there are a reduce-scatter within a slice, a shift, and a sum between slices. S(1) is the
+    layer into a stack; then there are a reduce-scatter, a shift, and sums between slices and within one. S(1) is the
     chip's own memory.
     """
     return hlo.parse((DATA / "loop.hlo").read_text())
@@ -39,10 +40,11 @@ def test_a_loop_counts_as_often_as_it_turns(module):
 
 def test_collectives(module):
     row = 128 * 2 * 2  # bytes of the part of weights that a device has
-    assert hlo.collectives(module, devices=8, slices=2) == [
+    assert hlo.collectives(module, devices=8, slices=4) == [
         hlo.Collective("reduce-scatter", 8 * 128 * 4 * 3 / 4, 4, 1, False),
         hlo.Collective("collective-permute", 2 * 128 * 4, 2, 1, False),
-        hlo.Collective("all-reduce", 2 * 8 * 128 * 4 / 2, 2, 1, True),
+        hlo.Collective("all-reduce", 2 * 8 * 128 * 4 * 3 / 4, 4, 1, True),
+        hlo.Collective("all-reduce", 2 * 8 * 128 * 4 / 2, 2, 1, False),
         hlo.Collective("all-gather", 3 * row, 4, 6, False),  # once, though two fusions share it
     ]
 
@@ -55,20 +57,29 @@ def test_memory_traffic(module):
     assert hlo.memory_traffic(module) == entry + 6 * body
 
 
-def test_groups_of_devices():
-    assert hlo.members("replica_groups={{0,2},{1,3}}, x", 4) == [[0, 2], [1, 3]]
-    assert hlo.members("replica_groups=[2,2]<=[4]", 4) == [[0, 1], [2, 3]]
-    assert hlo.members("replica_groups=[2,2]<=[2,2]T(1,0)", 4) == [[0, 2], [1, 3]]
-    assert hlo.members("replica_groups=mesh['x'=2,'y'=1,'z'=2] {'x'}, y", 4) == [[0, 2], [1, 3]]
-    assert hlo.members("replica_groups=mesh['x'=2,'y'=2] {'x','y'}", 4) == [[0, 1, 2, 3]]
-    turned = "replica_groups=mesh['x'=2,'y'=1,'z'=4], device_ids=([4,2]T(1,0)) {'x'}, y"
-    assert hlo.members(turned, 8) == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert hlo.members("source_target_pairs={{0,1},{1,0}}", 4) == [[0, 1], [1, 0]]
-    assert [list(group) for group in hlo.members("replica_groups={}", 4)] == [[0, 1, 2, 3]]
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("replica_groups={{0,2,4},{1,3,5}}", 3),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", 2),
+        ("replica_groups=mesh['x'=2,'y'=1,'z'=3] {'x'}", 2),
+        ("replica_groups=mesh['x'=2,'y'=3] {'x','y'}", 6),
+        ("replica_groups=mesh['x'=3,'y'=1,'z'=2], device_ids=([2,3]T(1,0)) {'x'}", 3),
+        ("replica_groups={}", 6),
+        ("dimensions={0}", 6),
+    ],
+)
+def test_groups_of_devices(groups, size):
+    one = f"  ROOT %sum = f32[8]{{0}} all-reduce(%x), channel_id=1, {groups}, use_global_device_ids=true"
+    module = hlo.parse(f"ENTRY %main (x: f32[8]) -> f32[8] {{\n  %x = f32[8]{{0}} parameter(0)\n{one}\n}}\n")
+    assert [found.group for found in hlo.collectives(module, devices=6)] == [size]
+
+
+def test_groups_in_an_unknown_form_are_not_guessed():
+    one = "  ROOT %sum = f32[8]{0} all-reduce(%x), replica_groups=mesh['x'=4] {'x':(1)2}, use_global_device_ids=true"
+    module = hlo.parse(f"ENTRY %main (x: f32[8]) -> f32[8] {{\n  %x = f32[8]{{0}} parameter(0)\n{one}, more\n}}\n")
     with pytest.raises(ValueError, match="unknown form"):
-        hlo.members(
-            "replica_groups=mesh['x'=4] {'x':(1)2}, dimensions={0}, use_global_device_ids=true, channel_id=1", 4
-        )
+        hlo.collectives(module, devices=4)
 
 
 @pytest.mark.parametrize(
@@ -148,10 +159,11 @@ def test_shapes_without_data():
     assert (batch["y"].shape, batch.keys()) == ((8,), {"moments", "y"})
     batch = pod_plan.stored(repa_multi_b2.get_config(), (32, 32, 4))
     assert (batch["image"].shape, batch["image"].dtype) == ((256, 256, 256, 3), np.uint8)
-    config = digits.get_config()
+    config.data = slot("data", "synthetic", shape=(8, 8, 1), num_classes=10, size=4)
+    config.prepare = slot("prepare", "pixels")
     shape, num_classes = pod_plan.shapes(config)
     assert (shape, num_classes) == ((8, 8, 1), 10)
-    assert pod_plan.stored(config, shape)["x"].shape == (128, 8, 8, 1)
+    assert pod_plan.stored(config, shape)["x"].shape == (8, 8, 8, 1)
     config.data.unlock()
     config.data.cached = ("features/dinov2",)
     with pytest.raises(ConfigError, match="not known without the data"):
@@ -178,7 +190,7 @@ def test_encoders_without_a_published_size_are_refused(tmp_path):
 def found(**changes) -> dict:
     """What `compiled` gives, of round numbers."""
     bytes_ = {"arguments": 2, "outputs": 1, "donated": 1, "temporaries": 9, "code": 1, "peak": 8}
-    collective = {"kind": "all-gather", "devices": 4, "times": 6, "sent_bytes": 5 * 10**8, "between_slices": False}
+    collective = {"kind": "all-gather", "members": 4, "times": 6, "sent_bytes": 5 * 10**8, "between_slices": False}
     train = {
         "fits": True,
         "bytes": {kind: gib * 2**30 for kind, gib in bytes_.items()},

@@ -4,12 +4,13 @@ XLA's own count (`compiled.cost_analysis()`) takes the body of a loop once. Here
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from math import prod
 from typing import NamedTuple
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 SCATTER = "all-reduce-scatter"  # a fusion of an all-reduce and a slice of it, which runs as a reduce-scatter
+TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')  # of what is sent to other slices
 CONTROL = ("while", "conditional", "call")
 # Bytes of an element; packed halves of a byte count as one.
 SIZES = {"pred": 1, "bf16": 2, "token": 0}
@@ -20,6 +21,8 @@ FREE = (
     "get-tuple-element",
     "tuple",
     "bitcast",
+    "send",
+    "recv",
     "partition-id",
     "replica-id",
     "after-all",
@@ -56,7 +59,7 @@ class Module(NamedTuple):
 class Collective(NamedTuple):
     """An exchange between devices. sent: bytes that each device sends (ring). group: devices. times: a program runs it.
 
-    between: whether devices of different slices take part.
+    between: whether they are slices, not devices of one.
     """
 
     kind: str
@@ -166,7 +169,7 @@ def _exchanges(module: Module) -> Iterator[tuple[str, Instruction, int]]:
     def visit(name: str, times: int, seen: frozenset[str]) -> Iterator[tuple[str, Instruction, int]]:
         here = set(seen)
         for place, instruction in within(name):
-            if instruction.op.removesuffix("-start") in COLLECTIVES:
+            if instruction.op.removesuffix("-start") in COLLECTIVES or _leaves(instruction):
                 channel = re.search(r"channel_id=(\d+)", instruction.rest)
                 if channel is None or channel[1] not in here:
                     yield place, instruction, times
@@ -177,65 +180,44 @@ def _exchanges(module: Module) -> Iterator[tuple[str, Instruction, int]]:
     return visit(module.entry, 1, frozenset())
 
 
+def _leaves(instruction: Instruction) -> bool:
+    """Whether something is sent to other slices."""
+    return instruction.op == "send" and TRANSFER.search(instruction.rest) is not None
+
+
 def collectives(module: Module, devices: int, slices: int = 1) -> list[Collective]:
-    """The exchanges of a program for so many devices, of which each slice holds as many, in order."""
+    """The exchanges of a program. devices: of one slice, which a program is for.
+
+    Between slices the program hands its part to the host, whose network does the rest: `send` with a kind of transfer.
+    """
     found = []
     for place, instruction, times in _exchanges(module):
-        kind = "reduce-scatter" if place.startswith(SCATTER) else instruction.op.removesuffix("-start")
-        given = sum(size(module.computations[place][o].shape) for o in instruction.operands)
-        groups = members(instruction.rest, devices)
-        n = max(map(len, groups))
+        between = TRANSFER.search(instruction.rest)
+        kind = between[1].lower().replace("_", "-") if between else instruction.op.removesuffix("-start")
+        kind = "reduce-scatter" if place.startswith(SCATTER) else kind
+        n = slices if between else _group(instruction.rest, devices)
+        given = instruction.operands[:1] if between else instruction.operands  # beside what is sent stands a token
+        held = sum(size(module.computations[place][operand].shape) for operand in given)
         part = (n - 1) / n
-        sent = given * {"all-gather": n - 1, "all-reduce": 2 * part, "collective-permute": 1}.get(kind, part)
-        between = any(len({device * slices // devices for device in group}) > 1 for group in groups)
-        found.append(Collective(kind, sent, n, times, between))
+        sent = held * {"all-gather": n - 1, "all-reduce": 2 * part, "collective-permute": 1}.get(kind, part)
+        found.append(Collective(kind, sent, n, times, bool(between)))
     return found
 
 
-def members(rest: str, devices: int) -> list[Sequence[int]]:
-    """The groups of devices between which an instruction exchanges; those of a permutation are its pairs."""
-    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", rest):
-        return [_numbers(group) for group in re.findall(r"\{([\d, ]+)\}", found[1])]
-    if found := re.search(rf"replica_groups=\[(\d+),\d+\]<={ORDER}", rest):
-        return _cut(_ordered(found[2], found[3]), int(found[1]))
-    if found := re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({ORDER}\))? \{{([^}}:]*)\}}", rest):
+def _group(rest: str, devices: int) -> int:
+    """How many devices exchange with each other; in a permutation two."""
+    if "source_target_pairs=" in rest:
+        return 2
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return found[1].count(",") + 1
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest):
+        return int(found[1])
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? \{([^}:]*)\}", rest):
         sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        named = re.findall(r"'(\w+)'", found[4])
-        order = [axis for axis in sizes if axis not in named] + named
-        places = _transposed(list(sizes.values()), [list(sizes).index(axis) for axis in order])
-        ids = _ordered(found[2], found[3]) if found[2] else range(devices)
-        return _cut([ids[place] for place in places], devices // prod(sizes[axis] for axis in named))
-    if found := re.search(r"replica_groups=(?!\{\})(.{60})", rest):
+        return prod(sizes[name] for name in re.findall(r"'(\w+)'", found[2]))
+    if found := re.search(r"replica_groups=(?!\{\})(.{1,60})", rest):
         raise ValueError(f"groups of devices in an unknown form: {found[1]}")
-    return [range(devices)]
-
-
-ORDER = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # numbers from 0 on as an array of this shape, with its axes in this order
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
-
-
-def _ordered(shape: str, order: str | None) -> list[int]:
-    """The numbers that ORDER has found, flat."""
-    dims = _numbers(shape)
-    return _transposed(dims, _numbers(order) if order else range(len(dims)))
-
-
-def _cut(ids: Sequence[int], count: int) -> list[Sequence[int]]:
-    """As many groups of equal size."""
-    size = len(ids) // count
-    return [ids[i : i + size] for i in range(0, len(ids), size)]
-
-
-def _transposed(dims: Sequence[int], order: Sequence[int]) -> list[int]:
-    """arange(prod(dims)).reshape(dims).transpose(order), flat."""
-    ids = [0]
-    for axis in order:
-        stride = prod(dims[axis + 1 :])
-        ids = [i + stride * j for i in ids for j in range(dims[axis])]
-    return ids
+    return devices
 
 
 def memory_traffic(module: Module) -> int:
@@ -281,7 +263,12 @@ def _traffic(module: Module, computation: Computation, instruction: Instruction)
 
 
 def _result(instruction: Instruction) -> int:
-    """Bytes that a collective writes to main memory; begun in the background, it has its operand before its result."""
+    """Bytes that a collective writes to main memory.
+
+    Begun in the background, it has its operand before its result. From other slices comes as much as has left.
+    """
+    if instruction.op == "send":
+        return size(ARRAY.search(instruction.shape)[0], True)
     if not instruction.op.endswith("-start") or instruction.op == "all-reduce-start":
         return size(instruction.shape, True)
     return size([found[0] for found in ARRAY.finditer(instruction.shape)][1], True)

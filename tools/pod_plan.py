@@ -233,7 +233,7 @@ def compiled(plan: Plan, programs: Sequence[str], say: Callable[[str], None]) ->
     for name in programs:
         begin = time.monotonic()
         try:
-            facts = facts_of(lowered[name]().compile(), plan.chips, plan.slices)
+            facts = facts_of(lowered[name]().compile(), place.chips, plan.slices)
         except jax.errors.JaxRuntimeError as error:
             needed = out_of_memory(str(error))
             if needed is None:
@@ -251,7 +251,7 @@ def facts_of(program: jax.stages.Compiled, devices: int, slices: int) -> dict[st
     sums: dict[tuple, dict[str, Any]] = {}
     for found in hlo.collectives(module, devices, slices):
         key = (found.kind, found.group, found.between)
-        total = sums.setdefault(key, {"kind": found.kind, "devices": found.group, "times": 0, "sent_bytes": 0})
+        total = sums.setdefault(key, {"kind": found.kind, "members": found.group, "times": 0, "sent_bytes": 0})
         total["between_slices"] = found.between
         total["times"] += found.times
         total["sent_bytes"] += round(found.sent * found.times)
@@ -413,7 +413,7 @@ def details(row: Mapping[str, Any], efficiency: float) -> str:
     for found in train["collectives"]:
         network = "between slices" if found["between_slices"] else "within a slice"
         lines.append(
-            f"  {found['times']} x {found['kind']} of {found['devices']} {network}: "
+            f"  {found['times']} x {found['kind']} of {found['members']} {network}: "
             f"{found['sent_bytes'] / 1e9:.3f} GB sent (counted)"
         )
     for name, links in (("ici", "two links of a chip, one direction"), ("dcn", "a chip's share of its host's network")):
