@@ -2,7 +2,7 @@
 
     python -m diversedit_jax.train --config=configs/disp_diversedit_xl2.py --workdir=DIR --config.data.data_dir=LATENTS
 
-Hardware: made for a TPU v4-32, v5e-16 or larger slice, or 8 GPUs; the paper used 8 H800.
+Hardware: made for a TPU v4-32, v5e-16 (mesh.fsdp=4) or larger slice, or 8 GPUs; the paper used 8 H800.
 Expected: no score of this pair is published; of size B, see configs/disp_diversedit_b2.py.
 """
 

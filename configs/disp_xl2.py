@@ -2,7 +2,7 @@
 
     python -m diversedit_jax.train --config=configs/disp_xl2.py --workdir=DIR --config.data.data_dir=LATENTS
 
-Hardware: made for a TPU v4-32, v5e-16 or larger slice, or 8 GPUs.
+Hardware: made for a TPU v4-32, v5e-16 (mesh.fsdp=4) or larger slice, or 8 GPUs.
 Expected at 400K steps (arXiv 2506.09027: FID-50K, ODE, guidance 1.5; sample with --solver=dopri5 --cfg_scale=1.5): 5.09
 at 256, where its authors' SiT-XL/2 has 6.02. Nobody has published a score at 512.
 """

@@ -2,7 +2,7 @@
 
     python -m diversedit_jax.train --config=configs/dit_xl2.py --workdir=DIR --config.data.data_dir=LATENTS
 
-Hardware: made for a TPU v4-32, v5e-16 or larger slice, or 8 GPUs; its authors used a TPU v3-256.
+Hardware: made for a TPU v4-32, v5e-16 (mesh.fsdp=4) or larger slice, or 8 GPUs; its authors used a TPU v3-256.
 Expected at 7M steps (arXiv 2212.09748: FID-50K, 250 DDPM steps, guidance 1.5 on 3 channels): 2.27 at 256.
 """
 

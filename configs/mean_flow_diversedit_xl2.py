@@ -3,7 +3,7 @@
     python -m diversedit_jax.train --config=configs/mean_flow_diversedit_xl2.py --workdir=DIR \\
         --config.data.data_dir=LATENTS
 
-Hardware: made for a TPU v4-32, v5e-16 or larger slice, or 8 GPUs; the paper used 8 H800.
+Hardware: made for a TPU v4-32, v5e-16 (mesh.fsdp=4) or larger slice, or 8 GPUs; the paper used 8 H800.
 Expected at 256 (arXiv 2603.04239, FID-50K, 1 step): 5.69 at 400K steps, or 80 epochs (Table 4; 5.94 without), and 2.99
 in the end (Table 5; 3.43 without), whose length is not given: MeanFlow has its 3.43 at 1.2M steps, or 240 epochs.
 """

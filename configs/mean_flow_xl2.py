@@ -2,7 +2,7 @@
 
     python -m diversedit_jax.train --config=configs/mean_flow_xl2.py --workdir=DIR --config.data.data_dir=LATENTS
 
-Hardware: made for a TPU v4-32, v5e-16 or larger slice, or 8 GPUs; the authors of DiverseDiT used 8 H800.
+Hardware: made for a TPU v4-32, v5e-16 (mesh.fsdp=4) or larger slice, or 8 GPUs; the authors of DiverseDiT used 8 H800.
 Expected at 256 (FID-50K, 1 step): 5.94 at 400K steps, which are 80 epochs (arXiv 2603.04239, Table 4), and 3.43 at 1.2M
 (arXiv 2505.13447, Table 2). Nobody has published a score at 512.
 """

@@ -4,7 +4,7 @@
     python -m diversedit_jax.train --config=configs/reg_diversedit_xl2.py --workdir=DIR \
         --config.data.data_dir=LATENTS --config.encoders.dinov2.file=DINOV2_B
 
-Hardware: made for a TPU v4-32, v5e-16 or larger slice, or 8 GPUs. The data hold the images too (`image`).
+Hardware: made for a TPU v4-32, v5e-16 (mesh.fsdp=4) or larger slice, or 8 GPUs. The data hold the images too (`image`).
 Expected: nothing is published of the two together; REG alone reaches FID-50K 1.36 (configs/reg_xl2.py).
 """
 

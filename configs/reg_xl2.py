@@ -3,7 +3,7 @@
     python -m diversedit_jax.train --config=configs/reg_xl2.py --workdir=DIR --config.data.data_dir=LATENTS \
         --config.encoders.dinov2.file=DINOV2_B
 
-Hardware: made for a TPU v4-32, v5e-16 or larger slice, or 8 GPUs. The data hold the images too (`image`).
+Hardware: made for a TPU v4-32, v5e-16 (mesh.fsdp=4) or larger slice, or 8 GPUs. The data hold the images too (`image`).
 Expected at 4M steps (arXiv 2507.01467: FID-50K, SDE 250 steps, guidance as below): 1.36 at 256.
 """
 

@@ -3,7 +3,7 @@
     python -m diversedit_jax.train --config=configs/repa_diversedit_xl2.py --workdir=DIR \\
         --config.data.data_dir=LATENTS --config.encoders.dinov2.file=DINOV2
 
-Hardware: made for a TPU v4-32, v5e-16 or larger slice, or 8 GPUs; the paper used 8 H800.
+Hardware: made for a TPU v4-32, v5e-16 (mesh.fsdp=4) or larger slice, or 8 GPUs; the paper used 8 H800.
 Expected at 400K steps (paper, Tables 1 and A3: FID-50K, SDE 250 steps, no guidance): 8.09 at 256, 7.18 at 512.
 """
 

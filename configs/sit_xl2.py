@@ -2,7 +2,7 @@
 
     python -m diversedit_jax.train --config=configs/sit_xl2.py --workdir=DIR --config.data.data_dir=LATENTS
 
-Hardware: made for a TPU v4-32, v5e-16 or larger slice, or 8 GPUs; the paper used 8 H800.
+Hardware: made for a TPU v4-32, v5e-16 (mesh.fsdp=4) or larger slice, or 8 GPUs; the paper used 8 H800.
 Expected at 400K steps (paper, Tables 1 and A3: FID-50K, SDE 250 steps, no guidance): 17.43 at 256, 19.65 at 512.
 """
 

@@ -2,7 +2,7 @@
 
     python -m diversedit_jax.train --config=configs/sra_xl2.py --workdir=DIR --config.data.data_dir=LATENTS
 
-Hardware: made for a TPU v4-32, v5e-16 or larger slice, or 8 GPUs.
+Hardware: made for a TPU v4-32, v5e-16 (mesh.fsdp=4) or larger slice, or 8 GPUs.
 Expected (arXiv 2505.02831: FID-50K, SDE 250 steps, guidance 1.8 for t <= 0.7): at 256 pixels 1.85 at 2M steps, which
 are 400 epochs, and 1.58 at 4M; at 512, with guidance 2.5, 2.17 at 1M and 2.07 at 2M.
 """

@@ -345,6 +345,22 @@ print("equal")
     assert output(code, tmp_path)[0] == "equal\n"
 
 
+@pytest.mark.slow
+def test_checksums_of_many_split_arrays_do_not_wait_for_each_other(tmp_path):
+    """Sums over more devices than cores that run side by side stand still, mostly within a second."""
+    code = """
+jax.config.update("jax_num_cpu_devices", 4)
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from diversedit_jax.checkpoint import checksums
+split = NamedSharding(Mesh(np.array(jax.devices()), ("fsdp",)), P("fsdp"))
+arrays = {str(i): jax.device_put(np.ones((64, 64 + i % 5)), split) for i in range(60)}
+for _ in range(500):
+    checksums(arrays)
+print("done")
+"""
+    assert output(code, tmp_path)[0] == "done\n"
+
+
 def test_a_full_disk_is_an_error_that_leaves_the_old_step(tmp_path):
     code = """
 import resource, signal

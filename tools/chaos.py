@@ -353,9 +353,9 @@ def damages(out: Path, rng: random.Random) -> Iterator[tuple[str, Damage]]:
     yield "data cut off", Damage(unfinished, 65, "is damaged", flags=flag)
 
 
-def damaged(out: Path, straight: Path, rng: random.Random) -> dict[str, int]:
-    """Start runs that are damaged; the exit code of each."""
-    found = {}
+def damaged(out: Path, straight: Path, rng: random.Random) -> dict[str, Any]:
+    """Start runs that are damaged; how many went on, and the exit code of each."""
+    found: dict[str, int] = {}
     for number, (name, damage) in enumerate(damages(out, rng)):
         workdir = out / f"damaged_{number}"
         shutil.copytree(straight, workdir)
@@ -377,7 +377,7 @@ def damaged(out: Path, straight: Path, rng: random.Random) -> dict[str, int]:
         print(f"damage  {name}: code {code}{f'; {said[0][:100]}' if said else ', equal to the bit'}", flush=True)
         for path in (workdir, workdir / "checkpoints"):
             path.chmod(0o755)
-    return found
+    return {"runs": len(found), "went_on": sum(code == 0 for code in found.values()), "codes": found}
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
@@ -416,24 +416,18 @@ if __name__ == "__main__":
             "XDG_CACHE_HOME": str(out / "data"),
         }
         begin, rng = time.monotonic(), random.Random(given["seed"])
-        straight, found = out / "undisturbed", {}
+        straight = out / "undisturbed"
         to_end(straight)
-        if given["kills"]:
-            found["kills"] = killed(out, straight, given["kills"], rng)
-        if given["damages"]:
-            codes = damaged(out, straight, rng)
-            found["damages"] = {
-                "runs": len(codes),
-                "went_on": sum(code == 0 for code in codes.values()),
-                "codes": codes,
-            }
-        if given["topologies"]:
-            found["topologies"] = moved(out, given["topologies"], rng)
-        seconds = time.monotonic() - begin
-        print(f"{table(found)}\nall as it should be, in {logs.duration(seconds)}")
-        if flags.FLAGS.json:
-            figures = {"versions": logs.versions() | {"cores": os.cpu_count()}, "flags": given}
-            figures |= {"seconds": round(seconds)} | found
-            Path(flags.FLAGS.json).write_text(json.dumps(figures, indent=2) + "\n")
+        campaigns = {"topologies": lambda: moved(out, given["topologies"], rng)} if given["topologies"] else {}
+        campaigns |= {"damages": lambda: damaged(out, straight, rng)} if given["damages"] else {}
+        campaigns |= {"kills": lambda: killed(out, straight, given["kills"], rng)} if given["kills"] else {}
+        found = {}
+        for name, campaign in campaigns.items():
+            found[name] = campaign()
+            if flags.FLAGS.json:  # now, so that what comes next cannot take it away
+                figures = {"versions": logs.versions() | {"cores": os.cpu_count()}, "flags": given}
+                figures |= {"seconds": round(time.monotonic() - begin)} | found
+                Path(flags.FLAGS.json).write_text(json.dumps(figures, indent=2) + "\n")
+        print(f"{table(found)}\nall as it should be, in {logs.duration(time.monotonic() - begin)}")
 
     program.launch(main)
