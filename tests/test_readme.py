@@ -37,6 +37,7 @@ def test_the_files_it_names_exist():
         "tools.benchmark_step",
         "tools.benchmark_data",
         "tools.benchmark_eval",
+        "tools.pod_plan",
         "tools.compare_methods",
         "tools.prepare_latents",
         "tools.reference_stats",
