@@ -12,7 +12,8 @@ topologies: a run that goes on some steps at a time, each time on another mesh a
 The losses equal those of an undisturbed run to 1e-4.
 damages: files that are cut off, emptied, removed or have a flipped bit, directories that are read-only, full disks.
 
-It stops at the first thing that is not as it should be, with code 1; what the run left is then in DIR. For Linux.
+It stops at the first thing that is not as it should be, with code 1; what the run left is then in DIR. For Linux. All
+of it took 39 minutes on 2 CPU cores that had other work.
 """
 
 import itertools
