@@ -59,14 +59,10 @@ def get_config() -> ConfigDict:
     return config
 
 
-class Broken(RunError):
-    """Something that does not hold."""
-
-
 def check(holds: bool, what: str, run: Processes | None = None) -> None:
-    """Raise Broken, with the last words of a run, if this does not hold."""
+    """Raise RunError, with the last words of a run, if this does not hold."""
     if not holds:
-        raise Broken(what + (f"; its last words:\n{run.out()[-3000:]}" if run else ""))
+        raise RunError(what + (f"; its last words:\n{run.out()[-3000:]}" if run else ""))
 
 
 def training(workdir: Path, **options: Any) -> list[str]:
@@ -76,11 +72,11 @@ def training(workdir: Path, **options: Any) -> list[str]:
 
 
 def ended(run: Processes) -> list[int]:
-    """The exit codes; Broken if a process does not end."""
+    """The exit codes; RunError if a process does not end."""
     try:
         return run.wait()
     except subprocess.TimeoutExpired:
-        raise Broken(f"the run hangs; its last words:\n{run.out()[-3000:]}") from None
+        raise RunError(f"the run hangs; its last words:\n{run.out()[-3000:]}") from None
 
 
 def to_end(workdir: Path, count: int = 1, devices: int = DEVICES, **options: Any) -> str:
@@ -106,14 +102,14 @@ def losses(workdir: Path) -> dict[int, float]:
 
 
 def check_same(workdir: Path, straight: Path) -> None:
-    """Broken, if a run did not end with the bits of the undisturbed one."""
+    """RunError, if a run did not end with the bits of the undisturbed one."""
     sums = [record(folder, STEPS)["checksums"] for folder in (workdir, straight)]
     check(sums[0] == sums[1], f"{workdir.name} ended with other arrays than the undisturbed run")
     check(losses(workdir) == losses(straight), f"{workdir.name} logged other losses than the undisturbed run")
 
 
 def check_restores(workdir: Path) -> None:
-    """Broken, if the newest checkpoint does not come back with the checksums of when it was saved."""
+    """RunError, if the newest checkpoint does not come back with the checksums of when it was saved."""
     found = checkpoints(workdir)
     if (step := found.latest()) is None:
         return
