@@ -112,6 +112,7 @@ def test_a_run_leaves_what_it_says(straight, capfd):
         assert str(workdir / name) in out
 
 
+@pytest.mark.slow  # by default those that stop and resume show it
 def test_the_same_run_twice_is_the_same_to_the_bit(straight, tmp_path):
     assert_same_bits(train.run(tiny(), tmp_path), straight[2])
     assert losses(tmp_path) == losses(straight[1])

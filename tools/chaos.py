@@ -12,7 +12,8 @@ topologies: a run that goes on some steps at a time, each time on another mesh a
 The losses equal those of an undisturbed run to 1e-4.
 damages: files that are cut off, emptied, removed or have a flipped bit, directories that are read-only, full disks.
 
-It stops at the first thing that is not as it should be, with code 1; what the run left is then in DIR. For Linux.
+It stops at the first thing that is not as it should be, with code 1; what the run left is then in DIR. For Linux. All
+of it took 39 minutes on 2 CPU cores that had other work.
 """
 
 import itertools
@@ -58,14 +59,10 @@ def get_config() -> ConfigDict:
     return config
 
 
-class Broken(RunError):
-    """Something that does not hold."""
-
-
 def check(holds: bool, what: str, run: Processes | None = None) -> None:
-    """Raise Broken, with the last words of a run, if this does not hold."""
+    """Raise RunError, with the last words of a run, if this does not hold."""
     if not holds:
-        raise Broken(what + (f"; its last words:\n{run.out()[-3000:]}" if run else ""))
+        raise RunError(what + (f"; its last words:\n{run.out()[-3000:]}" if run else ""))
 
 
 def training(workdir: Path, **options: Any) -> list[str]:
@@ -75,11 +72,11 @@ def training(workdir: Path, **options: Any) -> list[str]:
 
 
 def ended(run: Processes) -> list[int]:
-    """The exit codes; Broken if a process does not end."""
+    """The exit codes; RunError if a process does not end."""
     try:
         return run.wait()
     except subprocess.TimeoutExpired:
-        raise Broken(f"the run hangs; its last words:\n{run.out()[-3000:]}") from None
+        raise RunError(f"the run hangs; its last words:\n{run.out()[-3000:]}") from None
 
 
 def to_end(workdir: Path, count: int = 1, devices: int = DEVICES, **options: Any) -> str:
@@ -105,14 +102,14 @@ def losses(workdir: Path) -> dict[int, float]:
 
 
 def check_same(workdir: Path, straight: Path) -> None:
-    """Broken, if a run did not end with the bits of the undisturbed one."""
+    """RunError, if a run did not end with the bits of the undisturbed one."""
     sums = [record(folder, STEPS)["checksums"] for folder in (workdir, straight)]
     check(sums[0] == sums[1], f"{workdir.name} ended with other arrays than the undisturbed run")
     check(losses(workdir) == losses(straight), f"{workdir.name} logged other losses than the undisturbed run")
 
 
 def check_restores(workdir: Path) -> None:
-    """Broken, if the newest checkpoint does not come back with the checksums of when it was saved."""
+    """RunError, if the newest checkpoint does not come back with the checksums of when it was saved."""
     found = checkpoints(workdir)
     if (step := found.latest()) is None:
         return
