@@ -108,7 +108,7 @@ def train_step(parts: Parts, state: State, frozen: Any, batch: Batch, run_key: A
     decisive = [value for name, value in metrics.items() if not_finite_ends(name)]
     finite = jnp.isfinite(jnp.stack(decisive)).all()
     before = {name: value for name, value in state.items() if name != "step"}
-    after = jax.tree.map(partial(jnp.where, finite), {"ema": ema, "opt": opt, **trained}, before)
+    after = jax.tree.map(partial(jax.lax.select, finite), {"ema": ema, "opt": opt, **trained}, before)
     return {"step": step + 1, **after}, metrics
 
 

@@ -467,7 +467,8 @@ def test_weights_are_no_constants_of_the_step(tmp_path):
     assert sum(np.size(const) for const in traced.jaxpr.consts) < 1000
     text = traced.lower().as_text()
     assert "128x512x" in text, "the encoder is not in the step"
-    assert len(text) < size / 2, f"the step's text has {len(text)} characters, the encoder's weights {size} bytes"
+    # as constants the weights would take two characters a byte; what is there is the step's own, a line an operation
+    assert len(text) < size, f"the step's text has {len(text)} characters, the encoder's weights {size} bytes"
 
 
 def test_frozen_weights_live_where_the_mesh_says(tmp_path):

@@ -17,15 +17,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from diversedit_jax import data, logs, program
+from diversedit_jax import data, flops, logs, models, program
 from diversedit_jax.data import pipeline
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models.dit import SIZES
 from tools import latent_shards, photographs
-from tools.flops import multiply_adds
 
 
 class Pod(NamedTuple):
@@ -55,10 +56,10 @@ FORMS = {
 
 def need(pod: Pod, model: str, mfu: float) -> float:
     """Images that a host must read in a second, while the chips compute at this part of their peak."""
-    size = SIZES[model]
-    tokens, pixels = SHAPE[0] * SHAPE[1] // 4, 4 * SHAPE[2]
-    operations = 3 * 2 * multiply_adds(size.depth, size.width, tokens, pixels, skips=False)
-    return pod.chips * pod.peak * mfu / operations / pod.hosts
+    network = models.make("dit", SHAPE, 1000, size=model)
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    forward = flops.of(network.apply, params, jnp.zeros((1, *SHAPE)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
+    return pod.chips * pod.peak * mfu / (3 * forward) / pod.hosts
 
 
 def write_latents(folder: Path) -> data.Dataset:
