@@ -33,28 +33,28 @@ class Profiler:
 
     def __init__(self, text: str, directory: Path, note: Callable[[str], None]):
         self._windows, self._directory, self._note = windows(text), directory, note
-        self._since: int | None = None
+        self._open = False
 
     @contextlib.contextmanager
     def step(self, step: int):
         """Start a window that begins with this step, and mark the step in it."""
-        if self._since is None and any(first <= step <= last for first, last in self._windows):
+        if not self._open and any(first <= step <= last for first, last in self._windows):
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # every call of Python would hide what matters
             jax.profiler.start_trace(self._directory, profiler_options=options)
-            self._since = step
+            self._open = True
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
 
     def after(self, step: int, result: Any) -> None:
         """End a window that ends with this step, whose outcome is `result`."""
-        if self._since is not None and any(step == last for _, last in self._windows):
+        if self._open and any(step == last for _, last in self._windows):
             jax.block_until_ready(result)
             self.close()
             self._note(f"profiled up to step {step}: xprof --logdir {self._directory}")
 
     def close(self) -> None:
         """End a window that is open."""
-        if self._since is not None:
+        if self._open:
             jax.profiler.stop_trace()
-            self._since = None
+            self._open = False

@@ -17,7 +17,7 @@ from diversedit_jax import distributed
 from diversedit_jax.checkpoint import Checkpoints
 from diversedit_jax.errors import ConfigError
 from tests import untrained
-from tools.processes import alive, started
+from tools.processes import Processes, alive
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -61,7 +61,7 @@ def losses(workdir: Path) -> dict[int, float]:
 def straight(tmp_path_factory):
     """A run of two processes that nothing disturbed."""
     workdir = tmp_path_factory.mktemp("two")
-    with started(training(workdir), 2, 4, workdir) as run:
+    with Processes(training(workdir), 2, 4, workdir) as run:
         assert run.wait() == [0, 0], run.out(0) + run.out(1)
         assert "waiting for 2 processes at 127.0.0.1:" in run.out(0)
         assert "8 x cpu (cpu)" in run.out(0)
@@ -73,13 +73,13 @@ def straight(tmp_path_factory):
 @pytest.mark.parametrize("asked", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_stopped_and_resumed_is_the_same_to_the_bit(straight, tmp_path, asked):
     """SIGTERM of one process stops both, at the same step; the same command goes on."""
-    with started(training(tmp_path), 2, 4, tmp_path) as run:
+    with Processes(training(tmp_path), 2, 4, tmp_path) as run:
         run.until("step 3/8")
         os.kill(run.running[asked].pid, signal.SIGTERM)
         assert run.wait() == [42, 42], run.out(0) + run.out(1)
         said = "SIGTERM: stopped at step "
         assert run.out(0).partition(said)[2][:1] == run.out(1).partition(said)[2][:1] != ""
-    with started(training(tmp_path), 2, 4, tmp_path) as run:
+    with Processes(training(tmp_path), 2, 4, tmp_path) as run:
         assert run.wait() == [0, 0], run.out(0) + run.out(1)
         assert "resuming from step" in run.out(0)
     assert checksums(tmp_path) == checksums(straight)
@@ -89,14 +89,14 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(straight, tmp_path, asked):
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_one_killed_ends_the_other_and_nothing_is_lost(straight, tmp_path, killed):
-    with started(training(tmp_path), 2, 4, tmp_path) as run:
+    with Processes(training(tmp_path), 2, 4, tmp_path) as run:
         run.until("step 5/8")
         os.kill(run.running[killed].pid, signal.SIGKILL)
         codes = run.wait(30)
         assert codes[killed] == -signal.SIGKILL
         assert codes[1 - killed] not in (0, 42)
     assert Checkpoints(tmp_path / "checkpoints").latest() in (2, 4)
-    with started(training(tmp_path), 2, 4, tmp_path) as run:
+    with Processes(training(tmp_path), 2, 4, tmp_path) as run:
         assert run.wait() == [0, 0], run.out(0) + run.out(1)
     assert checksums(tmp_path) == checksums(straight)
 
@@ -105,9 +105,9 @@ def test_one_killed_ends_the_other_and_nothing_is_lost(straight, tmp_path, kille
 @pytest.mark.parametrize(("count", "devices"), [(1, 8), (4, 2), (1, 1)])
 def test_another_number_of_processes_goes_on(straight, tmp_path, count, devices):
     """The same batches; the same numbers up to the order of sums, and to the bit on a layout that sums alike."""
-    with started(training(tmp_path, "--config.total_steps=4"), 2, 4, tmp_path) as run:
+    with Processes(training(tmp_path, "--config.total_steps=4"), 2, 4, tmp_path) as run:
         assert run.wait() == [0, 0], run.out(0) + run.out(1)
-    with started(training(tmp_path), count, devices, tmp_path) as run:
+    with Processes(training(tmp_path), count, devices, tmp_path) as run:
         assert run.wait() == [0] * count, run.out(0)
         assert "resuming from step 4 of 8" in run.out(0)
     assert losses(tmp_path) == pytest.approx(losses(straight), rel=1e-4)
@@ -117,7 +117,7 @@ def test_another_number_of_processes_goes_on(straight, tmp_path, count, devices)
 
 @pytest.mark.slow
 def test_evaluators_judge_on_several_processes(tmp_path):
-    with started(training(tmp_path, evaluators=True), 2, 4, tmp_path) as run:
+    with Processes(training(tmp_path, evaluators=True), 2, 4, tmp_path) as run:
         assert run.wait() == [0, 0], run.out(0) + run.out(1)
     found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert any("scores/fd_digits" in line for line in found)
@@ -128,11 +128,11 @@ def test_evaluators_judge_on_several_processes(tmp_path):
 def test_damage_that_one_process_sees_sets_the_step_aside_for_all(tmp_path):
     """Parameters are split, so that each process reads other parts of the files; what the second reads is cut off."""
     flags = ["--config.mesh.data=1", "--config.mesh.fsdp=8", "--config.model.width=64"]
-    with started(training(tmp_path, *flags, "--config.total_steps=4"), 2, 4, tmp_path) as run:
+    with Processes(training(tmp_path, *flags, "--config.total_steps=4"), 2, 4, tmp_path) as run:
         assert run.wait() == [0, 0], run.out(0) + run.out(1)
     own = sorted((tmp_path / "checkpoints" / "4" / "state").glob("ocdbt.process_1/**/*"), key=os.path.getsize)
     own[-1].write_bytes(own[-1].read_bytes()[:100])
-    with started(training(tmp_path, *flags), 2, 4, tmp_path) as run:
+    with Processes(training(tmp_path, *flags), 2, 4, tmp_path) as run:
         assert run.wait() == [0, 0], run.out(0) + run.out(1)
         assert "it is set aside as 4.damaged-" in run.out(0)
         assert "resuming from step 2 of 8" in run.out(0)
@@ -157,7 +157,7 @@ def test_damage_that_one_process_sees_sets_the_step_aside_for_all(tmp_path):
 def test_processes_that_do_not_agree_stop_at_once(tmp_path, each, messages):
     each = [flag.format(tmp=tmp_path) for flag in each]
     soon = "from diversedit_jax import distributed\ndistributed.SEEN = 3\n"  # not the minute of a slow mount
-    with started(training(tmp_path / "run", first=soon), 2, 1, tmp_path, each) as run:
+    with Processes(training(tmp_path / "run", first=soon), 2, 1, tmp_path, each) as run:
         codes = run.wait(60)
     assert 78 in codes
     assert all(code != 0 for code in codes)
@@ -183,7 +183,7 @@ def test_a_directory_that_is_not_shared_is_refused_in_time(tmp_path, monkeypatch
 def test_one_that_hangs_ends_all_with_their_stacks(tmp_path):
     """The second reads a record that never comes, the first waits for it in the step; both say where they stand."""
     hang = ["--config.watchdog=8", "--config.data.name=tests.test_train:sleeping", "--config.input.num_threads=0"]
-    with started(training(tmp_path, *hang, "--config.total_steps=50"), 2, 1, tmp_path) as run:
+    with Processes(training(tmp_path, *hang, "--config.total_steps=50"), 2, 1, tmp_path) as run:
         codes = run.wait()
         outs = [run.out(i) for i in range(2)]
     assert all("Timeout (0:00:08)!" in out for out in outs), outs
@@ -196,7 +196,7 @@ def test_one_that_hangs_ends_all_with_their_stacks(tmp_path):
 
 @pytest.mark.slow
 def test_workers_end_with_a_trainer_that_is_killed(tmp_path):
-    with started(
+    with Processes(
         training(tmp_path, "--config.input.num_workers=2", "--config.total_steps=100000"), 1, 1, tmp_path
     ) as run:
         (trainer,) = run.running
@@ -213,14 +213,14 @@ def test_workers_end_with_a_trainer_that_is_killed(tmp_path):
 @pytest.mark.slow
 def test_a_second_run_in_a_workdir_is_refused_until_the_first_is_gone(tmp_path):
     endless = training(tmp_path, "--config.total_steps=100000")
-    with started(endless, 1, 1, tmp_path) as first:
+    with Processes(endless, 1, 1, tmp_path) as first:
         first.until(" 5/100000")
-        with started(endless, 1, 1, tmp_path) as second:
+        with Processes(endless, 1, 1, tmp_path) as second:
             assert second.wait() == [78]
             (line,) = second.out().splitlines()
             assert f"{tmp_path} is in use by process {first.running[0].pid} on " in line
         assert first.running[0].poll() is None, "the first goes on"
-    with started(endless, 1, 1, tmp_path) as third:  # the first was killed, and its lock is there
+    with Processes(endless, 1, 1, tmp_path) as third:  # the first was killed, and its lock is there
         assert (tmp_path / ".lock").exists()
         third.until("resuming from step", seconds=30)
 
@@ -277,7 +277,7 @@ def looked_at(tmp_path_factory):
     alone = workdir.parent / "alone"
     alone.mkdir()
     for program, flags in LOOKS.items():
-        with started(look(program, workdir, alone, flags), 1, 8, alone) as run:
+        with Processes(look(program, workdir, alone, flags), 1, 8, alone) as run:
             assert run.wait() == [0], run.out()
     return workdir, alone
 
@@ -298,7 +298,7 @@ def look(program: str, workdir: Path, out: Path, flags: list[str]) -> list[str]:
 def test_several_processes_look_at_a_run_as_one_does(looked_at, tmp_path, program):
     """The same numbers, written by the first alone."""
     workdir, alone = looked_at
-    with started(look(program, workdir, tmp_path, LOOKS[program]), 2, 4, tmp_path) as run:
+    with Processes(look(program, workdir, tmp_path, LOOKS[program]), 2, 4, tmp_path) as run:
         assert run.wait() == [0, 0], run.out(0) + run.out(1)
         assert str(tmp_path / program) in run.out(0)
         assert str(tmp_path / program) not in run.out(1)

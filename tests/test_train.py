@@ -30,7 +30,7 @@ from diversedit_jax.errors import CheckpointError, ConfigError, DataError, NonFi
 from diversedit_jax.interop import releases
 from tests.test_data_latents import write
 from tests.test_logs import events_of
-from tools.processes import AS_USER, started
+from tools.processes import AS_USER, Processes
 
 ROOT = Path(__file__).parents[1]
 
@@ -122,7 +122,7 @@ def test_the_same_run_twice_is_the_same_to_the_bit(straight, tmp_path):
 @pytest.mark.parametrize("devices", [1, 4])
 def test_other_numbers_of_devices_train_alike(straight, tmp_path, devices):
     """On 1, 4 and 8: the same start, data and noise; sums in another order."""
-    with started(small(tmp_path), 1, devices, tmp_path) as run:
+    with Processes(small(tmp_path), 1, devices, tmp_path) as run:
         assert run.wait() == [0], run.out()
     assert losses(tmp_path) == pytest.approx(losses(straight[1]), rel=1e-5)
 

@@ -39,7 +39,7 @@ from configs import digits
 from diversedit_jax import logs, program
 from diversedit_jax.checkpoint import Checkpoints, nested
 from diversedit_jax.errors import ConfigError, RunError
-from tools.processes import AS_USER, Processes, alive, started
+from tools.processes import AS_USER, Processes, alive
 
 STEPS, EVERY = 120, 4  # of the run that is killed or damaged
 LEG = 3  # steps on each topology
@@ -81,7 +81,7 @@ def ended(run: Processes) -> list[int]:
 
 def to_end(workdir: Path, count: int = 1, devices: int = DEVICES, **options: Any) -> str:
     """Train to the end; what process 0 said."""
-    with started(training(workdir, **options), count, devices, workdir.parent) as run:
+    with Processes(training(workdir, **options), count, devices, workdir.parent) as run:
         codes = ended(run)
         check(codes == [0] * count, f"{workdir.name} ended with {codes}", run)
         return run.out()
@@ -179,7 +179,7 @@ def life(workdir: Path, rng: random.Random, kill: bool) -> Kill | None:
     number = rng.choice([signal.SIGKILL, signal.SIGTERM])
     workers = rng.choice([0, 0, 0, 2])
     resumes = checkpoints(workdir).latest()
-    with started(training(workdir, input__num_workers=workers), 1, DEVICES, workdir.parent) as run:
+    with Processes(training(workdir, input__num_workers=workers), 1, DEVICES, workdir.parent) as run:
         (process,) = run.running
         there = kill and at_moment(run, workdir, moment, rng)
         complete = checkpoints(workdir).latest() or 0
@@ -357,7 +357,7 @@ def damaged(out: Path, straight: Path, rng: random.Random) -> dict[str, Any]:
         workdir = out / f"damaged_{number}"
         shutil.copytree(straight, workdir)
         damage.do(workdir)
-        with started(training(workdir, **dict(damage.flags)), 1, DEVICES, out, before=AS_USER) as run:
+        with Processes(training(workdir, **dict(damage.flags)), 1, DEVICES, out, before=AS_USER) as run:
             if damage.limit:
                 check(came(run, lambda run=run: "\nstep " in run.out()), f"{name}: it ended early", run)
                 resource.prlimit(run.running[0].pid, resource.RLIMIT_FSIZE, (damage.limit, resource.RLIM_INFINITY))

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +36,10 @@ def alive(group: int) -> list[int]:
 
 
 class Processes:
-    """Running processes of one program, each the head of a group. out: what each has written, stdout and stderr."""
+    """Running processes of one program, each the head of a group; at the end of a `with` they are killed.
+
+    each: one more argument for every process. before: a program that runs them, such as AS_USER.
+    """
 
     def __init__(
         self,
@@ -65,7 +68,14 @@ class Processes:
                 )
             self.running.append(process)
 
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
+
     def out(self, i: int = 0) -> str:
+        """What process i has written, to stdout and stderr."""
         return self.files[i].read_text(errors="replace")
 
     def wait(self, seconds: float = 180) -> list[int]:
@@ -86,23 +96,3 @@ class Processes:
             with contextlib.suppress(ProcessLookupError):  # a group may outlive its head
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
-@contextlib.contextmanager
-def started(
-    arguments: Sequence[str],
-    count: int,
-    devices: int,
-    folder: Path,
-    each: Sequence[str] = (),
-    before: Sequence[str] = (),
-) -> Iterator[Processes]:
-    """Processes of a program, which are killed at the end.
-
-    each: one more argument for every process. before: a program that runs them, such as AS_USER.
-    """
-    processes = Processes(arguments, count, devices, folder, each, before)
-    try:
-        yield processes
-    finally:
-        processes.kill()
