@@ -70,15 +70,26 @@ def straight(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("asked", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_stopped_and_resumed_is_the_same_to_the_bit(straight, tmp_path, asked):
-    """SIGTERM of one process stops both, at the same step; the same command goes on."""
-    with Processes(training(tmp_path), 2, 4, tmp_path) as run:
+def stop(workdir: Path, asked: int) -> None:
+    """Start a run of two processes and send SIGTERM to one: both save, and end at the same step."""
+    with Processes(training(workdir), 2, 4, workdir) as run:
         run.until("step 3/8")
         os.kill(run.running[asked].pid, signal.SIGTERM)
         assert run.wait() == [42, 42], run.out(0) + run.out(1)
         said = "SIGTERM: stopped at step "
         assert run.out(0).partition(said)[2][:1] == run.out(1).partition(said)[2][:1] != ""
+
+
+def test_a_signal_to_one_stops_all_at_one_step(tmp_path):
+    stop(tmp_path, asked=1)
+    assert Checkpoints(tmp_path / "checkpoints").latest() >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [1, 0])
+def test_stopped_and_resumed_is_the_same_to_the_bit(straight, tmp_path, asked):
+    """The same command goes on."""
+    stop(tmp_path, asked)
     with Processes(training(tmp_path), 2, 4, tmp_path) as run:
         assert run.wait() == [0, 0], run.out(0) + run.out(1)
         assert "resuming from step" in run.out(0)
@@ -258,6 +269,7 @@ def test_clusters_are_known_by_their_marks(monkeypatch):
     assert distributed.cluster() == "2 Open MPI processes"
 
 
+@pytest.mark.slow
 def test_restores_of_the_parameters_are_numbers(straight):
     """What the runs above compare is not empty."""
     assert len(checksums(straight)) > 50
