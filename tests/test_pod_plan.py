@@ -16,7 +16,7 @@ from diversedit_jax import encoders, flops
 from diversedit_jax.config import slot
 from diversedit_jax.errors import ConfigError
 from tests.reference import DATA
-from tools import hlo, pod_plan, tpu
+from tools import hlo, pod_plan, stand_ins, tpu
 
 ROOT = Path(__file__).parents[1]
 
@@ -152,30 +152,30 @@ def test_remedies_come_in_order_and_can_be_set():
 def test_shapes_without_data():
     config = diversedit_b2.get_config("512")
     config.batch_size = 8
-    shape, num_classes = pod_plan.shapes(config)
+    shape, num_classes = stand_ins.shapes(config)
     assert (shape, num_classes) == ((64, 64, 4), 1000)
-    batch = pod_plan.stored(config, shape)
+    batch = stand_ins.stored(config, shape)
     assert (batch["moments"].shape, batch["moments"].dtype) == ((8, 64, 64, 8), np.float16)
     assert (batch["y"].shape, batch.keys()) == ((8,), {"moments", "y"})
-    batch = pod_plan.stored(repa_multi_b2.get_config(), (32, 32, 4))
+    batch = stand_ins.stored(repa_multi_b2.get_config(), (32, 32, 4))
     assert (batch["image"].shape, batch["image"].dtype) == ((256, 256, 256, 3), np.uint8)
     config.data = slot("data", "synthetic", shape=(8, 8, 1), num_classes=10, size=4)
     config.prepare = slot("prepare", "pixels")
-    shape, num_classes = pod_plan.shapes(config)
+    shape, num_classes = stand_ins.shapes(config)
     assert (shape, num_classes) == ((8, 8, 1), 10)
-    assert pod_plan.stored(config, shape)["x"].shape == (8, 8, 8, 1)
+    assert stand_ins.stored(config, shape)["x"].shape == (8, 8, 8, 1)
     config.data.unlock()
     config.data.cached = ("features/dinov2",)
     with pytest.raises(ConfigError, match="not known without the data"):
-        pod_plan.stored(config, shape)
+        stand_ins.stored(config, shape)
 
 
-@pytest.mark.parametrize("name", pod_plan.ENCODERS)
+@pytest.mark.parametrize("name", stand_ins.ENCODERS)
 def test_a_stand_in_is_read_as_the_published_encoder(name, tmp_path, monkeypatch):
-    _, _, patch, side = pod_plan.ENCODERS[name]
+    _, _, patch, side = stand_ins.ENCODERS[name]
     width = min(import_module(f"diversedit_jax.encoders.{name}").KIND.heads)
-    monkeypatch.setitem(pod_plan.ENCODERS, name, (1, width, patch, side))
-    encoder = encoders.make(name, file=str(pod_plan.stand_in(name, tmp_path)))
+    monkeypatch.setitem(stand_ins.ENCODERS, name, (1, width, patch, side))
+    encoder = encoders.make(name, file=str(stand_ins.stand_in(name, tmp_path)))
     images = jax.ShapeDtypeStruct((2, 256, 256, 3), np.uint8)
     patches, token = jax.eval_shape(encoder.apply, jax.eval_shape(encoder.init), images)
     assert patches.shape == (2, 256, encoder.width)
@@ -184,7 +184,7 @@ def test_a_stand_in_is_read_as_the_published_encoder(name, tmp_path, monkeypatch
 
 def test_encoders_without_a_published_size_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="no published size of 'mine'"):
-        pod_plan.stand_in("mine", tmp_path)
+        stand_ins.stand_in("mine", tmp_path)
 
 
 def found(**changes) -> dict:

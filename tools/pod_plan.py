@@ -13,7 +13,8 @@ size. Each number says where it comes from:
     estimated  times, and what follows from them: see `estimate`. No TPU has confirmed them.
 
 `--compare` adds a row for the config with other values, KEY=VALUE KEY=VALUE ..., `topology` and `slices` among the
-keys. Where the config does not fit, what usually helps is tried in turn, until it does.
+keys, and `config=FILE` as the first for another file. Where the config does not fit, what usually helps is tried in
+turn, until it does.
 """
 
 import json
@@ -25,25 +26,20 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from absl import flags
 from jax.experimental import topologies
 from ml_collections import ConfigDict, config_flags
 
-from diversedit_jax import checkpoint, experiment, flops, program, sharding, slots
+from diversedit_jax import checkpoint, experiment, flops, program, sharding
 from diversedit_jax import config as configs
 from diversedit_jax.errors import ConfigError, RunError
-from diversedit_jax.interop.encoders import LAYOUTS, export
-from diversedit_jax.interop.weights_file import write_safetensors
-from diversedit_jax.models import vit
 from diversedit_jax.train_state import initializer, train_step
-from tools import hlo, tpu
+from tools import hlo, stand_ins, tpu, variants
 
 # For the compiler in a machine without TPU: no backend but the CPU, no question to the metadata server, several
 # compilers at a time, and no warnings about a machine that is not there. On a TPU VM they would break the start.
@@ -59,15 +55,6 @@ MISSING = 'plans need the TPU compiler: pip install "libtpu==0.0.42.*" (205 MB, 
 PROGRAMS = ("train", "init", "sample", "checksum")
 GIB = 2**30
 
-# (depth, width, patch, side of the position table) of the encoders that REPA's and our configs align to.
-ENCODERS = {
-    "dinov2": (12, 768, 14, 37),
-    "dinov1": (12, 768, 16, 14),
-    "clip": (24, 1024, 14, 16),
-    "mae": (24, 1024, 16, 14),
-    "moco_v3": (24, 1024, 16, 14),
-    "ijepa": (32, 1280, 14, 16),
-}
 SOURCES = {
     "fits, memory": "compiler",
     "flops": "counted: products in the traced step; `performed` with what remat computes again",
@@ -97,24 +84,12 @@ class Plan(NamedTuple):
         return self.place.chips * self.slices
 
 
-def varied(plan: Plan, words: str) -> Plan:
-    """The plan with other values, `KEY=VALUE KEY=VALUE ...`; a key of the config, `topology` or `slices`."""
-    config = configs.copied(plan.config)
-    known = {*configs.flat(config.to_dict()), "topology", "slices"}
-    for word in words.split():
-        key, given, text = word.partition("=")
-        if not given or key not in known:
-            raise ConfigError(f"--compare={words}: {word!r}: wanted KEY=VALUE; {slots.suggestion(key, sorted(known))}")
-        try:
-            if key == "topology":
-                plan = plan._replace(place=tpu.parse(text))
-            elif key == "slices":
-                plan = plan._replace(slices=int(text))
-            else:
-                config.update_from_flattened_dict({key: program.literal(text)})
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"--compare={words}: {word!r}: {error}") from error
-    return plan._replace(words=words, config=config)
+def varied(plan: Plan, words: str, overrides: Mapping[str, Any] | None = None) -> Plan:
+    """The plan with other values: those of `variants.varied`, and `topology` and `slices`."""
+    others = {"topology": tpu.parse, "slices": int}
+    config, found = variants.varied(plan.config, words, others, overrides)
+    place, slices = found.get("topology", plan.place), found.get("slices", plan.slices)
+    return plan._replace(words=words, config=config, place=place, slices=slices)
 
 
 def remedies(plan: Plan) -> list[str]:
@@ -137,44 +112,6 @@ def remedies(plan: Plan) -> list[str]:
 # --- What is compiled, in a process of its own.
 
 
-def shapes(config: ConfigDict) -> tuple[tuple[int, int, int], int]:
-    """The shape of a sample and the number of classes; where data cannot be made here those of ImageNet's latents."""
-    options = slots.options(slots.factory("data", config.data.name)).values()
-    if all(option.default is not option.empty for option in options):
-        dataset = experiment.open_data(config)
-        return dataset.shape, dataset.num_classes
-    return tuple(config.data.get("shape") or (32, 32, 4)), config.data.get("num_classes") or 1000
-
-
-def stored(config: ConfigDict, shape: tuple[int, int, int]) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch as the data of the config would give it, without its values."""
-    h, w, c = shape
-    if config.data.get("cached"):
-        raise ConfigError("config.data.cached: the shapes of stored features are not known without the data")
-    moments = config.prepare.name == "latents"
-    values = {"moments": ((h, w, 2 * c), np.float16)} if moments else {"x": (shape, np.float32)}
-    values |= {"image": ((8 * h, 8 * w, 3), np.uint8)} if config.data.get("image") else {}
-    values["y"] = ((), np.int32)
-    return {name: jax.ShapeDtypeStruct((config.batch_size, *of), dtype) for name, (of, dtype) in values.items()}
-
-
-def stand_in(name: str, folder: Path) -> Path:
-    """A file of zeros with the arrays of the published encoder `name`."""
-    if name not in ENCODERS:
-        raise ConfigError(f"config.encoders: no published size of {name!r} is known; give its file")
-    kind = import_module(f"diversedit_jax.encoders.{name}").KIND
-    depth, width, patch, side = ENCODERS[name]
-    layout = kind.layouts[0]
-    same = {field: getattr(kind, field) for field in ("class_token", "layer_scale", "final_norm", "activation", "eps")}
-    size = {"depth": depth, "width": width, "heads": kind.heads[width], "hidden": 4 * width, "patch": patch}
-    arch = vit.Architecture(**size, channels=3, side=side, pre_norm=bool(LAYOUTS[layout].pre_norm), **same)
-    empty = jax.eval_shape(vit.network(arch).init, jax.random.key(0))
-    arrays = export(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), empty), layout, arch)
-    path = folder / f"{name}.safetensors"
-    write_safetensors(path, {f"{kind.entry}.{key}" if kind.entry else key: value for key, value in arrays.items()})
-    return path
-
-
 def compiled(plan: Plan, programs: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
     """What the compiler says of a plan, and what can be counted. Needs ENVIRONMENT, before jax knows its devices."""
     config, place = plan.config, plan.place
@@ -184,22 +121,16 @@ def compiled(plan: Plan, programs: Sequence[str], say: Callable[[str], None]) ->
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except Exception as error:  # of no one kind
         raise ConfigError(f"--topology={name}: the compiler refuses it: {error}".splitlines()[0]) from error
-    shape, num_classes = shapes(config)
+    shape, num_classes = stand_ins.shapes(config)
     with tempfile.TemporaryDirectory() as folder:
-        for label, encoder in config.encoders.items():
-            if encoder.get("file") is None:
-                encoder.file = str(stand_in(encoder.name, Path(folder)))
-                say(f"config.encoders.{label}: a stand-in for its published weights")
-        if config.prepare.get("vae"):
-            config.prepare.vae = None
-            say("config.prepare.vae: samples are planned without decoding")
+        stand_ins.take_their_places(config, Path(folder), say)
         layout, parts, sample, _ = experiment.build(config, shape, num_classes, devices=devices)
         frozen = jax.eval_shape(parts.prepare.init)
     parts = parts._replace(prepare=parts.prepare._replace(init=lambda: frozen))
     frozen = sharding.placed(frozen, sharding.shardings(frozen, layout))
     batch = {
         key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.over_batch(layout))
-        for key, x in stored(config, shape).items()
+        for key, x in stand_ins.stored(config, shape).items()
     }
     key = jax.eval_shape(jax.random.key, 0)
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(layout))
@@ -513,7 +444,7 @@ def main() -> None:
                 break
     suggested = rows[-1]
     for words in given.compare:
-        look(varied(first, words), ["train"])
+        look(varied(first, words, variants.overrides()), ["train"])
     print(details(suggested, given.efficiency), end="\n\n")
     print(table(rows))
     if len(rows) > 1 and rows[0] is not suggested:

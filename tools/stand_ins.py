@@ -1,0 +1,76 @@
+"""A config's run without its files: shapes of samples and batches, and encoders in their published size."""
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from diversedit_jax import experiment, slots
+from diversedit_jax.errors import ConfigError
+from diversedit_jax.interop.encoders import LAYOUTS, export
+from diversedit_jax.interop.weights_file import write_safetensors
+from diversedit_jax.models import vit
+
+# (depth, width, patch, side of the position table) of the encoders that REPA's and our configs align to.
+ENCODERS = {
+    "dinov2": (12, 768, 14, 37),
+    "dinov1": (12, 768, 16, 14),
+    "clip": (24, 1024, 14, 16),
+    "mae": (24, 1024, 16, 14),
+    "moco_v3": (24, 1024, 16, 14),
+    "ijepa": (32, 1280, 14, 16),
+}
+
+
+def shapes(config: ConfigDict) -> tuple[tuple[int, int, int], int]:
+    """The shape of a sample and the number of classes; where data cannot be made here those of ImageNet's latents."""
+    options = slots.options(slots.factory("data", config.data.name)).values()
+    if all(option.default is not option.empty for option in options):
+        dataset = experiment.open_data(config)
+        return dataset.shape, dataset.num_classes
+    return tuple(config.data.get("shape") or (32, 32, 4)), config.data.get("num_classes") or 1000
+
+
+def stored(config: ConfigDict, shape: tuple[int, int, int]) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch as the data of the config would give it, without its values."""
+    h, w, c = shape
+    if config.data.get("cached"):
+        raise ConfigError("config.data.cached: the shapes of stored features are not known without the data")
+    moments = config.prepare.name == "latents"
+    values = {"moments": ((h, w, 2 * c), np.float16)} if moments else {"x": (shape, np.float32)}
+    values |= {"image": ((8 * h, 8 * w, 3), np.uint8)} if config.data.get("image") else {}
+    values["y"] = ((), np.int32)
+    return {name: jax.ShapeDtypeStruct((config.batch_size, *of), dtype) for name, (of, dtype) in values.items()}
+
+
+def take_their_places(
+    config: ConfigDict, folder: Path, say: Callable[[str], None], fill: Callable[..., np.ndarray] = np.zeros
+) -> None:
+    """Give the config files, made in the folder, for encoders that it has none for; and take its autoencoder away."""
+    for label, encoder in config.encoders.items():
+        if encoder.get("file") is None:
+            encoder.file = str(stand_in(encoder.name, folder, fill))
+            say(f"config.encoders.{label}: a stand-in for its published weights")
+    if config.prepare.get("vae"):
+        config.prepare.vae = None
+        say("config.prepare.vae: samples are not decoded")
+
+
+def stand_in(name: str, folder: Path, fill: Callable[..., np.ndarray] = np.zeros) -> Path:
+    """A file with the arrays of the published encoder `name`, each made by `fill(shape, dtype)`."""
+    if name not in ENCODERS:
+        raise ConfigError(f"config.encoders: no published size of {name!r} is known; give its file")
+    kind = import_module(f"diversedit_jax.encoders.{name}").KIND
+    depth, width, patch, side = ENCODERS[name]
+    layout = kind.layouts[0]
+    same = {field: getattr(kind, field) for field in ("class_token", "layer_scale", "final_norm", "activation", "eps")}
+    size = {"depth": depth, "width": width, "heads": kind.heads[width], "hidden": 4 * width, "patch": patch}
+    arch = vit.Architecture(**size, channels=3, side=side, pre_norm=bool(LAYOUTS[layout].pre_norm), **same)
+    empty = jax.eval_shape(vit.network(arch).init, jax.random.key(0))
+    arrays = export(jax.tree.map(lambda leaf: fill(leaf.shape, leaf.dtype), empty), layout, arch)
+    path = folder / f"{name}.safetensors"
+    write_safetensors(path, {f"{kind.entry}.{key}" if kind.entry else key: value for key, value in arrays.items()})
+    return path

@@ -1,0 +1,80 @@
+"""Variants of a config in words, KEY=VALUE KEY=VALUE ..., as `--compare` of the planner and the benchmarks takes."""
+
+import re
+import runpy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from diversedit_jax import config as configs
+from diversedit_jax import program, slots
+from diversedit_jax.errors import ConfigError
+
+
+def varied(
+    config: ConfigDict,
+    words: str,
+    others: Mapping[str, Callable[[str], Any]] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> tuple[ConfigDict, dict[str, Any]]:
+    """A copy of the config with other values, and what the words say of `others`: key -> what reads its value.
+
+    `config=FILE`, if it is the first word, takes another config file, and sets the `overrides` in it: what the command
+    line has changed by --config.KEY=VALUE.
+    """
+    others, found = others or {}, {}
+    config = configs.copied(config)
+    for place, word in enumerate(words.split()):
+        key, given, text = word.partition("=")
+        try:
+            if key == "config" and given and not place:
+                config = from_file(text)
+                _update(config, overrides or {})
+                continue
+            known = {*configs.flat(config.to_dict()), *others}
+            if not given or key not in known:
+                wanted = slots.suggestion(key, sorted(known))
+                raise ConfigError(f"--compare={words}: {word!r}: wanted KEY=VALUE; {wanted}")
+            if key in others:
+                found[key] = others[key](text)
+            else:
+                _update(config, {key: program.literal(text)})
+        except (AttributeError, KeyError, OSError, SyntaxError, TypeError, ValueError) as error:
+            raise ConfigError(f"--compare={words}: {word!r}: {error}") from error
+    return config, found
+
+
+def _update(config: ConfigDict, values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if key not in configs.flat(config.to_dict()):
+            raise KeyError(f"{key} is not in this config")
+        config.update_from_flattened_dict({key: value})
+
+
+def from_file(name: str) -> ConfigDict:
+    """The config of a file, `FILE` or `FILE:ARGUMENT`, as --config takes it."""
+    path, _, argument = name.partition(":")
+    get_config = runpy.run_path(str(Path(path)))["get_config"]
+    return get_config(*([argument] if argument else []))
+
+
+def overrides() -> dict[str, Any]:
+    """What --config.KEY=VALUE on the command line has changed."""
+    return dict(config_flags.get_override_values(flags.FLAGS["config"]))
+
+
+def of_flags() -> dict[str, ConfigDict]:
+    """--config and the rows of --compare, by what a table calls them: the file of the config, the words."""
+    given = flags.FLAGS
+    path, _, argument = config_flags.get_config_filename(given["config"]).partition(":")
+    found = {":".join(filter(None, (Path(path).stem, argument))): given.config}
+    changed = overrides()
+    for words in given.compare:
+        name = re.sub(r"^config=\S*?(\w+)\.py", r"\1", words)
+        if name in found:
+            raise ConfigError(f"--compare={words}: this is a row already")
+        found[name] = varied(given.config, words, overrides=changed)[0]
+    return found
