@@ -1,9 +1,9 @@
 """From a trained network to images: labels in, images out, in batches of one compiled size."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from math import inf, prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,8 @@ LABELS = ("balanced", "uniform")  # rules for the labels of an evaluation
 # program serves all their values. `sample.lower(params, frozen)` lowers the program of a full batch, as jax.jit does:
 # for arrays that may be abstract, and the devices of the layout, which may be another machine's.
 Sample = Callable[..., np.ndarray]
+
+Item = TypeVar("Item")
 
 # (guided, x, noise) -> x at the end; guided takes what converts a network for the solver, and gives its velocity
 Solve = Callable[[Callable[[Callable[[Network], Network]], Velocity], Array, samplers.Noise], Array]
@@ -198,7 +200,9 @@ def make(
         return bound if width is None else joint.packed(bound, shape)
 
     @partial(jax.jit, out_shardings=sharding.replicated(layout))  # so that every process can read the result
-    def run(params: Params, weak: Params | None, frozen: Any, y: Int[Array, " b"], keys: Array, scale, interval):
+    def run(
+        params: Params, weak: Params | None, frozen: Any, y: Int[Array, " b"], keys: Array, scale, interval, before
+    ):
         keys = jax.random.wrap_key_data(keys)
         start, path_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
         x = jax.vmap(lambda key: jax.random.normal(key, state))(start)
@@ -211,7 +215,8 @@ def make(
 
         x = solve(guided, x, samplers.normal_per_image(path_keys, state))
         x = x if width is None else joint.unpack(x, shape)[0]
-        return x if prepare.decode is None else prepare.decode(frozen, x), jnp.isfinite(x).all()
+        finite = before & jnp.isfinite(x).all()
+        return x if prepare.decode is None else prepare.decode(frozen, x), finite
 
     def sample(
         params: Params,
@@ -231,15 +236,21 @@ def make(
         keys = np.asarray(jax.random.key_data(jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(numbers)))
         size = sharding.filled(min(batch_size, len(labels)), layout.mesh.size)
         guidance = scales(cfg_scale), tuple(jnp.float32(time) for time in guidance_interval)
+
+        def batches() -> Iterator[tuple[int, Array, Array]]:
+            finite = sharding.put(np.bool_(True), sharding.replicated(layout))
+            for begin in range(0, len(labels), size):
+                index = np.minimum(np.arange(begin, begin + size), len(labels) - 1)  # the last batch is filled up
+                y, k = sharding.put((np.asarray(labels, np.int32)[index], keys[index]), sharding.over_batch(layout))
+                with jax.set_mesh(layout.mesh):  # `finite` of the batch before, so that no two run at a time
+                    images, finite = run(params, weak, frozen, y, k, *guidance, finite)
+                yield begin, images, finite
+
         done = []
-        for begin in range(0, len(labels), size):
-            index = np.minimum(np.arange(begin, begin + size), len(labels) - 1)  # the last batch is filled up
-            y, k = sharding.put((np.asarray(labels, np.int32)[index], keys[index]), sharding.over_batch(layout))
-            with jax.set_mesh(layout.mesh):
-                images, finite = run(params, weak, frozen, y, k, *guidance)
+        for begin, images, finite in one_ahead(batches()):
             if not finite:
                 raise NonFiniteError(f"samples {first + begin} to {first + begin + size - 1} are not finite")
-            done.append(np.asarray(images))
+            done.append(jax.device_get(images))
         return np.concatenate(done)[: len(labels)]
 
     def lower(params: Params, frozen: Any) -> jax.stages.Lowered:
@@ -247,12 +258,22 @@ def make(
         keys = jax.eval_shape(lambda: jax.random.key_data(jax.random.split(jax.random.key(0), size)))
         inputs = (jax.ShapeDtypeStruct((size,), np.int32), keys)
         inputs = sharding.placed(inputs, (sharding.over_batch(layout),) * 2)
+        before = jax.ShapeDtypeStruct((), np.bool_, sharding=sharding.replicated(layout))
         guidance = jax.eval_shape(lambda: (scales(cfg_scale), (jnp.float32(0), jnp.float32(1))))
         with jax.set_mesh(layout.mesh):
-            return run.lower(params, None, frozen, *inputs, *guidance)
+            return run.lower(params, None, frozen, *inputs, *guidance, before)
 
     sample.lower = lower
     return sample
+
+
+def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, each when the next one has been made: what devices still compute is not waited for in between."""
+    last = next(items)
+    for item in items:
+        yield last
+        last = item
+    yield last
 
 
 def _check_values(cfg_scale: float, interval: tuple[float, float]) -> None:

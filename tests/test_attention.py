@@ -10,6 +10,7 @@ import pytest
 from diversedit_jax import models, sharding
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import attention
+from tests.jaxprs import equations
 
 
 @pytest.mark.parametrize(
@@ -19,12 +20,14 @@ from diversedit_jax.models import attention
         ("gpu", "auto", "bfloat16", True, 256, "xla"),
         ("gpu", "auto", "float32", False, 256, "xla"),
         ("gpu", "xla", "float16", False, 256, "xla"),
-        ("gpu", "cudnn", "float16", False, 257, "cudnn"),
+        ("gpu", "auto", "bfloat16", False, 257, "xla"),
+        ("gpu", "cudnn", "float16", False, 258, "cudnn"),
         ("tpu", "auto", "bfloat16", False, 256, "xla"),
         ("tpu", "splash", "bfloat16", False, 256, "splash"),
         ("tpu", "splash", "float32", False, 1024, "splash"),
         ("gpu", "cudnn", "float16", True, 256, "model.second_time: MeanFlow differentiates in forward mode"),
         ("gpu", "cudnn", "float32", False, 256, "model.dtype is float32"),
+        ("gpu", "cudnn", "float16", False, 257, "the network has 257 tokens, an odd number"),
         ("gpu", "splash", "bfloat16", False, 256, "the device is a gpu, not a TPU"),
         ("tpu", "cudnn", "bfloat16", False, 256, "the device is a tpu, not a GPU"),
         ("tpu", "splash", "bfloat16", True, 256, "model.second_time"),
@@ -38,6 +41,15 @@ def test_the_choice(platform, given, dtype, second_time, tokens, chosen, monkeyp
         return
     with pytest.raises(ConfigError, match=re.escape(f"model.attention = {given!r} is not possible: {chosen}")):
         attention.choose(given, dtype, second_time, tokens)
+
+
+@pytest.mark.parametrize(("width", "chosen"), [(64, "cudnn"), (72, "cudnn"), (128, "cudnn"), (60, "xla"), (136, "xla")])
+def test_the_choice_by_the_width_of_a_head(width, chosen, monkeypatch):
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    assert attention.choose("auto", "bfloat16", width=width) == chosen
+    if chosen == "xla":
+        with pytest.raises(ConfigError, match=f"a head is {width} wide, not a multiple of 8 up to 128"):
+            attention.choose("cudnn", "bfloat16", width=width)
 
 
 @pytest.mark.parametrize(("platform", "kernel"), [("gpu", "cudnn"), ("cpu", "xla")])
@@ -54,6 +66,26 @@ def test_the_network_takes_what_was_chosen(platform, kernel, monkeypatch):
     x, t, y = jnp.zeros((2, 4, 4, 2)), jnp.zeros(2), jnp.zeros(2, jnp.int32)
     jax.eval_shape(model.apply, jax.eval_shape(model.init, jax.random.key(0)), x, t, y)
     assert set(found) == {kernel}
+
+
+@pytest.mark.parametrize(("remat", "forward"), [("named", 1), ("full", 2), ("none", 1)])
+def test_the_backward_pass_runs_the_forward_kernel_of_cudnn_again_only_if_asked_to(remat, forward, monkeypatch):
+    """In the gradient as traced: no GPU is needed. `named` keeps the output once, beside the softmax's statistics."""
+    cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    model = models.make("dit", (8, 8, 2), 3, depth=6, width=48, heads=2, mlp_ratio=3.0, dtype="bfloat16", remat=remat)
+    x, t, y = jnp.zeros((5, 8, 8, 2)), jnp.zeros(5), jnp.zeros(5, jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    gradient = jax.make_jaxpr(jax.grad(lambda params: model.apply(params, x, t, y)[0].sum()))(params)
+    scans = [eqn for eqn in gradient.eqns if eqn.primitive.name == "scan"]
+    kernels = [eqn.primitive.name for eqn in equations(gradient.jaxpr) if "dot_product" in eqn.primitive.name]
+    assert sum("fwd" in name for name in kernels) == forward * 2, kernels  # two scans
+    assert sum("bwd" in name for name in kernels) == 2, kernels
+    if remat == "named":
+        kept = [(v.aval.shape, str(v.aval.dtype)) for v in scans[0].outvars]
+        assert kept.count(((3, 5, 2, 16), "float32")) == 1, kept
+        assert kept.count(((3, 5, 16, 2, 24), "bfloat16")) == 1, kept
 
 
 def inputs(width: int, batch: int = 1):

@@ -3,7 +3,6 @@
 from functools import cache, partial
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from diversedit_jax import models
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import dit
 from diversedit_jax.models.dit import REMAT, SIZES, SKIPS, Block, Merge, patchify, position_table, unpatchify
+from tests.jaxprs import equations
 
 SHAPE, CLASSES, WIDTH, HEADS, BATCH = (4, 8, 3), 5, 16, 2, 3  # not square: height and width cannot be confused
 
@@ -63,14 +63,6 @@ def assert_close(found, wanted, message: str, tolerance: float = 2e-5):
         np.testing.assert_allclose(ours / scale, theirs / scale, rtol=0, atol=tolerance, err_msg=name)
 
     jax.tree_util.tree_map_with_path(compare, found, wanted)
-
-
-def equations(jaxpr):
-    """All equations of a jaxpr, those of the jaxprs within it too."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            yield from equations(inner)
 
 
 # --- Sizes.

@@ -11,7 +11,6 @@ from pathlib import Path
 import equinox as eqx
 import flax.linen as nn
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -32,6 +31,7 @@ from diversedit_jax.losses.diversity import (
     select_pairs,
 )
 from diversedit_jax.models.dit import Merge
+from tests.jaxprs import equations
 
 ROOT = Path(__file__).parent.parent
 
@@ -458,14 +458,6 @@ def test_warm_up():
 
 
 # --- Cost.
-
-
-def equations(jaxpr):
-    """All equations of a jaxpr, those of the jaxprs within it too."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            yield from equations(inner)
 
 
 def trace(loss: Callable, *args):

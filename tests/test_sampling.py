@@ -1,5 +1,6 @@
 """From trained networks to images: every solver on what it can sample, wrong combinations refused before compiling."""
 
+import re
 from functools import partial
 
 import jax
@@ -11,7 +12,7 @@ from configs import default
 from diversedit_jax import config as configs
 from diversedit_jax import experiment, models, prepare, sampling, sharding
 from diversedit_jax.data import pipeline
-from diversedit_jax.errors import ConfigError
+from diversedit_jax.errors import ConfigError, NonFiniteError
 from diversedit_jax.models import Model
 from diversedit_jax.train_state import initializer, train_step
 
@@ -250,12 +251,52 @@ def test_a_weak_state_of_the_model_guides_it(source):
     np.testing.assert_array_equal(plain(three, {}, labels, 0, weak=one), plain(three, {}, labels, 0))
 
 
+# --- Batches in flight.
+
+
+def test_the_next_batch_is_dispatched_before_one_is_fetched(monkeypatch):
+    """On eight devices that exchange what they compute: at most two batches are in flight, and no image changes."""
+    model = models.make("dit", SHAPE, CLASSES, depth=2, width=16, heads=2)
+    layout = sharding.make(data=2, fsdp=2, tensor=2)
+    sample = sampling.make(model, PIXELS, SHAPE, CLASSES, sampling.Flow(), layout, steps=3, batch_size=8)
+    where = sharding.shardings(experiment.abstract_params(model, layout), layout)
+    params, labels = jax.jit(model.init, out_shardings=where)(jax.random.key(0)), np.arange(29) % CLASSES
+    alone = [sample(params, {}, labels[k : k + 8], 5, first=100 + k) for k in range(0, 29, 8)]
+
+    done, put, device_get = [], sharding.put, jax.device_get
+
+    def put_batch(tree, where):
+        done.extend(["put"] * isinstance(tree, tuple))
+        return put(tree, where)
+
+    def get(images):
+        done.append("get")
+        return device_get(images)
+
+    monkeypatch.setattr(sharding, "put", put_batch)
+    monkeypatch.setattr(jax, "device_get", get)
+    np.testing.assert_array_equal(sample(params, {}, labels, 5, first=100), np.concatenate(alone))
+    assert done == ["put", "put", "get", "put", "get", "put", "get", "get"]
+
+
+def test_the_first_batch_that_is_not_finite_is_named():
+    """Though the next was dispatched, and those after it would be finite."""
+    model = Model(lambda key: {}, lambda params, x, t, y: (jnp.where(y == 2, jnp.nan, 0)[:, None, None, None] * x, ()))
+    sample = sampling.make(model, PIXELS, SHAPE, CLASSES, sampling.Flow(), sharding.make(), steps=2, batch_size=8)
+    for labels, message in ([0, 1, 2, 0, 0], "116 to 123"), ([0, 1, 0, 1, 2], "132 to 139"), ([2], "100 to 107"):
+        with pytest.raises(NonFiniteError, match=f"samples {message} are not finite"):
+            sample({}, {}, np.repeat(labels, 8), 0, first=100)
+    assert sample({}, {}, np.repeat([0, 1], 8), 0).shape == (16, *SHAPE)
+
+
 def test_the_program_is_lowered_for_abstract_arrays():
     model = models.make("dit", SHAPE, CLASSES, depth=2, width=16, heads=2)
     layout = sharding.make(data=2, devices=jax.devices()[:2])
     options = {"solver": "euler", "steps": 2, "batch_size": 5}
     sample = sampling.make(model, PIXELS, SHAPE, CLASSES, sampling.Flow(), layout, **options)
     params = experiment.abstract_params(model, layout)
-    images, finite = sample.lower(params, {}).out_info
+    lowered = sample.lower(params, {})
+    images, finite = lowered.out_info
     assert (images.shape, images.dtype) == ((6, *SHAPE), np.float32)  # 5, filled up for the devices of the layout
     assert finite.shape == ()
+    assert re.search(r"%arg\d+: tensor<i1>", lowered.as_text()), "it does not wait for the batch before"

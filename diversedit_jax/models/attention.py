@@ -8,6 +8,7 @@ from functools import cache
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
@@ -22,10 +23,10 @@ LANES = 128  # splash takes tokens in multiples of it
 LARGEST = 512  # tokens of a block of splash
 
 
-def choose(attention: str, dtype: str, second_time: bool = False, tokens: int = LANES) -> str:
+def choose(attention: str, dtype: str, second_time: bool = False, tokens: int = LANES, width: int = 64) -> str:
     """One of KERNELS: as asked for, or for `auto` cuDNN's where it can run; ConfigError for what cannot.
 
-    The platform is that of the mesh that is set, else of this process.
+    width: of a head. The platform is that of the mesh that is set, else of this process.
     """
     if attention not in (choices := ("auto", *KERNELS)):
         raise ConfigError(f"model.attention = {attention!r} is unknown; {suggestion(attention, choices)}")
@@ -36,6 +37,9 @@ def choose(attention: str, dtype: str, second_time: bool = False, tokens: int = 
         "cudnn": {
             f"the device is a {platform}, not a GPU": platform not in ("gpu", "cuda", "rocm"),
             f"model.dtype is {dtype}, not bfloat16 or float16": dtype == "float32",
+            f"a head is {width} wide, not a multiple of 8 up to 128": width % 8 != 0 or width > 128,
+            # jax 0.10 takes the empty bias that it makes itself for one, and with a bias cuDNN's gradient wants this
+            f"the network has {tokens} tokens, an odd number": tokens % 2 != 0,
             forward: second_time,
         },
         "splash": {
@@ -54,14 +58,28 @@ def choose(attention: str, dtype: str, second_time: bool = False, tokens: int = 
 def attend(
     q: Float[Array, "b n h d"], k: Float[Array, "b n h d"], v: Float[Array, "b n h d"], kernel: str
 ) -> Float[Array, "b n h d"]:
-    """softmax(q k^T / sqrt(d)) v for every head."""
-    if kernel != "splash":
-        return jax.nn.dot_product_attention(q, k, v, implementation=kernel)
+    """softmax(q k^T / sqrt(d)) v for every head.
+
+    What the backward pass reads is named ATTENDED, or is what `kept` tells of, and is there once.
+    """
+    if kernel == "xla":
+        return checkpoint_name(jax.nn.dot_product_attention(q, k, v, implementation="xla"), ATTENDED)
+    if kernel == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     mesh = jax.sharding.get_abstract_mesh()
     if not set(sharding.AXES) <= set(mesh.axis_names):
         return splash(q, k, v)
     heads = PartitionSpec(sharding.BATCH, None, "tensor", None)  # the compiler cannot divide a kernel by itself
     return jax.shard_map(splash, in_specs=(heads,) * 3, out_specs=heads, check_vma=False)(q, k, v)
+
+
+def kept(primitive, *_, **__) -> bool:
+    """The policy of `jax.checkpoint` that saves what cuDNN's kernel gives: its output and the softmax's statistics.
+
+    jax names neither, and its backward pass would run the kernel a second time. A jax that calls the kernel's primitive
+    otherwise is not harmed: then it does so.
+    """
+    return primitive.name.startswith("dot_product_attention_fwd")
 
 
 def splash(

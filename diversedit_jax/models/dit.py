@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from diversedit_jax import sharding
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import Model, functional
-from diversedit_jax.models.attention import ATTENDED, attend, choose
+from diversedit_jax.models.attention import ATTENDED, attend, choose, kept
 from diversedit_jax.slots import suggestion
 
 EPS = 1e-6  # of every LayerNorm
@@ -71,10 +71,12 @@ KERNELS = {
 
 # What the backward pass keeps of a block; the rest is computed again.
 NAMES = ("ada", "qkv", ATTENDED, "proj", "fc1", "fc2", "out")
+POLICIES = jax.checkpoint_policies
 REMAT = {
-    "named": jax.checkpoint_policies.save_only_these_names(*NAMES),  # the output of every matmul
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    # the output of every matmul, and of every kernel of attention
+    "named": POLICIES.save_from_both_policies(POLICIES.save_only_these_names(*NAMES), kept),
+    "dots": POLICIES.dots_with_no_batch_dims_saveable,
+    "full": POLICIES.nothing_saveable,
     "none": None,  # everything is kept
 }
 
@@ -123,7 +125,7 @@ class Block(nnx.Module):
         q, k, v = jnp.moveaxis(qkv, 2, 0)
         if self.q_norm is not None:
             q, k = self.q_norm(q).astype(v.dtype), self.k_norm(k).astype(v.dtype)
-        out = checkpoint_name(attend(q, k, v, self.attention), ATTENDED)
+        out = attend(q, k, v, self.attention)
         return checkpoint_name(self.proj(out.reshape(x.shape)), "proj")
 
     def _mlp(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
@@ -387,7 +389,8 @@ def make(
     out_channels: of the prediction (None: as the input; DiT, which predicts noise and variance, has twice as many).
     second_time: the network also takes `span` = t - r, embedded like t, as MeanFlow's does (arXiv 2505.13447).
     attention: `xla`, `cudnn` or `splash`, all with the softmax in float32, see `models.attention`; `auto` takes cuDNN's
-        kernel on a GPU in half precision, but not with second_time: it cannot be differentiated in forward mode.
+        kernel on a GPU in half precision, but not with second_time: it cannot be differentiated in forward mode; nor
+        for an odd number of tokens, or heads whose width is not a multiple of 8.
     token_width: the network also takes `token` [b token_width], a noised class token that stands before the patches,
         and predicts the pair (image's, token's), as REG's does (arXiv 2507.01467).
     """
@@ -441,7 +444,7 @@ def make(
         tuple(sorted(set(cuts))),
         out_channels,
         second_time,
-        choose(attention, dtype, second_time, tokens),
+        choose(attention, dtype, second_time, tokens, dims.width // dims.heads),
         token_width,
     )
     return functional(lambda rngs: build(rngs=rngs))._replace(token_width=token_width)
