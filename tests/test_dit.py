@@ -409,9 +409,11 @@ def test_bfloat16_is_for_matmuls_only():
 
     jaxpr = jax.make_jaxpr(half.apply)(params, *inputs()).jaxpr
     dots = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
-    wide = [str(e) for e in dots if any(v.aval.dtype == jnp.float32 for v in e.invars)]
+    wide = [e for e in dots if any(v.aval.dtype == jnp.float32 for v in e.invars)]
     # The two of the time embedding; softmax times v accumulates in float32 too, but its inputs are bfloat16.
-    assert len(wide) == 2, "\n".join(wide)
+    assert len(wide) == 2, "\n".join(map(str, wide))
+    highest = (jax.lax.Precision.HIGHEST,) * 2  # else a TPU rounds what it multiplies to bfloat16
+    assert [e.params["precision"] for e in wide] == [highest] * 2
     assert len(dots) > 12
     narrow = [
         e.primitive.name

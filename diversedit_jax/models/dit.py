@@ -160,7 +160,7 @@ class TimeEmbedding(nnx.Module):
     """The sinusoids of t, not multiplied by 1000, through a two-layer MLP, in float32."""
 
     def __init__(self, width: int, frequencies: int = 256, *, rngs: nnx.Rngs):
-        linear = partial(nnx.Linear, kernel_init=nnx.initializers.normal(0.02), rngs=rngs)
+        linear = partial(nnx.Linear, kernel_init=nnx.initializers.normal(0.02), precision="highest", rngs=rngs)
         self.fc1 = linear(frequencies, width)
         self.fc2 = linear(width, width)
         self.frequencies = frequencies
@@ -383,7 +383,9 @@ def make(
     skip: long residual connections: `none`, `release`, `paper`, `skip_dit` or `uvit`; see SKIPS.
     skip_init: of the merging Linear: `xavier`, `torch`, `trunc_normal` or `identity` (None: as `skip` has it).
     dtype: of matmuls. stream_dtype: of the residual stream and the features. Parameters, norms, softmax, embeddings and
-        the output are float32 always.
+        the output are float32 always, the products of the time embedding also on TPUs. Other products in float32 are as
+        precise as jax's default there, which rounds operands to bfloat16 (JAX_DEFAULT_MATMUL_PRECISION=highest: none
+        does). In bfloat16, a weight's gradient is rounded to it before it is summed over devices.
     remat: what the backward pass keeps: `named` (the output of each matmul), `dots`, `full` (nothing), `none` (all).
     capture: features are taken after the merge (`merged`, as the released loss does) or before it (`block`).
     out_channels: of the prediction (None: as the input; DiT, which predicts noise and variance, has twice as many).
