@@ -27,6 +27,7 @@ from diversedit_jax.losses.diversity import (
     dispersion,
     diversity_loss,
     mutual_information,
+    mutual_information_among,
     orthogonality,
     select_pairs,
 )
@@ -216,6 +217,7 @@ def test_random_pairs_are_fixed_by_the_seed_and_redrawn_by_the_key(rule):
     appear = np.unique(np.concatenate(drawn))
     np.testing.assert_array_equal(appear, np.arange(12), err_msg="blocks that 20 draws never reach")
 
+    jax.jit(lambda: np.asarray(select_pairs(12, rule, k=5)))()  # without a key they are known inside of jit as well
     one, again, other = (select_pairs(12, rule, k=5, seed=seed) for seed in (3, 3, 4))
     np.testing.assert_array_equal(one, again)
     assert (one != other).any(), "two seeds, one draw"
@@ -239,6 +241,38 @@ def test_traced_pairs_equal_known_pairs(form, detach):
         np.testing.assert_allclose(traced_terms[name], terms[name], rtol=1e-5, err_msg=name)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6 * np.abs(wanted).max())
     assert np.abs(wanted).max() > 0
+
+
+@pytest.mark.parametrize(("rule", "redraw", "groups"), [("all", False, 1), ("random_layers", True, 2)])
+def test_all_pairs_of_some_blocks_cost_no_pair(rule, redraw, groups):
+    """Values to 1e-6 and gradients to 1e-5 of those pair by pair, also rematerialised and for features of zero."""
+    x = similar(share=0.3)
+    x[1], x[2, 0], x[3, :, :, 2] = 0, 0, 0  # a block, an example, a channel
+    settings = PRESETS["paper"]._replace(rule=rule, k=5, redraw=redraw, weight="constant")
+
+    def given(x, key):
+        pairs = select_pairs(L, rule, k=5, key=key if redraw else None)
+        return diversity_loss(x, pairs, settings, groups=groups)
+
+    def own(x, key):
+        return diversity_loss(x, settings=settings, key=key, groups=groups)
+
+    key = jax.random.key(3)
+    (wanted, terms), gradient = jax.jit(jax.value_and_grad(given, has_aux=True))(jnp.asarray(x), key)
+    (loss, found), ours = jax.jit(jax.value_and_grad(jax.checkpoint(own), has_aux=True))(jnp.asarray(x), key)
+    np.testing.assert_allclose(loss, wanted, atol=1e-6)
+    for name, term in terms.items():
+        np.testing.assert_allclose(found[name], term, atol=1e-6, err_msg=name)
+    np.testing.assert_allclose(ours, gradient, atol=1e-5 * np.abs(gradient).max())
+    assert np.abs(gradient).max() > 0
+
+
+def test_weights_of_blocks_are_those_of_their_pairs():
+    x, weights = similar(), np.linspace(0.1, 1, L)
+    pairs = np.stack(np.triu_indices(L, 1), axis=1)
+    cosines = [mutual_information(x, pair[None], of_cosine="signed") for pair in pairs]
+    wanted = np.average(cosines, weights=weights[pairs].prod(axis=1))
+    np.testing.assert_allclose(mutual_information_among(x, jnp.asarray(weights, jnp.float32)), wanted, rtol=1e-5)
 
 
 def test_features_as_tuple_list_stack_or_numpy():
@@ -464,11 +498,15 @@ def trace(loss: Callable, *args):
     return list(equations(jax.make_jaxpr(loss)(*args).jaxpr))
 
 
-@pytest.mark.parametrize("rule", ["release", "random_layers", "random_pairs"])
-def test_nothing_larger_than_the_features_is_made(rule):
-    blocks, shape = 12, (2, 16, 64)
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [({"rule": "release"}, 12), ({"rule": "random_pairs", "redraw": True}, 12), ({"preset": "paper"}, 1)],
+)
+def test_nothing_larger_than_the_features_is_made(options, most):
+    """most: features of how many blocks, in one array; the paper's form never has those of two."""
+    blocks, shape = 12, (2, 32, 64)
     features = [jnp.ones(shape)] * blocks
-    loss = losses.make("diversity", rule=rule, redraw=True)
+    loss = losses.make("diversity", **options)
 
     def run(features, key):
         return jax.value_and_grad(lambda f: loss.apply({}, as_forward((f[0], *f)), {}, None, jnp.int32(0), key)[0])(
@@ -476,7 +514,7 @@ def test_nothing_larger_than_the_features_is_made(rule):
         )
 
     largest = max(np.prod(v.aval.shape) for e in trace(run, features, jax.random.key(0)) for v in e.outvars)
-    assert largest <= blocks * np.prod(shape), f"an intermediate of {largest} elements for {blocks} blocks of {shape}"
+    assert largest <= most * np.prod(shape), f"an intermediate of {largest} elements for {blocks} blocks of {shape}"
 
 
 def test_cost_is_linear_in_the_pairs_and_in_the_blocks():

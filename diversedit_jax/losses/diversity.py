@@ -22,6 +22,7 @@ Features = Sequence[Float[Array | np.ndarray, "b n d"]] | Float[Array | np.ndarr
 Pairs = Sequence[tuple[int, int]] | np.ndarray | Array  # [p 2]; a traced array where pairs are redrawn in the step
 
 RULES = ("release", "random_layers", "random_pairs", "all", "adjacent", "mirror")
+COMPLETE = ("random_layers", "all")  # rules that compare every two of some blocks
 
 
 def select_pairs(
@@ -53,6 +54,7 @@ def select_pairs(
     if k < least:
         raise ValueError(f"rule {rule!r} with k = {k} compares nothing: k must be at least {least}")
     upper = np.stack(np.triu_indices(num_blocks, 1), axis=1)
+    np_or_jnp = np if key is None else jnp  # what numpy draws is known inside of jit as well
     match rule:
         case "release":
             limit = min(k, len(upper))
@@ -60,11 +62,10 @@ def select_pairs(
             walk = [(i % num_blocks, j % num_blocks) for i in rows for j in range(i + 1, num_blocks)]
             pairs = np.array([(i, j) for i, j in walk if i != j][:limit])
         case "random_layers":
-            chosen = jnp.sort(_permutation(key, seed, num_blocks)[:k])
-            rows, columns = np.triu_indices(len(chosen), 1)
-            pairs = jnp.stack([chosen[rows], chosen[columns]], axis=1)
+            chosen = np_or_jnp.sort(_permutation(key, seed, num_blocks)[:k])
+            pairs = chosen[np.stack(np.triu_indices(len(chosen), 1), axis=1)]
         case "random_pairs":
-            pairs = jnp.asarray(upper)[_permutation(key, seed, len(upper))[:k]]
+            pairs = np_or_jnp.asarray(upper)[_permutation(key, seed, len(upper))[:k]]
         case "all":
             pairs = upper
         case "adjacent":
@@ -75,11 +76,11 @@ def select_pairs(
             raise ValueError(f"unknown pair rule {rule!r}; known: {', '.join(RULES)}")
     if len(pairs) == 0:
         raise ValueError(f"rule {rule!r} with k = {k} and aligned = {aligned} gives no pair for {num_blocks} blocks")
-    return pairs if key is not None else np.asarray(pairs)
+    return pairs
 
 
-def _permutation(key: PRNGKeyArray | None, seed: int, n: int) -> Array:
-    return jnp.asarray(np.random.default_rng(seed).permutation(n)) if key is None else jax.random.permutation(key, n)
+def _permutation(key: PRNGKeyArray | None, seed: int, n: int) -> np.ndarray | Array:
+    return np.random.default_rng(seed).permutation(n) if key is None else jax.random.permutation(key, n)
 
 
 def orthogonality(
@@ -122,6 +123,24 @@ def mutual_information(
         highest = jax.lax.Precision.HIGHEST
         cosines = jnp.einsum("lbnd,mbnd->lm", first, second, precision=highest)[pairs[:, 0], pairs[:, 1]] / tokens
     return _of_cosine(cosines, of_cosine).mean()
+
+
+def mutual_information_among(features: Features, block_weights: Float[Array, " l"] | None = None) -> Float[Array, ""]:
+    """The signed L_MI over all pairs of blocks, of which the pair (i, j) counts w_i w_j, without visiting the pairs.
+
+    The sum over pairs of w_i w_j <u_i, u_j>, u a token's unit features, is (|sum_i w_i u_i|^2 - sum_i |w_i u_i|^2) / 2:
+    the work is linear in the blocks, and no unit features are stored. With `block_weights` of 0 and 1 (None: all 1) it
+    is `mutual_information` over the pairs among the blocks of weight 1.
+    """
+    blocks = _blocks(features)
+    weights = jnp.ones(len(blocks), blocks[0].dtype) if block_weights is None else block_weights
+    total, own = 0.0, 0.0
+    for f, weight in zip(blocks, weights, strict=True):
+        scale = weight / _norm(f, axis=-1)
+        total += f * scale
+        own += jnp.sum(f * f, axis=-1, keepdims=True) * scale**2
+    pairs = weights.sum() ** 2 - jnp.sum(weights**2)  # twice
+    return (jnp.sum(total * total, axis=-1, keepdims=True) - own).mean() / pairs
 
 
 def dispersion(
@@ -209,6 +228,8 @@ def diversity_loss(
     settings: Settings = PRESETS["release"],
     *,
     aligned: int | None = None,
+    key: PRNGKeyArray | None = None,
+    seed: int = 0,
     groups: int = 1,
     detach: str | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
@@ -216,8 +237,10 @@ def diversity_loss(
 
     Args:
         features: the outputs of L blocks, [b n d] each.
-        pairs: [p 2], from `select_pairs`; by default those of `settings`, fixed.
+        pairs: [p 2], from `select_pairs`; by default those of `settings`, which for the rules `random_layers` and `all`
+            cost less than the same pairs given (see `mutual_information_among`).
         aligned: the depth (from 1) of the block aligned to an encoder, for the released pair rule.
+        key, seed: the draw of the random rules: with `key`, if given, where `settings` redraw, else from `seed`.
         groups: the statistics, and the weight, are taken within each of `groups` equal parts of the batch and averaged;
             the published runs took them per GPU, 32 examples each.
         detach: stop the gradient of the `first` or the `second` block of each pair.
@@ -225,10 +248,12 @@ def diversity_loss(
     Returns: the weighted loss, and its parts: orthogonality, mutual_information, dispersion, loss (unweighted), weight.
     """
     blocks = _blocks(features)
+    complete = pairs is None and settings.rule in COMPLETE
     if pairs is None:
-        pairs = select_pairs(len(blocks), settings.rule, k=settings.k, aligned=aligned)
+        key = key if settings.redraw else None
+        pairs = select_pairs(len(blocks), settings.rule, k=settings.k, aligned=aligned, key=key, seed=seed)
     pairs = _known_or_traced(pairs, len(blocks))
-    compute = partial(_diversity_loss, pairs=pairs, settings=settings, detach=detach)
+    compute = partial(_diversity_loss, pairs=pairs, complete=complete, settings=settings, detach=detach)
     if groups == 1:
         return compute(blocks)
     batch = blocks[0].shape[0]
@@ -238,12 +263,18 @@ def diversity_loss(
     return jax.tree.map(jnp.mean, jax.vmap(compute)(split))
 
 
-def _diversity_loss(blocks: tuple[Array, ...], *, pairs: Pairs, settings: Settings, detach: str | None):
+def _diversity_loss(blocks: tuple[Array, ...], *, pairs: Pairs, complete: bool, settings: Settings, detach: str | None):
     s = settings
     selected = jnp.zeros(len(blocks), blocks[0].dtype).at[pairs.reshape(-1)].set(1)
+    if complete and s.mutual_information == "signed" and detach is None:
+        known = isinstance(pairs, np.ndarray)
+        compared, weights = ([blocks[i] for i in np.unique(pairs)], None) if known else (blocks, selected)
+        information = mutual_information_among(compared, weights)
+    else:
+        information = mutual_information(blocks, pairs, of_cosine=s.mutual_information, detach=detach)
     terms = {
         "orthogonality": orthogonality(blocks, pairs, of_cosine=s.orthogonality, detach=detach),
-        "mutual_information": mutual_information(blocks, pairs, of_cosine=s.mutual_information, detach=detach),
+        "mutual_information": information,
         "dispersion": dispersion(
             blocks,
             absolute=s.dispersion_absolute,
@@ -308,9 +339,8 @@ def make(
 
     def apply(params, forward, batch, teacher, step, key):
         blocks = forward.features[1:]
-        drawn = key if settings.redraw and settings.rule.startswith("random") else None
-        pairs = select_pairs(len(blocks), settings.rule, k=settings.k, aligned=aligned, key=drawn, seed=seed)
-        loss, metrics = diversity_loss(blocks, pairs, settings, groups=groups, detach=detach)
+        draw = {"aligned": aligned, "key": key, "seed": seed}
+        loss, metrics = diversity_loss(blocks, settings=settings, **draw, groups=groups, detach=detach)
         ramp = jnp.minimum(1.0, step / warmup_steps) if warmup_steps else 1.0
         return ramp * loss, metrics | {"weight": ramp * metrics["weight"]}
 
