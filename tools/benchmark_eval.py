@@ -1,30 +1,17 @@
-"""Time what an evaluation takes beside sampling: features, moments, distances.
-
-    python -m tools.benchmark_eval [--extractor=inception=FILE] [--out=tools/benchmarks/eval_cpu.json]
+"""What an evaluation takes beside sampling: features, moments, distances, in turn.
 
 Without a file FID's Inception has random weights, which take as long. Features are those of random images of 256
 pixels, through the function that evaluation uses, so in float32 and with their way to the host; its resizing to 299
-pixels is also timed alone. The Frechet distance of 2,048 features is timed in turn with the usual square root of the
-product of covariances (scipy's sqrtm), whose eigenvalues fall over five orders of magnitude. Precision and recall are
-of fewer images than a paper's, and extrapolated by the number of distances.
-
-Rounds go through all forms in turn, so that what disturbs the machine disturbs them alike; a time is the median over
-rounds, after one that warms up. Where other programs run, ratios hold and seconds do not: the load is in the file.
+pixels is also timed alone. The Frechet distance of 2,048 features is timed beside the usual square root of the product
+of covariances (scipy's sqrtm), whose eigenvalues fall over five orders of magnitude. Precision and recall are of fewer
+images than a paper's, and extrapolated by the number of distances.
 """
 
-import json
-import os
-import platform
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import scipy.linalg
-from absl import flags
 
 from diversedit_jax import extractors, logs, program, scoring, sharding
 from diversedit_jax.errors import ConfigError
@@ -32,6 +19,8 @@ from diversedit_jax.extractors import Extractor, Features
 from diversedit_jax.metrics.frechet import frechet_distance
 from diversedit_jax.metrics.precision_recall import precision_recall
 from diversedit_jax.models import inception
+from tools import timing
+from tools.timing import spread_of
 
 WIDTH, SIDE = 2048, 256
 PART, GATHERED = 256, 2_048  # images at a time whose moments are merged
@@ -74,27 +63,6 @@ def by_sqrtm(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.nd
     return float(np.sum((mean1 - mean2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * np.trace(root).real)
 
 
-def measure(forms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each form in each round, after one that does not count."""
-    found: dict[str, list[float]] = {name: [] for name in forms}
-    for number in range(rounds + 1):
-        for name, form in forms.items():
-            begin = time.perf_counter()
-            form()
-            if number:
-                found[name].append(time.perf_counter() - begin)
-    return found
-
-
-def hardware() -> dict[str, Any]:
-    """The processor, its cores, and how many programs ran in the last minute before this one."""
-    about = Path("/proc/cpuinfo")
-    lines = about.read_text(encoding="utf-8").splitlines() if about.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    load = round(os.getloadavg()[0], 1)
-    return {"processor": (names or [platform.machine()])[0], "cores": os.cpu_count(), "load": load}
-
-
 def run(one: Extractor, batch: int, rounds: int) -> dict[str, Any]:
     """All figures."""
     rng = np.random.default_rng(0)
@@ -125,14 +93,14 @@ def run(one: Extractor, batch: int, rounds: int) -> dict[str, Any]:
     }
     if one.name != "inception":
         del forms["resizing"]
-    spread = measure(forms, rounds)
-    seconds = {name: statistics.median(times) for name, times in spread.items()}
+    times = timing.in_turn({name: timing.clocked(form) for name, form in forms.items()}, rounds)
+    spreads = {name: timing.spread(values) for name, values in times.items()}
+    seconds = {name: found["median"] for name, found in spreads.items()}
     pairs = REFERENCE**2 + SAMPLES**2 + REFERENCE * SAMPLES
     wanted = PAPER[0] ** 2 + PAPER[1] ** 2 + PAPER[0] * PAPER[1]
     flops = operations(one)
     return {
-        "seconds": seconds,
-        "spread": {name: [min(times), max(times)] for name, times in spread.items()},
+        "rows": [{"name": name, "s": found} for name, found in spreads.items()],
         "features_per_s": batch / seconds["features"],
         "features_tflops_per_s": batch / seconds["features"] * flops / 1e12,
         "gflop_per_image": flops / 1e9,
@@ -148,47 +116,26 @@ def run(one: Extractor, batch: int, rounds: int) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The figures for a terminal."""
-    rows = [f"{'':<32}{'seconds':>10}{'fastest':>10}{'slowest':>10}"]
-    for name, seconds in found["seconds"].items():
-        low, high = found["spread"][name]
-        rows.append(f"{name:<32}{seconds:>10.3f}{low:>10.3f}{high:>10.3f}")
-    rows += [
-        "",
-        f"features: {logs.brief(found['features_per_s'])} images/s, {found['features_tflops_per_s']:.3f} TFLOP/s"
+    """The figures for a person."""
+    lines = [[row["name"], spread_of(row["s"], 3)] for row in found["rows"]]
+    share = found["resizing_share"]
+    notes = [
+        f"Features: {logs.brief(found['features_per_s'])} images/s, {found['features_tflops_per_s']:.3f} TFLOP/s"
         f" ({found['gflop_per_image']:.1f} GFLOP an image)"
-        + (f", {share:.1%} of the time for resizing" if (share := found["resizing_share"]) is not None else ""),
-        *(f"moments: {logs.brief(rate)} images/s in parts of {n}" for n, rate in found["moments_per_s"].items()),
+        + ("." if share is None else f", {share:.1%} of the time for resizing."),
+        *(f"Moments: {logs.brief(rate)} images/s in parts of {n}." for n, rate in found["moments_per_s"].items()),
         f"Frechet distance: {found['frechet_ratio']:.1f} times as fast as by sqrtm, which differs by"
-        f" {found['frechet_difference']:.0e} of it",
+        f" {found['frechet_difference']:.0e} of it.",
     ]
     for mode, seconds in found["precision_recall_extrapolated_s"].items():
         sizes = f"{PAPER[0]:,} and {PAPER[1]:,}"
-        rows.append(f"precision and recall of {sizes}, {mode}: about {logs.duration(seconds)}, extrapolated")
-    return "\n".join(rows)
+        notes.append(f"Precision and recall of {sizes}, {mode}: about {logs.duration(seconds)}, extrapolated.")
+    return timing.table(("", "seconds"), lines) + "\n\n" + "\n".join(f"- {note}" for note in notes)
 
 
-if __name__ == "__main__":
-    flags.DEFINE_string("extractor", None, "NAME=FILE, NAME=FILE,OPTION=VALUE; by default Inception without a file.")
-    flags.DEFINE_integer("batch_size", 32, "Images at a time, over all devices.")
-    flags.DEFINE_integer("rounds", 3, "Rounds that count.")
-    flags.DEFINE_string("out", None, "JSON file to write the figures to.")
-
-    def main() -> None:
-        """Measure, print, write."""
-        logs.silence()
-        given = {name: flags.FLAGS[name].value for name in ("batch_size", "rounds", "extractor")}
-        if given["rounds"] < 1:
-            raise ConfigError(f"--rounds={given['rounds']}: must be at least 1")
-        named = program.named_files("extractor", [given["extractor"]] if given["extractor"] else [])
-        one = next((extractors.make(name, **options) for name, options in named.items()), None) or random_inception()
-        where = hardware()
-        found = run(one, given["batch_size"], given["rounds"])
-        print(f"{where['cores']} x {where['processor']}, load {where['load']} before; jax {jax.__version__}")
-        print(table(found))
-        if flags.FLAGS.out:
-            given["extractor"] = dict(one.about["weights"])  # not the place of its file
-            figures = {"versions": logs.versions() | {"scipy": scipy.__version__}, "hardware": where, "flags": given}
-            Path(flags.FLAGS.out).write_text(json.dumps(figures | found, indent=2) + "\n", encoding="utf-8")
-
-    program.launch(main)
+def main(given: Any) -> tuple[dict[str, Any], str]:
+    """The figures of a benchmark with these flags, and their table."""
+    named = program.named_files("extractor", [given.extractor] if given.extractor else [])
+    one = next((extractors.make(name, **options) for name, options in named.items()), None) or random_inception()
+    found = run(one, given.batch_size, given.rounds) | {"weights": dict(one.about["weights"])}
+    return found, table(found)

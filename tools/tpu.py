@@ -4,6 +4,7 @@ import re
 from math import prod
 from typing import NamedTuple
 
+from diversedit_jax import flops
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.slots import suggestion
 
@@ -15,7 +16,7 @@ class Generation(NamedTuple):
     hbm_gbps: GB/s to and from HBM. link_gbps: GB/s that one link to a neighbour carries in one direction; a chip has
     one for each of `links`. dcn_gbps: GB/s of a chip's share in its host's network. clock_ghz: of a core, what the
     published peak needs with the published number of matrix units. None: we have not found it.
-    cores: how many of the cores that a slice is named by a chip has.
+    cores: how many of the cores that a slice is named by a chip has. device_kind: as jax calls it.
     """
 
     hbm_gib: float
@@ -24,6 +25,7 @@ class Generation(NamedTuple):
     links: int
     dcn_gbps: float | None
     clock_ghz: float | None
+    device_kind: str
     cores: int = 1
 
 
@@ -32,10 +34,10 @@ class Generation(NamedTuple):
 # direction, is from secondary sources, not verified. The network of v5e is 6.4 Tbit/s for 256 chips, that of v5p 50
 # Gbit/s for a chip; of v4 and v6e we have not found one.
 GENERATIONS = {
-    "v4": Generation(30.75, 1200, 50, 6, None, 1.05, cores=2),
-    "v5e": Generation(15.75, 819, 50, 4, 3.125, 1.5),
-    "v5p": Generation(95.74, 2765, 100, 6, 6.25, 1.75, cores=2),
-    "v6e": Generation(31.25, 1638, 100, 4, None, None),
+    "v4": Generation(30.75, 1200, 50, 6, None, 1.05, "TPU v4", cores=2),
+    "v5e": Generation(15.75, 819, 50, 4, 3.125, 1.5, "TPU v5 lite"),
+    "v5p": Generation(95.74, 2765, 100, 6, 6.25, 1.75, "TPU v5", cores=2),
+    "v6e": Generation(31.25, 1638, 100, 4, None, None, "TPU v6 lite"),
 }
 FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 CUBIC = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
@@ -51,6 +53,16 @@ class Slice(NamedTuple):
     def chips(self) -> int:
         """How many there are."""
         return prod(map(int, self.topology.split("x")))
+
+    @property
+    def peak(self) -> float:
+        """FLOP/s of all chips in bfloat16."""
+        return self.chips * flops.peak(GENERATIONS[self.generation].device_kind) * 1e12
+
+    @property
+    def hosts(self) -> int:
+        """Machines that these chips stand in: one has 4, of v5e and v6e up to 8 where they are alone."""
+        return 1 if self.chips <= 8 and GENERATIONS[self.generation].links == 4 else -(-self.chips // 4)
 
     @property
     def named(self) -> str:

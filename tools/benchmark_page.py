@@ -1,0 +1,347 @@
+"""The page of all benchmarks, from their records: tools/benchmarks/README.md and its plots.
+
+    python -m tools.benchmark_page
+
+Reads the records that `tools.benchmark` and `tools.pod_plan` have written there. Run it after either; a test compares.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from diversedit_jax import program
+from diversedit_jax.analysis.drawing import COLOURS, DPI, STYLE
+from diversedit_jax.errors import ConfigError
+from tools import pod_plan, timing
+
+FOLDER = Path(__file__).parent / "benchmarks"
+Record = Mapping[str, Any]
+Records = Mapping[str, Record]
+
+
+def row(record: Record, name: str) -> Record:
+    """The row of this name."""
+    return next(found for found in record["rows"] if found["name"] == name)
+
+
+def torch_row(record: Record) -> Record:
+    """PyTorch's row."""
+    return next(found for found in record["rows"] if found["name"].startswith("PyTorch"))
+
+
+def plans(record: Record) -> list[Record]:
+    """The plans of a record, in order, each with what a plot calls it."""
+    found = []
+    for command, rows in record["plans"].items():
+        first = re.search(r"--config=\S*?(\w+)\.py", command)[1]
+        for one in rows:
+            label = re.sub(r"config=\S*?(\w+)\.py", r"\1", one["setting"]) or first
+            found.append(dict(one) | {"label": label})
+    return found
+
+
+# --- Plots.
+
+
+def spread(axes: Axes, found: Mapping[str, float], place: float, colour: str, factor: float = 1.0) -> None:
+    """A bar to the median and a line between the quartiles."""
+    low, median, high = (found[key] * factor for key in ("low", "median", "high"))
+    axes.barh(place, median, color=colour, height=0.7)
+    axes.plot([low, high], [place, place], color="black", linewidth=0.8)
+
+
+def methods(record: Record, figure: Figure) -> None:
+    """Step time of each method over the baseline's."""
+    axes = figure.subplots()
+    rows = record["rows"]
+    for place, found in enumerate(rows):
+        spread(axes, found["ratio"], -place, COLOURS[1] if "diversedit" in found["name"] else COLOURS[0])
+        axes.text(found["ratio"]["high"] + 0.02, -place, f"{found['ratio']['median']:.3f}", va="center", fontsize=6)
+    axes.set_yticks([-place for place in range(len(rows))], [found["name"] for found in rows])
+    axes.axvline(1, color="black", linewidth=0.6, linestyle=":")
+    axes.set_xlabel("step time, times the baseline's (median and quartiles)")
+
+
+def sizes(record: Record, figure: Figure) -> None:
+    """Images/s and the share of a large product by size."""
+    left, right = figure.subplots(1, 2)
+    for kind, colour in (("sit", COLOURS[0]), ("diversedit", COLOURS[1])):
+        rows = [found for found in record["rows"] if found["name"].startswith(kind)]
+        work = [found["gflop_per_image"] for found in rows]
+        left.plot(work, [found["images_per_s"] for found in rows], "o-", color=colour, label=kind)
+        shares = [100 * found["tflops_per_device"] / record["product_tflops"] for found in rows]
+        right.plot(work, shares, "o-", color=colour)
+    left.set(xscale="log", yscale="log", ylabel="images/s")
+    right.set(xscale="log", ylabel="of one large product, %", ylim=(0, 100))
+    for axes in (left, right):
+        axes.set_xlabel("GFLOP an image: S/2, B/2, L/2, XL/2")
+    left.legend()
+
+
+SCALES = ("depth", "width", "tokens")
+
+
+def scaling(record: Record, figure: Figure) -> None:
+    """Step time against FLOPs, as depth, width or tokens grow."""
+    for axes, what in zip(figure.subplots(1, 3), SCALES, strict=True):
+        rows = sorted(grown(record, what), key=lambda found: found[0])
+        at, ms = [value for value, _ in rows], [1e3 * found["s"]["median"] for _, found in rows]
+        work = [found["gflop_per_image"] for _, found in rows]
+        axes.plot(at, ms, "o-", color=COLOURS[0], label="measured")
+        axes.plot(at, [ms[0] * value / work[0] for value in work], ":", color="black", label="in proportion to FLOPs")
+        axes.set(xscale="log", yscale="log", xlabel=what, xticks=at, xticklabels=at)
+        axes.minorticks_off()
+    figure.axes[0].set_ylabel("ms a step")
+    figure.axes[0].legend()
+
+
+def grown(record: Record, what: str) -> list[tuple[int, Record]]:
+    """The rows of the record in which depth, width or tokens were changed, and its first, which has 6, 384 and 256."""
+    found = [({"depth": 6, "width": 384, "tokens": 256}[what], record["rows"][0])]
+    key = {"depth": "model.depth=", "width": "model.width=", "tokens": "data.shape=("}[what]
+    for one in record["rows"][1:]:
+        word = next((word for word in one["name"].split() if word.startswith(key)), None)
+        if word:
+            value = int(word.removeprefix(key).split(",")[0])
+            found.append(((value // 2) ** 2 if what == "tokens" else value, one))
+    return found
+
+
+def forms(record: Record, figure: Figure) -> None:
+    """Memory of a chip and the estimated step, by what the backward pass keeps and by the kernel of attention."""
+    left, right = figure.subplots(1, 2, sharey=True)
+    for place, found in enumerate(plans(record)):
+        left.barh(place, found["programs"]["train"]["needs_gib"], color=COLOURS[0])
+        if "estimate" in found:
+            ends = [run["step_ms"] for run in (found["estimate"]["hidden"], found["estimate"]["in_turn"]) if run]
+            right.barh(place, max(ends) - min(ends), left=min(ends), color=COLOURS[2])
+    left.set_xlabel("GiB a chip needs (compiler)")
+    right.set_xlabel("ms a step, best to worst (estimated)")
+    left.set_yticks(range(len(plans(record))), [found["label"] for found in plans(record)])
+    left.invert_yaxis()
+
+
+def slices(record: Record, figure: Figure) -> None:
+    """Images/s of a chip and MFU by model, from the worst to the best estimate."""
+    left, right = figure.subplots(1, 2, sharey=True)
+    for place, found in enumerate(plans(record)):
+        runs = [run for run in (found["estimate"]["hidden"], found["estimate"]["in_turn"]) if run]
+        colour = COLOURS[1] if "diversedit" in found["label"] else COLOURS[0]
+        for axes, key, factor in ((left, "images_per_sec", 1 / found["chips"]), (right, "mfu", 100)):
+            ends = [run[key] * factor for run in runs]
+            axes.barh(place, max(ends) - min(ends), left=min(ends), color=colour)
+    left.set(xscale="log", xlabel="images/s a chip, worst to best (estimated)")
+    right.set(xlabel="MFU %, worst to best (estimated)", xlim=(0, 60))
+    left.set_yticks(range(len(plans(record))), [found["label"] for found in plans(record)])
+    left.invert_yaxis()
+
+
+# --- Targets: what was aimed at, and the figure that stands beside it.
+
+
+def ratio(found: Mapping[str, float]) -> str:
+    """A ratio with its quartiles."""
+    return f"{found['median']:.3f} ({found['low']:.3f}-{found['high']:.3f})"
+
+
+def of_plan(record: Record, label: str) -> Record:
+    """The plan whose label begins so."""
+    return next(found for found in plans(record) if found["label"].startswith(label))
+
+
+NO_GPU = "not measured: no GPU was at hand"
+
+
+def targets(records: Records) -> list[tuple[str, str, str]]:
+    """(target, figure, whether it is met and by what)."""
+    torch, sample, dispatch = records["torch_cpu"], records["sample_cpu"], records["dispatch_cpu"]
+    ours, theirs = row(torch, "diversedit_b2"), torch_row(torch)
+    over = row(torch, "sit_b2")["ratio"]  # of SiT to DiverseDiT
+    over = {"median": 1 / over["median"], "low": 1 / over["high"], "high": 1 / over["low"]}
+    sit, diverse = (of_plan(records["plan_sizes"], name) for name in ("sit_b2", "diversedit_b2"))
+    chip = plans(records["plan_chip"])[0]
+    at_best, at_worst = (
+        diverse["estimate"][case]["step_ms"] / sit["estimate"][case]["step_ms"] for case in ("hidden", "in_turn")
+    )
+    held = [found["programs"]["train"]["needs_gib"] for found in (sit, diverse)]
+    always = row(sample, "sampler.guidance_interval=(0,1)")["ratio"]["median"]
+    vs = theirs["ratio"]
+
+    def verdict(met: bool) -> str:
+        return "met" if met else "missed"
+
+    return [
+        ("H200, XL/2 training: 600 img/s for SiT, 550 for DiverseDiT, 1.3x PyTorch", NO_GPU, ""),
+        ("H200, B/2 with DiverseDiT: 2,600 img/s", NO_GPU, ""),
+        ("H200, sampling XL/2, 250 SDE steps, guidance 1.8 in [0, 0.7]: 4 img/s", NO_GPU, ""),
+        ("DiverseDiT's step over SiT's: at most 1.09", f"{ratio(over)} (CPU, S/2)", verdict(over["median"] <= 1.09)),
+        (
+            "the same on TPUs",
+            f"{at_best:.3f} at best, {at_worst:.3f} by the compiler's cycles (v5e, B/2)",
+            verdict(at_worst <= 1.09) + ", estimated",
+        ),
+        (
+            "DiverseDiT's memory over SiT's: at most 1.05",
+            f"{held[1] / held[0]:.3f} (v5e, B/2, 16 images a chip; {held[0]:.2f} and {held[1]:.2f} GiB)",
+            verdict(held[1] / held[0] <= 1.05),
+        ),
+        (
+            "dispatch of a step at depth 28: under 1 ms",
+            f"{dispatch['rows'][0]['dispatch_ms']:.2f} ms",
+            verdict(dispatch["rows"][0]["dispatch_ms"] < 1),
+        ),
+        (
+            "XL/2's training step compiles for one TPU chip on two cores: under 60 s",
+            f"{chip['programs']['train']['compile_s']:.0f} s ({chip['slice']})",
+            verdict(chip["programs"]["train"]["compile_s"] < 60),
+        ),
+        (
+            "CPU, float32, S/2: at most 0.9 of PyTorch's time",
+            f"{ours['ratio']['median'] / vs['median']:.3f} ({1 / vs['high']:.3f}-{1 / vs['low']:.3f})",
+            verdict(1 / vs["median"] <= 0.9),
+        ),
+        (
+            "CPU: guidance in [0, 0.7] saves 12% of guiding always",
+            f"{1 - 1 / always:.1%}",
+            verdict(1 - 1 / always >= 0.12),
+        ),
+    ]
+
+
+# --- The page.
+
+
+class Section(NamedTuple):
+    """A record, what is said of it, and how it is drawn. Without a kind of benchmark there is no table beside it."""
+
+    record: str
+    title: str
+    text: str
+    draw: Callable[[Record, Figure], None] | None = None
+    height: float = 2.2
+
+
+SECTIONS = [
+    Section(
+        "torch_cpu",
+        "Training step, beside PyTorch's",
+        "Both have the same weights, batch and number of threads; PyTorch's is `tools/torch_sit.py`: scaled dot product"
+        " attention, torch.compile, fused AdamW. Losses and updates of both are equal (tests/test_torch_twin.py).",
+    ),
+    Section(
+        "methods_cpu",
+        "What each method costs",
+        "The same network and batch for all; encoders (DINOv2-B) run in the step. MeanFlow differentiates its network"
+        " in forward mode besides.",
+        methods,
+        2.8,
+    ),
+    Section("sizes_cpu", "By size", "", sizes),
+    Section(
+        "scaling_cpu",
+        "Step time as depth, width and tokens grow",
+        "The dotted line grows as the products do. Where the measured line is less steep, small arrays cost more than"
+        " their products.",
+        scaling,
+    ),
+    Section("remat_cpu", "What the backward pass keeps, on a CPU", "`model.remat`; the default is `named`."),
+    Section(
+        "dispatch_cpu",
+        "Dispatch",
+        "A network 28 blocks deep and very narrow: what a step costs the host. Blocks are stacked, so that it does not"
+        " grow with their number.",
+    ),
+    Section("plan_sizes", "TPU v5e, as compiled", "Estimates: see launch/README.md for what each rests on.", slices),
+    Section(
+        "plan_forms",
+        "TPU v5e: rematerialisation and attention",
+        "DiverseDiT-B/2, 16 images a chip. Kernels of attention are not in the compiler's cycles.",
+        forms,
+    ),
+    Section(
+        "sample_cpu",
+        "Sampling",
+        "One program for all steps; an image is guided only while t is in the interval.",
+    ),
+    Section("loss_cpu", "Losses alone", "With their gradients, on features of random numbers."),
+    Section("data_cpu", "Reading data", ""),
+    Section("eval_cpu", "Evaluation beside sampling", ""),
+]
+
+
+def page(folder: Path) -> str:
+    """The text of the page, from the records in a folder."""
+    records = {}
+    for name in {section.record for section in SECTIONS} | {"plan_chip"}:
+        path = folder / f"{name}.json"
+        if not path.exists():
+            raise ConfigError(f"{path} is missing: it is a record of the page")
+        records[name] = json.loads(path.read_text(encoding="utf-8"))
+    lines = [
+        "# Benchmarks",
+        "",
+        "Made by `python -m tools.benchmark_page` from the records (JSON) beside it, which name command, commit,"
+        " versions and machine. Times are medians with quartiles; ratios are taken within rounds, to the first row. `of"
+        " product` is the share of what one large matrix product reaches on this machine. Compare ratios: the seconds"
+        " are those of a small machine.",
+        "",
+        timing.table(("target", "figure", ""), targets(records)),
+    ]
+    for section in SECTIONS:
+        lines += ["", f"## {section.title}", ""]
+        lines += [section.text, ""] if section.text else []
+        if section.draw:
+            lines += [f"![{section.title}]({section.record}.png)", ""]
+        lines.append(
+            plan_text(records[section.record]) if "plans" in records[section.record] else table(folder, section)
+        )
+    return "\n".join(lines) + "\n"
+
+
+def table(folder: Path, section: Section) -> str:
+    """The table that the benchmark has written beside its record."""
+    return (folder / f"{section.record}.md").read_text(encoding="utf-8").rstrip()
+
+
+def plan_text(record: Record) -> str:
+    """The plans of a record as the planner shows them."""
+    commands = "  \n".join(f"`{command}`" for command in record["plans"])
+    heads = ("", "mesh", "images a chip", "GiB a chip", "ms a step", "images/s a chip", "MFU %", "compile s")
+    lines = []
+    for found in plans(record):
+        train = found["programs"]["train"]
+        cells = [found["label"], " ".join(f"{axis} {size}" for axis, size in found["mesh"].items())]
+        cells += [f"{found['batch_per_chip']:g}", f"{train['needs_gib']:.2f} of {found['hbm_gib']:.2f}"]
+        if "estimate" in found:
+            keys = (("step_ms", 0, 1), ("images_per_sec", 0, 1 / found["chips"]), ("mfu", 0, 100))
+            cells += [pod_plan.span(found["estimate"], *key) for key in keys]
+        lines.append([*cells, *[""] * (7 - len(cells)), f"{train['compile_s']:.0f}"])
+    return f"{commands}\n\n{timing.table(heads, lines)}"
+
+
+def draw(folder: Path) -> None:
+    """The plots of the page."""
+    for section in SECTIONS:
+        if section.draw:
+            record = json.loads((folder / f"{section.record}.json").read_text(encoding="utf-8"))
+            with matplotlib.rc_context(STYLE):
+                figure = Figure(figsize=(7.0, section.height))
+                section.draw(record, figure)
+                figure.savefig(folder / f"{section.record}.png", dpi=DPI)
+
+
+def main() -> None:
+    """Write the page and its plots."""
+    (FOLDER / "README.md").write_text(page(FOLDER), encoding="utf-8")
+    draw(FOLDER)
+    print(FOLDER / "README.md")
+
+
+if __name__ == "__main__":
+    program.launch(main)
