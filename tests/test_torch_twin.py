@@ -31,7 +31,7 @@ def config_of(skip: str = "release", diversity: bool = True, **model):
     config.batch_size = BATCH
     config.mesh.data, config.mesh.fsdp = 1, -1
     config.prepare = slot("prepare", "pixels")
-    config.model.update({"depth": 5, "width": 32, "heads": 2, "mlp_ratio": 3.0, "skip": skip, **model})
+    config.model.update({"depth": 5, "width": 32, "heads": 2, "mlp_ratio": 3.0, "skip": skip, "remat": "none", **model})
     # with a large eps the step is smooth in the gradient: without, rounding decides the sign of the smallest
     config.optim.update({"learning_rate": 0.01, "b1": 0.7, "b2": 0.9, "eps": 1e-3, "weight_decay": 0.1, "clip": 0.5})
     config.ema_decay = 0.8
@@ -47,11 +47,10 @@ def draws():
     return {"x": x, "noise": noise, "t": t, "y": y}
 
 
-def perturbed(params):
-    """No parameter zero, as those of adaLN and the last layer are at first: most gradients would be, too."""
-    leaves, structure = jax.tree.flatten(params)
+def random_like(shapes):
+    """No parameter is zero, as those of adaLN and the last layer are at first: most gradients would be, too."""
     rng = np.random.default_rng(1)
-    return structure.unflatten([leaf + 0.1 * rng.standard_normal(leaf.shape, dtype=np.float32) for leaf in leaves])
+    return jax.tree.map(lambda p: jnp.asarray(0.2 * rng.standard_normal(p.shape, dtype=np.float32)), shapes)
 
 
 def given(network, batch, key):
@@ -63,9 +62,12 @@ def start(config):
     """The parts of a run without draws of its own, and its state."""
     parts = experiment.build(config, SHAPE, CLASSES, devices=jax.devices()[:1]).parts
     parts = parts._replace(objective=given, prepare=Prepare(dict, lambda frozen, batch, key: batch, None))
-    state = jax.jit(initializer(parts, jax.device_put(draws())))(KEY)
-    params = perturbed(state["params"])
-    return parts, state | {"params": params, "ema": jax.tree.map(jnp.copy, params)}
+    shapes = jax.eval_shape(initializer(parts, jax.device_put(draws())), KEY)
+    params = random_like(shapes["params"])
+    return parts, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes) | {
+        "params": params,
+        "ema": params,
+    }
 
 
 def published(params, job) -> dict[str, np.ndarray]:
@@ -80,17 +82,19 @@ def assert_close(found, wanted, name: str, tolerance: float):
 
 
 @pytest.mark.parametrize(
-    ("skip", "model"), [("none", {"qk_norm": True, "depth": 4}), ("release", {})], ids=["none", "release"]
+    ("skip", "diversity", "model"),
+    [("none", False, {"qk_norm": True, "depth": 2}), ("release", True, {})],
+    ids=["plain", "diversedit"],
 )
-def test_two_training_steps_equal_ours(skip, model):
+def test_two_training_steps_equal_ours(skip, diversity, model):
     pytest.importorskip("torch")
-    config = config_of(skip, **model)
+    config = config_of(skip, diversity, **model)
     parts, state = start(config)
     job = job_of(config, SHAPE, CLASSES, state["params"], draws(), "train", threads=1, compile=False)
     new, step = state, jax.jit(partial(train_step, parts))
     for _ in range(2):
         new, metrics = step(new, {}, jax.device_put(draws()), KEY)
-    assert 0 < metrics["diversity/weight"] < 2, "the loss's ramp is not tested"
+    assert not diversity or 0 < metrics["diversity/weight"] < 2, "the loss's ramp is not tested"
     with Twin(job) as twin:
         found = twin.once(draws(), steps=2)
         for name, value in metrics.items():
@@ -99,12 +103,14 @@ def test_two_training_steps_equal_ours(skip, model):
             before, after = published(state[kind], job), published(new[kind], job)
             for name in before:
                 moved, wanted = found[f"{kind}/{name}"] - before[name], after[name] - before[name]
-                assert_close(moved, wanted, f"how {kind}/{name} moves", 2e-4)
+                assert_close(moved, wanted, f"how {kind}/{name} moves", 1e-3)
                 assert_close(found[f"{kind}/{name}"], after[name], f"{kind}/{name}", 1e-5)
         assert set(found) == metrics.keys() | {f"{kind}/{name}" for kind in ("params", "ema") for name in before}
         assert twin.run(2) > 0
         assert twin.peak_bytes() is None
         assert twin.facts["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
+        kinds = {type(fact) for fact in twin.facts.values()}
+        assert kinds <= {str, bool, int, float}, "to receive another type may be to import torch"
         assert (twin.facts["compile"], twin.facts["why_not"], twin.facts["threads"]) == (False, "not asked for", 1)
 
 
@@ -141,8 +147,8 @@ def test_what_a_step_draws():
     n = 1000
     moments = np.concatenate([np.full((n, *SHAPE), 5), np.full((n, *SHAPE), 3)], axis=-1).astype(np.float16)
     batch = {"moments": moments, "y": np.zeros(n, np.int32)}
-    params = jax.eval_shape(experiment.build(config, SHAPE, CLASSES, jax.devices()[:1]).parts.model.init, KEY)
-    job = job_of(config, SHAPE, CLASSES, jax.tree.map(lambda p: np.zeros(p.shape), params), batch, "train")
+    params = start(config_of(diversity=False))[1]["params"]
+    job = job_of(config, SHAPE, CLASSES, params, batch, "train")
     drawn = torch_sit.drawn(job, {name: torch_sit.on_device(job, array) for name, array in batch.items()})
     x, noise, t, y = (array.numpy() for array in drawn)
     assert x.shape == noise.shape == (n, 3, 8, 4)

@@ -79,10 +79,11 @@ RELEASED = (
 
 
 class Twin:
-    """The process with a job of `job_of`, its first step done; at the end of a `with` it is killed.
+    """The process with a job of `job_of`, compiled; at the end of a `with` it is killed.
 
     facts: `torch` (its version), `device`, `threads`, `compile` (whether the step is compiled) and `why_not`,
-    `compile_s` (seconds of the first step, in which it is compiled, without a cache), `parameters`.
+    `compile_s` (seconds of the first step, or of the sampler's first evaluations, in which all is compiled, without a
+    cache), `parameters`.
 
     ConfigError without PyTorch; RunError with the traceback for what fails in the process, here or in any call.
     """
@@ -92,11 +93,12 @@ class Twin:
             raise ConfigError("--vs=torch needs PyTorch: pip install torch")
         self._folder = tempfile.TemporaryDirectory(prefix="torch-twin-")
         self._connection, theirs = Pipe()
+        # OpenMP's threads wait by spinning otherwise, and beside other work a step then takes many times as long.
         with open(self._log, "w") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(PROGRAM), str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
-                env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": self._folder.name},
+                env={"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | {"TORCHINDUCTOR_CACHE_DIR": self._folder.name},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
