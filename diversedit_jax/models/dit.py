@@ -69,8 +69,8 @@ KERNELS = {
     "identity": _identity_on_current,
 }
 
-# What the backward pass keeps of a block; the rest is computed again.
-NAMES = ("ada", "qkv", ATTENDED, "proj", "fc1", "fc2", "out")
+# What the backward pass keeps of a block beside its input; the rest is computed again.
+NAMES = ("ada", "qkv", ATTENDED, "proj", "fc1", "fc2")
 POLICIES = jax.checkpoint_policies
 REMAT = {
     # the output of every matmul, and of every kernel of attention
@@ -118,7 +118,7 @@ class Block(nnx.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(ada, 6, axis=-1)
         x = x + (gate_a[:, None] * self._attention(modulate(x, shift_a, scale_a))).astype(x.dtype)
         x = x + (gate_m[:, None] * self._mlp(modulate(x, shift_m, scale_m))).astype(x.dtype)
-        return checkpoint_name(sharding.kept_over_batch(x), "out")
+        return sharding.kept_over_batch(x)
 
     def _attention(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         qkv = checkpoint_name(self.qkv(x.astype(self.dtype)), "qkv")
@@ -152,7 +152,7 @@ class Merge(nnx.Module):
     def __call__(self, x: Float[Array, "b n d"], skip: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         both = jnp.concatenate([x, skip], axis=-1)
         both = both if self.norm is None else self.norm(both)
-        merged = checkpoint_name(self.linear(both), "out").astype(x.dtype)
+        merged = self.linear(both).astype(x.dtype)
         return x + merged if self.adds else merged
 
 
@@ -272,16 +272,22 @@ class DiT(nnx.Module):
 
         half = self.depth // 2
         x, outputs, emitted = self._scan(plain, x, self.shallow, range(half))
-        features += outputs
         if self.skip is None:
+            features += outputs
             x, outputs, _ = self._scan(plain, x, self.deep, range(half, self.depth))
             features += outputs
         else:
+            skips = jnp.flip(emitted, axis=0)
+            # Of the stacks of these blocks, that one is kept for the backward pass anyway.
+            mirrored = reversed(_unstack(skips))
+            features += [
+                own if k in self.cuts else m for k, (own, m) in enumerate(zip(outputs, mirrored, strict=True), 1)
+            ]
             middle = self.depth % 2  # with an odd depth the middle block has no partner
             if middle:
                 x, outputs, _ = self._scan(plain, x, _slice(self.deep, 0, 1), range(half, half + 1))
                 features += outputs
-            layers = (_slice(self.deep, middle, None), self.merges, jnp.flip(emitted, axis=0))
+            layers = (_slice(self.deep, middle, None), self.merges, skips)
             blocks = range(half + middle, self.depth)
             if self.skip.merge == "pre":
                 x, outputs, _ = self._scan(merged_before, x, layers, blocks)
