@@ -1,5 +1,6 @@
 """Kernels of attention: which is taken, and that each equals the plain form, forward and backward."""
 
+import functools
 import re
 
 import jax
@@ -57,10 +58,11 @@ def test_the_network_takes_what_was_chosen(platform, kernel, monkeypatch):
     monkeypatch.setattr(sharding, "platform", lambda: platform)
     found = []
 
-    def record(q, k, v, implementation):
+    def record(q, k, v, implementation="xla"):
         found.append(implementation)
         return v
 
+    monkeypatch.setattr(attention, "plain", record)
     monkeypatch.setattr(jax.nn, "dot_product_attention", record)
     model = models.make("dit", (4, 4, 2), 3, depth=2, width=16, heads=2, dtype="bfloat16")
     x, t, y = jnp.zeros((2, 4, 4, 2)), jnp.zeros(2), jnp.zeros(2, jnp.int32)
@@ -90,6 +92,21 @@ def test_the_backward_pass_runs_the_forward_kernel_of_cudnn_again_only_if_asked_
 
 def inputs(width: int, batch: int = 1):
     return [jax.random.normal(jax.random.key(i), (batch, 128, 2, width)) for i in range(4)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 1e-2)])
+def test_the_plain_form_equals_that_of_jax(dtype, tolerance):
+    """And a softmax in float32, whatever the dtype; forward mode too, which MeanFlow needs."""
+    *qkv, tangent = (x.astype(dtype) for x in inputs(72, batch=2))
+    theirs = functools.partial(jax.nn.dot_product_attention, implementation="xla")
+    for ours, wanted in zip(
+        *(jax.jvp(lambda q, f=f: f(q, *qkv[1:]), (qkv[0],), (tangent,)) for f in (attention.plain, theirs)), strict=True
+    ):
+        assert ours.dtype == dtype
+        ours, wanted = (x.astype(jnp.float32) for x in (ours, wanted))
+        np.testing.assert_allclose(ours, wanted, atol=tolerance * float(jnp.abs(wanted).max()))
+    jaxpr = jax.make_jaxpr(attention.plain)(*qkv)
+    assert {str(e.outvars[0].aval.dtype) for e in equations(jaxpr) if e.primitive.name == "exp"} == {"float32"}
 
 
 @pytest.mark.parametrize("width", [64, 72])
