@@ -3,8 +3,8 @@ device. `--vs=torch` adds the config's step in PyTorch (`tools.torch_twin`), in 
 
 Memory is what the compiled program needs: state, batch and temporaries, as the compiler says; of PyTorch what its
 allocator held at most. MFU is as in `diversedit_jax.flops`; where a device's peak is not known, as of CPUs, `of
-product` is the share of what one large product reaches here. Dispatch is the time until the call of a step returns
-while the device is idle.
+product` is the share of what one large product reaches here. Dispatch is the time until the
+call of a step returns, in most calls while the device is still busy with the one before.
 """
 
 import contextlib
@@ -51,10 +51,10 @@ def subject(run: random_run.Run, steps: int | None) -> timing.Subject:
     def go(count: int) -> float:
         nonlocal state
         begin = time.perf_counter()
-        for i in range(count):
+        for _ in range(count):
+            called = time.perf_counter()
             state, metrics = step(state, run.frozen, run.batch, key)
-            if not i:
-                dispatches.append(time.perf_counter() - begin)
+            dispatches.append(time.perf_counter() - called)
         jax.block_until_ready((state, metrics))
         return time.perf_counter() - begin
 
