@@ -13,7 +13,7 @@ import pytest
 from configs import digits, diversedit_b2, repa_b2
 from diversedit_jax.config import slot
 from diversedit_jax.errors import ConfigError
-from tools import benchmark, benchmark_loss, random_run, timing, tpu, variants
+from tools import benchmark, benchmark_loss, benchmark_page, random_run, timing, tpu, variants
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"depth": 2, "width": 32, "heads": 2, "dtype": "float32"}
@@ -140,6 +140,16 @@ def test_a_loss_reads_random_features_and_what_encoders_have_seen(monkeypatch):
 def test_what_a_slice_is(name, hosts, peak):
     found = tpu.parse(name)
     assert (found.hosts, found.peak) == (hosts, pytest.approx(peak))
+
+
+# --- The page.
+
+
+def test_the_page_is_that_of_the_records():
+    found = (benchmark_page.FOLDER / "README.md").read_text(encoding="utf-8")
+    assert benchmark_page.page(benchmark_page.FOLDER) == found, "run `python -m tools.benchmark_page`"
+    for section in benchmark_page.SECTIONS:
+        assert (section.draw is None) or (benchmark_page.FOLDER / f"{section.record}.png").exists()
 
 
 # --- The command.

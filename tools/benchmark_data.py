@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -44,10 +43,8 @@ AMOUNTS = {"latents": (256, 64), "crops": (16, 32), "config.data": (256, 64)}
 
 def need(config: ConfigDict, pod: tpu.Slice, mfu: float) -> float:
     """Images that a host must read in a second, while the chips train a config at this part of their peak."""
-    run = random_run.build(config)
-    abstract = jax.eval_shape(run.init, jax.random.key(0))
-    work = experiment.work(run.config, run.experiment.parts, run.shape, run.num_classes, abstract, run.batch)
-    return pod.peak * mfu / (work / config.batch_size) / pod.hosts
+    work = random_run.build(config).work() / config.batch_size
+    return pod.peak * mfu / work / pod.hosts
 
 
 def write_latents(folder: Path) -> data.Dataset:

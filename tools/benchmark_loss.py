@@ -91,7 +91,8 @@ def main(given: Any) -> tuple[dict[str, Any], str]:
         prepared, forward = inputs(run)
         for label, aux in run.experiment.parts.losses.items():
             timing.say(f"compiling {label} of {name}")
-            subjects[f"{name}: {label}"] = subject(run, aux, prepared, forward, given.steps)
+            with random_run.traced():
+                subjects[f"{name}: {label}"] = subject(run, aux, prepared, forward, given.steps)
     if not subjects:
         raise ConfigError("config.losses is empty: there is nothing to time")
     rows = timing.measured(subjects, given.rounds)

@@ -68,22 +68,6 @@ def methods(record: Record, figure: Figure) -> None:
     axes.set_xlabel("step time, times the baseline's (median and quartiles)")
 
 
-def sizes(record: Record, figure: Figure) -> None:
-    """Images/s and the share of a large product by size."""
-    left, right = figure.subplots(1, 2)
-    for kind, colour in (("sit", COLOURS[0]), ("diversedit", COLOURS[1])):
-        rows = [found for found in record["rows"] if found["name"].startswith(kind)]
-        work = [found["gflop_per_image"] for found in rows]
-        left.plot(work, [found["images_per_s"] for found in rows], "o-", color=colour, label=kind)
-        shares = [100 * found["tflops_per_device"] / record["product_tflops"] for found in rows]
-        right.plot(work, shares, "o-", color=colour)
-    left.set(xscale="log", yscale="log", ylabel="images/s")
-    right.set(xscale="log", ylabel="of one large product, %", ylim=(0, 100))
-    for axes in (left, right):
-        axes.set_xlabel("GFLOP an image: S/2, B/2, L/2, XL/2")
-    left.legend()
-
-
 SCALES = ("depth", "width", "tokens")
 
 
@@ -237,12 +221,11 @@ SECTIONS = [
     Section(
         "methods_cpu",
         "What each method costs",
-        "The same network and batch for all; encoders (DINOv2-B) run in the step. MeanFlow differentiates its network"
-        " in forward mode besides.",
+        "The same network (S/2, 8 blocks) and batch for all; encoders (DINOv2-B) run in the step, and take most of it"
+        " beside a network this small. MeanFlow differentiates its network in forward mode besides.",
         methods,
         2.8,
     ),
-    Section("sizes_cpu", "By size", "", sizes),
     Section(
         "scaling_cpu",
         "Step time as depth, width and tokens grow",

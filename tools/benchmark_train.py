@@ -3,8 +3,8 @@ device. `--vs=torch` adds the config's step in PyTorch (`tools.torch_twin`), in 
 
 Memory is what the compiled program needs: state, batch and temporaries, as the compiler says; of PyTorch what its
 allocator held at most. MFU is as in `diversedit_jax.flops`; where a device's peak is not known, as of CPUs, `of
-product` is the share of what one large product reaches here. Dispatch is the time until the
-call of a step returns, in most calls while the device is still busy with the one before.
+product` is the share of what one large product reaches here. Dispatch is the time until the call of a step returns, in
+most calls while the device is still busy with the one before.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from diversedit_jax import experiment, flops, sharding
+from diversedit_jax import flops, sharding
 from diversedit_jax.train_state import train_step
 from tools import random_run, timing, variants
 from tools.timing import spread_of
@@ -30,7 +30,7 @@ def subject(run: random_run.Run, steps: int | None) -> timing.Subject:
     parts, layout = run.experiment.parts, run.experiment.layout
     outputs = (run.shardings, sharding.replicated(layout))
     key = jax.device_put(jax.random.key(1), sharding.replicated(layout))
-    state = run.state()
+    work, state = run.work(), run.state()
     begin = time.monotonic()
     with jax.set_mesh(layout.mesh):
         compiled = jax.jit(partial(train_step, parts), donate_argnums=0, out_shardings=outputs)
@@ -38,8 +38,6 @@ def subject(run: random_run.Run, steps: int | None) -> timing.Subject:
     seconds = time.monotonic() - begin
     memory = step.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    abstract = jax.eval_shape(run.init, key)
-    work = experiment.work(run.config, parts, run.shape, run.num_classes, abstract, run.batch)
     facts = {
         "compile_s": seconds,
         "peak_gib": (held - memory.alias_size_in_bytes) / GIB,

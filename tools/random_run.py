@@ -4,9 +4,10 @@ Weights are those of a new run, and noise: without it adaLN-Zero would let most 
 hardware does faster, and no gradient would pass.
 """
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from ml_collections import ConfigDict
 
 from diversedit_jax import config as configs
 from diversedit_jax import experiment, sharding
+from diversedit_jax.errors import ConfigError
 from diversedit_jax.train_state import State, initializer
 from tools import stand_ins, torch_twin
 from tools.timing import say
@@ -41,6 +43,12 @@ class Run(NamedTuple):
         """Where the state lives."""
         return sharding.shardings(jax.eval_shape(self.init, jax.random.key(0)), self.experiment.layout)
 
+    def work(self) -> int:
+        """The FLOPs of a training step. ConfigError where it cannot be traced."""
+        parts, abstract = self.experiment.parts, jax.eval_shape(self.init, jax.random.key(0))
+        with traced():
+            return experiment.work(self.config, parts, self.shape, self.num_classes, abstract, self.batch)
+
     def state(self) -> State:
         """A training state, made anew at each call."""
         return jax.jit(self.init, out_shardings=self.shardings)(jax.random.key(0))
@@ -48,6 +56,15 @@ class Run(NamedTuple):
     def params(self) -> Any:
         """The parameters of such a state, alone."""
         return jax.jit(lambda key: self.init(key)["params"], out_shardings=self.shardings["params"])(jax.random.key(0))
+
+
+@contextlib.contextmanager
+def traced() -> Iterator[None]:
+    """Within it, what tracing raises is a ConfigError."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the config cannot be traced: {error}") from error
 
 
 def build(config: ConfigDict) -> Run:
