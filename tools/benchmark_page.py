@@ -97,20 +97,6 @@ def grown(record: Record, what: str) -> list[tuple[int, Record]]:
     return found
 
 
-def forms(record: Record, figure: Figure) -> None:
-    """Memory of a chip and the estimated step, by what the backward pass keeps and by the kernel of attention."""
-    left, right = figure.subplots(1, 2, sharey=True)
-    for place, found in enumerate(plans(record)):
-        left.barh(place, found["programs"]["train"]["needs_gib"], color=COLOURS[0])
-        if "estimate" in found:
-            ends = [run["step_ms"] for run in (found["estimate"]["hidden"], found["estimate"]["in_turn"]) if run]
-            right.barh(place, max(ends) - min(ends), left=min(ends), color=COLOURS[2])
-    left.set_xlabel("GiB a chip needs (compiler)")
-    right.set_xlabel("ms a step, best to worst (estimated)")
-    left.set_yticks(range(len(plans(record))), [found["label"] for found in plans(record)])
-    left.invert_yaxis()
-
-
 def slices(record: Record, figure: Figure) -> None:
     """Images/s of a chip and MFU by model, from the worst to the best estimate."""
     left, right = figure.subplots(1, 2, sharey=True)
@@ -241,12 +227,6 @@ SECTIONS = [
         " grow with their number.",
     ),
     Section("plan_sizes", "TPU v5e, as compiled", "Estimates: see launch/README.md for what each rests on.", slices),
-    Section(
-        "plan_forms",
-        "TPU v5e: rematerialisation and attention",
-        "DiverseDiT-B/2, 16 images a chip. Kernels of attention are not in the compiler's cycles.",
-        forms,
-    ),
     Section(
         "sample_cpu",
         "Sampling",
