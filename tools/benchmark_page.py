@@ -2,11 +2,10 @@
 
     python -m tools.benchmark_page
 
-Reads the records that `tools.benchmark` and `tools.pod_plan` have written there. Run it after either; a test compares.
+Reads the records that `tools.benchmark` has written there. Run it after that; a test compares.
 """
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from matplotlib.figure import Figure
 from diversedit_jax import program
 from diversedit_jax.analysis.drawing import COLOURS, DPI, STYLE
 from diversedit_jax.errors import ConfigError
-from tools import pod_plan, timing
+from tools import timing
 
 FOLDER = Path(__file__).parent / "benchmarks"
 Record = Mapping[str, Any]
@@ -33,17 +32,6 @@ def row(record: Record, name: str) -> Record:
 def torch_row(record: Record) -> Record:
     """PyTorch's row."""
     return next(found for found in record["rows"] if found["name"].startswith("PyTorch"))
-
-
-def plans(record: Record) -> list[Record]:
-    """The plans of a record, in order, each with what a plot calls it."""
-    found = []
-    for command, rows in record["plans"].items():
-        first = re.search(r"--config=\S*?(\w+)\.py", command)[1]
-        for one in rows:
-            label = re.sub(r"config=\S*?(\w+)\.py", r"\1", one["setting"]) or first
-            found.append(dict(one) | {"label": label})
-    return found
 
 
 # --- Plots.
@@ -73,13 +61,14 @@ SCALES = ("depth", "width", "tokens")
 
 def scaling(record: Record, figure: Figure) -> None:
     """Step time against FLOPs, as depth, width or tokens grow."""
-    for axes, what in zip(figure.subplots(1, 3), SCALES, strict=True):
+    for axes, what in zip(figure.subplots(1, 3, sharey=True), SCALES, strict=True):
         rows = sorted(grown(record, what), key=lambda found: found[0])
         at, ms = [value for value, _ in rows], [1e3 * found["s"]["median"] for _, found in rows]
         work = [found["gflop_per_image"] for _, found in rows]
         axes.plot(at, ms, "o-", color=COLOURS[0], label="measured")
         axes.plot(at, [ms[0] * value / work[0] for value in work], ":", color="black", label="in proportion to FLOPs")
         axes.set(xscale="log", yscale="log", xlabel=what, xticks=at, xticklabels=at)
+        axes.set_yticks(ticks := [250, 500, 1000, 2000, 4000, 8000], [f"{tick:,}" for tick in ticks])
         axes.minorticks_off()
     figure.axes[0].set_ylabel("ms a step")
     figure.axes[0].legend()
@@ -97,32 +86,12 @@ def grown(record: Record, what: str) -> list[tuple[int, Record]]:
     return found
 
 
-def slices(record: Record, figure: Figure) -> None:
-    """Images/s of a chip and MFU by model, from the worst to the best estimate."""
-    left, right = figure.subplots(1, 2, sharey=True)
-    for place, found in enumerate(plans(record)):
-        runs = [run for run in (found["estimate"]["hidden"], found["estimate"]["in_turn"]) if run]
-        colour = COLOURS[1] if "diversedit" in found["label"] else COLOURS[0]
-        for axes, key, factor in ((left, "images_per_sec", 1 / found["chips"]), (right, "mfu", 100)):
-            ends = [run[key] * factor for run in runs]
-            axes.barh(place, max(ends) - min(ends), left=min(ends), color=colour)
-    left.set(xscale="log", xlabel="images/s a chip, worst to best (estimated)")
-    right.set(xlabel="MFU %, worst to best (estimated)", xlim=(0, 60))
-    left.set_yticks(range(len(plans(record))), [found["label"] for found in plans(record)])
-    left.invert_yaxis()
-
-
 # --- Targets: what was aimed at, and the figure that stands beside it.
 
 
 def ratio(found: Mapping[str, float]) -> str:
     """A ratio with its quartiles."""
     return f"{found['median']:.3f} ({found['low']:.3f}-{found['high']:.3f})"
-
-
-def of_plan(record: Record, label: str) -> Record:
-    """The plan whose label begins so."""
-    return next(found for found in plans(record) if found["label"].startswith(label))
 
 
 NO_GPU = "not measured: no GPU was at hand"
@@ -134,14 +103,8 @@ def targets(records: Records) -> list[tuple[str, str, str]]:
     ours, theirs = row(torch, "diversedit_b2"), torch_row(torch)
     over = row(torch, "sit_b2")["ratio"]  # of SiT to DiverseDiT
     over = {"median": 1 / over["median"], "low": 1 / over["high"], "high": 1 / over["low"]}
-    sit, diverse = (of_plan(records["plan_sizes"], name) for name in ("sit_b2", "diversedit_b2"))
-    chip = plans(records["plan_chip"])[0]
-    at_best, at_worst = (
-        diverse["estimate"][case]["step_ms"] / sit["estimate"][case]["step_ms"] for case in ("hidden", "in_turn")
-    )
-    held = [found["programs"]["train"]["needs_gib"] for found in (sit, diverse)]
     always = row(sample, "sampler.guidance_interval=(0,1)")["ratio"]["median"]
-    vs = theirs["ratio"]
+    vs, memory = theirs["ratio"], ours["peak_gib"] / row(torch, "sit_b2")["peak_gib"]
 
     def verdict(met: bool) -> str:
         return "met" if met else "missed"
@@ -152,24 +115,14 @@ def targets(records: Records) -> list[tuple[str, str, str]]:
         ("H200, sampling XL/2, 250 SDE steps, guidance 1.8 in [0, 0.7]: 4 img/s", NO_GPU, ""),
         ("DiverseDiT's step over SiT's: at most 1.09", f"{ratio(over)} (CPU, S/2)", verdict(over["median"] <= 1.09)),
         (
-            "the same on TPUs",
-            f"{at_best:.3f} at best, {at_worst:.3f} by the compiler's cycles (v5e, B/2)",
-            verdict(at_worst <= 1.09) + ", estimated",
-        ),
-        (
             "DiverseDiT's memory over SiT's: at most 1.05",
-            f"{held[1] / held[0]:.3f} (v5e, B/2, 16 images a chip; {held[0]:.2f} and {held[1]:.2f} GiB)",
-            verdict(held[1] / held[0] <= 1.05),
+            f"{memory:.3f} (CPU, S/2)",
+            verdict(memory <= 1.05),
         ),
         (
             "dispatch of a step at depth 28: under 1 ms",
             f"{dispatch['rows'][0]['dispatch_ms']:.2f} ms",
             verdict(dispatch["rows"][0]["dispatch_ms"] < 1),
-        ),
-        (
-            "XL/2's training step compiles for one TPU chip on two cores: under 60 s",
-            f"{chip['programs']['train']['compile_s']:.0f} s ({chip['slice']})",
-            verdict(chip["programs"]["train"]["compile_s"] < 60),
         ),
         (
             "CPU, float32, S/2: at most 0.9 of PyTorch's time",
@@ -226,7 +179,6 @@ SECTIONS = [
         "A network 28 blocks deep and very narrow: what a step costs the host. Blocks are stacked, so that it does not"
         " grow with their number.",
     ),
-    Section("plan_sizes", "TPU v5e, as compiled", "Estimates: see launch/README.md for what each rests on.", slices),
     Section(
         "sample_cpu",
         "Sampling",
@@ -241,7 +193,7 @@ SECTIONS = [
 def page(folder: Path) -> str:
     """The text of the page, from the records in a folder."""
     records = {}
-    for name in {section.record for section in SECTIONS} | {"plan_chip"}:
+    for name in {section.record for section in SECTIONS}:
         path = folder / f"{name}.json"
         if not path.exists():
             raise ConfigError(f"{path} is missing: it is a record of the page")
@@ -261,31 +213,13 @@ def page(folder: Path) -> str:
         lines += [section.text, ""] if section.text else []
         if section.draw:
             lines += [f"![{section.title}]({section.record}.png)", ""]
-        lines.append(
-            plan_text(records[section.record]) if "plans" in records[section.record] else table(folder, section)
-        )
+        lines.append(table(folder, section))
     return "\n".join(lines) + "\n"
 
 
 def table(folder: Path, section: Section) -> str:
     """The table that the benchmark has written beside its record."""
     return (folder / f"{section.record}.md").read_text(encoding="utf-8").rstrip()
-
-
-def plan_text(record: Record) -> str:
-    """The plans of a record as the planner shows them."""
-    commands = "  \n".join(f"`{command}`" for command in record["plans"])
-    heads = ("", "mesh", "images a chip", "GiB a chip", "ms a step", "images/s a chip", "MFU %", "compile s")
-    lines = []
-    for found in plans(record):
-        train = found["programs"]["train"]
-        cells = [found["label"], " ".join(f"{axis} {size}" for axis, size in found["mesh"].items())]
-        cells += [f"{found['batch_per_chip']:g}", f"{train['needs_gib']:.2f} of {found['hbm_gib']:.2f}"]
-        if "estimate" in found:
-            keys = (("step_ms", 0, 1), ("images_per_sec", 0, 1 / found["chips"]), ("mfu", 0, 100))
-            cells += [pod_plan.span(found["estimate"], *key) for key in keys]
-        lines.append([*cells, *[""] * (7 - len(cells)), f"{train['compile_s']:.0f}"])
-    return f"{commands}\n\n{timing.table(heads, lines)}"
 
 
 def draw(folder: Path) -> None:
