@@ -164,6 +164,7 @@ def flags_with(**given):
     ("kind", "given", "message"),
     [
         ("eval", {"vs": "torch"}, "--vs is not read by `eval`"),
+        ("loss", {"config": "c", "vs": "torch"}, "--vs is not read by `loss`"),
         ("data", {"config": "c", "compare": ["a=1"]}, "--compare is not read by `data`"),
         ("train", {}, "--config is required"),
         ("train", {"config": "c", "rounds": 0}, "--rounds=0: must be at least 1"),

@@ -16,7 +16,7 @@ from diversedit_jax import encoders, flops
 from diversedit_jax.config import slot
 from diversedit_jax.errors import ConfigError
 from tests.reference import DATA
-from tools import hlo, pod_plan, stand_ins, tpu
+from tools import hlo, pod_plan, stand_ins, timing, tpu
 
 ROOT = Path(__file__).parents[1]
 
@@ -281,7 +281,7 @@ def test_figures_of_several_commands_share_a_file(tmp_path):
     held = json.loads((tmp_path / "plan.json").read_text())
     assert list(held["plans"]) == ["a", "b"]
     assert held["sources"].keys() == pod_plan.SOURCES.keys()
-    assert pod_plan.shown("--compare=a=1 b=2") == '--compare="a=1 b=2"'
+    assert timing.shown("--compare=a=1 b=2") == '--compare="a=1 b=2"'
 
 
 def test_peaks_are_known():

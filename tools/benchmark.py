@@ -9,8 +9,8 @@
 `train`: the training step. `sample`: images from noise. `loss`: each auxiliary loss with its gradient, on given
 features. `data`: reading what is stored, beside what a pod needs. `eval`: features, moments, distances. Weights and
 data are random: no file is needed. `--compare` adds a form, the config with other values: KEY=VALUE KEY=VALUE ..., of
-which the first may be config=FILE. `--vs=torch` adds PyTorch (`pip install torch`). `--out=FILE.json` writes the
-figures, and FILE.md a table.
+which the first may be config=FILE. `--vs=torch` adds PyTorch to a step or a sampler (`pip install torch`).
+`--out=FILE.json` writes the figures, and FILE.md a table.
 
 Nothing else should run meanwhile: the load before is in the record. Each kind's module, tools/benchmark_KIND.py, says
 what its figures are.
@@ -34,7 +34,7 @@ from diversedit_jax.slots import suggestion
 READS = {
     "train": ("config", "compare", "vs", "steps", "rounds"),
     "sample": ("config", "compare", "vs", "rounds"),
-    "loss": ("config", "compare", "vs", "steps", "rounds"),
+    "loss": ("config", "compare", "steps", "rounds"),
     "data": ("config", "pod", "mfu", "rounds"),
     "eval": ("extractor", "batch_size", "rounds"),
 }

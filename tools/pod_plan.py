@@ -21,7 +21,6 @@ import json
 import multiprocessing
 import os
 import re
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +38,8 @@ from diversedit_jax import checkpoint, experiment, flops, program, sharding
 from diversedit_jax import config as configs
 from diversedit_jax.errors import ConfigError, RunError
 from diversedit_jax.train_state import initializer, train_step
-from tools import hlo, stand_ins, tpu, variants
+from tools import hlo, stand_ins, timing, tpu, variants
+from tools.timing import say
 
 # For the compiler in a machine without TPU: no backend but the CPU, no question to the metadata server, several
 # compilers at a time, and no warnings about a machine that is not there. On a TPU VM they would break the start.
@@ -400,11 +400,6 @@ def _answer(pipe, plan: Plan, programs: Sequence[str]) -> None:
         pipe.send(type(error)(str(error)))
 
 
-def say(line: str) -> None:
-    """A line of progress."""
-    print(f"  {line}", file=sys.stderr, flush=True)
-
-
 def record(path: Path, command: str, rows: Sequence[Mapping[str, Any]], efficiency: float) -> None:
     """Write the rows of a command into a file, beside those of other commands."""
     held = json.loads(path.read_text()) if path.exists() else {}
@@ -451,15 +446,7 @@ def main() -> None:
         options = " ".join(f"--config.{word}" for word in suggested["setting"].split())
         print(f"\nthe config does not fit; {'this does: ' + options if suggested['fits'] else 'nor does all of this'}")
     if given.json:
-        command = " ".join(
-            ["python -m tools.pod_plan", *(shown(word) for word in sys.argv[1:] if "--json" not in word)]
-        )
-        record(Path(given.json), command, rows, given.efficiency)
-
-
-def shown(word: str) -> str:
-    """An argument as one types it."""
-    return re.sub(r"^(--\w+=)(.* .*)$", r'\1"\2"', word)
+        record(Path(given.json), timing.command(), rows, given.efficiency)
 
 
 if __name__ == "__main__":

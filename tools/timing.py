@@ -122,16 +122,18 @@ def product_tflops(dtype: str) -> float:
 
 def command() -> str:
     """The command that runs, as one types it, without what says where figures are written."""
-    words = [word for word in sys.argv[1:] if not re.match(r"--?(json|out)\b", word)]
-    quoted = [re.sub(r"^(--[\w.]+=)(.*[^\w.:,/=+-].*)$", r'\1"\2"', word) for word in words]
-    return " ".join([f"python -m tools.{Path(sys.argv[0]).stem}", *quoted])
+    words = [shown(word) for word in sys.argv[1:] if not re.match(r"--?(json|out)\b", word)]
+    return " ".join([f"python -m tools.{Path(sys.argv[0]).stem}", *words])
 
 
-def number(value: Any, digits: int) -> str:
+def shown(word: str) -> str:
+    """An argument as one types it."""
+    return re.sub(r"^(--[\w.]+=)(.*[^\w.:,/=+-].*)$", r'\1"\2"', word)
+
+
+def number(value: float | None, digits: int) -> str:
     """A figure for a table: nothing where there is none."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return ""
-    return value if isinstance(value, str) else f"{value:,.{digits}f}"
+    return "" if value is None else f"{value:,.{digits}f}"
 
 
 def spread_of(found: Mapping[str, float], digits: int, factor: float = 1.0) -> str:
@@ -163,9 +165,8 @@ def about(found: Mapping[str, Any]) -> str:
     device = (
         versions["devices"] if versions["backend"] != "cpu" else f"{machine['cores']} cores, {machine['processor']}"
     )
-    libraries = ", ".join(f"{name} {versions[name]}" for name in ("jax", "torch") if name in versions)
     commit = versions.get("git_commit", "unknown")
-    return f"`{found['command']}`  \n{device}; {libraries}; commit {commit}; load before {machine['load']}"
+    return f"`{found['command']}`  \n{device}; jax {versions['jax']}; commit {commit}; load before {machine['load']}"
 
 
 def write(path: Path, found: Mapping[str, Any], text: str) -> None:
