@@ -214,7 +214,7 @@ def test_the_other_kinds_run(tmp_path):
     assert [row["name"] for row in started(tmp_path, "loss", DIGITS)["rows"]] == ["digits: diversity"]
     found = started(tmp_path, "data", f"--config={ROOT}/configs/diversedit_b2.py")
     assert found["rows"][0]["per_s"]["median"] / found["need_per_host"] == pytest.approx(found["rows"][0]["of_need"])
-    assert started(tmp_path, "eval", "--batch_size=8")["features_per_s"] > 0
+    assert started(tmp_path, "eval", "--batch_size=16")["features_per_s"] > 0
 
 
 @pytest.mark.slow
