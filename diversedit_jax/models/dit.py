@@ -70,7 +70,7 @@ KERNELS = {
 }
 
 # What the backward pass keeps of a block beside its input; the rest is computed again.
-NAMES = ("ada", "qkv", ATTENDED, "proj", "fc1", "fc2")
+NAMES = ("ada", "qkv", ATTENDED, "proj", "fc1", "fc2", "moments")
 POLICIES = jax.checkpoint_policies
 REMAT = {
     # the output of every matmul, and of every kernel of attention
@@ -84,8 +84,8 @@ REMAT = {
 def layer_norm(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     """LayerNorm without parameters, in float32."""
     x = x.astype(jnp.float32)
-    x = x - x.mean(axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + EPS)
+    x = x - checkpoint_name(x.mean(axis=-1, keepdims=True), "moments")
+    return x * jax.lax.rsqrt(checkpoint_name(jnp.mean(x * x, axis=-1, keepdims=True), "moments") + EPS)
 
 
 def modulate(x: Float[Array, "b n d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]) -> Float[Array, "b n d"]:
@@ -151,7 +151,7 @@ class Merge(nnx.Module):
 
     def __call__(self, x: Float[Array, "b n d"], skip: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         both = jnp.concatenate([x, skip], axis=-1)
-        both = both if self.norm is None else self.norm(both)
+        both = both if self.norm is None else layer_norm(both) * self.norm.scale + self.norm.bias
         merged = self.linear(both).astype(x.dtype)
         return x + merged if self.adds else merged
 
