@@ -29,7 +29,7 @@ import diversedit_jax
 
 Pixels = np.ndarray | jax.Array
 FLUSHED = 120.0  # seconds between two writes of TensorBoard's file: in a mounted bucket each sends all of it
-_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
+_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy", "libtpu")
 
 
 class MetricWriter:

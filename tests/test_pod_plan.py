@@ -277,9 +277,11 @@ def test_messages_of_a_program_that_does_not_fit(message, needed):
 
 def test_figures_of_several_commands_share_a_file(tmp_path):
     for command in ("a", "b", "a"):
-        pod_plan.record(tmp_path / "plan.json", command, [pod_plan.row_of(plan(), found(), 0.5)], 0.5)
+        pod_plan.record(tmp_path / "plan.json", command, [pod_plan.row_of(plan(), found(), 0.5)], 0.5, {"cores": 2})
     held = json.loads((tmp_path / "plan.json").read_text())
     assert list(held["plans"]) == ["a", "b"]
+    assert held["plans"]["a"]["versions"]["jax"] == jax.__version__
+    assert len(held["plans"]["a"]["rows"]) == 1
     assert held["sources"].keys() == pod_plan.SOURCES.keys()
     assert timing.shown("--compare=a=1 b=2") == '--compare="a=1 b=2"'
 
@@ -303,7 +305,9 @@ def test_a_small_network_is_planned(tmp_path):
     large = "model.width=4096 model.depth=48 model.remat=none batch_size=4096"
     process = run(*place, *size, f"--compare={large}", f"--json={tmp_path / 'plan.json'}")
     assert process.returncode == 0, process.stderr
-    ((fitting, failing),) = json.loads((tmp_path / "plan.json").read_text())["plans"].values()
+    (made,) = json.loads((tmp_path / "plan.json").read_text())["plans"].values()
+    assert "libtpu" in made["versions"]
+    fitting, failing = made["rows"]
     assert fitting["fits"]
     assert set(fitting["programs"]) == set(pod_plan.PROGRAMS)
     held = fitting["programs"]["train"]["bytes"]

@@ -34,7 +34,7 @@ from absl import flags
 from jax.experimental import topologies
 from ml_collections import ConfigDict, config_flags
 
-from diversedit_jax import checkpoint, experiment, flops, program, sharding
+from diversedit_jax import checkpoint, experiment, flops, logs, program, sharding
 from diversedit_jax import config as configs
 from diversedit_jax.errors import ConfigError, RunError
 from diversedit_jax.train_state import initializer, train_step
@@ -400,10 +400,13 @@ def _answer(pipe, plan: Plan, programs: Sequence[str]) -> None:
         pipe.send(type(error)(str(error)))
 
 
-def record(path: Path, command: str, rows: Sequence[Mapping[str, Any]], efficiency: float) -> None:
-    """Write the rows of a command into a file, beside those of other commands."""
+def record(
+    path: Path, command: str, rows: Sequence[Mapping[str, Any]], efficiency: float, hardware: Mapping[str, Any]
+) -> None:
+    """Write the rows of a command into a file, beside those of other commands. hardware: of the compiler's machine."""
     held = json.loads(path.read_text()) if path.exists() else {}
-    plans = held.get("plans", {}) | {command: list(rows)}
+    made = {"versions": logs.versions(), "hardware": hardware, "rows": list(rows)}
+    plans = held.get("plans", {}) | {command: made}
     text = {"sources": SOURCES, "efficiency": efficiency, "plans": plans}
     path.write_text(json.dumps(text, indent=1) + "\n")
 
@@ -418,6 +421,8 @@ def main() -> None:
     if unknown := set(given.programs) - set(PROGRAMS) or ("train" not in given.programs and {"no train"}):
         raise ConfigError(f"--programs: {', '.join(sorted(unknown))}: wanted train, and any of {', '.join(PROGRAMS)}")
     os.environ.update(ENVIRONMENT)
+    jax.config.update("jax_platforms", ENVIRONMENT["JAX_PLATFORMS"])  # read when jax was imported
+    hardware = timing.hardware()
     first = Plan("", configs.copied(given.config), tpu.parse(given.topology), given.slices)
     rows = []
 
@@ -446,7 +451,7 @@ def main() -> None:
         options = " ".join(f"--config.{word}" for word in suggested["setting"].split())
         print(f"\nthe config does not fit; {'this does: ' + options if suggested['fits'] else 'nor does all of this'}")
     if given.json:
-        record(Path(given.json), timing.command(), rows, given.efficiency)
+        record(Path(given.json), timing.command(), rows, given.efficiency, hardware)
 
 
 if __name__ == "__main__":
