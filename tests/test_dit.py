@@ -167,6 +167,26 @@ def test_cuts_change_nothing(skip, depth, cuts):
     assert_equal_to_the_loop(skip, depth, cuts)
 
 
+UNROLLED = [("release", 5, {"cuts": (1, 4)}), *((skip, depth, {}) for skip, depth in EVERY if depth == 4)]
+UNROLLED += [("release", 5, {"remat": remat}) for remat in ("full", "none")]
+
+
+@pytest.mark.parametrize(("skip", "depth", "options"), first_and_slow(UNROLLED[:1], UNROLLED))
+def test_unrolled_it_is_the_loop(skip, depth, options):
+    assert_equal_to_the_loop(skip, depth, unroll=True, **options)
+
+
+@pytest.mark.parametrize(("unroll", "stacks"), [(True, False), (False, True)])
+def test_unrolled_it_stacks_no_features(unroll, stacks):
+    """Neither forward nor backward: a stack is filled with zeros, written and read once more than what it holds."""
+    model = make(skip="release", depth=6, unroll=unroll)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    gradient = jax.make_jaxpr(objective(model.apply))(params)
+    shapes = {v.aval.shape for equation in equations(gradient.jaxpr) for v in equation.outvars}
+    assert ((3, BATCH, SHAPE[0] * SHAPE[1] // 4, WIDTH) in shapes) == stacks
+    assert ("scan" in {equation.primitive.name for equation in equations(gradient.jaxpr)}) == stacks
+
+
 def test_cuts_cut():
     def scans(cuts, skip):
         model = make(cuts, skip=skip, depth=9)
