@@ -58,7 +58,7 @@ def build(
     cuts = sorted({block for aux in losses.values() for block in aux.blocks})
     optimizer, rate = optim.make(config.total_steps, **configs.keywords(config.optim, "config.optim", optim.make))
     with jax.set_mesh(layout.mesh):  # a network may ask where it will run
-        model = _model(config, shape, num_classes, cuts)
+        model = configs.make("models", config.model, "config.model", shape, num_classes, cuts)
     objective = configs.make("objectives", config.objective, "config.objective", num_classes)
     prepare = configs.make("prepare", config.prepare, "config.prepare")
     encoders = {label: configs.make("encoders", c, f"config.encoders.{label}") for label, c in config.encoders.items()}
@@ -82,29 +82,17 @@ def work(
 
     again: with what rematerialisation computes again. Raises what tracing the step raises.
     """
+    plain = configs.copied(config.model)
     countable = {"attention": "xla", "unroll": False} | ({} if again else {"remat": "none"})
-    parts = parts._replace(model=_model(config, shape, num_classes, **countable))
+    plain.update({name: form for name, form in countable.items() if name in plain})
+    parts = parts._replace(model=configs.make("models", plain, "config.model", shape, num_classes))
     frozen = jax.eval_shape(parts.prepare.init)
     return flops.of(partial(train_step, parts), state, frozen, batch, jax.eval_shape(jax.random.key, 0))
 
 
-def _model(
-    config: ConfigDict, shape: tuple[int, int, int], num_classes: int, cuts: Sequence[int] = (), **forms
-) -> Model:
-    """The model of a config; forms: other values of its options, of those that it has."""
-    options = configs.copied(config.model)
-    options.update({name: form for name, form in forms.items() if name in options})
-    return configs.make("models", options, "config.model", shape, num_classes, cuts)
-
-
 def elsewhere(config: ConfigDict) -> ConfigDict:
-    """The config of a run for looking at it on these devices, however many trained it.
-
-    A copy with a mesh that fits, and with a network that compiles fast.
-    """
+    """The config of a run for looking at it on these devices, however many trained it: a copy with a mesh that fits."""
     config = configs.copied(config)
-    if "unroll" in config.model:
-        config.model.unroll = False
     given = {axis: config.mesh.get(axis, 1) for axis in ("fsdp", "tensor")}  # a run of an older version lacks some
     if min(given.values()) < 1 or jax.device_count() % math.prod(given.values()):
         given = {"fsdp": 1, "tensor": 1}
@@ -118,9 +106,7 @@ def sampler(
     """From the options of a sampler to a function that samples what the config trains."""
     source = sampling.trained(config.objective.to_dict())
     _check_times(config, isinstance(source, sampling.AverageVelocity))
-    with jax.set_mesh(layout.mesh):
-        model = _model(config, shape, num_classes, unroll=False)  # without a gradient there is nothing to gain
-    return partial(sampling.make, model, parts.prepare, shape, num_classes, source, layout)
+    return partial(sampling.make, parts.model, parts.prepare, shape, num_classes, source, layout)
 
 
 def _check_times(config: ConfigDict, average: bool) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from diversedit_jax import models
+from diversedit_jax import models, sharding
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import dit
 from diversedit_jax.models.dit import REMAT, SIZES, SKIPS, Block, Merge, patchify, position_table, unpatchify
@@ -184,14 +184,24 @@ def test_unrolled_it_stacks_no_features(unroll, stacks):
     gradient = jax.make_jaxpr(objective(model.apply))(params)
     shapes = {v.aval.shape for equation in equations(gradient.jaxpr) for v in equation.outvars}
     assert ((3, BATCH, SHAPE[0] * SHAPE[1] // 4, WIDTH) in shapes) == stacks
-    assert ("scan" in {equation.primitive.name for equation in equations(gradient.jaxpr)}) == stacks
+
+
+@pytest.mark.parametrize(("platform", "scans"), [("tpu", 0), ("gpu", 2), ("cpu", 2)])
+def test_by_default_it_is_unrolled_on_tpus(platform, scans, monkeypatch):
+    monkeypatch.setattr(sharding, "platform", lambda: platform)
+    assert scans_of(make()) == scans
+    assert scans_of(make(unroll=not scans)) == scans
+    assert scans_of(make(unroll=bool(scans))) == 2 - scans
+
+
+def scans_of(model: models.Model) -> int:
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    return sum(e.primitive.name == "scan" for e in equations(jax.make_jaxpr(model.apply)(params, *inputs()).jaxpr))
 
 
 def test_cuts_cut():
     def scans(cuts, skip):
-        model = make(cuts, skip=skip, depth=9)
-        params = jax.eval_shape(model.init, jax.random.key(0))
-        return sum(e.primitive.name == "scan" for e in equations(jax.make_jaxpr(model.apply)(params, *inputs()).jaxpr))
+        return scans_of(make(cuts, skip=skip, depth=9))
 
     assert [scans(cuts, "none") for cuts in ((), (2,), (2, 3, 7), (0, 4, 9))] == [2, 3, 5, 2]
     assert [scans(cuts, "release") for cuts in ((), (2,), (2, 3, 7), (0, 4, 5, 9))] == [3, 4, 6, 3]

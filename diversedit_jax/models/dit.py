@@ -431,9 +431,10 @@ def make(
         for an odd number of tokens, or heads whose width is not a multiple of 8.
     token_width: the network also takes `token` [b token_width], a noised class token that stands before the patches,
         and predicts the pair (image's, token's), as REG's does (arXiv 2507.01467).
-    unroll: the program has block after block instead of two loops over blocks (None: on TPUs). A loop's backward pass
-        reads from stacks, which are filled with zeros and written first; on a TPU that costs a quarter of a training
-        step (estimated). A loop compiles some times as fast, and on a CPU it is also faster and smaller.
+    unroll: the program has block after block instead of two loops over blocks (None: on TPUs). What a loop hands on, to
+        its backward pass or to the other half, lies in stacks, which are filled with zeros, written and read: on a TPU
+        a quarter of a training step (estimated). A loop compiles some times as fast; on a CPU it is also faster, and
+        needs half of the memory.
     """
     _known("size", size, SIZES)
     _known("skip", skip, SKIPS)
