@@ -106,16 +106,17 @@ def head() -> AuxLoss:
     return AuxLoss(init, apply, blocks=(1,))
 
 
-def full_parts() -> Parts:
+def full_parts(unroll: bool = False) -> Parts:
     """Everything together: the diffusion transformer, two auxiliary losses, AdamW."""
-    model = models.make("dit", SHAPE, CLASSES, (1,), depth=4, width=64, heads=2, skip="release", mlp_ratio=2.0)
+    size = {"depth": 4, "width": 64, "heads": 2, "mlp_ratio": 2.0}
+    model = models.make("dit", SHAPE, CLASSES, (1,), skip="release", unroll=unroll, **size)
     aux = {"diversity": losses.make("diversity", groups=2), "head": head()}
     optimizer, _ = optim.make(10, eps=1e-3)  # the first step of Adam divides by |gradient|: rounding is not enlarged
     return parts(model=model, losses=aux, optimizer=optimizer)
 
 
-def on(layout: sharding.Layout):
-    made = full_parts()
+def on(layout: sharding.Layout, unroll: bool = False):
+    made = full_parts(unroll=unroll)
     init = initializer(made, batch())
     where = sharding.shardings(jax.eval_shape(init, KEY), layout)
     state = jax.jit(init, out_shardings=where)(KEY)
@@ -133,19 +134,22 @@ def on_one_device():
 
 
 @pytest.mark.parametrize(
-    "sizes",
+    ("sizes", "unroll"),
     [
-        pytest.param((8, 1, 1), marks=pytest.mark.slow),
-        pytest.param((2, 4, 1), marks=pytest.mark.slow),
-        pytest.param((1, 8, 1), marks=pytest.mark.slow),
-        (2, 2, 2),
-        pytest.param((4, 1, 2), marks=pytest.mark.slow),
+        pytest.param((8, 1, 1), False, marks=pytest.mark.slow),
+        pytest.param((2, 4, 1), False, marks=pytest.mark.slow),
+        pytest.param((1, 8, 1), False, marks=pytest.mark.slow),
+        ((2, 2, 2), False),
+        ((2, 2, 2), True),
+        pytest.param((4, 1, 2), False, marks=pytest.mark.slow),
+        pytest.param((1, 8, 1), True, marks=pytest.mark.slow),
     ],
 )
-def test_every_mesh_gives_the_same_step(on_one_device, sizes):
+def test_every_mesh_gives_the_same_step(on_one_device, sizes, unroll):
+    """As the loop over blocks on one device, also without loop, as TPUs have it."""
     _, _, wanted, wanted_metrics = on_one_device
     layout = layout_of(*sizes)
-    where, state, new, metrics = on(layout)
+    where, state, new, metrics = on(layout, unroll)
     assert_close(metrics, wanted_metrics, f"{sizes}: metrics")
     assert_close(new, wanted, f"{sizes}: state", rtol=1e-4)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state)), "the old state was not donated"
