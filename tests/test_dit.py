@@ -176,6 +176,21 @@ def test_unrolled_it_is_the_loop(skip, depth, options):
     assert_equal_to_the_loop(skip, depth, unroll=True, **options)
 
 
+def test_unrolled_it_has_the_same_forward_mode():
+    """Which MeanFlow needs."""
+    networks = [make(skip="release", second_time=True, unroll=unroll) for unroll in (False, True)]
+    params, (x, t, y) = trained(networks[0]), inputs()
+
+    def derivative(model):
+        def along(x, t):
+            return model.apply(params, x, t, y, span=t / 2)[0]
+
+        return jax.jit(lambda: jax.jvp(along, (x, t), (jnp.cos(x), jnp.ones_like(t))))()
+
+    loop, found = map(derivative, networks)
+    assert_close(found, loop, "value and derivative")
+
+
 @pytest.mark.parametrize(("unroll", "stacks"), [(True, False), (False, True)])
 def test_unrolled_it_stacks_no_features(unroll, stacks):
     """Neither forward nor backward: a stack is filled with zeros, written and read once more than what it holds."""
