@@ -2,11 +2,12 @@
 
     python -m tools.benchmark_page
 
-Reads the records that `tools.benchmark` has written there. Run it after that; a test compares.
+Reads the records that `tools.benchmark` and `tools.pod_plan` have written there. Run it after either; a test compares.
 """
 
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from matplotlib.figure import Figure
 from diversedit_jax import program
 from diversedit_jax.analysis.drawing import COLOURS, DPI, STYLE
 from diversedit_jax.errors import ConfigError
-from tools import timing
+from tools import pod_plan, timing
 
 FOLDER = Path(__file__).parent / "benchmarks"
 Record = Mapping[str, Any]
@@ -32,6 +33,30 @@ def row(record: Record, name: str) -> Record:
 def torch_row(record: Record) -> Record:
     """PyTorch's row."""
     return next(found for found in record["rows"] if found["name"].startswith("PyTorch"))
+
+
+def plans(record: Record) -> list[Record]:
+    """The plans of a record, in order, each with a label: its config, and what differs beside slice and mesh."""
+    found = []
+    for command, made in record["plans"].items():
+        first = re.search(r"--config=(\S+)", command)[1]
+        for one in made["rows"]:
+            words = one["setting"].split()
+            given = next((word.removeprefix("config=") for word in words if word.startswith("config=")), first)
+            name = re.sub(r".*?(\w+)\.py:?", r"\1 ", given).strip()
+            others = [word for word in words if not word.startswith(("config=", "topology=", "mesh."))]
+            found.append(dict(one) | {"label": " ".join([name, *others])})
+    return found
+
+
+def of_plan(record: Record, label: str) -> Record:
+    """The plan whose label begins so."""
+    return next(found for found in plans(record) if found["label"].startswith(label))
+
+
+def ends(plan: Record, key: str, factor: float = 1) -> list[float]:
+    """An estimate at best and at worst, where both are known."""
+    return [run[key] * factor for run in (plan["estimate"]["hidden"], plan["estimate"]["in_turn"]) if run]
 
 
 # --- Plots.
@@ -85,6 +110,43 @@ def grown(record: Record, what: str) -> list[tuple[int, Record]]:
     return found
 
 
+def between(axes: Axes, found: Sequence[float], place: float, colour: str) -> None:
+    """A bar from one end to the other."""
+    axes.barh(place, max(found) - min(found), left=min(found), color=colour, height=0.7)
+
+
+def sizes(record: Record, figure: Figure) -> None:
+    """Images/s of a chip and MFU by model, from the worst to the best estimate."""
+    left, right = figure.subplots(1, 2, sharey=True)
+    for place, found in enumerate(plans(record)):
+        colour = COLOURS[1] if "diversedit" in found["label"] else COLOURS[0]
+        between(left, ends(found, "images_per_sec", 1 / found["chips"]), -place, colour)
+        between(right, ends(found, "mfu", 100), -place, colour)
+    left.set(xscale="log", xlabel="images/s a chip, worst to best (estimated)")
+    left.set_xticks(ticks := [50, 100, 200, 500, 1000], [f"{tick:,}" for tick in ticks])
+    left.minorticks_off()
+    right.set(xlabel="MFU %, worst to best (estimated)", xlim=(0, 60))
+    named(left, record)
+
+
+def forms(record: Record, figure: Figure) -> None:
+    """Memory of a chip and the estimated step, by what the backward pass keeps and by the kernel of attention."""
+    left, right = figure.subplots(1, 2, sharey=True)
+    for place, found in enumerate(plans(record)):
+        left.barh(-place, found["programs"]["train"]["needs_gib"], color=COLOURS[0], height=0.7)
+        if "estimate" in found:
+            between(right, ends(found, "step_ms"), -place, COLOURS[0])
+    left.set_xlabel("GiB a chip needs (compiler)")
+    right.set(xlabel="ms a step, best to worst (estimated)", xlim=(0, None))
+    named(left, record)
+
+
+def named(axes: Axes, record: Record) -> None:
+    """The labels of the plans, downwards."""
+    found = plans(record)
+    axes.set_yticks([-place for place in range(len(found))], [plan["label"] for plan in found])
+
+
 # --- Targets: what was aimed at, and the figure that stands beside it.
 
 
@@ -101,7 +163,10 @@ def targets(records: Records) -> list[tuple[str, str, str]]:
     torch, sample, dispatch = records["torch_cpu"], records["sample_cpu"], records["dispatch_cpu"]
     over, vs = inverse(row(torch, "sit_b2")["ratio"]), inverse(torch_row(torch)["ratio"])  # the record's are theirs
     always = row(sample, "sampler.guidance_interval=(0,1)")["ratio"]["median"]
-    memory = row(torch, "diversedit_b2")["peak_gib"] / row(torch, "sit_b2")["peak_gib"]
+    sit, diverse = (of_plan(records["plan_sizes"], name) for name in ("sit_b2", "diversedit_b2"))
+    best, worst = (d / s for d, s in zip(ends(diverse, "step_ms"), ends(sit, "step_ms"), strict=True))
+    held = [found["programs"]["train"]["needs_gib"] for found in (sit, diverse)]
+    chip = [found["programs"]["train"]["compile_s"] for found in plans(records["plan_chip"])]  # unrolled, loop
 
     def verdict(met: bool) -> str:
         return "met" if met else "missed"
@@ -116,14 +181,24 @@ def targets(records: Records) -> list[tuple[str, str, str]]:
             verdict(over["median"] <= 1.09),
         ),
         (
+            "the same on TPUs",
+            f"{best:.3f} at best, {worst:.3f} by the compiler's cycles (v5e, B/2, estimated)",
+            verdict(worst <= 1.09),
+        ),
+        (
             "DiverseDiT's memory over SiT's: at most 1.05",
-            f"{memory:.3f} (CPU, S/2)",
-            verdict(memory <= 1.05),
+            f"{held[1] / held[0]:.3f} (v5e, B/2, 16 images a chip; {held[0]:.2f} and {held[1]:.2f} GiB, compiler)",
+            verdict(held[1] / held[0] <= 1.05),
         ),
         (
             "dispatch of a step at depth 28: under 1 ms",
             f"{dispatch['rows'][0]['dispatch_ms']:.2f} ms",
             verdict(dispatch["rows"][0]["dispatch_ms"] < 1),
+        ),
+        (
+            "XL/2's training step compiles for one TPU chip, ahead of time on two cores: under 60 s",
+            f"{chip[0]:.0f} s; {chip[1]:.0f} s with model.unroll=False",
+            f"{verdict(chip[0] < 60)}; {verdict(chip[1] < 60)}",
         ),
         (
             "CPU, float32, S/2: at most 0.9 of PyTorch's time",
@@ -142,7 +217,7 @@ def targets(records: Records) -> list[tuple[str, str, str]]:
 
 
 class Section(NamedTuple):
-    """A record, what is said of it, and how it is drawn. Its table stands beside it, as the benchmark wrote it."""
+    """A record, what is said of it, and how it is drawn. Beside a benchmark's stands its table, as it was written."""
 
     record: str
     title: str
@@ -173,6 +248,21 @@ SECTIONS = [
         " their products.",
         scaling,
     ),
+    Section(
+        "plan_sizes",
+        "By size, on TPU v5e, as compiled",
+        "No TPU ran this. Memory is the compiler's; times are estimates, from the best to the worst:"
+        " [launch/README.md](../../launch/README.md) says what they rest on.",
+        sizes,
+    ),
+    Section(
+        "plan_forms",
+        "Loops, what the backward pass keeps, and the kernel of attention, on TPU v5e, as compiled",
+        "By default it is unrolled, with remat `named`. The compiler tells no cycles of a kernel: the worst of `splash`"
+        " lacks them.",
+        forms,
+    ),
+    Section("pod_plan", "TPU slices, as compiled", "400K steps at batch 256, as in the paper; the default remat."),
     Section("remat_cpu", "What the backward pass keeps, on a CPU", "`model.remat`; the default is `named`."),
     Section(
         "dispatch_cpu",
@@ -194,7 +284,7 @@ SECTIONS = [
 def page(folder: Path) -> str:
     """The text of the page, from the records in a folder."""
     records = {}
-    for name in {section.record for section in SECTIONS}:
+    for name in {section.record for section in SECTIONS} | {"plan_chip"}:
         path = folder / f"{name}.json"
         if not path.exists():
             raise ConfigError(f"{path} is missing: it is a record of the page")
@@ -214,13 +304,36 @@ def page(folder: Path) -> str:
         lines += [section.text, ""] if section.text else []
         if section.draw:
             lines += [f"![{section.title}]({section.record}.png)", ""]
-        lines.append(table(folder, section))
+        record = records[section.record]
+        lines.append(plan_table(record) if "plans" in record else table(folder, section))
     return "\n".join(lines) + "\n"
 
 
 def table(folder: Path, section: Section) -> str:
     """The table that the benchmark has written beside its record."""
     return (folder / f"{section.record}.md").read_text(encoding="utf-8").rstrip()
+
+
+def plan_table(record: Record) -> str:
+    """The plans of a record, estimates from the best to the worst."""
+    commands = "\n\n".join(timing.about({"command": command, **made}) for command, made in record["plans"].items())
+    estimates = {
+        "ms a step": ("step_ms", 0, 1),
+        "images/s": ("images_per_sec", 0, 1),
+        "MFU %": ("mfu", 0, 100),
+        "days": ("days", 1, 1),
+        "chip-hours": ("chip_hours", 0, 1),
+    }
+    heads = ("", "slice", "mesh", "images a chip", "GiB a chip", *estimates)
+    lines = []
+    for found in plans(record):
+        held = f"{found['programs']['train']['needs_gib']:.2f} of {found['hbm_gib']:.2f}"
+        mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
+        cells = [found["label"], found["slice"], mesh, f"{found['batch_per_chip']:g}"]
+        cells.append(held if found["fits"] else f"{held}: does not fit")
+        cells += [pod_plan.span(found["estimate"], *key) if "estimate" in found else "" for key in estimates.values()]
+        lines.append(cells)
+    return f"{commands}\n\n{timing.table(heads, lines)}"
 
 
 def draw(folder: Path) -> None:
