@@ -217,7 +217,7 @@ def targets(records: Records) -> list[tuple[str, str, str]]:
 
 
 class Section(NamedTuple):
-    """A record, what is said of it, and how it is drawn. Beside a benchmark's stands its table, as it was written."""
+    """A record, what is said of it, and how it is drawn. A benchmark has written its table; a plan's is made here."""
 
     record: str
     title: str
@@ -263,6 +263,7 @@ SECTIONS = [
         forms,
     ),
     Section("pod_plan", "TPU slices, as compiled", "400K steps at batch 256, as in the paper; the default remat."),
+    Section("unroll_cpu", "Loop over blocks or not, on a CPU", "`model.unroll`; by default only on TPUs."),
     Section("remat_cpu", "What the backward pass keeps, on a CPU", "`model.remat`; the default is `named`."),
     Section(
         "dispatch_cpu",

@@ -434,7 +434,7 @@ def make(
     unroll: the program has block after block instead of two loops over blocks (None: on TPUs). What a loop hands on, to
         its backward pass or to the other half, lies in stacks, which are filled with zeros, written and read: on a TPU
         a quarter of a training step (estimated). A loop compiles some times as fast; on a CPU it is also faster, and
-        needs half of the memory.
+        needs little more than half of the memory.
     """
     _known("size", size, SIZES)
     _known("skip", skip, SKIPS)
