@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from diversedit_jax import checkpoint, logs, program, reports, slots, sources
+from diversedit_jax import checkpoint, logs, program, registry, reports, sources
 from diversedit_jax import config as configs
 from diversedit_jax.analysis import figures, layouts, measure, page, scores, subjects
 from diversedit_jax.analysis.drawing import by_label
@@ -211,7 +211,7 @@ def parts_of(skipped: Sequence[str]) -> list[str]:
     """All parts but those."""
     for name in skipped:
         if name not in PARTS:
-            raise ConfigError(f"--skip={name} is unknown; {slots.suggestion(name, PARTS)}")
+            raise ConfigError(f"--skip={name} is unknown; {registry.suggestion(name, PARTS)}")
     return [name for name in PARTS if name not in skipped]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from diversedit_jax import slots
+from diversedit_jax import registry
 from diversedit_jax.errors import ConfigError
 
 FILE = "config.json"
@@ -40,14 +40,14 @@ FREE = (
 def options(build: Callable, **changes: Any) -> ConfigDict:
     """All keyword options of a factory with their defaults, and `changes` to them."""
     values = {}
-    for name, parameter in slots.options(build).items():
+    for name, parameter in registry.options(build).items():
         default = parameter.default
         required = default is inspect.Parameter.empty
         values[name] = config_dict.placeholder(_kind(parameter.annotation)) if required or default is None else default
     config = ConfigDict(values, type_safe=True)
     for name, value in changes.items():
         if name not in config:
-            raise ConfigError(f"{build.__module__}: no option {name!r}; {slots.suggestion(name, values)}")
+            raise ConfigError(f"{build.__module__}: no option {name!r}; {registry.suggestion(name, values)}")
         config[name] = value
     return config
 
@@ -64,7 +64,7 @@ def slot(kind: str, name: str, **changes: Any) -> ConfigDict:
 
     Evaluators also have `every`: their interval in steps, 0 for the end of the run only.
     """
-    config = options(slots.factory(kind, name), **changes)
+    config = options(registry.factory(kind, name), **changes)
     config.name = name
     if kind == "evaluators":
         config.every = 0
@@ -74,7 +74,7 @@ def slot(kind: str, name: str, **changes: Any) -> ConfigDict:
 def keywords(config: ConfigDict, place: str, build: Callable) -> dict[str, Any]:
     """The options of a config as keyword arguments; one that is required and not set is an error."""
     given = {name: _plain(value) for name, value in config.to_dict().items() if name not in RESERVED}
-    for name, parameter in slots.options(build).items():
+    for name, parameter in registry.options(build).items():
         if parameter.default is inspect.Parameter.empty and given.get(name) is None:
             raise ConfigError(f"{place}.{name} is not set; give it with --{place}.{name}=VALUE")
     return given
@@ -82,9 +82,9 @@ def keywords(config: ConfigDict, place: str, build: Callable) -> dict[str, Any]:
 
 def make(kind: str, config: ConfigDict, place: str, *args: Any) -> Any:
     """Build the slot that a config describes. `place` is where the config stands, for errors: `config.model`."""
-    given = keywords(config, place, slots.factory(kind, config.name))
+    given = keywords(config, place, registry.factory(kind, config.name))
     try:
-        return slots.make(kind, config.name, *args, **given)
+        return registry.make(kind, config.name, *args, **given)
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:

@@ -31,7 +31,18 @@ from absl import flags
 
 from diversedit_jax import config as configs
 from diversedit_jax import extractors as networks
-from diversedit_jax import feature_parts, logs, program, protocols, reports, sampling, scoring, sharding, slots, sources
+from diversedit_jax import (
+    feature_parts,
+    logs,
+    program,
+    protocols,
+    registry,
+    reports,
+    sampling,
+    scoring,
+    sharding,
+    sources,
+)
 from diversedit_jax.data import sample_files
 from diversedit_jax.errors import CheckpointError, ConfigError
 from diversedit_jax.extractors import Extractor
@@ -228,7 +239,7 @@ def check_unread(known: Sequence[flags.Flag]) -> None:
 
 def sweep_of(given: Sequence[str]) -> list[dict[str, Any]]:
     """The points of `NAME=VALUE,VALUE` for each of several options: all combinations; [{}] for none."""
-    known = slots.options(sampling.make)
+    known = registry.options(sampling.make)
     axes = {}
     for text in given:
         name, _, values = text.partition("=")
@@ -240,7 +251,7 @@ def sweep_of(given: Sequence[str]) -> list[dict[str, Any]]:
 
 def _value(name: str, value: str, text: str) -> Any:
     """A value of a sweep as its option takes it: lo:hi for an interval."""
-    default = slots.options(sampling.make)[name].default
+    default = registry.options(sampling.make)[name].default
     try:
         if name == "guidance_interval":
             low, high = value.split(":")

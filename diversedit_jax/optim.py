@@ -3,7 +3,7 @@
 import optax
 
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.slots import suggestion
+from diversedit_jax.registry import suggestion
 
 
 def schedule(total_steps: int, *, learning_rate: float, decay: str, warmup_steps: int) -> optax.Schedule:

@@ -11,12 +11,13 @@ import numpy as np
 from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
-from diversedit_jax import ddpm_samplers, joint, noise_schedule, paths, samplers, sharding
+from diversedit_jax import sharding
 from diversedit_jax.api import Network, Params, Prepare
+from diversedit_jax.diffusion import ddpm_solvers, discrete, image_and_token, paths, solvers
+from diversedit_jax.diffusion.guidance import Velocity, autoguide, guide, over_span
 from diversedit_jax.errors import ConfigError, NonFiniteError
-from diversedit_jax.guidance import Velocity, autoguide, guide, over_span
 from diversedit_jax.models import Model
-from diversedit_jax.slots import suggestion
+from diversedit_jax.registry import suggestion
 
 FLOW_SOLVERS = ("euler", "heun", "dopri5", "euler_maruyama", "sde_heun")
 DDPM_SOLVERS = ("ddpm", "ddim")
@@ -33,7 +34,7 @@ Sample = Callable[..., np.ndarray]
 Item = TypeVar("Item")
 
 # (guided, x, noise) -> x at the end; guided takes what converts a network for the solver, and gives its velocity
-Solve = Callable[[Callable[[Callable[[Network], Network]], Velocity], Array, samplers.Noise], Array]
+Solve = Callable[[Callable[[Callable[[Network], Network]], Velocity], Array, solvers.Noise], Array]
 
 
 class Drawn(NamedTuple):
@@ -193,11 +194,11 @@ def make(
         if width is None:
             return jnp.float32(cfg_scale)
         token_scale = cfg_scale if token_cfg_scale is None else token_cfg_scale if token_cfg_scale > 0 else 1.0
-        return jnp.asarray(joint.scales(shape, width, cfg_scale, token_scale, guided_image))
+        return jnp.asarray(image_and_token.scales(shape, width, cfg_scale, token_scale, guided_image))
 
     def network(params: Params) -> Network:
         bound = model.network(params)
-        return bound if width is None else joint.packed(bound, shape)
+        return bound if width is None else image_and_token.packed(bound, shape)
 
     @partial(jax.jit, out_shardings=sharding.replicated(layout))  # so that every process can read the result
     def run(
@@ -213,8 +214,8 @@ def make(
                 return guide(convert(network(params)), y, num_classes, **options)
             return autoguide(convert(network(params)), convert(network(weak)), y, **options)
 
-        x = solve(guided, x, samplers.normal_per_image(path_keys, state))
-        x = x if width is None else joint.unpack(x, shape)[0]
+        x = solve(guided, x, solvers.normal_per_image(path_keys, state))
+        x = x if width is None else image_and_token.unpack(x, shape)[0]
         finite = before & jnp.isfinite(x).all()
         return x if prepare.decode is None else prepare.decode(frozen, x), finite
 
@@ -293,15 +294,15 @@ def _ode_solve(source: Flow, solver: str, steps: int, rtol: float, atol: float) 
     path = paths.make(source.path)
     paths.check_prediction(source.prediction)
     last, first = paths.sampling_times(*source)
-    times = samplers.uniform_times(steps, first, last)
+    times = solvers.uniform_times(steps, first, last)
     if not (rtol > 0 and atol > 0):
         raise ConfigError(f"rtol = {rtol}, atol = {atol}: must be positive")
 
     def solve(guided, x, noise):
         velocity = guided(lambda network: paths.as_velocity(network, path, source.prediction))
         if solver == "dopri5":
-            return samplers.dopri5(velocity, x, first, last, rtol=rtol, atol=atol, max_steps=steps)
-        return getattr(samplers, solver)(velocity, x, times)
+            return solvers.dopri5(velocity, x, first, last, rtol=rtol, atol=atol, max_steps=steps)
+        return getattr(solvers, solver)(velocity, x, times)
 
     return solve
 
@@ -311,26 +312,26 @@ def _sde_solve(
 ) -> Solve:
     path = paths.make(source.path)
     paths.check_prediction(source.prediction)
-    w = samplers.diffusion(form, path, norm)
-    times = samplers.sde_times(steps, *source, form, last_kind, last_step)
+    w = solvers.diffusion(form, path, norm)
+    times = solvers.sde_times(steps, *source, form, last_kind, last_step)
     if not 0 <= norm < inf:
         raise ConfigError(f"diffusion_norm = {norm}: must be finite and not negative")
 
     def solve(guided, x, noise):
         velocity = guided(lambda network: paths.as_velocity(network, path, source.prediction))
-        return getattr(samplers, solver)(velocity, x, times, noise, path, w, last_kind)
+        return getattr(solvers, solver)(velocity, x, times, noise, path, w, last_kind)
 
     return solve
 
 
 def _mean_solve(steps: int) -> Solve:
-    times = samplers.uniform_times(steps)
+    times = solvers.uniform_times(steps)
 
     def solve(guided, x, noise):
         def average(x, t, span):
             return guided(lambda network: over_span(network, span))(x, t, t)
 
-        return samplers.mean_flow(average, x, times)
+        return solvers.mean_flow(average, x, times)
 
     return solve
 
@@ -340,13 +341,13 @@ def _ddpm_solve(source: Diffusion, solver: str, steps: int, eta: float) -> Solve
         raise ConfigError(f"steps = {steps}: a discrete diffusion is sampled in at least 2")
     if not 0 <= eta <= 1:
         raise ConfigError(f"eta = {eta}: must be from 0 (deterministic) to 1")
-    whole = noise_schedule.linear(source.num_timesteps)
-    schedule = noise_schedule.respace(whole, noise_schedule.spaced(source.num_timesteps, [steps]))
+    whole = discrete.linear(source.num_timesteps)
+    schedule = discrete.respace(whole, discrete.spaced(source.num_timesteps, [steps]))
 
     def solve(guided, x, noise):
         predict = guided(lambda network: network)
         if solver == "ddim":
-            return ddpm_samplers.ddim(predict, x, schedule, noise, eta)
-        return ddpm_samplers.ddpm(predict, x, schedule, noise)
+            return ddpm_solvers.ddim(predict, x, schedule, noise, eta)
+        return ddpm_solvers.ddpm(predict, x, schedule, noise)
 
     return solve

@@ -17,9 +17,10 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from diversedit_jax import config as configs
-from diversedit_jax import experiment, models, prepare, samplers, sampling, sharding, slots
+from diversedit_jax import experiment, models, prepare, registry, sampling, sharding
 from diversedit_jax.api import Params
 from diversedit_jax.checkpoint import Checkpoints, by_path, checksums
+from diversedit_jax.diffusion import solvers
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.interop import releases
 from diversedit_jax.interop.vae import open_vae
@@ -143,9 +144,9 @@ def of_release(
         "family": family,
         "file": file.name,
         "weights": {"digest": digest(params), "entry": weights},
-        "model": {"name": name} | _defaults(slots.factory("models", "dit")) | chosen,
+        "model": {"name": name} | _defaults(registry.factory("models", "dit")) | chosen,
         "weak": None,
-        "decoder": _decoder({"name": "latents"} | _defaults(slots.factory("prepare", "latents")) | decoding),
+        "decoder": _decoder({"name": "latents"} | _defaults(registry.factory("prepare", "latents")) | decoding),
     }
     decoded = experiment.image_shape(latents, shape)
     return Source(make, options, sample, params, None, frozen, decoded, arch.num_classes, file.name, folder, about)
@@ -173,7 +174,7 @@ def placed(params: Params, layout: sharding.Layout) -> Params:
 
 
 def _defaults(build: Callable) -> dict[str, Any]:
-    return {name: p.default for name, p in slots.options(build).items()}
+    return {name: p.default for name, p in registry.options(build).items()}
 
 
 def digest(params: Params) -> str:
@@ -221,8 +222,8 @@ def define_flags() -> None:
     flags.DEFINE_float("token_cfg_scale", None, "That of REG's class token; by default cfg_scale, <= 0: not guided.")
     flags.DEFINE_list("guidance_interval", None, "lo,hi: guide while lo <= t <= hi; t = 1 is noise.")
     flags.DEFINE_integer("guidance_channels", None, "Guide the first so many channels only.")
-    flags.DEFINE_string("diffusion", None, f"Of stochastic solvers, one of {', '.join(samplers.DIFFUSIONS)}.")
-    flags.DEFINE_string("last_step_kind", None, f"Of stochastic solvers, one of {', '.join(samplers.LAST_STEPS)}.")
+    flags.DEFINE_string("diffusion", None, f"Of stochastic solvers, one of {', '.join(solvers.DIFFUSIONS)}.")
+    flags.DEFINE_string("last_step_kind", None, f"Of stochastic solvers, one of {', '.join(solvers.LAST_STEPS)}.")
     flags.DEFINE_float("last_step", None, "Of stochastic solvers: the time at which the last step begins.")
     flags.DEFINE_float("rtol", None, "Of dopri5: the relative tolerance.")
     flags.DEFINE_float("atol", None, "Of dopri5: the absolute tolerance.")

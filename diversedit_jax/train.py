@@ -26,7 +26,7 @@ from diversedit_jax.checkpoint import Checkpoints, prepare_workdir
 from diversedit_jax.data import pipeline
 from diversedit_jax.errors import ConfigError, NonFiniteError
 from diversedit_jax.evaluators import Current
-from diversedit_jax.slots import suggestion
+from diversedit_jax.registry import suggestion
 from diversedit_jax.train_state import State, initializer, not_finite_ends, started_from, train_step
 
 

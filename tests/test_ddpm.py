@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from diversedit_jax import ddpm_samplers, noise_schedule, samplers
+from diversedit_jax.diffusion import ddpm_solvers, discrete, solvers
+from diversedit_jax.diffusion.discrete import Gaussian
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.noise_schedule import Gaussian
 from diversedit_jax.objectives import ddpm
 
-WHOLE = noise_schedule.linear(1000)
+WHOLE = discrete.linear(1000)
 SHAPE = (4, 3, 3, 2)
 MEAN, STD = 0.7, 0.4
 
@@ -33,55 +33,55 @@ def test_the_posterior_is_bayes():
     for i in (1, 17, 500, 999):
         beta, before = WHOLE.betas[i], WHOLE.alphas_bar_prev[i]
         precision = (1 - beta) / beta + 1 / (1 - before)
-        np.testing.assert_allclose(noise_schedule.posterior_variance(WHOLE)[i], 1 / precision, rtol=1e-9)
+        np.testing.assert_allclose(discrete.posterior_variance(WHOLE)[i], 1 / precision, rtol=1e-9)
         x, x_i = draws(2)
         mean = (np.sqrt(1 - beta) / beta * x_i + np.sqrt(before) / (1 - before) * x) / precision
-        found = noise_schedule.posterior(WHOLE, x, x_i, jnp.int32(i))
+        found = discrete.posterior(WHOLE, x, x_i, jnp.int32(i))
         np.testing.assert_allclose(found.mean, mean, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(found.log_variance, -np.log(precision), rtol=1e-5)
-    assert noise_schedule.posterior_variance(WHOLE)[0] == 0
-    logs = noise_schedule.posterior_log_variance(WHOLE)
-    assert logs[0] == logs[1] == np.log(noise_schedule.posterior_variance(WHOLE)[1])
+    assert discrete.posterior_variance(WHOLE)[0] == 0
+    logs = discrete.posterior_log_variance(WHOLE)
+    assert logs[0] == logs[1] == np.log(discrete.posterior_variance(WHOLE)[1])
 
 
 def test_the_learned_variance_lies_between_the_posteriors_and_beta():
     i = jnp.array([1, 10, 400, 999])
     x, noise = draws(2)
-    for v, wanted in [(-1, noise_schedule.posterior_variance(WHOLE)), (1, WHOLE.betas)]:
+    for v, wanted in [(-1, discrete.posterior_variance(WHOLE)), (1, WHOLE.betas)]:
         output = jnp.concatenate([noise, jnp.full_like(noise, v)], axis=-1)
-        found = noise_schedule.reverse(WHOLE, output, x, i).log_variance
+        found = discrete.reverse(WHOLE, output, x, i).log_variance
         np.testing.assert_allclose(found[:, 0, 0, 0], np.log(wanted[np.asarray(i)]), rtol=1e-5)
 
 
 def test_the_true_noise_predicts_the_posteriors_mean():
     x, noise = draws(2)
     i = jnp.array([0, 10, 400, 999])
-    x_i = noise_schedule.diffuse(WHOLE, x, noise, i)
-    np.testing.assert_allclose(noise_schedule.data_from_noise(WHOLE, noise, x_i, i), x, atol=1e-4)
-    found = noise_schedule.reverse(WHOLE, noise, x_i, i).mean
-    np.testing.assert_allclose(found, noise_schedule.posterior(WHOLE, x, x_i, i).mean, atol=1e-5)
+    x_i = discrete.diffuse(WHOLE, x, noise, i)
+    np.testing.assert_allclose(discrete.data_from_noise(WHOLE, noise, x_i, i), x, atol=1e-4)
+    found = discrete.reverse(WHOLE, noise, x_i, i).mean
+    np.testing.assert_allclose(found, discrete.posterior(WHOLE, x, x_i, i).mean, atol=1e-5)
 
 
 def test_the_bound_is_a_kl_by_quadrature():
     x, noise, guess, v = draws(4)
     i = jnp.array([3, 80, 480, 977])
-    x_i = noise_schedule.diffuse(WHOLE, x, noise, i)
+    x_i = discrete.diffuse(WHOLE, x, noise, i)
     output = jnp.concatenate([guess, jnp.tanh(v)], axis=-1)
-    q, p = noise_schedule.posterior(WHOLE, x, x_i, i), noise_schedule.reverse(WHOLE, output, x_i, i)
+    q, p = discrete.posterior(WHOLE, x, x_i, i), discrete.reverse(WHOLE, output, x_i, i)
     nodes, weights = np.polynomial.hermite_e.hermegauss(40)
     spread = np.exp(np.asarray(q.log_variance, np.float64) / 2)[..., None]
     z = np.asarray(q.mean, np.float64)[..., None] + spread * nodes
     log_q = stats.norm.logpdf(z, np.asarray(q.mean)[..., None], spread)
     log_p = stats.norm.logpdf(z, np.asarray(p.mean)[..., None], np.exp(np.asarray(p.log_variance) / 2)[..., None])
     kl = ((log_q - log_p) * weights).sum(-1) / weights.sum()
-    found = noise_schedule.bound(WHOLE, output, x, x_i, i)
+    found = discrete.bound(WHOLE, output, x, x_i, i)
     np.testing.assert_allclose(found, kl.mean(axis=(1, 2, 3)) / np.log(2), rtol=1e-4)
 
 
 def test_the_first_step_is_the_likelihood_of_a_bin():
     p = Gaussian(jnp.float32(0.1), jnp.float32(np.log(0.02**2)))
     levels = np.linspace(-1, 1, 256)
-    found = np.exp(noise_schedule.discretized_log_likelihood(p, jnp.asarray(levels, jnp.float32)))
+    found = np.exp(discrete.discretized_log_likelihood(p, jnp.asarray(levels, jnp.float32)))
     edges = np.concatenate([[-np.inf], (levels[1:] + levels[:-1]) / 2, [np.inf]])
     # 2e-3: of the reference's normal distribution function by tanh
     np.testing.assert_allclose(found, np.diff(stats.norm.cdf(edges, 0.1, 0.02)), atol=2e-3 * found.max())
@@ -89,20 +89,20 @@ def test_the_first_step_is_the_likelihood_of_a_bin():
     x, noise, guess, _ = draws(4)
     x = jnp.clip(x, -1, 1)
     i = jnp.zeros(4, jnp.int32)
-    x_i = noise_schedule.diffuse(WHOLE, x, noise, i)
-    wanted = noise_schedule.discretized_log_likelihood(noise_schedule.reverse(WHOLE, guess, x_i, i), x)
+    x_i = discrete.diffuse(WHOLE, x, noise, i)
+    wanted = discrete.discretized_log_likelihood(discrete.reverse(WHOLE, guess, x_i, i), x)
     np.testing.assert_allclose(
-        noise_schedule.bound(WHOLE, guess, x, x_i, i), -wanted.mean(axis=(1, 2, 3)) / np.log(2), rtol=1e-6
+        discrete.bound(WHOLE, guess, x, x_i, i), -wanted.mean(axis=(1, 2, 3)) / np.log(2), rtol=1e-6
     )
 
 
 def test_the_bound_trains_the_variance_alone():
     x, noise, guess, v = draws(4)
     i = jnp.array([0, 3, 480, 977])
-    x_i = noise_schedule.diffuse(WHOLE, x, noise, i)
+    x_i = discrete.diffuse(WHOLE, x, noise, i)
 
     def total(guess, v):
-        return noise_schedule.bound(WHOLE, jnp.concatenate([guess, v], axis=-1), x, x_i, i).sum()
+        return discrete.bound(WHOLE, jnp.concatenate([guess, v], axis=-1), x, x_i, i).sum()
 
     of_noise, of_variance = jax.grad(total, argnums=(0, 1))(guess, v)
     assert (of_noise == 0).all()
@@ -111,28 +111,28 @@ def test_the_bound_trains_the_variance_alone():
 
 
 def test_respacing_follows_the_section_counts():
-    found = noise_schedule.spaced(1000, [250])
+    found = discrete.spaced(1000, [250])
     np.testing.assert_array_equal(found, np.unique(found))
     np.testing.assert_array_equal(found, [round(k * 999 / 249) for k in range(250)])
     np.testing.assert_array_equal(found[[0, 1, 2, 124, 125, 249]], [0, 4, 8, 497, 502, 999])
-    np.testing.assert_array_equal(noise_schedule.spaced(1000, [1000]), np.arange(1000))
+    np.testing.assert_array_equal(discrete.spaced(1000, [1000]), np.arange(1000))
     # the example of the reference: 300 steps as 10 + 15 + 20
-    found = noise_schedule.spaced(300, [10, 15, 20])
+    found = discrete.spaced(300, [10, 15, 20])
     assert [(found // 100 == part).sum() for part in range(3)] == [10, 15, 20]
     assert [*found[[0, 9, 10, 24, 25, 44]]] == [0, 99, 100, 199, 200, 299]
-    np.testing.assert_array_equal(noise_schedule.spaced(10, [2, 2, 2]), [0, 3, 4, 6, 7, 9])  # 4 + 3 + 3
+    np.testing.assert_array_equal(discrete.spaced(10, [2, 2, 2]), [0, 3, 4, 6, 7, 9])  # 4 + 3 + 3
     with pytest.raises(ConfigError, match="1001 steps of a section of 1000 steps"):
-        noise_schedule.spaced(1000, [1001])
+        discrete.spaced(1000, [1001])
 
 
 def test_a_respaced_diffusion_keeps_its_marginals():
-    kept = noise_schedule.spaced(1000, [50])
-    few = noise_schedule.respace(WHOLE, kept)
+    kept = discrete.spaced(1000, [50])
+    few = discrete.respace(WHOLE, kept)
     np.testing.assert_allclose(few.alphas_bar, WHOLE.alphas_bar[kept], rtol=1e-9)
     np.testing.assert_array_equal(few.timesteps, kept)
     assert (few.betas > 0).all()
     assert (few.betas < 1).all()
-    same = noise_schedule.respace(WHOLE, np.arange(1000))
+    same = discrete.respace(WHOLE, np.arange(1000))
     np.testing.assert_allclose(same.betas, WHOLE.betas, rtol=1e-9)
 
 
@@ -143,9 +143,9 @@ def exact(x, step, t):
 
 
 SAMPLERS = {
-    "ddpm": ddpm_samplers.ddpm,
-    "ddim": ddpm_samplers.ddim,
-    "ddim eta=1": lambda *given: ddpm_samplers.ddim(*given, eta=1.0),
+    "ddpm": ddpm_solvers.ddpm,
+    "ddim": ddpm_solvers.ddim,
+    "ddim eta=1": lambda *given: ddpm_solvers.ddim(*given, eta=1.0),
 }
 
 
@@ -154,7 +154,7 @@ def test_samples_of_a_gaussian_have_its_moments(name):
     count = 40_000
     keys = jax.random.split(jax.random.key(0), count)
     start = jax.vmap(lambda key: jax.random.normal(key, (1, 1, 1)))(keys)
-    x = SAMPLERS[name](exact, start, WHOLE, samplers.normal_per_image(keys, (1, 1, 1)))
+    x = SAMPLERS[name](exact, start, WHOLE, solvers.normal_per_image(keys, (1, 1, 1)))
     assert abs(float(x.mean()) - MEAN) < 4 * STD / count**0.5 + 2e-3
     assert abs(float(x.std()) - STD) < 4 * STD / (2 * count) ** 0.5 + 3e-3
 
@@ -164,23 +164,23 @@ def test_ddim_converges_to_the_flow_of_the_gaussian():
     start = jnp.linspace(-2, 2, 16).reshape(1, 4, 4, 1)
     errors = []
     for steps in (25, 50, 100, 1000):
-        few = noise_schedule.respace(WHOLE, noise_schedule.spaced(1000, [steps]))
-        x = ddpm_samplers.ddim(exact, start, few, lambda i: jnp.zeros((1, 4, 4, 1)))
+        few = discrete.respace(WHOLE, discrete.spaced(1000, [steps]))
+        x = ddpm_solvers.ddim(exact, start, few, lambda i: jnp.zeros((1, 4, 4, 1)))
         errors.append(float(jnp.abs(x - (MEAN + STD * start)).max()))
     np.testing.assert_allclose(np.divide(errors[:2], errors[1:3]), 2, atol=0.2, err_msg=f"first order: {errors}")
     assert errors[3] < 5e-3
 
 
 def test_ddim_with_eta_1_is_ancestral_sampling_with_the_posteriors_variance():
-    few = noise_schedule.respace(WHOLE, noise_schedule.spaced(1000, [7]))
+    few = discrete.respace(WHOLE, discrete.spaced(1000, [7]))
     start, *noises = draws(8)
     noise = jnp.stack(noises)
 
     def lowest(x, step, t):  # v = -1: the posterior's variance
         return jnp.concatenate([exact(x, step, t), -jnp.ones_like(x)], axis=-1)
 
-    ancestral = ddpm_samplers.ddpm(lowest, start, few, lambda i: noise[i])
-    implicit = ddpm_samplers.ddim(exact, start, few, lambda i: noise[i], eta=1.0)
+    ancestral = ddpm_solvers.ddpm(lowest, start, few, lambda i: noise[i])
+    implicit = ddpm_solvers.ddim(exact, start, few, lambda i: noise[i], eta=1.0)
     np.testing.assert_allclose(implicit, ancestral, atol=2e-5)
 
 
@@ -214,6 +214,6 @@ def test_what_does_not_fit_together_is_refused():
     with pytest.raises(ConfigError, match="num_timesteps = 20: the linear schedule needs at least 21"):
         ddpm.make(3, num_timesteps=20)
     with pytest.raises(ConfigError, match="at least 2 steps, given 1"):
-        ddpm_samplers.ddim(exact, draws(1)[0], noise_schedule.respace(WHOLE, np.array([5])), lambda i: 0.0)
+        ddpm_solvers.ddim(exact, draws(1)[0], discrete.respace(WHOLE, np.array([5])), lambda i: 0.0)
     with pytest.raises(ConfigError, match=r"eta = 1\.5"):
-        ddpm_samplers.ddim(exact, draws(1)[0], WHOLE, lambda i: 0.0, eta=1.5)
+        ddpm_solvers.ddim(exact, draws(1)[0], WHOLE, lambda i: 0.0, eta=1.5)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from diversedit_jax import losses, models, slots
+from diversedit_jax import losses, models, registry
 from diversedit_jax.api import Forward
 from diversedit_jax.losses import diversity
 from diversedit_jax.losses.diversity import (
@@ -467,7 +467,7 @@ def test_options_change_a_preset():
 
 
 def test_every_setting_is_an_option():
-    assert set(Settings._fields) <= set(slots.options(diversity.make)), "a setting that a config cannot set"
+    assert set(Settings._fields) <= set(registry.options(diversity.make)), "a setting that a config cannot set"
 
 
 def test_pairs_are_redrawn_by_the_step_key_only_where_asked():

@@ -18,7 +18,7 @@ from PIL import Image
 
 from configs import digits
 from diversedit_jax import config as configs
-from diversedit_jax import evaluate, experiment, protocols, reports, sampling, scoring, sharding, slots, sources
+from diversedit_jax import evaluate, experiment, protocols, registry, reports, sampling, scoring, sharding, sources
 from diversedit_jax.config import slot
 from diversedit_jax.data.digits import SHAPE
 from diversedit_jax.errors import ConfigError
@@ -240,7 +240,7 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_sampled(source, jud
 @pytest.mark.parametrize("name", protocols.PROTOCOLS)
 def test_protocols_are_options_of_the_sampler(name):
     protocol = protocols.find(name)
-    known = slots.options(sampling.make)
+    known = registry.options(sampling.make)
     assert protocol.sampler.keys() <= known.keys()
     assert {"solver", "steps", "cfg_scale", "guidance_interval", "guidance_channels"} <= protocol.sampler.keys()
     assert protocol.labels in sampling.LABELS

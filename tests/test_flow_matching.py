@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diversedit_jax import objectives, paths, sharding, times
+from diversedit_jax import objectives, sharding
+from diversedit_jax.diffusion import paths, times
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.objectives.flow_matching import drop_labels, regress
 

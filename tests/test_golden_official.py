@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diversedit_jax import ddpm_samplers, noise_schedule, paths, samplers
-from diversedit_jax.guidance import guide
+from diversedit_jax.diffusion import ddpm_solvers, discrete, paths, solvers
+from diversedit_jax.diffusion.guidance import guide
 from diversedit_jax.models import official_sit
 from diversedit_jax.objectives import ddpm, flow_matching
 from tests import reference
@@ -51,18 +51,18 @@ def test_sit_samplers(sit):
     network, gold = sit
     z, y = jnp.asarray(gold["z"]), jnp.asarray(gold["sample_y"], jnp.int32)
     points = int(gold["num_steps"])  # of its time grids: the ODE's steps are one less
-    even = samplers.uniform_times(points - 1)
+    even = solvers.uniform_times(points - 1)
     noise = jnp.asarray(gold["sde_eps"])
 
     @jax.jit
     def run():
         plain, guided = guide(network, y, NULL), guide(network, y, NULL, scale=4.0, channels=3)
-        w = samplers.diffusion("sigma", LINEAR)
-        times = samplers.sde_times(points, "linear", "velocity", "sigma", "mean", 0.04)
+        w = solvers.diffusion("sigma", LINEAR)
+        times = solvers.sde_times(points, "linear", "velocity", "sigma", "mean", 0.04)
         return {
-            "ode_euler": samplers.euler(plain, z, even),
-            "ode_euler_cfg4_first3channels": samplers.euler(guided, z, even),
-            "sde_sigma": samplers.euler_maruyama(plain, z, times, lambda i: noise[i], LINEAR, w),
+            "ode_euler": solvers.euler(plain, z, even),
+            "ode_euler_cfg4_first3channels": solvers.euler(guided, z, even),
+            "sde_sigma": solvers.euler_maruyama(plain, z, times, lambda i: noise[i], LINEAR, w),
         }
 
     for name, ours in run().items():
@@ -74,7 +74,7 @@ def test_sit_diffusion_coefficients(sit, form):
     _, gold = sit
     with jax.enable_x64(True):
         t = 1 - jnp.asarray(gold["t"], jnp.float64)
-        w = samplers.diffusion(form, LINEAR)(t)
+        w = solvers.diffusion(form, LINEAR)(t)
     # SiT's noise is sqrt(2 D), ours sqrt(w); its t is float32
     np.testing.assert_allclose(np.asarray(w) / 2, gold["sde_forms"][FORMS.index(form)], rtol=2e-6)
 
@@ -83,12 +83,12 @@ def test_dit_forward_and_loss(dit):
     network, gold = dit
     x, noise = jnp.asarray(gold["x0"]), jnp.asarray(gold["noise"])
     t, y = jnp.asarray(gold["t"], jnp.int32), jnp.asarray(gold["y"], jnp.int32)
-    schedule = noise_schedule.linear(1000)
+    schedule = discrete.linear(1000)
     result = ddpm.regress(network, schedule, x, noise, t, y)
     np.testing.assert_allclose(result.x_t, gold["xt"], rtol=1e-5, atol=1e-6)
     output, _ = network(jnp.asarray(gold["xt"]), t.astype(jnp.float32), y)
     close(output, gold["out"], 1e-5)
-    vb = noise_schedule.bound(schedule, output, x, result.x_t, t)
+    vb = discrete.bound(schedule, output, x, result.x_t, t)
     np.testing.assert_allclose(vb, gold["vb"], rtol=1e-5)
     np.testing.assert_allclose(result.loss - vb, gold["mse"], rtol=1e-5)
     np.testing.assert_allclose(result.loss, gold["loss"], rtol=1e-5)
@@ -97,18 +97,18 @@ def test_dit_forward_and_loss(dit):
 def test_dit_samplers(dit):
     network, gold = dit
     z, y, eps = jnp.asarray(gold["z"]), jnp.asarray(gold["sample_y"], jnp.int32), jnp.asarray(gold["eps"])
-    kept = noise_schedule.spaced(1000, [5])
+    kept = discrete.spaced(1000, [5])
     np.testing.assert_array_equal(kept, gold["respaced_timesteps"])
-    schedule = noise_schedule.respace(noise_schedule.linear(1000), kept)
+    schedule = discrete.respace(discrete.linear(1000), kept)
 
     @jax.jit
     def run():
         predict = partial(guide, network, y, NULL)
         noise = eps.__getitem__
         return {
-            "ddpm5": ddpm_samplers.ddpm(predict(), z, schedule, noise),
-            "ddpm5_cfg4_first3channels": ddpm_samplers.ddpm(predict(scale=4.0, channels=3), z, schedule, noise),
-            "ddim5": ddpm_samplers.ddim(predict(), z, schedule, noise),
+            "ddpm5": ddpm_solvers.ddpm(predict(), z, schedule, noise),
+            "ddpm5_cfg4_first3channels": ddpm_solvers.ddpm(predict(scale=4.0, channels=3), z, schedule, noise),
+            "ddim5": ddpm_solvers.ddim(predict(), z, schedule, noise),
         }
 
     for name, ours in run().items():

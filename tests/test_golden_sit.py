@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diversedit_jax import paths
+from diversedit_jax.diffusion import paths
 from diversedit_jax.losses import repa
 from diversedit_jax.losses.diversity import diversity_loss, select_pairs
 from diversedit_jax.objectives.flow_matching import regress

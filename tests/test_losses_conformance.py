@@ -13,8 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
 import diversedit_jax
-from diversedit_jax import losses, objectives, paths, slots
+from diversedit_jax import losses, objectives, registry
 from diversedit_jax.api import AuxLoss, Forward
+from diversedit_jax.diffusion import paths
 from diversedit_jax.objectives import flow_matching
 
 PACKAGE = Path(diversedit_jax.__file__).parent
@@ -93,12 +94,12 @@ def forward(features) -> Forward:
 
 @pytest.mark.parametrize(("slot", "name"), [("losses", n) for n in LOSSES] + [("objectives", n) for n in OBJECTIVES])
 def test_options_are_keywords_with_a_type_and_a_default(slot, name):
-    assert name in slots.known(slot)
-    make = slots.factory(slot, name)
+    assert name in registry.known(slot)
+    make = registry.factory(slot, name)
     positional = {"losses": [], "objectives": ["num_classes"]}[slot]
     signature = inspect.signature(make).parameters
-    assert [n for n in signature if n not in slots.options(make)] == positional, "an option that is not keyword-only"
-    for option, parameter in slots.options(make).items():
+    assert [n for n in signature if n not in registry.options(make)] == positional, "an option that is not keyword-only"
+    for option, parameter in registry.options(make).items():
         assert parameter.annotation is not inspect.Parameter.empty, f"{slot}.{name}: {option} has no type"
         assert parameter.default is not inspect.Parameter.empty, f"{slot}.{name}: {option} has no default"
         assert f"{option}" in documentation(slot, name), f"{slot}.{name}: {option} is not in the file's docstrings"
@@ -112,7 +113,7 @@ def documentation(slot: str, name: str) -> str:
 
 @pytest.mark.parametrize(("slot", "name"), [("losses", n) for n in LOSSES] + [("objectives", n) for n in OBJECTIVES])
 def test_a_file_cites_its_paper(slot, name):
-    module = inspect.getmodule(slots.factory(slot, name))
+    module = inspect.getmodule(registry.factory(slot, name))
     assert re.search(r"arXiv\s+\d{4}\.\d{5}", module.__doc__), f"{slot}.{name}: no arXiv number in its docstring"
 
 
@@ -205,7 +206,7 @@ def test_a_loss_that_couples_examples_has_groups(name):
 
     pure = apply(*first, key) + apply(*second, key)
     crossed = apply(*mixed(front), key) + apply(*mixed(~front), key)
-    options = slots.options(slots.factory("losses", name))
+    options = registry.options(registry.factory("losses", name))
     if np.isclose(pure, crossed, **ROUNDING):
         assert "groups" not in options, f"{name} couples no examples: groups would do nothing"
         return

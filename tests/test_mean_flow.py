@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diversedit_jax import guidance, models, objectives, samplers
+from diversedit_jax import models, objectives
+from diversedit_jax.diffusion import guidance, solvers
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.interop import releases
 from diversedit_jax.models.dit import REMAT
@@ -66,7 +67,7 @@ def test_one_step_equals_the_references():
     def average(x, t, span):
         return guidance.over_span(model.network(params), span)(x, jnp.full(len(x), t), gold["sample_y"])[0]
 
-    found = jax.jit(lambda z: samplers.mean_flow(average, z, samplers.uniform_times(1)))(gold["z_nhwc"])
+    found = jax.jit(lambda z: solvers.mean_flow(average, z, solvers.uniform_times(1)))(gold["z_nhwc"])
     np.testing.assert_allclose(found, gold["one_step"], atol=1e-5 * np.abs(gold["one_step"]).max())
 
 
@@ -293,5 +294,5 @@ def test_sampling_by_the_true_average_velocity_is_exact_in_any_steps():
             return x * (1 - deviation(t - span) / deviation(t)) / span
 
         for steps in (1, 2, 7):
-            found = samplers.mean_flow(average, z, samplers.uniform_times(steps))
+            found = solvers.mean_flow(average, z, solvers.uniform_times(steps))
             np.testing.assert_allclose(found, s * z, rtol=1e-12)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diversedit_jax import paths
+from diversedit_jax.diffusion import paths
 from diversedit_jax.errors import ConfigError
 
 MEAN, STD = 0.7, 0.4

@@ -9,22 +9,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import digits
-from diversedit_jax import (
-    joint,
-    models,
-    objectives,
-    paths,
-    prepare,
-    sample,
-    samplers,
-    sampling,
-    sharding,
-    sources,
-    train,
-)
+from diversedit_jax import models, objectives, prepare, sample, sampling, sharding, sources, train
 from diversedit_jax.config import slot
+from diversedit_jax.diffusion import image_and_token, paths, solvers
+from diversedit_jax.diffusion.guidance import guide
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.guidance import guide
 from diversedit_jax.interop import releases
 from diversedit_jax.interop.weights_file import write_safetensors
 from diversedit_jax.models import Model
@@ -356,15 +345,17 @@ def test_a_decoupled_pair_is_sampled_as_its_two_parts(solver):
 
     def solve(velocity, x, draws):
         if solver == "heun":
-            return samplers.heun(velocity, x, samplers.uniform_times(20))
-        times = samplers.last_step_times(20)
-        return getattr(samplers, solver)(velocity, x, times, lambda i: jnp.asarray(draws)[i])
+            return solvers.heun(velocity, x, solvers.uniform_times(20))
+        times = solvers.last_step_times(20)
+        return getattr(solvers, solver)(velocity, x, times, lambda i: jnp.asarray(draws)[i])
 
     image, token = normal(0, BATCH, *SHAPE), normal(1, BATCH, K)
     images, tokens = normal(2, 20, BATCH, *SHAPE), normal(3, 20, BATCH, K)
-    velocity = guide(joint.packed(network, SHAPE), batch()["y"], CLASSES)
-    together = jax.jit(partial(solve, velocity))(joint.pack(image, token), jax.vmap(joint.pack)(images, tokens))
-    found, found_token = joint.unpack(together, SHAPE)
+    velocity = guide(image_and_token.packed(network, SHAPE), batch()["y"], CLASSES)
+    together = jax.jit(partial(solve, velocity))(
+        image_and_token.pack(image, token), jax.vmap(image_and_token.pack)(images, tokens)
+    )
+    found, found_token = image_and_token.unpack(together, SHAPE)
     np.testing.assert_allclose(found, jax.jit(partial(solve, of_image))(image, images), rtol=1e-4, atol=1e-5)
     apart = jax.jit(partial(solve, of_token))(token[:, None, None], tokens[:, :, None, None])
     np.testing.assert_allclose(found_token, apart[:, 0, 0], rtol=1e-4, atol=1e-5)
@@ -382,10 +373,10 @@ def test_the_sde_keeps_the_joint_marginal():
 
     count = 40_000
     keys = jax.random.split(jax.random.key(0), count)
-    noise = samplers.normal_per_image(keys, (1, 1, 2))
-    velocity = guide(joint.packed(network, (1, 1, 1)), jnp.zeros(count, int), 1)
-    times = samplers.last_step_times(400, last=0.005)
-    pairs = np.asarray(samplers.euler_maruyama(velocity, noise(400), times, noise))[:, 0, 0]
+    noise = solvers.normal_per_image(keys, (1, 1, 2))
+    velocity = guide(image_and_token.packed(network, (1, 1, 1)), jnp.zeros(count, int), 1)
+    times = solvers.last_step_times(400, last=0.005)
+    pairs = np.asarray(solvers.euler_maruyama(velocity, noise(400), times, noise))[:, 0, 0]
     # four standard errors, and the bias of a first-order method at 400 steps
     spread = np.sqrt(np.diag(covariance))
     np.testing.assert_array_less(np.abs(pairs.mean(axis=0) - mean), 4 * spread / count**0.5 + 2e-3)
@@ -409,20 +400,22 @@ def labelled(x_t, t, y, *, token):
     ],
 )
 def test_each_scale_acts_on_its_own_part(image, token, channels, wanted):
-    scales = jnp.asarray(joint.scales(SHAPE, K, image, token, channels))
-    velocity = guide(joint.packed(labelled, SHAPE), jnp.array([2]), 1, scale=scales, interval=(0.0, 0.85))
-    state, t = joint.pack(jnp.zeros((1, *SHAPE)), jnp.zeros((1, K))), jnp.float32(0.5)
-    found, found_token = joint.unpack(velocity(state, t, t), SHAPE)
+    scales = jnp.asarray(image_and_token.scales(SHAPE, K, image, token, channels))
+    velocity = guide(image_and_token.packed(labelled, SHAPE), jnp.array([2]), 1, scale=scales, interval=(0.0, 0.85))
+    state, t = image_and_token.pack(jnp.zeros((1, *SHAPE)), jnp.zeros((1, K))), jnp.float32(0.5)
+    found, found_token = image_and_token.unpack(velocity(state, t, t), SHAPE)
     np.testing.assert_array_equal(found, np.broadcast_to(wanted[:2], found.shape))
     np.testing.assert_array_equal(found_token, np.full((1, K), wanted[2]))
-    outside, outside_token = joint.unpack(velocity(state, jnp.float32(0.9), jnp.float32(0.9)), SHAPE)
+    outside, outside_token = image_and_token.unpack(velocity(state, jnp.float32(0.9), jnp.float32(0.9)), SHAPE)
     assert (outside == 2).all()
     assert (outside_token == 20).all()
 
 
 def test_pairs_pack_and_unpack():
     image, token = normal(0, 3, *SHAPE), normal(1, 3, K)
-    jax.tree.map(np.testing.assert_array_equal, joint.unpack(joint.pack(image, token), SHAPE), (image, token))
+    jax.tree.map(
+        np.testing.assert_array_equal, image_and_token.unpack(image_and_token.pack(image, token), SHAPE), (image, token)
+    )
 
 
 def entangled():

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from diversedit_jax import models, paths
+from diversedit_jax import models
+from diversedit_jax.diffusion import paths
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.interop import releases
 from diversedit_jax.interop.releases import FAMILIES

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diversedit_jax import paths, samplers
+from diversedit_jax.diffusion import paths, solvers
+from diversedit_jax.diffusion.guidance import autoguide, guide, unlabelled
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.guidance import autoguide, guide, unlabelled
 from tests import reference
 
 LINEAR = paths.make("linear")
@@ -18,15 +18,15 @@ def test_samplers_equal_the_reference(name, skip):
     gold = reference.numbers(f"samplers_{name}")
     network = reference.model(skip).network(reference.params(f"sit_{name}"))
     steps = int(gold["num_steps"])
-    even, stochastic = samplers.uniform_times(steps), samplers.last_step_times(steps)
+    even, stochastic = solvers.uniform_times(steps), solvers.last_step_times(steps)
 
     @jax.jit
     def run(scale, low, high):
         velocity = guide(network, gold["y"], reference.NULL, scale=scale, interval=(low, high))
         return {
-            "euler": samplers.euler(velocity, gold["xT"], even),
-            "heun": samplers.heun(velocity, gold["xT"], even),
-            "sde": samplers.euler_maruyama(velocity, gold["xT"], stochastic, lambda i: gold["sde_eps"][i]),
+            "euler": solvers.euler(velocity, gold["xT"], even),
+            "heun": solvers.heun(velocity, gold["xT"], even),
+            "sde": solvers.euler_maruyama(velocity, gold["xT"], stochastic, lambda i: gold["sde_eps"][i]),
         }
 
     plain, guided, heun = run(1.0, 0.0, 1.0), run(1.8, 0.0, 0.7), run(2.5, 0.2, 0.8)
@@ -57,7 +57,7 @@ def test_order_of_convergence_on_a_gaussian_flow(path, solver, order):
         exact = mean + std * noise  # the flow of Gaussians maps standard deviations to standard deviations
         velocity = gaussian_velocity(mean, std, paths.make(path))
         errors = [
-            float(jnp.abs(getattr(samplers, solver)(velocity, noise, samplers.uniform_times(n)) - exact).max())
+            float(jnp.abs(getattr(solvers, solver)(velocity, noise, solvers.uniform_times(n)) - exact).max())
             for n in (64, 128, 256)
         ]
     slopes = np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
@@ -76,11 +76,11 @@ def test_the_sde_keeps_the_marginal(path, scale):
     mean, std, count = 0.7, 0.4, 40_000
     curve = paths.make(path)
     keys = jax.random.split(jax.random.key(0), count)
-    noise = samplers.normal_per_image(keys, (1, 1, 1))
+    noise = solvers.normal_per_image(keys, (1, 1, 1))
     start = jax.vmap(lambda key: jax.random.normal(key, (1, 1, 1)))(keys)
-    times = samplers.last_step_times(400, last=0.005)
+    times = solvers.last_step_times(400, last=0.005)
     velocity = gaussian_velocity(mean, std, curve)
-    x = samplers.euler_maruyama(velocity, start, times, noise, curve, diffusion=lambda t: scale * curve.sigma(t))
+    x = solvers.euler_maruyama(velocity, start, times, noise, curve, diffusion=lambda t: scale * curve.sigma(t))
     # four standard errors, and the bias of a first-order method at 400 steps
     assert abs(float(x.mean()) - mean) < 4 * std / count**0.5 + 2e-3
     assert abs(float(x.std()) - std) < 4 * std / (2 * count) ** 0.5 + 2e-3
@@ -88,8 +88,8 @@ def test_the_sde_keeps_the_marginal(path, scale):
 
 def test_an_images_noise_does_not_depend_on_its_batch():
     keys = jax.random.split(jax.random.key(3), 6)
-    whole = samplers.normal_per_image(keys, (2, 2, 1))(5)
-    part = samplers.normal_per_image(keys[2:4], (2, 2, 1))(5)
+    whole = solvers.normal_per_image(keys, (2, 2, 1))(5)
+    part = solvers.normal_per_image(keys[2:4], (2, 2, 1))(5)
     np.testing.assert_array_equal(whole[2:4], part)
     assert len(np.unique(np.asarray(whole))) == whole.size
 
@@ -129,16 +129,16 @@ def test_outside_the_interval_the_unconditional_half_is_not_computed():
         return x, ()
 
     velocity = guide(network, jnp.array([0, 1]), null=2, scale=2.0, interval=(0.0, 0.55))
-    jax.jit(lambda x: samplers.euler(velocity, x, samplers.uniform_times(4)))(jnp.ones((2, 1, 1, 1)))
+    jax.jit(lambda x: solvers.euler(velocity, x, solvers.uniform_times(4)))(jnp.ones((2, 1, 1, 1)))
     jax.effects_barrier()
     assert sorted(calls) == [2, 2, 4, 4]
 
 
 def test_step_counts_that_give_no_grid_are_refused():
     with pytest.raises(ConfigError, match="at least 1 step, given 0"):
-        samplers.uniform_times(0)
+        solvers.uniform_times(0)
     with pytest.raises(ConfigError, match="at least 2 steps, given 1"):
-        samplers.last_step_times(1)
+        solvers.last_step_times(1)
 
 
 def exact_velocity(path):
@@ -149,14 +149,14 @@ def gaussian_samples(solver, path, form, times, last="mean", count=40_000):
     """Samples of N(0.7, 0.4^2) by a stochastic solver with the exact velocity."""
     curve = paths.make(path)
     keys = jax.random.split(jax.random.key(0), count)
-    noise = samplers.normal_per_image(keys, (1, 1, 1))
+    noise = solvers.normal_per_image(keys, (1, 1, 1))
     start = jax.vmap(lambda key: jax.random.normal(key, (1, 1, 1)))(keys)
-    w = samplers.diffusion(form, curve)
+    w = solvers.diffusion(form, curve)
     return solver(exact_velocity(curve), start, times, noise, curve, w, last)
 
 
-SOLVERS = [samplers.euler_maruyama, samplers.sde_heun]
-EVERY = [(solver, form, path) for solver in SOLVERS for form in samplers.DIFFUSIONS for path in paths.PATHS]
+SOLVERS = [solvers.euler_maruyama, solvers.sde_heun]
+EVERY = [(solver, form, path) for solver in SOLVERS for form in solvers.DIFFUSIONS for path in paths.PATHS]
 QUICK = {(SOLVERS[0], "sbdm", "linear"), (SOLVERS[1], "sigma", "linear")}
 
 
@@ -166,32 +166,32 @@ QUICK = {(SOLVERS[0], "sbdm", "linear"), (SOLVERS[1], "sigma", "linear")}
 )
 def test_every_diffusion_keeps_the_marginal(solver, form, path):
     # to t = 1e-3 without a last step, which for forms that do not vanish with t would leave out their noise
-    times = samplers.sde_times(800, path, "velocity", form, "none", 0.04)
+    times = solvers.sde_times(800, path, "velocity", form, "none", 0.04)
     x = gaussian_samples(solver, path, form, times, "none")
     assert abs(float(x.mean()) - 0.7) < 4 * 0.4 / 40_000**0.5 + 2e-3
     assert abs(float(x.std()) - 0.4) < 4 * 0.4 / 80_000**0.5 + 2e-3
 
 
 @pytest.mark.parametrize("path", paths.PATHS)
-@pytest.mark.parametrize("form", samplers.DIFFUSIONS)
+@pytest.mark.parametrize("form", solvers.DIFFUSIONS)
 def test_diffusions_are_not_negative(path, form):
     t = jnp.linspace(1e-3, 1 - 1e-3, 50)
-    w = samplers.diffusion(form, paths.make(path))(t)
+    w = solvers.diffusion(form, paths.make(path))(t)
     assert (w >= 0).all()
     if form != "decreasing":  # SiT's norm is inside of its square
-        np.testing.assert_allclose(samplers.diffusion(form, paths.make(path), 0.5)(t), w / 2, rtol=1e-6)
+        np.testing.assert_allclose(solvers.diffusion(form, paths.make(path), 0.5)(t), w / 2, rtol=1e-6)
 
 
 def test_sbdm_on_the_vp_path_is_the_reverse_of_its_diffusion():
     """Its forward SDE is dx = -beta/2 x dt + sqrt(beta) dW (arXiv 2011.13456, Eq. 11): w = beta."""
     t = jnp.linspace(0.01, 1, 20)
-    np.testing.assert_allclose(samplers.diffusion("sbdm", paths.make("vp"))(t), 0.1 + 19.9 * t, rtol=1e-5)
+    np.testing.assert_allclose(solvers.diffusion("sbdm", paths.make("vp"))(t), 0.1 + 19.9 * t, rtol=1e-5)
 
 
-@pytest.mark.parametrize("last", samplers.LAST_STEPS)
+@pytest.mark.parametrize("last", solvers.LAST_STEPS)
 def test_last_steps_end_at_the_data(last):
-    times = samplers.sde_times(400, "linear", "velocity", "sigma", last, 0.04)
-    x = gaussian_samples(samplers.euler_maruyama, "linear", "sigma", times, last)
+    times = solvers.sde_times(400, "linear", "velocity", "sigma", last, 0.04)
+    x = gaussian_samples(solvers.euler_maruyama, "linear", "sigma", times, last)
     assert abs(float(x.mean()) - 0.7) < 4 * 0.4 / 40_000**0.5 + 2e-3
     # a step of 0.04 without noise; Tweedie's estimate lacks the variance of x given x_t
     alpha, variance = 0.96, 0.96**2 * 0.4**2 + 0.04**2
@@ -207,12 +207,12 @@ def test_last_steps_end_at_the_data(last):
 
 def test_an_unknown_form_or_last_step_is_refused():
     with pytest.raises(ConfigError, match="unknown diffusion 'sigm'; did you mean 'sigma'"):
-        samplers.diffusion("sigm", LINEAR)
+        solvers.diffusion("sigm", LINEAR)
     with pytest.raises(ConfigError, match="unknown last step 'men'; did you mean 'mean'"):
-        samplers.euler_maruyama(
+        solvers.euler_maruyama(
             exact_velocity(LINEAR),
             jnp.zeros((1, 1, 1, 1)),
-            samplers.last_step_times(3),
+            solvers.last_step_times(3),
             lambda i: jnp.zeros((1, 1, 1, 1)),
             last="men",
         )
@@ -225,9 +225,9 @@ def test_the_stochastic_heun_is_of_second_order_without_noise(path):
         curve = paths.make(path)
         errors = []
         for n in (64, 128, 256):
-            times = samplers.uniform_times(n, 1.0, 0.1)
+            times = solvers.uniform_times(n, 1.0, 0.1)
             given = exact_velocity(curve), start, times, lambda i: jnp.zeros_like(start), curve, lambda t: 0 * t
-            x = samplers.sde_heun(*given, last="none")
+            x = solvers.sde_heun(*given, last="none")
             spread = (curve.alpha(0.1) ** 2 * 0.4**2 + curve.sigma(0.1) ** 2) ** 0.5
             errors.append(float(jnp.abs(x - (curve.alpha(0.1) * 0.7 + spread * start)).max()))
     slopes = np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
@@ -246,7 +246,7 @@ def test_dopri5_keeps_its_tolerance(path):
         errors = []
         for tolerance in (1e-3, 1e-5, 1e-7, 1e-9):
             x = jax.jit(
-                lambda x, tol=tolerance: samplers.dopri5(
+                lambda x, tol=tolerance: solvers.dopri5(
                     exact_velocity(curve), x, float(first), float(last), rtol=tol, atol=tol
                 )
             )(noise)
@@ -257,7 +257,7 @@ def test_dopri5_keeps_its_tolerance(path):
 
 
 def test_dopri5_that_runs_out_of_steps_is_not_a_number():
-    x = samplers.dopri5(exact_velocity(LINEAR), jnp.ones((1, 1, 1, 1)), rtol=1e-6, max_steps=2)
+    x = solvers.dopri5(exact_velocity(LINEAR), jnp.ones((1, 1, 1, 1)), rtol=1e-6, max_steps=2)
     assert jnp.isnan(x).all()
 
 
@@ -294,6 +294,6 @@ def test_outside_the_interval_the_weak_network_does_not_run():
         return x, ()
 
     velocity = autoguide(strong, weak, jnp.array([0, 1]), scale=2.0, interval=(0.0, 0.55))
-    jax.jit(lambda x: samplers.euler(velocity, x, samplers.uniform_times(4)))(jnp.ones((2, 1, 1, 1)))
+    jax.jit(lambda x: solvers.euler(velocity, x, solvers.uniform_times(4)))(jnp.ones((2, 1, 1, 1)))
     jax.effects_barrier()
     assert sorted(calls) == [0.25, 0.5]

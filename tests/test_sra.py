@@ -10,8 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from diversedit_jax import heads, losses, models, objectives, paths
+from diversedit_jax import heads, losses, models, objectives
 from diversedit_jax.api import Prepare
+from diversedit_jax.diffusion import paths
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.losses import sra
 from diversedit_jax.objectives.flow_matching import regress

@@ -23,15 +23,9 @@ FLOORS = {
             "",
             "api",
             "errors",
-            "slots",
-            "paths",
-            "times",
+            "registry",
+            "diffusion",
             "bicubic",
-            "noise_schedule",
-            "samplers",
-            "ddpm_samplers",
-            "guidance",
-            "joint",
             "sharding",
             "flops",
             "heads",
@@ -73,7 +67,7 @@ FLOORS = {
 }
 # What single modules may import beside that, inside of the function that needs it.
 EXCEPTIONS = {
-    "diversedit_jax.samplers": {"diffrax"},
+    "diversedit_jax.diffusion.solvers": {"diffrax"},
     "diversedit_jax.interop.orbax_folder": {"orbax", "tensorstore"},
     "diversedit_jax.interop.graph_def": {"google"},
     "diversedit_jax.data.lightningdit": {"safetensors"},
@@ -81,7 +75,7 @@ EXCEPTIONS = {
 }
 # Host data stands beside the floors: it never touches jax (though grain itself loads it), and floors 2 and up use it.
 DATA_MAY_IMPORT = {"PIL", "absl", "numpy", "grain", "tensorflow_datasets", "sklearn", "array_record"}
-DATA_MAY_USE = {"", "data", "errors", "slots"}
+DATA_MAY_USE = {"", "data", "errors", "registry"}
 # Layouts that are files of weights, or pickles: read by these, which are numpy alone.
 FILES = [f"diversedit_jax.interop.{name}" for name in ("weights_file", "numpy_pickle")]
 READS_WEIGHTS = {f"diversedit_jax.data.{name}" for name in ("meanflow_pt", "meanflow_lmdb", "lightningdit")}
@@ -145,7 +139,7 @@ def imports(path: Path) -> frozenset[str]:
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join([*above, node.module or ""]).strip(".")
-            # `from diversedit_jax import slots` imports the module slots, `... import __version__` only a name.
+            # `from diversedit_jax import registry` imports the module registry, `... import __version__` only a name.
             modules = {f"{base}.{alias.name}" for alias in node.names} & set(map(dotted, MODULES))
             names.update(modules or {base})
     return frozenset(names)

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 from configs import default
-from diversedit_jax import experiment, samplers
+from diversedit_jax import experiment
 from diversedit_jax.api import Prepare
 from diversedit_jax.config import slot
+from diversedit_jax.diffusion import solvers
+from diversedit_jax.diffusion.guidance import guide
+from diversedit_jax.diffusion.paths import PATHS
 from diversedit_jax.errors import ConfigError, RunError
-from diversedit_jax.guidance import guide
 from diversedit_jax.interop import releases
 from diversedit_jax.objectives.flow_matching import regress
-from diversedit_jax.paths import PATHS
 from diversedit_jax.train_state import initializer, train_step
 from tools import torch_twin
 from tools.torch_twin import Twin, job_of
@@ -126,8 +127,8 @@ def test_samples_equal_ours():
     @jax.jit
     def sample(scale):
         velocity = guide(parts.model.network(state["ema"]), jnp.asarray(y), CLASSES, scale=scale, interval=(0.1, 0.7))
-        times = samplers.sde_times(6, "linear", "velocity", "sigma", "mean", 0.04)
-        return samplers.euler_maruyama(velocity, jnp.asarray(x), times, lambda i: jnp.asarray(noise)[i])
+        times = solvers.sde_times(6, "linear", "velocity", "sigma", "mean", 0.04)
+        return solvers.euler_maruyama(velocity, jnp.asarray(x), times, lambda i: jnp.asarray(noise)[i])
 
     guided, plain = (np.asarray(sample(scale)) for scale in (2.5, 1.0))
     assert np.abs(guided - plain).max() > 0.01 * np.abs(guided).max(), "guidance does nothing here"

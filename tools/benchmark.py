@@ -28,7 +28,7 @@ from ml_collections import config_flags
 
 from diversedit_jax import logs, program
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.slots import suggestion
+from diversedit_jax.registry import suggestion
 
 # by kind, the flags that it reads
 READS = {

@@ -30,7 +30,7 @@ from diversedit_jax.config import slot
 from diversedit_jax.data import digits, pipeline
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.metrics.similarity import cka, off_diagonal_mean
-from diversedit_jax.slots import suggestion
+from diversedit_jax.registry import suggestion
 from diversedit_jax.train_state import initializer, train_step
 from tools import digits_encoder
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from diversedit_jax import experiment, slots
+from diversedit_jax import experiment, registry
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.interop.encoders import LAYOUTS, export
 from diversedit_jax.interop.weights_file import write_safetensors
@@ -27,7 +27,7 @@ ENCODERS = {
 
 def shapes(config: ConfigDict) -> tuple[tuple[int, int, int], int]:
     """The shape of a sample and the number of classes; where data cannot be made here those of ImageNet's latents."""
-    options = slots.options(slots.factory("data", config.data.name)).values()
+    options = registry.options(registry.factory("data", config.data.name)).values()
     if all(option.default is not option.empty for option in options):
         dataset = experiment.open_data(config)
         return dataset.shape, dataset.num_classes

@@ -24,8 +24,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from diversedit_jax import samplers
 from diversedit_jax.api import Params
+from diversedit_jax.diffusion import solvers
 from diversedit_jax.errors import ConfigError, RunError
 from diversedit_jax.interop import releases
 from diversedit_jax.interop.names import Architecture
@@ -280,7 +280,7 @@ def _diversity(losses: ConfigDict, depth: int) -> dict[str, Any] | None:
 def _sampling(config: ConfigDict) -> dict[str, Any]:
     """The part of a job that is about sampling alone; times and interval as our sampler compares them, in float32."""
     options = config.sampler
-    times = samplers.sde_times(options.steps, "linear", "velocity", "sigma", "mean", options.last_step)
+    times = solvers.sde_times(options.steps, "linear", "velocity", "sigma", "mean", options.last_step)
     interval = np.asarray(options.guidance_interval, np.float32).tolist()
     times = times.astype(np.float32).tolist()
     return {"sampler": {"times": times, "cfg_scale": float(options.cfg_scale), "interval": interval}}

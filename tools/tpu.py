@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from diversedit_jax import flops
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.slots import suggestion
+from diversedit_jax.registry import suggestion
 
 
 class Generation(NamedTuple):

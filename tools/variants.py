@@ -10,7 +10,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from diversedit_jax import config as configs
-from diversedit_jax import program, slots
+from diversedit_jax import program, registry
 from diversedit_jax.errors import ConfigError
 
 
@@ -36,7 +36,7 @@ def varied(
                 continue
             known = {*configs.flat(config.to_dict()), *others}
             if not given or key not in known:
-                wanted = slots.suggestion(key, sorted(known))
+                wanted = registry.suggestion(key, sorted(known))
                 raise ConfigError(f"--compare={words}: {word!r}: wanted KEY=VALUE; {wanted}")
             if key in others:
                 found[key] = others[key](text)

@@ -21,7 +21,7 @@ from diversedit_jax.api import Batch, Params
 from diversedit_jax.data import Dataset, pipeline
 from diversedit_jax.errors import ConfigError, RunError
 from diversedit_jax.metrics import similarity
-from diversedit_jax.slots import suggestion
+from diversedit_jax.registry import suggestion
 
 UNITS = {
     "pooled": "an example is an image, by its mean token",

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diversedit_jax import slots
+from diversedit_jax import registry
 from diversedit_jax.errors import ConfigError
 
 
@@ -27,7 +27,7 @@ class Dataset(NamedTuple):
 
 def make(name: str, split: str, **options) -> Dataset:
     """The data set `name`, split `train` or `test`; the options are the keywords of `data.<name>.make`."""
-    return slots.make("data", name, split, **options)
+    return registry.make("data", name, split, **options)
 
 
 def local_path(what: str, given: str | Path) -> Path:

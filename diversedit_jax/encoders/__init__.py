@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from diversedit_jax import bicubic, slots
+from diversedit_jax import bicubic, registry
 from diversedit_jax.api import Params
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.interop.encoders import Release
@@ -37,7 +37,7 @@ class Encoder(NamedTuple):
 
 def make(name: str, **options) -> Encoder:
     """The encoder `name` as an `Encoder`; the options are the keywords of `encoders.<name>.make`."""
-    return slots.make("encoders", name, **options)
+    return registry.make("encoders", name, **options)
 
 
 def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Float[Array, "b h w c"]:

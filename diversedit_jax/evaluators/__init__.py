@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diversedit_jax import slots
+from diversedit_jax import registry
 from diversedit_jax.api import Params
 from diversedit_jax.sampling import Drawn
 
@@ -29,4 +29,4 @@ class Current(NamedTuple):
 
 def make(name: str, drawn: Drawn, **options):
     """The evaluator `name`; the options are the keywords of `evaluators.<name>.make`."""
-    return slots.make("evaluators", name, drawn, **options)
+    return registry.make("evaluators", name, drawn, **options)

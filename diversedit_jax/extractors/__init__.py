@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from diversedit_jax import slots
+from diversedit_jax import registry
 from diversedit_jax.api import Params
 from diversedit_jax.errors import ConfigError
 
@@ -61,8 +61,8 @@ def make(name: str, **options) -> Extractor:
 
     Raises ConfigError for an option that is not known, or one without a default that is not given.
     """
-    known = slots.options(slots.factory("extractors", name))
+    known = registry.options(registry.factory("extractors", name))
     for key, parameter in known.items():
         if parameter.default is parameter.empty and key not in options:
             raise ConfigError(f"extractors.{name}: give its {key}")
-    return slots.make("extractors", name, **options)
+    return registry.make("extractors", name, **options)

@@ -18,7 +18,7 @@ from diversedit_jax.interop.names import SAME, Entry, Turn, conv, head_of, heads
 from diversedit_jax.interop.weights_file import WeightsFile, open_weights
 from diversedit_jax.models import vit
 from diversedit_jax.models.vit import Architecture
-from diversedit_jax.slots import suggestion
+from diversedit_jax.registry import suggestion
 
 
 class Layout(NamedTuple):

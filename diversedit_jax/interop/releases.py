@@ -20,7 +20,7 @@ from diversedit_jax.interop.loading import Arrays
 from diversedit_jax.interop.names import Architecture, Entry
 from diversedit_jax.interop.weights_file import open_weights
 from diversedit_jax.models import dit
-from diversedit_jax.slots import suggestion
+from diversedit_jax.registry import suggestion
 
 
 class Family(NamedTuple):

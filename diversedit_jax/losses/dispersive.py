@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from diversedit_jax.api import AuxLoss
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.losses.repa import unit
-from diversedit_jax.slots import suggestion
+from diversedit_jax.registry import suggestion
 
 FORMS = ("infonce_l2", "infonce_cosine", "hinge", "covariance")
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from diversedit_jax import heads
 from diversedit_jax.api import AuxLoss, Batch, Params
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.slots import suggestion
+from diversedit_jax.registry import suggestion
 
 SIMILARITIES = ("cosine", "nt_xent")
 EPS = 1e-12  # the smallest length that is divided by, torch's default

@@ -13,7 +13,7 @@ from diversedit_jax import heads
 from diversedit_jax.api import AuxLoss, Params
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.losses.repa import unit
-from diversedit_jax.slots import suggestion
+from diversedit_jax.registry import suggestion
 
 BETA = 0.05  # of smooth L1: below it the error is quadratic
 

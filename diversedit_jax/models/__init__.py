@@ -7,7 +7,7 @@ from typing import NamedTuple
 from flax import nnx
 from jaxtyping import Array
 
-from diversedit_jax import slots
+from diversedit_jax import registry
 from diversedit_jax.api import Network, Params
 from diversedit_jax.errors import ConfigError
 
@@ -55,4 +55,4 @@ def make(name: str, shape: tuple[int, int, int], num_classes: int, cuts: Sequenc
 
     cuts: the features that losses read one at a time (see `AuxLoss.blocks`).
     """
-    return slots.make("models", name, tuple(shape), num_classes, tuple(cuts), **options)
+    return registry.make("models", name, tuple(shape), num_classes, tuple(cuts), **options)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from diversedit_jax import sharding
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.slots import suggestion
+from diversedit_jax.registry import suggestion
 
 KERNELS = ("xla", "cudnn", "splash")
 ATTENDED = "attn"  # the name of what attention gives, for rematerialisation

@@ -22,7 +22,7 @@ from diversedit_jax import sharding
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import Model, functional
 from diversedit_jax.models.attention import ATTENDED, attend, choose, kept
-from diversedit_jax.slots import suggestion
+from diversedit_jax.registry import suggestion
 
 EPS = 1e-6  # of every LayerNorm
 

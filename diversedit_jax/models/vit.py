@@ -18,7 +18,7 @@ from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import Model, functional
 from diversedit_jax.models.attention import attend, choose
 from diversedit_jax.models.dit import patchify
-from diversedit_jax.slots import suggestion
+from diversedit_jax.registry import suggestion
 
 ACTIVATIONS = {
     "gelu": partial(jax.nn.gelu, approximate=False),

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
-from diversedit_jax import noise_schedule
 from diversedit_jax.api import Batch, Forward, Network, Objective
+from diversedit_jax.diffusion import discrete
+from diversedit_jax.diffusion.discrete import Schedule
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.noise_schedule import Schedule
 from diversedit_jax.objectives.flow_matching import drop_labels
 
 
@@ -27,16 +27,16 @@ def regress(
 
     schedule: not respaced. The network is given the step itself, 0 .. num_timesteps - 1, as a float; so is Forward.t.
     """
-    x_t = noise_schedule.diffuse(schedule, x, noise, t)
+    x_t = discrete.diffuse(schedule, x, noise, t)
     step = t.astype(jnp.float32)
     rerun = Partial(partial(run_at, schedule), x, noise, y)
     output, features = rerun(network, step)
     output = output.astype(jnp.float32)
-    predicted, v = noise_schedule.split(output, x.shape[-1])
+    predicted, v = discrete.split(output, x.shape[-1])
     loss = jnp.mean((predicted - noise) ** 2, axis=(1, 2, 3))
     metrics = {"mse": loss.mean()}
     if v is not None:
-        vb = noise_schedule.bound(schedule, output, x, x_t, t)
+        vb = discrete.bound(schedule, output, x, x_t, t)
         metrics["vb"] = vb.mean()
         loss = loss + vb
     return Forward(loss, x, noise, step, x_t, y, features, metrics, rerun)
@@ -44,7 +44,7 @@ def regress(
 
 def run_at(schedule: Schedule, x: Array, noise: Array, y: Array, network: Network, step: Float[Array, " b"]):
     """The network's output at steps, as floats, of the diffusion of x by noise (see `Forward.rerun`)."""
-    return network(noise_schedule.diffuse(schedule, x, noise, step.astype(jnp.int32)), step, y)
+    return network(discrete.diffuse(schedule, x, noise, step.astype(jnp.int32)), step, y)
 
 
 def make(
@@ -58,7 +58,7 @@ def make(
     """
     if not 0 <= label_drop <= 1:
         raise ConfigError(f"label_drop must be a probability, given {label_drop}")
-    schedule = noise_schedule.linear(num_timesteps)
+    schedule = discrete.linear(num_timesteps)
 
     def objective(network: Network, batch: Batch, key: Array) -> Forward:
         key_t, key_noise, key_drop = jax.random.split(key, 3)

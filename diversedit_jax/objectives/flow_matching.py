@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
-from diversedit_jax import paths, times
 from diversedit_jax.api import Batch, Forward, Network, Objective
+from diversedit_jax.diffusion import paths, times
+from diversedit_jax.diffusion.paths import Path
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.paths import Path
-from diversedit_jax.slots import suggestion
+from diversedit_jax.registry import suggestion
 
 
 def velocity_error(path: Path, prediction: Array, x: Array, noise: Array, t: Float[Array, " b"]) -> Array:

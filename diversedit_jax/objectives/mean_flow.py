@@ -6,11 +6,11 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
-from diversedit_jax import paths, times
 from diversedit_jax.api import Batch, Forward, Network, Objective
+from diversedit_jax.diffusion import paths, times
+from diversedit_jax.diffusion.paths import PATHS
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.paths import PATHS
-from diversedit_jax.slots import suggestion
+from diversedit_jax.registry import suggestion
 
 
 def regress(

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
-from diversedit_jax import paths, times
 from diversedit_jax.api import Batch, Forward, Network, Objective
+from diversedit_jax.diffusion import paths, times
+from diversedit_jax.diffusion.paths import Path
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.objectives.flow_matching import drop_labels, velocity_error
-from diversedit_jax.paths import Path
 
 
 def regress(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from diversedit_jax import slots
+from diversedit_jax import registry
 from diversedit_jax.api import Batch, Params, Prepare
 from diversedit_jax.encoders import Encoder
 from diversedit_jax.errors import ConfigError
@@ -14,7 +14,7 @@ from diversedit_jax.errors import ConfigError
 
 def make(name: str, **options):
     """The preparation `name` as a `Prepare`; the options are the keywords of `prepare.<name>.make`."""
-    return slots.make("prepare", name, **options)
+    return registry.make("prepare", name, **options)
 
 
 def with_encoders(prepare: Prepare, encoders: Mapping[str, Encoder]) -> Prepare:

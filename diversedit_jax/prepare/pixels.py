@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, UInt8
 
 from diversedit_jax.api import Batch, Params, Prepare
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.slots import suggestion
+from diversedit_jax.registry import suggestion
 
 # From x in [-1, 1] to 0 .. 255, before the fraction is dropped. `nearest` of DiT, SiT and MeanFlow; `floor` of ADM,
 # REPA and DiverseDiT, darker by half a level on average. Scores of the two do not compare.

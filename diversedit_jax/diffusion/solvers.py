@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from diversedit_jax import paths
+from diversedit_jax.diffusion import paths
+from diversedit_jax.diffusion.guidance import Velocity
+from diversedit_jax.diffusion.paths import PATHS, Path
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.guidance import Velocity
-from diversedit_jax.paths import PATHS, Path
-from diversedit_jax.slots import suggestion
+from diversedit_jax.registry import suggestion
 
 Noise = Callable[[Array], Array]  # step index -> standard normal [b h w c]
 

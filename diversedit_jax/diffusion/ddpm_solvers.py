@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from diversedit_jax import noise_schedule
+from diversedit_jax.diffusion import discrete
+from diversedit_jax.diffusion.discrete import Schedule, at
+from diversedit_jax.diffusion.guidance import Velocity
+from diversedit_jax.diffusion.solvers import Noise
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.guidance import Velocity
-from diversedit_jax.noise_schedule import Schedule, at
-from diversedit_jax.samplers import Noise
 
 
 def ddpm(predict: Velocity, x: Float[Array, "b h w c"], schedule: Schedule, noise: Noise) -> Float[Array, "b h w c"]:
@@ -26,7 +26,7 @@ def ddpm(predict: Velocity, x: Float[Array, "b h w c"], schedule: Schedule, nois
     """
 
     def step(x, i, output, draw):
-        p = noise_schedule.reverse(schedule, output, x, i)
+        p = discrete.reverse(schedule, output, x, i)
         return p.mean + jnp.where(i > 0, jnp.exp(p.log_variance / 2), 0) * draw
 
     return _loop(step, predict, x, schedule, noise)
@@ -39,12 +39,12 @@ def ddim(
     if not 0 <= eta <= 1:
         raise ConfigError(f"eta = {eta}: must be from 0 (deterministic) to 1")
     before = schedule.alphas_bar_prev
-    sigma = eta * np.sqrt(noise_schedule.posterior_variance(schedule))  # Eq. 16; 0 in the first step
+    sigma = eta * np.sqrt(discrete.posterior_variance(schedule))  # Eq. 16; 0 in the first step
     direction = np.sqrt(1 - before - sigma**2)
 
     def step(x, i, output, draw):
-        predicted, _ = noise_schedule.split(output, x.shape[-1])
-        data = noise_schedule.data_from_noise(schedule, predicted, x, i)
+        predicted, _ = discrete.split(output, x.shape[-1])
+        data = discrete.data_from_noise(schedule, predicted, x, i)
         return at(np.sqrt(before), i) * data + at(direction, i) * predicted + at(sigma, i) * draw
 
     return _loop(step, predict, x, schedule, noise)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from diversedit_jax.api import Network
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.slots import suggestion
+from diversedit_jax.registry import suggestion
 
 Curve = Callable[[Array], Array]
 

@@ -6,7 +6,7 @@ import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.slots import suggestion
+from diversedit_jax.registry import suggestion
 
 
 def uniform(key: PRNGKeyArray, n: int) -> Float[Array, " n"]:

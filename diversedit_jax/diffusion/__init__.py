@@ -1,0 +1,1 @@
+"""Diffusion itself: paths between data and noise, times, guidance, solvers. Functions of arrays."""
