@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
 
     config.data = slot("data", "latents")  # what is stored
     config.input = options(pipeline.batches)  # how it is read: threads, worker processes, bad records
-    config.prepare = slot("prepare", "latents")  # from there to the network's space, on device
+    config.codec = slot("codecs", "vae")  # from there to the network's space, on device
     config.encoders = ConfigDict()  # frozen, for losses that align to them: label -> slot("encoders", name, file=...)
     config.model = slot("models", "dit", size="B", patch=2)
     config.objective = slot("objectives", "flow_matching")

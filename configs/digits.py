@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.total_steps = 1_500
     config.batch_size = 128
     config.data = slot("data", "digits")
-    config.prepare = slot("prepare", "pixels")
+    config.codec = slot("codecs", "pixels")
     config.model.update({"depth": 4, "width": 64, "heads": 4, "skip": "release"})
     config.objective.time = "logit_normal"
     config.losses.diversity = slot("losses", "diversity", preset="release")

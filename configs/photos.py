@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.total_steps = 2_000
     config.batch_size = 64
     config.data = slot("data", "latents", data_dir="runs/latents", mirror=True)
-    config.prepare = slot("prepare", "latents", vae="runs/photo_vae")
+    config.codec = slot("codecs", "vae", vae="runs/photo_vae")
     config.model = slot("models", "dit", depth=6, width=128, heads=4, patch=2, skip="release")
     config.objective.time = "logit_normal"
     config.losses.diversity = slot("losses", "diversity", preset="release")

@@ -57,15 +57,15 @@ class AuxLoss(NamedTuple):
     blocks: tuple[int, ...] = ()
 
 
-class Prepare(NamedTuple):
-    """What stands between stored data and the network's space, on device, with frozen weights.
+class Codec(NamedTuple):
+    """Both directions between stored data and the network's space, on device, with frozen weights.
 
-    init:   () -> frozen parameters.
-    apply:  (frozen, batch, key) -> batch with `x` [b h w c] and `y` [b]; where encoders are configured also, float32,
+    init:   () -> frozen weights.
+    encode: (frozen, batch, key) -> batch with `x` [b h w c] and `y` [b]; where encoders are configured also, float32,
             `features/<label>` [b n d], their patch tokens, and `token/<label>` [b d], their class token.
     decode: (frozen, x) -> uint8 images [b h w c]; None where no decoder is at hand.
     """
 
     init: Callable[[], Params]
-    apply: Callable[[Params, Batch, Array], Batch]
+    encode: Callable[[Params, Batch, Array], Batch]
     decode: Callable[[Params, Array], Array] | None

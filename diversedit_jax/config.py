@@ -135,6 +135,14 @@ def read(workdir: Path) -> dict[str, Any]:
         raise ConfigError(f"{workdir} holds no run: it has no {FILE}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{workdir / FILE} is damaged: {error}") from None
+    return translated(stored)
+
+
+def translated(stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored config with the names that this version uses, whichever version wrote it."""
+    if "prepare" in stored:
+        codec = stored.pop("prepare")
+        stored["codec"] = codec | {"name": "vae" if codec["name"] == "latents" else codec["name"]}
     return stored
 
 

@@ -13,12 +13,12 @@ from ml_collections import ConfigDict
 
 from diversedit_jax import config as configs
 from diversedit_jax import flops, optim, sampling, sharding
-from diversedit_jax.api import Params, Prepare
+from diversedit_jax.api import Codec, Params
+from diversedit_jax.codecs import with_encoders
 from diversedit_jax.data import Dataset
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.interop import releases
 from diversedit_jax.models import Model
-from diversedit_jax.prepare import with_encoders
 from diversedit_jax.train_state import Parts, train_step
 
 
@@ -32,13 +32,13 @@ class Experiment(NamedTuple):
 
 
 def open_data(config: ConfigDict, split: str = "train") -> Dataset:
-    """The data set of a config. ConfigError where its latents are of another scale than `config.prepare` takes."""
+    """The data set of a config. ConfigError where its latents are of another scale than `config.codec` takes."""
     dataset = configs.make("data", config.data, "config.data", split)
-    scale = config.prepare.get("scale", dataset.scale)
+    scale = config.codec.get("scale", dataset.scale)
     if dataset.scale not in (None, scale):
         raise ConfigError(
-            f"config.prepare.scale = {scale}, but the autoencoder of these latents has {dataset.scale}: "
-            f"set --config.prepare.scale={dataset.scale}"
+            f"config.codec.scale = {scale}, but the autoencoder of these latents has {dataset.scale}: "
+            f"set --config.codec.scale={dataset.scale}"
         )
     return dataset
 
@@ -60,10 +60,10 @@ def build(
     with jax.set_mesh(layout.mesh):  # a network may ask where it will run
         model = configs.make("models", config.model, "config.model", shape, num_classes, cuts)
     objective = configs.make("objectives", config.objective, "config.objective", num_classes)
-    prepare = configs.make("prepare", config.prepare, "config.prepare")
+    codec = configs.make("codecs", config.codec, "config.codec")
     encoders = {label: configs.make("encoders", c, f"config.encoders.{label}") for label, c in config.encoders.items()}
-    prepare = with_encoders(prepare, encoders) if encoders else prepare
-    parts = Parts(model, prepare, objective, losses, optimizer, config.ema_decay, config.accumulate)
+    codec = with_encoders(codec, encoders) if encoders else codec
+    parts = Parts(model, codec, objective, losses, optimizer, config.ema_decay, config.accumulate)
     options = configs.keywords(config.sampler, "config.sampler", sampling.make)
     sample = sampler(config, layout, parts, shape, num_classes)(**options)
     return Experiment(layout, parts, sample, rate)
@@ -86,7 +86,7 @@ def work(
     countable = {"attention": "xla", "unroll": False} | ({} if again else {"remat": "none"})
     plain.update({name: form for name, form in countable.items() if name in plain})
     parts = parts._replace(model=configs.make("models", plain, "config.model", shape, num_classes))
-    frozen = jax.eval_shape(parts.prepare.init)
+    frozen = jax.eval_shape(parts.codec.init)
     return flops.of(partial(train_step, parts), state, frozen, batch, jax.eval_shape(jax.random.key, 0))
 
 
@@ -106,7 +106,7 @@ def sampler(
     """From the options of a sampler to a function that samples what the config trains."""
     source = sampling.trained(config.objective.to_dict())
     _check_times(config, isinstance(source, sampling.AverageVelocity))
-    return partial(sampling.make, parts.model, parts.prepare, shape, num_classes, source, layout)
+    return partial(sampling.make, parts.model, parts.codec, shape, num_classes, source, layout)
 
 
 def _check_times(config: ConfigDict, average: bool) -> None:
@@ -142,9 +142,9 @@ def abstract_params(model: Model, layout: sharding.Layout) -> Params:
     return sharding.placed(abstract, sharding.shardings(abstract, layout))
 
 
-def prepared(prepare: Prepare, layout: sharding.Layout) -> Any:
+def prepared(codec: Codec, layout: sharding.Layout) -> Any:
     """The frozen weights of a preparation, put where they live. (A program that made them would hold a file.)"""
-    frozen = prepare.init()
+    frozen = codec.init()
     return sharding.put(frozen, sharding.shardings(jax.tree.map(np.asarray, frozen), layout))
 
 
@@ -168,12 +168,12 @@ def starting_params(config: ConfigDict, wanted: Params) -> Params | None:
     return release.params
 
 
-def image_shape(prepare: Prepare, shape: tuple[int, int, int]) -> tuple[int, int, int] | None:
+def image_shape(codec: Codec, shape: tuple[int, int, int]) -> tuple[int, int, int] | None:
     """The shape of an image that is decoded from a sample of `shape`; None where samples stay latents."""
-    if prepare.decode is None:
+    if codec.decode is None:
         return None
-    frozen, x = jax.eval_shape(prepare.init), jax.ShapeDtypeStruct((1, *shape), np.float32)
-    return jax.eval_shape(prepare.decode, frozen, x).shape[1:]
+    frozen, x = jax.eval_shape(codec.init), jax.ShapeDtypeStruct((1, *shape), np.float32)
+    return jax.eval_shape(codec.decode, frozen, x).shape[1:]
 
 
 def best_by(config: ConfigDict) -> str | None:
@@ -195,7 +195,7 @@ def best_by(config: ConfigDict) -> str | None:
 def evaluators(config: ConfigDict, parts: Parts, shape: tuple[int, int, int], num_classes: int) -> dict[str, Callable]:
     """The evaluators of a config, by label."""
     batch = sharding.filled(config.sampler.batch_size)
-    drawn = sampling.Drawn(image_shape(parts.prepare, shape), num_classes, batch, shape, config)
+    drawn = sampling.Drawn(image_shape(parts.codec, shape), num_classes, batch, shape, config)
     return {
         label: configs.make("evaluators", slot, f"config.evaluators.{label}", drawn)
         for label, slot in config.evaluators.items()

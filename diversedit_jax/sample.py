@@ -5,7 +5,7 @@
 
 Uses EMA weights. Where no flag says otherwise a run samples by its own sampler, a release by the papers' (SDE or DDPM,
 250 steps; MeanFlow 1 step). Writes DIR/samples_STEP (or what --out says): grid.png, and samples.npz with `arr_0`, uint8
-images [n h w c], which the ADM evaluator reads, and `labels`. Latents are decoded by --vae, or by config.prepare.vae
+images [n h w c], which the ADM evaluator reads, and `labels`. Latents are decoded by --vae, or by config.codec.vae
 of the run; without it they stay float32.
 """
 

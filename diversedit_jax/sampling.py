@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
 from diversedit_jax import sharding
-from diversedit_jax.api import Network, Params, Prepare
+from diversedit_jax.api import Codec, Network, Params
 from diversedit_jax.diffusion import ddpm_solvers, discrete, image_and_token, paths, solvers
 from diversedit_jax.diffusion.guidance import Velocity, autoguide, guide, over_span
 from diversedit_jax.errors import ConfigError, NonFiniteError
@@ -120,7 +120,7 @@ def evaluations(options: Mapping[str, Any]) -> int | None:
 
 def make(
     model: Model,
-    prepare: Prepare,
+    codec: Codec,
     shape: tuple[int, int, int],
     num_classes: int,
     source: Flow | Diffusion | AverageVelocity,
@@ -217,7 +217,7 @@ def make(
         x = solve(guided, x, solvers.normal_per_image(path_keys, state))
         x = x if width is None else image_and_token.unpack(x, shape)[0]
         finite = before & jnp.isfinite(x).all()
-        return x if prepare.decode is None else prepare.decode(frozen, x), finite
+        return x if codec.decode is None else codec.decode(frozen, x), finite
 
     def sample(
         params: Params,

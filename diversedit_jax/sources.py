@@ -16,15 +16,15 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict
 
+from diversedit_jax import codecs, experiment, models, registry, sampling, sharding
 from diversedit_jax import config as configs
-from diversedit_jax import experiment, models, prepare, registry, sampling, sharding
 from diversedit_jax.api import Params
 from diversedit_jax.checkpoint import Checkpoints, by_path, checksums
+from diversedit_jax.codecs import pixels
 from diversedit_jax.diffusion import solvers
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.interop import releases
 from diversedit_jax.interop.vae import open_vae
-from diversedit_jax.prepare import pixels
 
 OVERRIDES = ("solver", "steps", "cfg_scale", "token_cfg_scale", "guidance_interval", "guidance_channels")
 OVERRIDES += ("diffusion", "last_step_kind", "last_step", "rtol", "atol", "eta", "batch_size")
@@ -62,18 +62,18 @@ def of_run(
 ) -> Source:
     """The EMA of the run in `workdir` at `step`, by default the last. overrides: of `config.sampler`.
 
-    vae: in place of config.prepare.vae, where latents are decoded. rounding: in place of config.prepare.rounding.
+    vae: in place of config.codec.vae, where latents are decoded. rounding: in place of config.codec.rounding.
     weak_step: guide by the run's own weights at this earlier step, with cfg_scale (autoguidance, arXiv 2406.02507).
     """
     workdir = Path(workdir).expanduser().absolute()
     config = experiment.elsewhere(configs.load(workdir))
     config.sampler.update(overrides or {})
     if vae is not None:
-        if config.prepare.name != "latents":
-            raise ConfigError(f"--vae={vae}: the run trains on {config.prepare.name}, not on latents")
-        config.prepare.vae = vae
+        if config.codec.name != "vae":
+            raise ConfigError(f"--vae={vae}: the run trains on {config.codec.name}, not on latents")
+        config.codec.vae = vae
     if rounding is not None:
-        config.prepare.rounding = rounding
+        config.codec.rounding = rounding
     config.encoders = ConfigDict()  # only losses read their features: sampling works without their files
     checkpoints = Checkpoints(workdir / "checkpoints")
     meta = checkpoints.meta(step)
@@ -83,7 +83,7 @@ def of_run(
     target = experiment.abstract_params(parts.model, layout)
     params, _ = checkpoints.restore_part(target, "ema", step)
     weak = None if weak_step is None else checkpoints.restore_part(target, "ema", weak_step)[0]
-    frozen = experiment.prepared(parts.prepare, layout)
+    frozen = experiment.prepared(parts.codec, layout)
     options = configs.keywords(config.sampler, "config.sampler", sampling.make)
     about = {
         "kind": "run",
@@ -91,10 +91,10 @@ def of_run(
         "weights": {"digest": digest(params), "ema_decay": config.ema_decay},
         "model": config.model.to_dict(),
         "weak": None if weak is None else {"step": weak_step, "digest": digest(weak)},
-        "decoder": _decoder(config.prepare.to_dict()),
+        "decoder": _decoder(config.codec.to_dict()),
     }
     folder = workdir / f"samples_{step}"
-    shape = experiment.image_shape(parts.prepare, tuple(meta["shape"]))
+    shape = experiment.image_shape(parts.codec, tuple(meta["shape"]))
     name = f"{workdir.name}, step {step}"
     return Source(make, options, sample, params, weak, frozen, shape, meta["num_classes"], name, folder, about)
 
@@ -112,7 +112,7 @@ def of_release(
     """The release in a weight file (see `interop.releases.open_release`). side: of its latents, where it stores none.
 
     overrides: of the sampler: options of `sampling.make`. vae: the autoencoder that decodes its latents; rounding: of
-    the decoded images, as in `prepare.latents`.
+    the decoded images, as in `codecs.vae`.
     """
     file = Path(file).expanduser().absolute()
     release, shape = opened_release(file, family, heads, weights, side)
@@ -131,7 +131,7 @@ def of_release(
     layout = sharding.make()
     params = placed(release.params, layout)
     decoding = {"vae": vae, "rounding": rounding or pixels.ROUNDING}
-    latents = prepare.make("latents", **decoding)
+    latents = codecs.make("vae", **decoding)
 
     def make(**options: Any) -> sampling.Sample:
         return sampling.make(model, latents, shape, arch.num_classes, trained, layout, **options)
@@ -146,7 +146,7 @@ def of_release(
         "weights": {"digest": digest(params), "entry": weights},
         "model": {"name": name} | _defaults(registry.factory("models", "dit")) | chosen,
         "weak": None,
-        "decoder": _decoder({"name": "latents"} | _defaults(registry.factory("prepare", "latents")) | decoding),
+        "decoder": _decoder({"name": "vae"} | _defaults(registry.factory("codecs", "vae")) | decoding),
     }
     decoded = experiment.image_shape(latents, shape)
     return Source(make, options, sample, params, None, frozen, decoded, arch.num_classes, file.name, folder, about)

@@ -90,7 +90,7 @@ def train(config: ConfigDict, workdir: Path) -> State:
     notes = distributed.first_alone(lambda: configs.claim(workdir, config)) or []
 
     # --- The state: born sharded, or read back.
-    frozen = experiment.prepared(parts.prepare, layout)
+    frozen = experiment.prepared(parts.codec, layout)
     if start:
         state, whole, damaged = checkpoints.restore_newest(target)
         notes += damaged

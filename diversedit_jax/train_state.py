@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array
 
 from diversedit_jax import sharding
-from diversedit_jax.api import AuxLoss, Batch, Forward, Metrics, Objective, Params, Prepare
+from diversedit_jax.api import AuxLoss, Batch, Codec, Forward, Metrics, Objective, Params
 from diversedit_jax.models import Model
 
 State = dict[str, Any]
@@ -24,7 +24,7 @@ class Parts(NamedTuple):
     """All that a training step is made of; none of it knows the others' names."""
 
     model: Model
-    prepare: Prepare
+    codec: Codec
     objective: Objective
     losses: Mapping[str, AuxLoss]
     optimizer: optax.GradientTransformation
@@ -40,10 +40,10 @@ def initializer(parts: Parts, batch: Batch) -> Callable[[Array], State]:
         params = parts.model.init(key_model)
 
         def run(frozen: Any, batch: Batch) -> tuple[Batch, Forward]:
-            prepared = parts.prepare.apply(frozen, batch, key)
+            prepared = parts.codec.encode(frozen, batch, key)
             return prepared, parts.objective(parts.model.network(params), prepared, key)
 
-        shapes = jax.eval_shape(run, jax.eval_shape(parts.prepare.init), batch)
+        shapes = jax.eval_shape(run, jax.eval_shape(parts.codec.init), batch)
         prepared, forward = _zeros(shapes)  # heads take the shapes, and nothing is computed
         heads = {
             label: aux.init(jax.random.fold_in(key_losses, i), forward, prepared)
@@ -91,7 +91,7 @@ def train_step(parts: Parts, state: State, frozen: Any, batch: Batch, run_key: A
 
     def gradient(batch: Batch, key: Array) -> tuple[State, Metrics]:
         key_prepare, key_loss = jax.random.split(key)
-        prepared = parts.prepare.apply(frozen, batch, key_prepare)
+        prepared = parts.codec.encode(frozen, batch, key_prepare)
         grads, metrics = jax.grad(loss_of, has_aux=True)(trained, prepared, key_loss)
         return grads, metrics
 

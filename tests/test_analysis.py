@@ -246,7 +246,7 @@ def test_a_connection_is_cut_where_its_linear_reads_it(subject, params, shown):
 def test_maps_are_pictures_of_the_images_they_stand_beside(subject, params, shown):
     found = maps.principal(subject, params, shown[0], 0.0, count=3)
     assert (found.maps.shape, found.maps.dtype) == ((DEPTH, 3, 4, 4, 3), np.uint8)
-    wanted = subject.parts.prepare.decode(subject.frozen, shown[0]["x"])[:3]
+    wanted = subject.parts.codec.decode(subject.frozen, shown[0]["x"])[:3]
     np.testing.assert_array_equal(found.images, wanted)
     assert ((found.explained > 3 / WIDTH) & (found.explained <= 1)).all()
     assert found.maps.std(axis=(1, 2, 3)).min() > 5, "no block's map is of one colour"

@@ -103,7 +103,7 @@ def test_weights_and_data_are_random_and_no_gradient_is_zero():
     parts, params = run.experiment.parts, run.params()
 
     def loss(params):
-        prepared = parts.prepare.apply(run.frozen, run.batch, jax.random.key(0))
+        prepared = parts.codec.encode(run.frozen, run.batch, jax.random.key(0))
         return parts.objective(parts.model.network(params), prepared, jax.random.key(0)).loss.mean()
 
     gradient = jax.jit(jax.grad(loss))(params)

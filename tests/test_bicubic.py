@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diversedit_jax import bicubic, encoders
+from diversedit_jax import encoders
+from diversedit_jax.models import bicubic
 
 DATA = Path(__file__).parent / "data"
 

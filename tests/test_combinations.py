@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diversedit_jax import losses, models, objectives, optim, sharding
-from diversedit_jax.api import Prepare
+from diversedit_jax.api import Codec
 from diversedit_jax.train_state import Parts, initializer, train_step
 from tests.test_losses_conformance import LOSSES, OBJECTIVES
 
@@ -47,8 +47,8 @@ def run_of(objective: str, chosen: tuple[str, ...]) -> Parts:
     dims = {"depth": 4, "width": 32, "heads": 2, "mlp_ratio": 2.0, "remat": "none"}
     model = models.make("dit", SHAPE, CLASSES, cuts, skip="release", **dims, **MODEL.get(objective, {}))
     optimizer, _ = optim.make(STEPS, learning_rate=1e-3)
-    prepare = Prepare(dict, lambda frozen, batch, key: batch, None)
-    return Parts(model, prepare, objectives.make(objective, CLASSES), made, optimizer, ema_decay=0.9)
+    codec = Codec(dict, lambda frozen, batch, key: batch, None)
+    return Parts(model, codec, objectives.make(objective, CLASSES), made, optimizer, ema_decay=0.9)
 
 
 @pytest.mark.parametrize(("objective", "chosen"), [case(o, c) for o in OBJECTIVES for c in CHOICES])

@@ -68,8 +68,8 @@ def test_one_step_traces_at_full_size(name, variant, latents):
         config.data.data_dir = latents[64 if variant == "512" else 32]
     for encoder in config.encoders.values():  # a small DINOv2 stands for any, which has the file's names
         encoder.update({"name": "dinov2", "file": str(DATA / "dinov2.safetensors"), "heads": 4})
-    if "vae" in config.prepare:
-        config.prepare.vae = None  # decoding has tests of its own
+    if "vae" in config.codec:
+        config.codec.vae = None  # decoding has tests of its own
     shape = config.data.get("shape", (8, 8, 1)) or (32, 32, 4)  # None: as the data have it
     model = configs.make("models", config.model, "config.model", shape, 1000)
     count = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0))))
@@ -85,7 +85,7 @@ def test_one_step_traces_at_full_size(name, variant, latents):
     loader.close()
     key = jax.random.key(0)
     state = jax.eval_shape(initializer(parts, batch), key)
-    after, metrics = jax.eval_shape(partial(train_step, parts), state, parts.prepare.init(), batch, key)
+    after, metrics = jax.eval_shape(partial(train_step, parts), state, parts.codec.init(), batch, key)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert [leaf.shape for leaf in jax.tree.leaves(after)] == [leaf.shape for leaf in jax.tree.leaves(state)]
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves((state["params"], state["ema"])))
@@ -105,7 +105,7 @@ def test_the_training_step_lowers_for_tpus():
         batch = jax.tree.map(jnp.asarray, next(batches))
     key = jax.random.key(0)
     state = jax.eval_shape(initializer(parts, batch), key)
-    traced = jax.jit(partial(train_step, parts)).trace(state, jax.eval_shape(parts.prepare.init), batch, key)
+    traced = jax.jit(partial(train_step, parts)).trace(state, jax.eval_shape(parts.codec.init), batch, key)
     lowered = traced.lower(lowering_platforms=("tpu",)).as_text()
     assert lowered.count("stablehlo.dot_general") > 50
 

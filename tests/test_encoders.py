@@ -13,14 +13,14 @@ from safetensors.numpy import load_file, save_file
 from scipy.special import erf
 
 from configs import default
-from diversedit_jax import bicubic, encoders, experiment, prepare, sharding, sources, train
+from diversedit_jax import codecs, encoders, experiment, sharding, sources, train
 from diversedit_jax import config as configs
+from diversedit_jax.codecs import with_encoders
 from diversedit_jax.encoders import clip, dinov1, dinov2, ijepa, mae, moco_v3
 from diversedit_jax.errors import ConfigError, WeightsError
 from diversedit_jax.interop import encoders as published
-from diversedit_jax.models import vit
+from diversedit_jax.models import bicubic, vit
 from diversedit_jax.models.vit import Architecture
-from diversedit_jax.prepare import with_encoders
 from diversedit_jax.train_state import initializer, train_step
 
 DATA = Path(__file__).parent / "data"
@@ -388,16 +388,16 @@ def test_the_file_is_read_once(tmp_path, monkeypatch):
     assert len(opened) == 2
 
 
-# --- In `prepare`.
+# --- In a codec.
 
 
 def prepared(made, batch):
-    return jax.jit(made.apply)(made.init(), batch, jax.random.key(0))
+    return jax.jit(made.encode)(made.init(), batch, jax.random.key(0))
 
 
 def test_the_batch_gets_features_and_class_token(tmp_path):
     encoder = encoders.make("dinov2", **toy(tmp_path))
-    made = with_encoders(prepare.make("pixels"), {"one": encoder, "two": encoder})
+    made = with_encoders(codecs.make("pixels"), {"one": encoder, "two": encoder})
     levels = images(8, 1)
     x, y = jnp.asarray(levels / 127.5 - 1, jnp.float32), jnp.arange(2)
     batch = prepared(made, {"x": x, "y": y})
@@ -411,29 +411,29 @@ def test_the_batch_gets_features_and_class_token(tmp_path):
     np.testing.assert_array_equal(made.decode(made.init(), x), levels)
 
     def total(image):
-        return made.apply(made.init(), {"x": x, "y": y, "image": image}, jax.random.key(0))["features/one"].sum()
+        return made.encode(made.init(), {"x": x, "y": y, "image": image}, jax.random.key(0))["features/one"].sum()
 
     gradient = jax.jit(jax.grad(total))(x)
     assert not np.any(gradient), "a gradient passes through the encoder"
 
 
 def test_latents_take_the_image_that_is_stored(tmp_path):
-    made = with_encoders(prepare.make("latents"), {"toy": encoders.make("dinov2", **toy(tmp_path))})
+    made = with_encoders(codecs.make("vae"), {"toy": encoders.make("dinov2", **toy(tmp_path))})
     assert made.decode is None
     batch = {"moments": jnp.ones((2, 4, 4, 8), jnp.float16), "y": jnp.arange(2), "image": jnp.asarray(images(8, 1))}
     out = prepared(made, batch)
     assert out["features/toy"].shape == (2, 16, 16)
     without = {name: value for name, value in batch.items() if name != "image"}
     with pytest.raises(ConfigError, match=r"config.encoders.toy reads `image`, .* set config.data.image=True"):
-        made.apply(made.init(), without, jax.random.key(0))
+        made.encode(made.init(), without, jax.random.key(0))
     with pytest.raises(ConfigError, match=r"features/toy are in the data already: remove config.encoders.toy"):
-        made.apply(made.init(), batch | {"features/toy": jnp.ones((2, 16, 16))}, jax.random.key(0))
+        made.encode(made.init(), batch | {"features/toy": jnp.ones((2, 16, 16))}, jax.random.key(0))
 
 
 def test_cached_features_reach_the_losses_in_float32():
     batch = {"moments": jnp.ones((2, 4, 4, 8), jnp.float16), "y": jnp.arange(2), "image": jnp.asarray(images(8))}
     cached = {"features/dinov2": jnp.full((2, 4, 3), 0.1, jnp.float16), "token/dinov2": jnp.ones((2, 3), jnp.float16)}
-    out = prepared(prepare.make("latents"), batch | cached)
+    out = prepared(codecs.make("vae"), batch | cached)
     assert out["features/dinov2"].dtype == out["token/dinov2"].dtype == jnp.float32
     np.testing.assert_array_equal(out["features/dinov2"], np.float32(np.float16(0.1)))
     assert out["image"].dtype == jnp.uint8
@@ -446,7 +446,7 @@ def config_with(tmp_path, **options):
     config = default.get_config()
     config.total_steps, config.batch_size, config.log_every = 2, 8, 1
     config.data = configs.slot("data", "synthetic", shape=(8, 8, 1), num_classes=4)
-    config.prepare = configs.slot("prepare", "pixels")
+    config.codec = configs.slot("codecs", "pixels")
     config.encoders.toy = configs.slot("encoders", "dinov2", **toy(tmp_path, **options))
     config.model.update({"depth": 2, "width": 16, "heads": 2})
     config.losses.aligned = configs.slot("losses", "tests.parts:aligned", label="toy")
@@ -458,12 +458,12 @@ def config_with(tmp_path, **options):
 def test_weights_are_no_constants_of_the_step(tmp_path):
     config = config_with(tmp_path, width=192)
     _, parts, _, _ = experiment.build(config, (8, 8, 1), 4)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(parts.prepare.init()))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(parts.codec.init()))
     batch = {"x": jnp.zeros((8, 8, 8, 1)), "y": jnp.zeros(8, jnp.int32)}
     key = jax.random.key(0)
     state = jax.eval_shape(initializer(parts, batch), key)
     step = jax.jit(partial(train_step, parts))
-    traced = step.trace(state, jax.eval_shape(parts.prepare.init), batch, key)
+    traced = step.trace(state, jax.eval_shape(parts.codec.init), batch, key)
     assert sum(np.size(const) for const in traced.jaxpr.consts) < 1000
     text = traced.lower().as_text()
     assert "192x768x" in text, "the encoder is not in the step"
@@ -474,7 +474,7 @@ def test_frozen_weights_live_where_the_mesh_says(tmp_path):
     config = config_with(tmp_path, width=64)
     config.mesh.fsdp = 4
     layout, parts, _, _ = experiment.build(config, (8, 8, 1), 4)
-    frozen, host = experiment.prepared(parts.prepare, layout), parts.prepare.init()
+    frozen, host = experiment.prepared(parts.codec, layout), parts.codec.init()
     kernel = frozen["encoders"]["toy"]["blocks"]["fc1"]["kernel"]
     assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, None, "fsdp"), "a stack is split along its layers"
     assert kernel.addressable_shards[0].data.shape == (2, 64, 64)

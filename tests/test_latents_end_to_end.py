@@ -28,7 +28,7 @@ def latents(tmp_path_factory):
 
 def config_of(home):
     config = photos.get_config()
-    config.data.data_dir, config.prepare.vae = str(home / "latents"), str(home / "vae")
+    config.data.data_dir, config.codec.vae = str(home / "latents"), str(home / "vae")
     config.model.update({"depth": 2, "width": 32, "heads": 2, "remat": "none"})
     config.update({"total_steps": 4, "batch_size": 16, "log_every": 1})
     config.sampler.update({"solver": "euler", "steps": 2, "batch_size": 16})
@@ -53,21 +53,21 @@ def test_the_whole_chain_ends_in_pictures(latents, tmp_path):
 
     # From a run that knows of no autoencoder the same samples are latents, and these pictures once they are decoded.
     stored = json.loads((tmp_path / "config.json").read_text())
-    stored["prepare"]["vae"] = None
+    stored["codec"]["vae"] = None
     (tmp_path / "config.json").write_text(json.dumps(stored))
     with np.load(sample.run(sources.of_run(tmp_path), num=16, out=tmp_path / "undecoded") / "samples.npz") as found:
         x = found["arr_0"]
     assert (x.shape, x.dtype) == ((16, 4, 4, 4), np.float32)
     release = published.open_vae(latents / "vae")
-    decoded = jax.jit(vae.network(release.arch).decode)(release.read(("decoder",)), x / config.prepare.scale)
+    decoded = jax.jit(vae.network(release.arch).decode)(release.read(("decoder",)), x / config.codec.scale)
     wanted = np.floor(np.clip(127.5 * np.asarray(decoded) + 128, 0, 255))
     assert np.abs(pictures - wanted).max() <= 1  # rounding of a sum in another order
     assert np.mean(pictures != wanted) < 1e-3
 
     # Latents of another scale are refused. (Here, because another process would make all of the above once more.)
     config = config_of(latents)
-    config.prepare.update({"scale": 1.0, "vae": None})
-    with pytest.raises(ConfigError, match=r"prepare.scale = 1.0, but the autoencoder of these latents has 0.18215"):
+    config.codec.update({"scale": 1.0, "vae": None})
+    with pytest.raises(ConfigError, match=r"codec.scale = 1.0, but the autoencoder of these latents has 0.18215"):
         train.run(config, tmp_path)
 
 

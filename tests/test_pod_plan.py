@@ -160,7 +160,7 @@ def test_shapes_without_data():
     batch = stand_ins.stored(repa_multi_b2.get_config(), (32, 32, 4))
     assert (batch["image"].shape, batch["image"].dtype) == ((256, 256, 256, 3), np.uint8)
     config.data = slot("data", "synthetic", shape=(8, 8, 1), num_classes=10, size=4)
-    config.prepare = slot("prepare", "pixels")
+    config.codec = slot("codecs", "pixels")
     shape, num_classes = stand_ins.shapes(config)
     assert (shape, num_classes) == ((8, 8, 1), 10)
     assert stand_ins.stored(config, shape)["x"].shape == (8, 8, 8, 1)

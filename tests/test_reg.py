@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import digits
-from diversedit_jax import models, objectives, prepare, sample, sampling, sharding, sources, train
+from diversedit_jax import codecs, models, objectives, sample, sampling, sharding, sources, train
 from diversedit_jax.config import slot
 from diversedit_jax.diffusion import image_and_token, paths, solvers
 from diversedit_jax.diffusion.guidance import guide
@@ -430,7 +430,7 @@ def entangled():
 
 def sampler(model, batch_size=8, **options):
     """labels -> images of `model`, as they are."""
-    pixels = prepare.make("pixels")._replace(decode=None)
+    pixels = codecs.make("pixels")._replace(decode=None)
     given = {"solver": "euler", "steps": 4, "batch_size": batch_size} | options
     sample = sampling.make(model, pixels, SHAPE, CLASSES, sampling.Flow(), sharding.make(), **given)
     return lambda labels: sample({}, {}, np.asarray(labels), 0)
@@ -468,7 +468,7 @@ def test_the_tokens_scale():
 
 def with_token(*, width: int = K):
     """The preparation of pixels, and as a class token a fixed linear map of the image."""
-    pixels = prepare.make("pixels")
+    pixels = codecs.make("pixels")
 
     def apply(frozen, batch, key):
         flat = batch["x"].reshape(len(batch["x"]), -1)
@@ -481,7 +481,7 @@ def with_token(*, width: int = K):
 def test_a_run_trains_and_samples(tmp_path):
     config = digits.get_config()
     config.update({"total_steps": 3, "batch_size": 16, "log_every": 1})
-    config.prepare = slot("prepare", "tests.test_reg:with_token")
+    config.codec = slot("codecs", "tests.test_reg:with_token")
     config.model.update({"depth": 2, "width": 16, "heads": 2, "skip": "none", "token_width": K})
     config.objective = slot("objectives", "reg")
     del config.losses["diversity"]

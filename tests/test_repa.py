@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diversedit_jax import heads, losses
+from diversedit_jax import losses
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.losses import _projector as projector
 from diversedit_jax.losses import repa
 from tests.test_losses_conformance import BATCH, TOKENS, WIDTH, batch, features, forward, teacher
 
@@ -32,8 +33,8 @@ def test_the_projector_is_three_layers_born_as_xavier_has_it():
 
 
 def test_a_head_in_half_precision_is_near_the_one_in_full():
-    params, x = heads.init(jax.random.key(0), (24, 48, 24)), features()[1]
-    full, half = heads.apply(params, x), heads.apply(params, x, jnp.bfloat16)
+    params, x = projector.init(jax.random.key(0), (24, 48, 24)), features()[1]
+    full, half = projector.apply(params, x), projector.apply(params, x, jnp.bfloat16)
     assert half.dtype == jnp.float32
     assert 0 < jnp.abs(half - full).max() < 0.05 * jnp.abs(full).max()
 

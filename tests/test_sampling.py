@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from configs import default
+from diversedit_jax import codecs, experiment, models, sampling, sharding
 from diversedit_jax import config as configs
-from diversedit_jax import experiment, models, prepare, sampling, sharding
 from diversedit_jax.data import pipeline
 from diversedit_jax.errors import ConfigError, NonFiniteError
 from diversedit_jax.models import Model
 from diversedit_jax.train_state import initializer, train_step
 
 SHAPE, CLASSES = (8, 8, 2), 3
-PIXELS = prepare.make("pixels")._replace(decode=None)
+PIXELS = codecs.make("pixels")._replace(decode=None)
 
 
 def sampler(source, model=None, **options):
@@ -161,7 +161,7 @@ def tiny(objective, **options):
     config = default.get_config()
     config.batch_size = 8
     config.data = configs.slot("data", "synthetic", shape=(8, 8, 3), num_classes=4)
-    config.prepare = configs.slot("prepare", "pixels")
+    config.codec = configs.slot("codecs", "pixels")
     config.model.update({"depth": 2, "width": 16, "heads": 2})
     config.objective = configs.slot("objectives", objective, **options)
     config.sampler.update({"steps": 3, "batch_size": 8})
@@ -184,7 +184,7 @@ def test_a_run_of_dits_formulation_trains_and_samples():
         jax.eval_shape(initializer(parts, batch), key)
     config.model.out_channels = 2 * dataset.shape[-1]
     _, parts, sample, _ = experiment.build(config, dataset.shape, dataset.num_classes)
-    frozen = parts.prepare.init()
+    frozen = parts.codec.init()
     state, metrics = jax.jit(lambda s: train_step(parts, s, frozen, batch, key))(initializer(parts, batch)(key))
     assert {"mse", "vb"} <= metrics.keys()
     assert all(np.isfinite(value) for value in metrics.values())
@@ -200,7 +200,7 @@ def test_a_run_of_meanflow_trains_and_samples():
     dataset = experiment.open_data(config)
     _, parts, sample, _ = experiment.build(config, dataset.shape, dataset.num_classes)
     loader = pipeline.batches(dataset, config.batch_size, seed=0, num_threads=0)
-    frozen, key = parts.prepare.init(), jax.random.key(0)
+    frozen, key = parts.codec.init(), jax.random.key(0)
     batch = jax.tree.map(jnp.asarray, next(loader))
 
     state, step = jax.jit(initializer(parts, batch))(key), jax.jit(partial(train_step, parts))

@@ -10,10 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-from diversedit_jax import heads, losses, models, objectives
-from diversedit_jax.api import Prepare
+from diversedit_jax import losses, models, objectives
+from diversedit_jax.api import Codec
 from diversedit_jax.diffusion import paths
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.losses import _projector as projector
 from diversedit_jax.losses import sra
 from diversedit_jax.objectives.flow_matching import regress
 from diversedit_jax.train_state import Parts, initializer, train_step
@@ -46,7 +47,7 @@ def compared():
     np.testing.assert_allclose(whole.loss, gold["denoising_loss"], rtol=1e-5)
     t = jnp.clip(gold["t"] - gold["t_max"] * gold["offset_u"], 0, 1).astype(jnp.float32)
     _, seen = whole.rerun(model.network(ema), t)
-    return heads.apply(head, whole.features[block]), seen[teacher_block], gold
+    return projector.apply(head, whole.features[block]), seen[teacher_block], gold
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -110,8 +111,8 @@ def test_the_teacher_runs_no_further_than_its_block():
     shape, depth = (4, 4, 3), 12
     aux = {"sra": losses.make("sra", block=2, teacher_block=4)}
     model = models.make("dit", shape, 5, aux["sra"].blocks, depth=depth, width=16, heads=2, skip="release")
-    prepare = Prepare(dict, lambda frozen, batch, key: batch, None)
-    parts = Parts(model, prepare, objectives.make("flow_matching", 5), aux, optax.sgd(0.1), ema_decay=0.9)
+    codec = Codec(dict, lambda frozen, batch, key: batch, None)
+    parts = Parts(model, codec, objectives.make("flow_matching", 5), aux, optax.sgd(0.1), ema_decay=0.9)
     given = {"x": jnp.zeros((1, *shape)), "y": jnp.zeros(1, jnp.int32)}
     state = jax.eval_shape(initializer(parts, given), jax.random.key(0))
     key = jax.random.key(0, impl="unsafe_rbg")  # its random bits come without loops of their own
@@ -136,7 +137,7 @@ def test_the_teacher_is_asked_at_the_earlier_times():
     assert (t <= whole.t).all()
     assert len(np.unique(whole.t - t)) > 2, "not a draw for each example"
     assert metrics["lag"] == pytest.approx(float((whole.t - t).mean()), rel=1e-5)
-    student, (_, seen) = heads.apply(params, whole.features[3]), whole.rerun(teacher, t)
+    student, (_, seen) = projector.apply(params, whole.features[3]), whole.rerun(teacher, t)
     assert value == pytest.approx(0.2 * float(sra.mean_distance(student, seen[8]).mean()), rel=1e-5)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from configs import default
 from diversedit_jax import experiment
-from diversedit_jax.api import Prepare
+from diversedit_jax.api import Codec
 from diversedit_jax.config import slot
 from diversedit_jax.diffusion import solvers
 from diversedit_jax.diffusion.guidance import guide
@@ -31,7 +31,7 @@ def config_of(skip: str = "release", diversity: bool = True, **model):
     config = default.get_config()
     config.batch_size = BATCH
     config.mesh.data, config.mesh.fsdp = 1, -1
-    config.prepare = slot("prepare", "pixels")
+    config.codec = slot("codecs", "pixels")
     config.model.update({"depth": 5, "width": 32, "heads": 2, "mlp_ratio": 3.0, "skip": skip, "remat": "none", **model})
     # with a large eps the step is smooth in the gradient: without, rounding decides the sign of the smallest
     config.optim.update({"learning_rate": 0.01, "b1": 0.7, "b2": 0.9, "eps": 1e-3, "weight_decay": 0.1, "clip": 0.5})
@@ -62,7 +62,7 @@ def given(network, batch, key):
 def start(config):
     """The parts of a run without draws of its own, and its state."""
     parts = experiment.build(config, SHAPE, CLASSES, devices=jax.devices()[:1]).parts
-    parts = parts._replace(objective=given, prepare=Prepare(dict, lambda frozen, batch, key: batch, None))
+    parts = parts._replace(objective=given, codec=Codec(dict, lambda frozen, batch, key: batch, None))
     shapes = jax.eval_shape(initializer(parts, jax.device_put(draws())), KEY)
     params = random_like(shapes["params"])
     return parts, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes) | {
@@ -143,7 +143,7 @@ def test_what_a_step_draws():
     from tools import torch_sit
 
     config = config_of(diversity=False)
-    config.prepare = slot("prepare", "latents", scale=0.5, bias=1.0)
+    config.codec = slot("codecs", "vae", scale=0.5, bias=1.0)
     config.objective.label_drop = 0.25
     n = 1000
     moments = np.concatenate([np.full((n, *SHAPE), 5), np.full((n, *SHAPE), 3)], axis=-1).astype(np.float16)

@@ -12,7 +12,7 @@ import pytest
 
 from diversedit_jax import config as configs
 from diversedit_jax import losses, models, objectives, optim, sharding
-from diversedit_jax.api import AuxLoss, Prepare
+from diversedit_jax.api import AuxLoss, Codec
 from diversedit_jax.diffusion.paths import PATHS
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import Model
@@ -48,7 +48,7 @@ def parts(**changes) -> Parts:
     """A small run: no preparation, no auxiliary losses, plain SGD."""
     return Parts(
         model=small_model(),
-        prepare=Prepare(dict, lambda frozen, batch, key: batch, None),
+        codec=Codec(dict, lambda frozen, batch, key: batch, None),
         objective=objectives.make("flow_matching", CLASSES),
         losses={},
         optimizer=optax.sgd(0.1),
@@ -364,14 +364,14 @@ def test_gradient_norm_is_that_before_clipping():
 
 
 def test_prepare_gets_the_frozen_weights_and_a_key():
-    def prepare(frozen, batch, key):
+    def encode(frozen, batch, key):
         return {"x": frozen["scale"] * batch["x"] + jax.random.normal(key, batch["x"].shape), "y": batch["y"]}
 
     def objective(network, batch, key):
         forward = deterministic(network, batch, key)
         return forward._replace(metrics={"spread": batch["x"].std()})
 
-    made = parts(prepare=Prepare(lambda: {"scale": jnp.zeros(())}, prepare, None), objective=objective)
+    made = parts(codec=Codec(lambda: {"scale": jnp.zeros(())}, encode, None), objective=objective)
     state, step = start(made), step_of(made)
     spread = [step(state, {"scale": jnp.float32(s)}, batch(), RUN_KEY)[1]["spread"] for s in (0, 3)]
     np.testing.assert_allclose(spread, [1, 10**0.5], rtol=0.1)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from diversedit_jax import prepare, sample, sharding, sources
+from diversedit_jax import codecs, sample, sharding, sources
 from diversedit_jax.errors import ConfigError, WeightsError
 from diversedit_jax.interop import loading
 from diversedit_jax.interop import vae as published
@@ -201,7 +201,7 @@ def test_latents_are_decoded_a_chunk_at_a_time(folder):
     wanted = vae.network(TINY).decode(params(), jnp.asarray(x / 0.5 + 0.25))
     wanted = np.clip(127.5 * np.asarray(wanted) + 128, 0, 255)
     for chunk, count in ((2, 48), (3, 47)):
-        latents = prepare.make("latents", scale=0.5, bias=0.25, vae=str(folder), chunk=chunk)
+        latents = codecs.make("vae", scale=0.5, bias=0.25, vae=str(folder), chunk=chunk)
         images = np.asarray(jax.jit(latents.decode)(latents.init(), jnp.asarray(x[:count])))
         assert (images.shape, images.dtype) == ((count, 4, 4, 3), np.uint8)
         assert np.abs(images - np.floor(wanted[:count])).max() <= 1  # rounding of a sum in another order
@@ -211,7 +211,7 @@ def test_latents_are_decoded_a_chunk_at_a_time(folder):
 
 def test_a_batch_is_decoded_where_it_lies(folder):
     """Over eight devices and in chunks no latent changes its device."""
-    latents = prepare.make("latents", scale=0.5, bias=0.25, vae=str(folder), chunk=2)
+    latents = codecs.make("vae", scale=0.5, bias=0.25, vae=str(folder), chunk=2)
     split = sharding.over_batch(sharding.make())
     x = jax.ShapeDtypeStruct((64, 2, 2, 4), jnp.float32, sharding=split)
     compiled = jax.jit(latents.decode, out_shardings=split).lower(latents.init(), x).compile().as_text()
@@ -221,11 +221,11 @@ def test_a_batch_is_decoded_where_it_lies(folder):
 
 def test_the_scale_is_that_of_the_autoencoder(folder):
     with pytest.raises(ConfigError, match=r"scale = 0.18215, but .*vae was trained for latents with 0.5"):
-        prepare.make("latents", vae=str(folder))
+        codecs.make("vae", vae=str(folder))
     with pytest.raises(ConfigError, match=r"bias = 0.0, but .*vae was trained for latents with 0.25"):
-        prepare.make("latents", scale=0.5, vae=str(folder))
+        codecs.make("vae", scale=0.5, vae=str(folder))
     with pytest.raises(ConfigError, match="chunk must be positive, given 0"):
-        prepare.make("latents", chunk=0)
+        codecs.make("vae", chunk=0)
 
 
 def test_a_release_is_sampled_into_pictures(tmp_path):

@@ -37,7 +37,7 @@ def peak() -> float:
 
 def subject_of(config: ConfigDict) -> tuple[subjects.Subject, dict]:
     """The network of a config and random parameters for it."""
-    config.data, config.prepare = slot("data", "synthetic"), slot("prepare", "pixels")
+    config.data, config.codec = slot("data", "synthetic"), slot("codecs", "pixels")
     config.encoders, config.losses = ConfigDict(), ConfigDict()
     subject = subjects.of_config(config, (32, 32, 4), 1000)
     rng = np.random.default_rng(0)

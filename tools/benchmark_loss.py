@@ -27,7 +27,7 @@ def inputs(run: random_run.Run) -> tuple[Any, Any]:
     parts, key = run.experiment.parts, jax.random.key(0)
 
     def forward(params: Any, frozen: Any, batch: Any) -> tuple[Any, Any]:
-        prepared = parts.prepare.apply(frozen, batch, key)
+        prepared = parts.codec.encode(frozen, batch, key)
         return prepared, parts.objective(parts.model.network(params), prepared, key)
 
     rng = np.random.default_rng(0)

@@ -147,7 +147,7 @@ def prepare(changes: tuple[Callable[[ConfigDict], None], ...]) -> Method:
     init = jax.jit(initializer(built.parts, batch), compiler_options=ONCE)
     step = jax.jit(partial(train_step, built.parts), donate_argnums=0)
     judge = experiment.evaluators(config, built.parts, digits.SHAPE, digits.NUM_CLASSES)["digits"]
-    return Method(config, built, experiment.prepared(built.parts.prepare, built.layout), init, step, judge)
+    return Method(config, built, experiment.prepared(built.parts.codec, built.layout), init, step, judge)
 
 
 def batches(config: ConfigDict, seed: int):
@@ -175,7 +175,7 @@ def similarity(method: Method, params: Any) -> float:
     @partial(jax.jit, compiler_options=ONCE)
     def mean(params, frozen):
         network = method.built.parts.model.network(params)
-        prepared = method.built.parts.prepare.apply(frozen, batch, key)
+        prepared = method.built.parts.codec.encode(frozen, batch, key)
         forward = method.built.parts.objective(network, prepared, key)
         found = []
         for t in (0.25, 0.5, 0.75):

@@ -125,8 +125,8 @@ def compiled(plan: Plan, programs: Sequence[str], say: Callable[[str], None]) ->
     with tempfile.TemporaryDirectory() as folder:
         stand_ins.take_their_places(config, Path(folder), say)
         layout, parts, sample, _ = experiment.build(config, shape, num_classes, devices=devices)
-        frozen = jax.eval_shape(parts.prepare.init)
-    parts = parts._replace(prepare=parts.prepare._replace(init=lambda: frozen))
+        frozen = jax.eval_shape(parts.codec.init)
+    parts = parts._replace(codec=parts.codec._replace(init=lambda: frozen))
     frozen = sharding.placed(frozen, sharding.shardings(frozen, layout))
     batch = {
         key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.over_batch(layout))

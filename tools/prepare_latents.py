@@ -36,6 +36,7 @@ from absl import flags
 from PIL import Image
 
 from diversedit_jax import __version__, encoders, logs, program, sharding
+from diversedit_jax.codecs import pixels
 from diversedit_jax.data import Dataset, image_files, latents, local_path
 from diversedit_jax.data.image_files import ImageFiles
 from diversedit_jax.errors import ConfigError, DataError
@@ -43,7 +44,6 @@ from diversedit_jax.interop import vae as vae_files
 from diversedit_jax.interop.weights_file import file_digest
 from diversedit_jax.models import PRECISIONS
 from diversedit_jax.models import vae as vae_model
-from diversedit_jax.prepare import pixels
 from tools import latent_shards
 from tools.latent_shards import Plan
 
@@ -84,7 +84,7 @@ class Encoding(NamedTuple):
 
 
 def prepare(source: str | Path, out: str | Path, options: Options) -> None:
-    """Prepare a set, or what is left of it."""
+    """Codec a set, or what is left of it."""
     started = time.monotonic()
     images = image_files.open_images(source, options.kind, options.split, options.unconditional)
     folder = local_path("OUT", out).absolute()
@@ -123,7 +123,7 @@ def prepare(source: str | Path, out: str | Path, options: Options) -> None:
     show(report, about, time.monotonic() - started, folder)
     mosaic(folder, images, release, options)
     scale = about["vae"]["scale"]
-    more = f" --config.prepare.scale={scale}" if scale not in (None, 0.18215) else ""
+    more = f" --config.codec.scale={scale}" if scale not in (None, 0.18215) else ""
     print(f"train on it: --config.data.data_dir={folder}{more}")
 
 

@@ -76,7 +76,7 @@ def build(config: ConfigDict) -> Run:
         fill = partial(_noise, rng)
         stand_ins.take_their_places(config, Path(folder), say, fill)
         built = experiment.build(config, shape, num_classes)
-        frozen = experiment.prepared(built.parts.prepare, built.layout)
+        frozen = experiment.prepared(built.parts.codec, built.layout)
     stored = {name: _values(rng, name, x, num_classes) for name, x in stand_ins.stored(config, shape).items()}
     batch = jax.device_put(stored, sharding.over_batch(built.layout))
     new = initializer(built.parts, batch)

@@ -39,7 +39,7 @@ def stored(config: ConfigDict, shape: tuple[int, int, int]) -> dict[str, jax.Sha
     h, w, c = shape
     if config.data.get("cached"):
         raise ConfigError("config.data.cached: the shapes of stored features are not known without the data")
-    moments = config.prepare.name == "latents"
+    moments = config.codec.name == "vae"
     values = {"moments": ((h, w, 2 * c), np.float16)} if moments else {"x": (shape, np.float32)}
     values |= {"image": ((8 * h, 8 * w, 3), np.uint8)} if config.data.get("image") else {}
     values["y"] = ((), np.int32)
@@ -54,9 +54,9 @@ def take_their_places(
         if encoder.get("file") is None:
             encoder.file = str(stand_in(encoder.name, folder, fill))
             say(f"config.encoders.{label}: a stand-in for its published weights")
-    if config.prepare.get("vae"):
-        config.prepare.vae = None
-        say("config.prepare.vae: samples are not decoded")
+    if config.codec.get("vae"):
+        config.codec.vae = None
+        say("config.codec.vae: samples are not decoded")
 
 
 def stand_in(name: str, folder: Path, fill: Callable[..., np.ndarray] = np.zeros) -> Path:

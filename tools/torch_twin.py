@@ -39,8 +39,8 @@ PROGRAM = Path(__file__).with_name("torch_sit.py")
 KNOWN = {
     "accumulate": (1,),
     "encoders": ({},),
-    "prepare.name": ("latents", "pixels"),
-    "prepare.vae": (None,),
+    "codec.name": ("vae", "pixels"),
+    "codec.vae": (None,),
     "model.name": ("dit",),
     "model.skip": ("none", "release"),
     "model.skip_init": (None, "xavier", "torch", "trunc_normal"),
@@ -244,8 +244,8 @@ def _training(config: ConfigDict, depth: int) -> dict[str, Any]:
         "clip": inf if optim.clip is None else optim.clip,
         "ema_decay": config.ema_decay,
         "label_drop": config.objective.label_drop,
-        "scale": config.prepare.get("scale", 1.0),
-        "bias": config.prepare.get("bias", 0.0),
+        "scale": config.codec.get("scale", 1.0),
+        "bias": config.codec.get("bias", 0.0),
         "diversity": _diversity(config.losses, depth),
     }
 

@@ -67,5 +67,5 @@ def _loss(subject: Subject, width: int, params: Params, frozen: Any, batch: Batc
     kernel = merges["linear"]["kernel"].at[:, width:].multiply((1 - cut)[:, None, None])
     changed = params | {"merges": merges | {"linear": merges["linear"] | {"kernel": kernel}}}
     key_prepare, key_objective = jax.random.split(key)
-    prepared = subject.parts.prepare.apply(frozen, batch, key_prepare)
+    prepared = subject.parts.codec.encode(frozen, batch, key_prepare)
     return subject.parts.objective(subject.parts.model.network(changed), prepared, key_objective).loss.mean()

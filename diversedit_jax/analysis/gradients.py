@@ -56,7 +56,7 @@ def _products(subject: Subject, params: Params, heads: Params, frozen: Any, batc
     """For each loss the products by block: with the objective's gradient, of that with itself, and of its own."""
     parts = subject.parts
     key_prepare, key_objective, key_losses = jax.random.split(key, 3)
-    prepared = parts.prepare.apply(frozen, batch, key_prepare)
+    prepared = parts.codec.encode(frozen, batch, key_prepare)
     teacher = parts.model.network(params)
 
     def forward(params: Params):

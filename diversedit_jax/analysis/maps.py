@@ -46,9 +46,9 @@ def _seen(
 ) -> tuple[Array, Array, Array]:
     """The first images, decoded where there is a decoder, and the components of their tokens in every block."""
     stack = subject.features(params, frozen, batch, t, key)
-    prepare = subject.parts.prepare
-    x = prepare.apply(frozen, batch, key)["x"][:count]
-    images = x if prepare.decode is None else prepare.decode(frozen, x)
+    codec = subject.parts.codec
+    x = codec.encode(frozen, batch, key)["x"][:count]
+    images = x if codec.decode is None else codec.decode(frozen, x)
     return images, *_components(count, stack)
 
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from diversedit_jax import codecs, experiment, losses, models, objectives, optim, sharding, sources
 from diversedit_jax import config as configs
-from diversedit_jax import experiment, losses, models, objectives, optim, prepare, sharding, sources
 from diversedit_jax.api import Params
 from diversedit_jax.checkpoint import Checkpoints
 from diversedit_jax.config import slot
@@ -62,7 +62,7 @@ class Subject(NamedTuple):
         """The output of every block for a stored batch at time t, [l b n d]; a class token is left out."""
         network = self.parts.model.network(params)
         key_prepare, key_noise = jax.random.split(key)
-        prepared = self.parts.prepare.apply(frozen, batch, key_prepare)
+        prepared = self.parts.codec.encode(frozen, batch, key_prepare)
         forward = self.parts.objective(network, prepared, key_noise)  # its noise is used, its pass is not computed
         _, found = forward.rerun(network, self.times(jnp.full(len(batch["y"]), t)))
         first = 0 if self.parts.model.token_width is None else 1
@@ -142,7 +142,7 @@ def of_config(config: ConfigDict, shape: tuple[int, int, int], num_classes: int)
         none,
         none,
         parts,
-        experiment.prepared(parts.prepare, built.layout),
+        experiment.prepared(parts.codec, built.layout),
         built.layout,
         shape,
         num_classes,
@@ -193,10 +193,10 @@ def of_release(
         objective = slot("objectives", "ddpm", label_drop=0.0)
     else:
         objective = slot("objectives", "mean_flow" if arch.second_time else "flow_matching", label_drop=0.0)
-    config = ConfigDict({"data": ConfigDict(data), "prepare": slot("prepare", "latents", vae=vae)})
+    config = ConfigDict({"data": ConfigDict(data), "codec": slot("codecs", "vae", vae=vae)})
     if config.data.name in ("digits", "images", "synthetic"):  # pixels
-        config.prepare = slot("prepare", "pixels")
-    ready = prepare.make(**config.prepare.to_dict())
+        config.codec = slot("codecs", "pixels")
+    ready = codecs.make(**config.codec.to_dict())
     built = objectives.make(num_classes=arch.num_classes, **objective.to_dict())
     parts = Parts(model, ready, built, _supposed(), optim.make(1)[0], 0.0)
     arch_options, kind = releases.model_options(arch), release.family

@@ -15,7 +15,7 @@ class Dataset(NamedTuple):
     shape:       (h, w, c) of the network's space.
     num_classes: labels are 0 .. num_classes - 1, and num_classes is the null label; 0 classes: every label is 0, which
                  is then the null label.
-    scale:       of latents, as the autoencoder was trained for: `prepare` must have it; None if it is not known.
+    scale:       of latents, as the autoencoder was trained for: the codec must have it; None if it is not known.
     """
 
     source: Any

@@ -2,7 +2,7 @@
 
 A zip, or a folder, of dataset.json and 00000/img*.npy: means, then standard deviations, float32 [8 h w], of the
 autoencoder fed with values in [0, 1], not [-1, 1]: what is trained on them cannot be mixed with what REPA's latents
-give. EDM2 takes fixed means and deviations out of the channels, which is done here: `config.prepare.scale` is 1.
+give. EDM2 takes fixed means and deviations out of the channels, which is done here: `config.codec.scale` is 1.
 """
 
 from dataclasses import dataclass

@@ -4,7 +4,7 @@
     latents_stats.pt   `mean` and `std` [1 k 1 1] of the latents, which are taken out of them
 
 They are drawn latents, not moments: their standard deviation here is 0, so that every epoch sees the same draw, as it
-does there. They are those of whatever autoencoder made them, VA-VAE mostly; `config.prepare.scale` is 1.
+does there. They are those of whatever autoencoder made them, VA-VAE mostly; `config.codec.scale` is 1.
 """
 
 from dataclasses import dataclass

@@ -30,7 +30,7 @@ def make(
     All that can be wrong with these is said now, not at the first evaluation.
     """
     if drawn.shape is None:
-        raise ConfigError("scores: the samples are latents, and images are judged: set config.prepare.vae")
+        raise ConfigError("scores: the samples are latents, and images are judged: set config.codec.vae")
     one = extractors.make(extractor, **({} if file is None else {"file": file}))
     references = [] if reference is None else [open_reference(reference)]
     scoring.check_count(num, scoring.features_of([one], drawn.shape), few)

@@ -43,8 +43,8 @@ def make(
     def looking() -> tuple[measure.Pass, list]:
         reads_tokens = drawn.config.objective.name == "reg"
         config = configs.copied(drawn.config) if reads_tokens else subjects.without_encoders(drawn.config)
-        if "vae" in config.prepare:
-            config.prepare.vae = None  # nothing is decoded
+        if "vae" in config.codec:
+            config.codec.vae = None  # nothing is decoded
         subject = subjects.of_config(config, drawn.latents, drawn.num_classes)
         chosen = settings._replace(split=measure.split_of(subject, split))
         return measure.compiled(subject, chosen), measure.batches(subject.data(chosen.split), chosen, subject.layout)

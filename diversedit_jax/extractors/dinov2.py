@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from diversedit_jax import bicubic
 from diversedit_jax.api import Params
 from diversedit_jax.encoders import IMAGENET_MEAN, IMAGENET_STD, normalise
 from diversedit_jax.encoders.dinov2 import KIND
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.extractors import Extractor, Features, digest
 from diversedit_jax.interop.encoders import open_encoder
-from diversedit_jax.models import vit
+from diversedit_jax.models import bicubic, vit
 
 
 def make(*, file: str, side: int = 224, heads: int | None = None) -> Extractor:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diversedit_jax import heads
 from diversedit_jax.api import AuxLoss, Batch, Params
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.losses import _projector as projector
 from diversedit_jax.registry import suggestion
 
 SIMILARITIES = ("cosine", "nt_xent")
@@ -22,12 +22,12 @@ EPS = 1e-12  # the smallest length that is divided by, torch's default
 
 def init_projector(key: PRNGKeyArray, d: int, width: int, k: int) -> Params:
     """The projector's parameters: three linear layers, d -> width -> width -> k, as `heads.init` has them."""
-    return heads.init(key, (d, width, width, k))
+    return projector.init(key, (d, width, width, k))
 
 
 def project(params: Params, features: Float[Array, "b n d"], dtype: DTypeLike = jnp.float32) -> Float[Array, "b n k"]:
     """The features in the encoder's space: Linear, SiLU, Linear, SiLU, Linear; matmuls in `dtype`."""
-    return heads.apply(params, features, dtype)
+    return projector.apply(params, features, dtype)
 
 
 def alignment(

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diversedit_jax import heads
 from diversedit_jax.api import AuxLoss, Params
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.losses import _projector as projector
 from diversedit_jax.losses.repa import unit
 from diversedit_jax.registry import suggestion
 
@@ -20,7 +20,7 @@ BETA = 0.05  # of smooth L1: below it the error is quadratic
 
 def init_head(key: PRNGKeyArray, d: int) -> Params:
     """The head's parameters: d -> 2 d -> d, as `heads.init` has them."""
-    return heads.init(key, (d, 2 * d, d))
+    return projector.init(key, (d, 2 * d, d))
 
 
 def earlier(
@@ -126,7 +126,7 @@ def make(
     def apply(params, forward, batch, teacher, step, key):
         t = earlier(key, forward.t, t_max, num_timesteps)
         _, seen = forward.rerun(teacher, t)
-        student = heads.apply(params, forward.features[block], compute)
+        student = projector.apply(params, forward.features[block], compute)
         loss = mean_distance(student, seen[teacher_block], distance).mean()
         weight = weight_at(step, coefficient, decay_from_epoch, decay_epochs, steps_per_epoch)
         return weight * loss, {"distance": loss, "weight": weight, "lag": (forward.t - t).mean()}

@@ -16,10 +16,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from diversedit_jax import bicubic
 from diversedit_jax.api import Params
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.models import check_precision, functional
+from diversedit_jax.models import bicubic, check_precision, functional
 
 SIDE = 299  # pixels of the images that the network sees
 WIDTH, CLASSES = 2048, 1008

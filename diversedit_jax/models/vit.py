@@ -13,9 +13,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from diversedit_jax import bicubic
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.models import Model, functional
+from diversedit_jax.models import Model, bicubic, functional
 from diversedit_jax.models.attention import attend, choose
 from diversedit_jax.models.dit import patchify
 from diversedit_jax.registry import suggestion

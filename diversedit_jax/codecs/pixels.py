@@ -5,7 +5,7 @@ from functools import partial
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from diversedit_jax.api import Batch, Params, Prepare
+from diversedit_jax.api import Batch, Codec, Params
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.registry import suggestion
 
@@ -15,7 +15,7 @@ ROUNDINGS = {"nearest": 128.0, "floor": 127.5}
 ROUNDING = "nearest"
 
 
-def apply(frozen: Params, batch: Batch, key: Array) -> Batch:
+def encode(frozen: Params, batch: Batch, key: Array) -> Batch:
     """The batch as it is, and `x` [b h w c] as uint8 `image` for encoders; where none reads it, it is not computed."""
     return {"image": decode(frozen, batch["x"]), **batch}
 
@@ -31,7 +31,7 @@ def check(rounding: str) -> None:
         raise ConfigError(f"unknown rounding {rounding!r}; {suggestion(rounding, ROUNDINGS)}")
 
 
-def make(*, rounding: str = ROUNDING) -> Prepare:
+def make(*, rounding: str = ROUNDING) -> Codec:
     """The preparation that leaves everything as it is. rounding: of samples to 256 levels, one of ROUNDINGS."""
     check(rounding)
-    return Prepare(dict, apply, partial(decode, rounding=rounding))
+    return Codec(dict, encode, partial(decode, rounding=rounding))

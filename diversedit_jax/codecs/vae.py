@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, UInt8
 
 from diversedit_jax import sharding
-from diversedit_jax.api import Batch, Params, Prepare
+from diversedit_jax.api import Batch, Codec, Params
+from diversedit_jax.codecs import pixels
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.interop.vae import open_vae
 from diversedit_jax.models import vae as vae_model
-from diversedit_jax.prepare import pixels
 
 
 def draw(key: Array, moments: Float[Array, "b h w c2"], scale: float, bias: float) -> Float32[Array, "b h w c"]:
@@ -36,13 +36,13 @@ def make(
     precision: str = "highest",
     rounding: str = pixels.ROUNDING,
     chunk: int = 8,
-) -> Prepare:
+) -> Codec:
     """Batches with `moments` [b h w 2c] become batches with `x` float32 [b h w c]; all else in them is passed on.
 
     scale, bias: x = (latent - bias) * scale, by default as in latent diffusion, DiT and SiT.
-    vae: the autoencoder that made the latents, a folder or file as `interop.vae.open_vae` takes; its decoder then makes
+    vae: the autoencoder that made the latents, a folder or file as `weights.vae.open_vae` takes; its decoder then makes
     images of samples. Without it samples stay latents.
-    precision: of the decoder's products, see `models.vae`. rounding: of images to 256 levels, see `prepare.pixels`.
+    precision: of the decoder's products, see `models.vae`. rounding: of images to 256 levels, see `codecs.pixels`.
     chunk: images that a device decodes at a time, each with 224 MiB of activations at 256 x 256 pixels (as XLA plans it
     on a CPU).
     """
@@ -52,12 +52,12 @@ def make(
     if chunk < 1:
         raise ConfigError(f"latents: chunk must be positive, given {chunk}")
 
-    def apply(frozen: Params, batch: Batch, key: Array) -> Batch:
+    def encode(frozen: Params, batch: Batch, key: Array) -> Batch:
         others = {name: value for name, value in batch.items() if name != "moments"}
         return {"x": draw(key, batch["moments"], scale, bias), **jax.tree.map(_widened, others)}
 
     if vae is None:
-        return Prepare(dict, apply, decode=None)
+        return Codec(dict, encode, decode=None)
     release = open_vae(vae)
     for option, given, wanted in (("scale", scale, release.scale), ("bias", bias, release.shift)):
         if wanted not in (None, given):
@@ -70,4 +70,4 @@ def make(
 
         return sharding.in_chunks(images, x, chunk)
 
-    return Prepare(cache(lambda: release.read(("decoder",))), apply, decode)
+    return Codec(cache(lambda: release.read(("decoder",))), encode, decode)

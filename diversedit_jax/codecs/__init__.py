@@ -7,17 +7,17 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from diversedit_jax import registry
-from diversedit_jax.api import Batch, Params, Prepare
+from diversedit_jax.api import Batch, Codec, Params
 from diversedit_jax.encoders import Encoder
 from diversedit_jax.errors import ConfigError
 
 
 def make(name: str, **options):
-    """The preparation `name` as a `Prepare`; the options are the keywords of `prepare.<name>.make`."""
-    return registry.make("prepare", name, **options)
+    """The codec `name`; the options are the keywords of `codecs.<name>.make`."""
+    return registry.make("codecs", name, **options)
 
 
-def with_encoders(prepare: Prepare, encoders: Mapping[str, Encoder]) -> Prepare:
+def with_encoders(codec: Codec, encoders: Mapping[str, Encoder]) -> Codec:
     """The preparation, which then also runs frozen encoders on the raw `image` [b h w c], values 0 .. 255.
 
     The batch gets `features/<label>` float32 [b n d], the patch tokens, and from an encoder that has a class token
@@ -26,10 +26,10 @@ def with_encoders(prepare: Prepare, encoders: Mapping[str, Encoder]) -> Prepare:
     """
 
     def init() -> Params:
-        return {"prepare": prepare.init(), "encoders": {label: encoder.init() for label, encoder in encoders.items()}}
+        return {"codec": codec.init(), "encoders": {label: encoder.init() for label, encoder in encoders.items()}}
 
-    def apply(frozen: Params, batch: Batch, key: Array) -> Batch:
-        batch = dict(prepare.apply(frozen["prepare"], batch, key))
+    def encode(frozen: Params, batch: Batch, key: Array) -> Batch:
+        batch = dict(codec.encode(frozen["codec"], batch, key))
         if "image" not in batch:
             raise ConfigError(
                 f"config.encoders.{next(iter(encoders))} reads `image`, and a batch has {', '.join(sorted(batch))}: "
@@ -44,6 +44,6 @@ def with_encoders(prepare: Prepare, encoders: Mapping[str, Encoder]) -> Prepare:
         return batch
 
     def decode(frozen: Params, x: Array) -> Array:
-        return prepare.decode(frozen["prepare"], x)
+        return codec.decode(frozen["codec"], x)
 
-    return Prepare(init, apply, None if prepare.decode is None else decode)
+    return Codec(init, encode, None if codec.decode is None else decode)
