@@ -17,9 +17,9 @@ from diversedit_jax.api import Codec, Params
 from diversedit_jax.codecs import with_encoders
 from diversedit_jax.data import Dataset
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.interop import releases
 from diversedit_jax.models import Model
 from diversedit_jax.train_state import Parts, train_step
+from diversedit_jax.weights import dit as releases
 
 
 class Experiment(NamedTuple):

@@ -20,8 +20,8 @@ import numpy as np
 from diversedit_jax.data import local_path, sample_files
 from diversedit_jax.data.sample_files import SampleFiles
 from diversedit_jax.errors import DataError, WeightsError
-from diversedit_jax.interop import numpy_pickle
-from diversedit_jax.interop.weights_file import file_digest
+from diversedit_jax.weights.formats import numpy_pickle
+from diversedit_jax.weights.formats.weights_file import file_digest
 
 Gaussian = tuple[np.ndarray, np.ndarray]  # mean [d], covariance [d d], float64
 ABOUT = "about"  # of our own files: JSON

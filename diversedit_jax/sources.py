@@ -23,8 +23,8 @@ from diversedit_jax.checkpoint import Checkpoints, by_path, checksums
 from diversedit_jax.codecs import pixels
 from diversedit_jax.diffusion import solvers
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.interop import releases
-from diversedit_jax.interop.vae import open_vae
+from diversedit_jax.weights import dit as releases
+from diversedit_jax.weights.vae import open_vae
 
 OVERRIDES = ("solver", "steps", "cfg_scale", "token_cfg_scale", "guidance_interval", "guidance_channels")
 OVERRIDES += ("diffusion", "last_step_kind", "last_step", "rtol", "atol", "eta", "batch_size")
@@ -109,7 +109,7 @@ def of_release(
     vae: str | None = None,
     rounding: str | None = None,
 ) -> Source:
-    """The release in a weight file (see `interop.releases.open_release`). side: of its latents, where it stores none.
+    """The release in a weight file (see `weights.dit.open_release`). side: of its latents, where it stores none.
 
     overrides: of the sampler: options of `sampling.make`. vae: the autoencoder that decodes its latents; rounding: of
     the decoded images, as in `codecs.vae`.

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from diversedit_jax import models
-from diversedit_jax.interop import releases
+from diversedit_jax.weights import dit as releases
 
 DATA = Path(__file__).parent / "data"
 CONFIG = json.loads((DATA / "sit_config.json").read_text())

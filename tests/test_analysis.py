@@ -27,10 +27,10 @@ from diversedit_jax.config import slot
 from diversedit_jax.data.digits import SHAPE
 from diversedit_jax.errors import CheckpointError, ConfigError
 from diversedit_jax.evaluators import Current
-from diversedit_jax.interop import releases
-from diversedit_jax.interop.weights_file import write_safetensors
 from diversedit_jax.metrics import similarity
 from diversedit_jax.metrics.linear_probe import linear_probe
+from diversedit_jax.weights import dit as releases
+from diversedit_jax.weights.formats.weights_file import write_safetensors
 from tests import browser, parts, untrained
 
 ROOT = Path(__file__).parents[1]

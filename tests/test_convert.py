@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from diversedit_jax import sample, sources
-from diversedit_jax.interop import releases
-from diversedit_jax.interop.weights_file import write_safetensors
+from diversedit_jax.weights import dit as releases
+from diversedit_jax.weights.formats.weights_file import write_safetensors
 from tests.reference import DATA
 
 ROOT = Path(__file__).parents[1]
@@ -156,8 +156,8 @@ def test_importing_xl_takes_less_than_two_and_a_half_times_the_file(tmp_path):
 import resource, sys
 import jax, numpy as np
 from pathlib import Path
-from diversedit_jax.interop import releases
-from diversedit_jax.interop.weights_file import write_safetensors
+from diversedit_jax.weights import releases
+from diversedit_jax.weights.formats.weights_file import write_safetensors
 path = Path({str(tmp_path / "xl.safetensors")!r})
 if sys.argv[1] == "write":
     arch = releases.Architecture(28, 1152, 16, 2, 4, 4, 1000)

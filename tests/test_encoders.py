@@ -18,10 +18,10 @@ from diversedit_jax import config as configs
 from diversedit_jax.codecs import with_encoders
 from diversedit_jax.encoders import clip, dinov1, dinov2, ijepa, mae, moco_v3
 from diversedit_jax.errors import ConfigError, WeightsError
-from diversedit_jax.interop import encoders as published
 from diversedit_jax.models import bicubic, vit
 from diversedit_jax.models.vit import Architecture
 from diversedit_jax.train_state import initializer, train_step
+from diversedit_jax.weights import vit as published
 
 DATA = Path(__file__).parent / "data"
 TINY = Architecture(depth=2, width=16, heads=2, hidden=40, patch=2, channels=3, side=3)

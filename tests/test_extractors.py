@@ -13,8 +13,8 @@ from diversedit_jax.data import digits
 from diversedit_jax.encoders.dinov2 import KIND
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.extractors import digits as small
-from diversedit_jax.interop import encoders as published
 from diversedit_jax.models import inception, vit
+from diversedit_jax.weights import vit as published
 
 DATA = Path(__file__).parent / "data"
 

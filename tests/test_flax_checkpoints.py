@@ -10,8 +10,9 @@ from flax import serialization
 from safetensors.numpy import load_file
 
 from diversedit_jax.errors import WeightsError
-from diversedit_jax.interop import flax_msgpack, releases
-from diversedit_jax.interop.weights_file import open_weights
+from diversedit_jax.weights import dit as releases
+from diversedit_jax.weights.formats import flax_msgpack
+from diversedit_jax.weights.formats.weights_file import open_weights
 from tests.reference import DATA
 
 

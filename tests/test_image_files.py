@@ -16,7 +16,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from diversedit_jax import data
-from diversedit_jax.data import image_files
+from diversedit_jax.data import image_collections
 from diversedit_jax.errors import ConfigError, DataError
 
 CLASSES = ("ant", "bee", "cow")
@@ -99,7 +99,7 @@ def imagenet(path):
 
 @pytest.mark.parametrize("make", [folder, tar, zipped, imagenet])
 def test_every_layout_gives_the_same_items(make, tmp_path):
-    images = image_files.open_images(make(tmp_path / "images"))
+    images = image_collections.open_images(make(tmp_path / "images"))
     assert images.kind == {folder: "folder", tar: "tar", zipped: "zip", imagenet: "tfds"}[make]
     assert len(set(images.keys)) == len(images) == 5
     assert images.labels.tolist() == LABELS
@@ -108,31 +108,31 @@ def test_every_layout_gives_the_same_items(make, tmp_path):
     with ThreadPoolExecutor(4) as pool:
         for found in (map(images.read, range(5)), pool.map(sent.read, range(5))):
             for number, content in enumerate(found):
-                np.testing.assert_array_equal(np.asarray(image_files.decode(content)), picture(number))
-    plain = image_files.open_images(make(tmp_path / "again"), images.kind, unconditional=True)
+                np.testing.assert_array_equal(np.asarray(image_collections.decode(content)), picture(number))
+    plain = image_collections.open_images(make(tmp_path / "again"), images.kind, unconditional=True)
     assert (plain.classes, plain.labels.tolist()) == ((), [0] * 5)
 
 
 def test_labels_may_be_json(tmp_path):
-    assert image_files.open_images(tar(tmp_path, "json")).labels.tolist() == LABELS
+    assert image_collections.open_images(tar(tmp_path, "json")).labels.tolist() == LABELS
 
 
 def test_images_without_folders_have_no_classes(tmp_path):
     for name in ("b.png", "a.jpg"):
         (tmp_path / name).write_bytes(encoded(picture(0)))
-    images = image_files.open_images(tmp_path)
+    images = image_collections.open_images(tmp_path)
     assert (images.keys, images.classes, images.labels.tolist()) == (["a.jpg", "b.png"], (), [0, 0])
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "c.png").write_bytes(encoded(picture(0)))
     with pytest.raises(DataError, match=r"has images in folders \(more\) and beside them \(a.jpg\)"):
-        image_files.open_images(tmp_path)
+        image_collections.open_images(tmp_path)
 
 
 def test_the_subfolder_of_a_split_is_taken(tmp_path):
     folder(tmp_path / "train")
     folder(tmp_path / "val")
-    assert len(image_files.open_images(tmp_path)) == 5
-    assert image_files.open_images(tmp_path, split="val").classes == CLASSES
+    assert len(image_collections.open_images(tmp_path)) == 5
+    assert image_collections.open_images(tmp_path, split="val").classes == CLASSES
 
 
 def test_what_is_no_image_is_counted(tmp_path):
@@ -141,7 +141,7 @@ def test_what_is_no_image_is_counted(tmp_path):
     (tmp_path / "ant" / "Thumbs.db").write_text("")
     (tmp_path / "bee" / ".DS_Store").write_text("")
     os.symlink(tmp_path, tmp_path / "cow" / "loop")
-    images = image_files.open_images(tmp_path)
+    images = image_collections.open_images(tmp_path)
     assert len(images) == 5
     assert images.ignored == {"*.txt": 1, "*.db": 1, "hidden file or folder": 1, "link to a folder above": 1}
 
@@ -150,23 +150,23 @@ def test_the_labels_of_a_folder_may_be_listed(tmp_path):
     """As REPA's and EDM's tools write them: the folders hold a thousand images each, and are no classes."""
     listed = [[name, 2 * label] for name, label in zip(ITEMS, LABELS, strict=True)]
     (folder(tmp_path) / "dataset.json").write_text(json.dumps({"labels": [*listed, ["gone.png", 1]]}))
-    images = image_files.open_images(tmp_path)
+    images = image_collections.open_images(tmp_path)
     assert images.labels.tolist() == [2 * label for label in LABELS]
     assert images.classes == tuple("01234")
     assert images.ignored == {"label without an image": 1}
     for content, classes in [({"labels": None}, ()), ({"about": "ants"}, CLASSES)]:
         (tmp_path / "dataset.json").write_text(json.dumps(content))
-        assert image_files.open_images(tmp_path).classes == classes
+        assert image_collections.open_images(tmp_path).classes == classes
     for content, words in [({"labels": listed[1:]}, "ant/a.png in .* has no label"), ({"labels": 3}, "cannot be read")]:
         (tmp_path / "dataset.json").write_text(json.dumps(content))
         with pytest.raises(DataError, match=words):
-            image_files.open_images(tmp_path)
-        assert image_files.open_images(tmp_path, unconditional=True).classes == ()
+            image_collections.open_images(tmp_path)
+        assert image_collections.open_images(tmp_path, unconditional=True).classes == ()
 
 
 def test_unconditional_images_may_lie_anywhere(tmp_path):
     (folder(tmp_path) / "z.png").write_bytes(encoded(picture(0)))
-    images = image_files.open_images(tmp_path, unconditional=True)
+    images = image_collections.open_images(tmp_path, unconditional=True)
     assert (images.keys, images.classes) == ([*ITEMS, "z.png"], ())
 
 
@@ -175,12 +175,12 @@ def test_odd_files_are_neither_lost_nor_waited_for(tmp_path):
     os.symlink("nowhere", tmp_path / "dangling.png")
     with open(os.fsencode(tmp_path) + b"/caf\xe9.png", "wb") as file:
         file.write(encoded(picture(3)))
-    images = image_files.open_images(tmp_path)
+    images = image_collections.open_images(tmp_path)
     assert images.ignored == {"pipe or device": 1}
     assert images.keys == ["caf\\udce9.png", "dangling.png"]
-    np.testing.assert_array_equal(np.asarray(image_files.decode(images.read(0))), picture(3))
+    np.testing.assert_array_equal(np.asarray(image_collections.decode(images.read(0))), picture(3))
     with pytest.raises(DataError, match=r"dangling.png: cannot be read: No such file"):
-        image_files.crop(images, 1, 8)
+        image_collections.crop(images, 1, 8)
 
 
 def archive(path, kind, members):
@@ -210,7 +210,7 @@ def archive(path, kind, members):
 def test_of_images_of_one_name_none_is_lost(kind, members, words, tmp_path):
     file = archive(tmp_path / f"set.{kind}", kind, [(name, b"x") for name in members])
     with pytest.raises(DataError, match=words) as error:
-        image_files.open_images(file)
+        image_collections.open_images(file)
     assert "\n" not in str(error.value)
 
 
@@ -221,16 +221,16 @@ def test_what_lies_in_archives_beside_images_is_counted(tmp_path):
         link = tarfile.TarInfo("b.png")
         link.type, link.linkname = tarfile.SYMTYPE, "a.png"
         opened.addfile(link)
-    images = image_files.open_images(file)
+    images = image_collections.open_images(file)
     assert (images.keys, images.labels.tolist()) == (["set.tar/a"], [1])
-    np.testing.assert_array_equal(np.asarray(image_files.decode(images.read(0))), picture(0))
+    np.testing.assert_array_equal(np.asarray(image_collections.decode(images.read(0))), picture(0))
     assert images.ignored == {"*.mask.png": 1, "hidden file or folder": 1, "link or device": 1}
     (tmp_path / "deep").mkdir()
-    beside = image_files.open_images(tmp_path).ignored
+    beside = image_collections.open_images(tmp_path).ignored
     assert beside == images.ignored | {"folder beside the .tar files": 1}
     listed = json.dumps({"labels": [["a.png", 1], ["b.png", 0]]})
     members = [("a.png", b"x"), ("__MACOSX/._a.png", b"x"), (".b.png", b"x"), ("dataset.json", listed)]
-    zipped = image_files.open_images(archive(tmp_path / "set.zip", "zip", members))
+    zipped = image_collections.open_images(archive(tmp_path / "set.zip", "zip", members))
     assert (zipped.keys, zipped.labels.tolist()) == (["a.png"], [1])
     assert zipped.ignored == {"hidden file or folder": 2, "label without an image": 1}
 
@@ -238,7 +238,7 @@ def test_what_lies_in_archives_beside_images_is_counted(tmp_path):
 def test_what_is_no_collection_is_named(tmp_path):
     def refused(path, words, error_kind=DataError, **options):
         with pytest.raises(error_kind, match=words) as error:
-            image_files.open_images(path, **options)
+            image_collections.open_images(path, **options)
         assert "\n" not in str(error.value)
 
     (tmp_path / "notes.txt").write_text("")
@@ -277,7 +277,7 @@ def test_what_is_no_collection_is_named(tmp_path):
     ids=["png", "jpeg", "cmyk", "alpha", "webp"],
 )
 def test_images_of_every_kind_become_rgb(content, tolerance):
-    image = image_files.decode(content)
+    image = image_collections.decode(content)
     assert (image.mode, image.size) == ("RGB", (20, 14))
     error = np.abs(np.asarray(image).astype(int) - picture(0))
     assert error.mean() <= tolerance / 3
@@ -289,7 +289,7 @@ def test_grey_palette_and_deep_images_become_rgb():
     wanted = np.repeat(grey[..., None], 3, axis=-1)
     deep = grey.astype(np.uint16) * 256 + 17
     for content in (encoded(grey), encoded(grey, mode="P"), encoded(deep)):
-        np.testing.assert_array_equal(np.asarray(image_files.decode(content)), wanted)
+        np.testing.assert_array_equal(np.asarray(image_collections.decode(content)), wanted)
 
 
 def test_what_cannot_be_decoded_is_an_error(monkeypatch):
@@ -301,34 +301,34 @@ def test_what_cannot_be_decoded_is_an_error(monkeypatch):
         (b"<html>404</html>", "not an image"),
     ]:
         with pytest.raises(DataError, match=words) as error:
-            image_files.decode(content)
+            image_collections.decode(content)
         assert "\n" not in str(error.value)
-    monkeypatch.setattr(image_files, "MAX_PIXELS", 100)
+    monkeypatch.setattr(image_collections, "MAX_PIXELS", 100)
     with pytest.raises(DataError, match="20 x 14 pixels: more than 100"):
-        image_files.decode(encoded(picture(0)))
+        image_collections.decode(encoded(picture(0)))
 
 
 def test_a_file_that_cannot_be_opened_is_named(tmp_path):
-    images = image_files.open_images(folder(tmp_path))
+    images = image_collections.open_images(folder(tmp_path))
     (tmp_path / "bee" / "a.png").unlink()  # between the listing and the reading
     with pytest.raises(DataError, match=r"^bee/a.png: cannot be read: .*No such file"):
-        image_files.crop(images, 2, 8)
+        image_collections.crop(images, 2, 8)
 
 
 def test_a_disk_that_goes_is_no_fault_of_an_image(tmp_path, monkeypatch):
-    images = image_files.open_images(folder(tmp_path / "mount" / "images"))
+    images = image_collections.open_images(folder(tmp_path / "mount" / "images"))
     (tmp_path / "mount").rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError):
-        image_files.crop(images, 2, 8)
+        image_collections.crop(images, 2, 8)
     (tmp_path / "elsewhere").rename(tmp_path / "mount")
-    assert image_files.crop(images, 2, 8).shape == (8, 8, 3)
+    assert image_collections.crop(images, 2, 8).shape == (8, 8, 3)
 
     def full(*_):
         raise MemoryError
 
     monkeypatch.setattr(Image.Image, "convert", full)
     with pytest.raises(MemoryError):
-        image_files.crop(images, 2, 8)
+        image_collections.crop(images, 2, 8)
 
 
 def adm(image: Image.Image, size: int) -> np.ndarray:
@@ -348,7 +348,7 @@ def adm(image: Image.Image, size: int) -> np.ndarray:
 @pytest.mark.parametrize("size", [(16, 16), (33, 47), (47, 33), (101, 64), (64, 63), (15, 9), (200, 31)])
 def test_crops_are_those_of_adm(size):
     image = Image.fromarray(picture(1, size))
-    np.testing.assert_array_equal(image_files.center_crop(image, 16), adm(image, 16))
+    np.testing.assert_array_equal(image_collections.center_crop(image, 16), adm(image, 16))
 
 
 def test_pixels_of_a_folder_are_a_data_set(tmp_path):

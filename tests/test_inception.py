@@ -23,10 +23,11 @@ from safetensors.numpy import save_file
 from tensorboard.compat.proto import graph_pb2, node_def_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
 
 from diversedit_jax.errors import ConfigError, WeightsError
-from diversedit_jax.interop import graph_def, loading
-from diversedit_jax.interop import inception as published
-from diversedit_jax.interop.graph_def import open_graph
 from diversedit_jax.models import inception
+from diversedit_jax.weights import inception as published
+from diversedit_jax.weights import mapping as loading
+from diversedit_jax.weights.formats import tf_graph
+from diversedit_jax.weights.formats.tf_graph import open_graph
 from tests.jaxprs import products
 from tests.test_weights_file import legacy, mapping, op, storage, tensor
 
@@ -409,6 +410,6 @@ def test_a_folder_and_a_file_too_large_are_no_graphs(tmp_path):
     with pytest.raises(WeightsError, match="is a folder, not a file"):
         open_graph(tmp_path)
     with open(tmp_path / "large.pb", "wb") as file:
-        file.truncate(graph_def.MAX_BYTES)
+        file.truncate(tf_graph.MAX_BYTES)
     with pytest.raises(WeightsError, match="it has 2147483648 bytes, a graph fewer"):
         open_graph(tmp_path / "large.pb")

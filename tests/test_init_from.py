@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 from configs import digits
 from diversedit_jax import models, train
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.interop import releases
-from diversedit_jax.interop.weights_file import write_safetensors
+from diversedit_jax.weights import dit as releases
+from diversedit_jax.weights.formats.weights_file import write_safetensors
 
 DIMS = {"depth": 4, "width": 16, "heads": 2}
 

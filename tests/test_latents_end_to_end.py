@@ -10,8 +10,8 @@ from PIL import Image
 from configs import photos
 from diversedit_jax import sample, sources, train
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.interop import vae as published
 from diversedit_jax.models import vae
+from diversedit_jax.weights import vae as published
 from tools import photo_vae, photographs, prepare_latents
 
 

@@ -10,9 +10,9 @@ import pytest
 from diversedit_jax import models, objectives
 from diversedit_jax.diffusion import guidance, solvers
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.interop import releases
 from diversedit_jax.models.dit import REMAT
 from diversedit_jax.objectives import mean_flow
+from diversedit_jax.weights import dit as releases
 from tests import reference
 
 # --- The reference's numbers.

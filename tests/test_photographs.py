@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diversedit_jax.data import image_files
+from diversedit_jax.data import image_collections
 from diversedit_jax.errors import ConfigError
 from tools import photographs
 
@@ -30,7 +30,7 @@ def photos(tmp_path_factory):
 
 
 def test_the_photographs_are_a_class_each_and_the_same_every_time(photos, tmp_path):
-    images = image_files.open_images(photos)
+    images = image_collections.open_images(photos)
     assert list(images.classes) == CLASSES
     np.testing.assert_array_equal(np.bincount(images.labels), EACH)
     written = files(photos)

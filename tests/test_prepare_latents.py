@@ -17,12 +17,12 @@ from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
 from diversedit_jax import data, encoders
-from diversedit_jax.data import image_files
+from diversedit_jax.data import image_collections
 from diversedit_jax.errors import ConfigError, DataError
-from diversedit_jax.interop import encoders as published_encoders
-from diversedit_jax.interop import vae as published
-from diversedit_jax.interop.weights_file import write_safetensors
 from diversedit_jax.models import vae, vit
+from diversedit_jax.weights import vae as published
+from diversedit_jax.weights import vit as published_encoders
+from diversedit_jax.weights.formats.weights_file import write_safetensors
 from tools import latent_shards, prepare_latents
 from tools.prepare_latents import Options
 
@@ -81,7 +81,7 @@ def test_the_set_holds_both_images_latents_and_trains(home, straight):
     encode = jax.jit(network.encode)
     for row, number in enumerate(GOOD):
         example = dataset.source[row]
-        crop = image_files.center_crop(picture(number), SIZE)
+        crop = image_collections.center_crop(picture(number), SIZE)
         np.testing.assert_array_equal(example["image"], crop)
         assert example["y"] == int(number >= 12)
         both = np.stack([crop, crop[:, ::-1]]).astype(np.float32) / 127.5 - 1
@@ -111,7 +111,7 @@ def test_the_report_names_every_image_that_is_not_there(straight):
     with Image.open(straight / "mosaic.png") as mosaic:
         assert mosaic.size == (8 * 96, 2 * 96)  # small images are shown six times as large
         first = np.asarray(mosaic)[:96:6, :96:6]
-    np.testing.assert_array_equal(first, image_files.center_crop(picture(0), SIZE))
+    np.testing.assert_array_equal(first, image_collections.center_crop(picture(0), SIZE))
 
 
 def test_latents_json_says_how_it_was_made(home, straight):
@@ -187,14 +187,14 @@ def test_the_batch_size_may_not_change_on_the_way(home, straight, tmp_path):
 
 
 def test_a_mount_that_fails_ends_the_run_and_skips_no_image(home, straight, tmp_path, monkeypatch):
-    read, broken = image_files._read_file, True
+    read, broken = image_collections._read_file, True
 
     def fails(folder, keys, index):
         if broken and index >= 10:
             raise OSError(107, "Transport endpoint is not connected")
         return read(folder, keys, index)
 
-    monkeypatch.setattr(image_files, "_read_file", fails)
+    monkeypatch.setattr(image_collections, "_read_file", fails)
     with pytest.raises(DataError, match=r"ant/1\d.png: .*Transport endpoint .*; the same command goes on"):
         prepare(home, tmp_path, image="png")
     broken = False
@@ -277,7 +277,7 @@ def test_features_of_encoders_are_stored(home, tmp_path):
     cached = ("features/dinov2", "token/dinov2")
     dataset = data.make("latents", "train", data_dir=str(out), mirror=True, cached=cached)
     one = encoders.make("dinov2", file=str(file), heads=2, side=16)
-    crop = image_files.center_crop(picture(GOOD[5]), SIZE)
+    crop = image_collections.center_crop(picture(GOOD[5]), SIZE)
     patches, token = jax.jit(one.apply)(one.init(), np.stack([crop, crop[:, ::-1]]))
     example = dataset.source[5]
     np.testing.assert_allclose(example["features/dinov2"], patches, rtol=2e-3, atol=2e-3)  # float16

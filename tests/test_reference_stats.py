@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from diversedit_jax import references, scoring
-from diversedit_jax.data import image_files
+from diversedit_jax.data import image_collections
 from diversedit_jax.errors import ConfigError, DataError
 from diversedit_jax.extractors import Extractor, Features
 from tools import reference_stats
@@ -40,8 +40,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def crops(folder):
-    opened = image_files.open_images(folder)
-    return np.stack([image_files.crop(opened, index, SIZE) for index in range(COUNT)])
+    opened = image_collections.open_images(folder)
+    return np.stack([image_collections.crop(opened, index, SIZE) for index in range(COUNT)])
 
 
 def made(folder, out, networks=None, features=7, stored=0, num=None):

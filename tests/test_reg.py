@@ -14,11 +14,11 @@ from diversedit_jax.config import slot
 from diversedit_jax.diffusion import image_and_token, paths, solvers
 from diversedit_jax.diffusion.guidance import guide
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.interop import releases
-from diversedit_jax.interop.weights_file import write_safetensors
 from diversedit_jax.models import Model
 from diversedit_jax.objectives import reg
 from diversedit_jax.train_state import initializer, train_step
+from diversedit_jax.weights import dit as releases
+from diversedit_jax.weights.formats.weights_file import write_safetensors
 from tests import reference
 from tests.test_train_step import assert_close, layout_of, parts
 from tools import convert_checkpoint

@@ -12,9 +12,9 @@ from safetensors.numpy import load_file, save_file
 from diversedit_jax import models
 from diversedit_jax.diffusion import paths
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.interop import releases
-from diversedit_jax.interop.releases import FAMILIES
 from diversedit_jax.objectives.flow_matching import regress
+from diversedit_jax.weights import dit as releases
+from diversedit_jax.weights.dit import FAMILIES
 
 DATA = Path(__file__).parent / "data"
 FILES = {

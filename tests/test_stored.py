@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from diversedit_jax import data
-from diversedit_jax.data import edm2, meanflow_lmdb, pipeline, stored
+from diversedit_jax.data import edm2, foreign_latents, meanflow_lmdb, pipeline
 from diversedit_jax.errors import ConfigError, DataError
 from tests.test_weights_file import mapping, op, storage, tensor, zipped
 
@@ -215,7 +215,7 @@ def test_standard_deviations_are_not_guessed(tmp_path):
 
 
 def test_log_variances_are_clipped_as_published():
-    assert np.allclose(stored.deviations(np.float32([-100, 0, 100]), "logvar"), np.exp([-15, 0, 10]))
+    assert np.allclose(foreign_latents.deviations(np.float32([-100, 0, 100]), "logvar"), np.exp([-15, 0, 10]))
 
 
 def test_what_is_missing_or_damaged_is_named(tmp_path):

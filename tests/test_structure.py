@@ -33,7 +33,7 @@ FLOORS = {
         ],
         ["jax", "numpy", "jaxtyping"],
     ),
-    1: (["models", "interop"], ["flax", "safetensors", "ml_dtypes"]),
+    1: (["models", "weights"], ["flax", "safetensors", "ml_dtypes"]),
     2: (
         [
             "train_state",
@@ -66,8 +66,8 @@ FLOORS = {
 # What single modules may import beside that, inside of the function that needs it.
 EXCEPTIONS = {
     "diversedit_jax.diffusion.solvers": {"diffrax"},
-    "diversedit_jax.interop.orbax_folder": {"orbax", "tensorstore"},
-    "diversedit_jax.interop.graph_def": {"google"},
+    "diversedit_jax.weights.formats.orbax_folder": {"orbax", "tensorstore"},
+    "diversedit_jax.weights.formats.tf_graph": {"google"},
     "diversedit_jax.data.lightningdit": {"safetensors"},
     "diversedit_jax.data.meanflow_lmdb": {"lmdb"},
 }
@@ -75,7 +75,7 @@ EXCEPTIONS = {
 DATA_MAY_IMPORT = {"PIL", "absl", "numpy", "grain", "tensorflow_datasets", "sklearn", "array_record"}
 DATA_MAY_USE = {"", "data", "errors", "registry"}
 # Layouts that are files of weights, or pickles: read by these, which are numpy alone.
-FILES = [f"diversedit_jax.interop.{name}" for name in ("weights_file", "numpy_pickle")]
+FILES = [f"diversedit_jax.weights.formats.{name}" for name in ("weights_file", "numpy_pickle")]
 READS_WEIGHTS = {f"diversedit_jax.data.{name}" for name in ("meanflow_pt", "meanflow_lmdb", "lightningdit")}
 
 NEVER = {"configs", "launch", "tests", "tools", "tensorflow", "torch"}
@@ -158,9 +158,9 @@ def allowed(where: int | str) -> tuple[set[str], set[str]]:
     return (packages | DATA_MAY_IMPORT, parts | {"data"}) if where >= 2 else (packages, parts)
 
 
-def imports_of_interop(path: Path) -> set[str]:
-    """The modules of interop/ that a file imports."""
-    return {name for name in imports(path) if name.startswith("diversedit_jax.interop")}
+def imports_of_weights(path: Path) -> set[str]:
+    """The modules of weights/ that a file imports."""
+    return {name for name in imports(path) if name.startswith("diversedit_jax.weights")}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
@@ -172,7 +172,7 @@ def test_a_module_imports_its_own_and_lower_floors_only(path):
         f"{dotted(path)} (floor {where}) may not import {found}"
     )
     used = {part(name) for name in imports(path) if name.partition(".")[0] == "diversedit_jax"}
-    used -= {"interop"} if dotted(path) in READS_WEIGHTS and not imports_of_interop(path) - set(FILES) else set()
+    used -= {"weights"} if dotted(path) in READS_WEIGHTS and not imports_of_weights(path) - set(FILES) else set()
     assert not (found := used - parts), f"{dotted(path)} (floor {where}) may not use diversedit_jax.{found}"
 
 

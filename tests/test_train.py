@@ -27,7 +27,7 @@ from diversedit_jax.config import slot
 from diversedit_jax.data import Dataset
 from diversedit_jax.data import digits as digits_data
 from diversedit_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from diversedit_jax.interop import releases
+from diversedit_jax.weights import dit as releases
 from tests.test_data_latents import write
 from tests.test_logs import events_of
 from tools.processes import AS_USER, Processes

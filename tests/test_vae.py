@@ -15,10 +15,10 @@ from safetensors.numpy import load_file, save_file
 
 from diversedit_jax import codecs, sample, sharding, sources
 from diversedit_jax.errors import ConfigError, WeightsError
-from diversedit_jax.interop import loading
-from diversedit_jax.interop import vae as published
 from diversedit_jax.models import PRECISIONS, vae
 from diversedit_jax.models.vae import Architecture
+from diversedit_jax.weights import mapping
+from diversedit_jax.weights import vae as published
 from tests.jaxprs import products
 
 DATA = Path(__file__).parent / "data"
@@ -36,7 +36,7 @@ def params(arch=TINY):
 def arrays(layout="diffusers", four=False, arch=TINY):
     """The parameters under the names of a layout."""
     every = [entry for half in published.HALVES for entry in published.entries(layout, arch, half, four)]
-    return loading.written(every, params(arch))
+    return mapping.written(every, params(arch))
 
 
 @pytest.fixture

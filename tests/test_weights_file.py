@@ -30,8 +30,8 @@ import pytest
 import safetensors.numpy
 
 from diversedit_jax.errors import WeightsError
-from diversedit_jax.interop import torch_pickle, weights_file
-from diversedit_jax.interop.weights_file import open_weights, write_safetensors
+from diversedit_jax.weights.formats import torch_pickle, weights_file
+from diversedit_jax.weights.formats.weights_file import open_weights, write_safetensors
 
 DATA = Path(__file__).parent / "data"
 FIXTURES = [DATA / "weights_zip.pt", DATA / "weights_legacy.pt"]

@@ -18,10 +18,10 @@ from diversedit_jax import config as configs
 from diversedit_jax import experiment, logs, program
 from diversedit_jax.checkpoint import Checkpoints
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.interop import releases
-from diversedit_jax.interop.releases import FAMILIES
-from diversedit_jax.interop.weights_file import write_safetensors
 from diversedit_jax.models.dit import SIZES
+from diversedit_jax.weights import dit as releases
+from diversedit_jax.weights.dit import FAMILIES
+from diversedit_jax.weights.formats.weights_file import write_safetensors
 
 FAMILY = flags.DEFINE_enum("family", None, list(FAMILIES), "What IN is, where its arrays do not tell.")
 TO = flags.DEFINE_enum("to", None, list(FAMILIES), "What OUT shall be; by default what IN is.")

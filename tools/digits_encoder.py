@@ -16,8 +16,8 @@ from safetensors.numpy import save_file
 
 from diversedit_jax.config import slot
 from diversedit_jax.data import digits
-from diversedit_jax.interop.encoders import export
 from diversedit_jax.models import vit
+from diversedit_jax.weights.vit import export
 
 WIDTH = 48
 ARCH = vit.Architecture(

@@ -18,8 +18,8 @@ from diversedit_jax import data, program
 from diversedit_jax.api import Params
 from diversedit_jax.data import pipeline
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.interop import vae as published
 from diversedit_jax.models import vae
+from diversedit_jax.weights import vae as published
 
 ARCH = vae.Architecture(widths=(16, 32, 64), layers=1, groups=8)
 KL = 1e-3  # weight of the divergence from a normal distribution, per latent

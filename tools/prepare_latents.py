@@ -37,13 +37,13 @@ from PIL import Image
 
 from diversedit_jax import __version__, encoders, logs, program, sharding
 from diversedit_jax.codecs import pixels
-from diversedit_jax.data import Dataset, image_files, latents, local_path
-from diversedit_jax.data.image_files import ImageFiles
+from diversedit_jax.data import Dataset, image_collections, latents, local_path
+from diversedit_jax.data.image_collections import ImageFiles
 from diversedit_jax.errors import ConfigError, DataError
-from diversedit_jax.interop import vae as vae_files
-from diversedit_jax.interop.weights_file import file_digest
 from diversedit_jax.models import PRECISIONS
 from diversedit_jax.models import vae as vae_model
+from diversedit_jax.weights import vae as vae_files
+from diversedit_jax.weights.formats.weights_file import file_digest
 from tools import latent_shards
 from tools.latent_shards import Plan
 
@@ -86,7 +86,7 @@ class Encoding(NamedTuple):
 def prepare(source: str | Path, out: str | Path, options: Options) -> None:
     """Codec a set, or what is left of it."""
     started = time.monotonic()
-    images = image_files.open_images(source, options.kind, options.split, options.unconditional)
+    images = image_collections.open_images(source, options.kind, options.split, options.unconditional)
     folder = local_path("OUT", out).absolute()
     release = vae_files.open_vae(local_path("--vae", options.vae))
     check(options, release.arch.factor)
@@ -229,7 +229,7 @@ def cropped(
 
     DataError if it is the machine that fails, a mount that is gone or too little memory: no image is to blame.
     """
-    ahead = image_files.crops_ahead(images, indices, options.size, pool, 2 * options.batch_size)
+    ahead = image_collections.crops_ahead(images, indices, options.size, pool, 2 * options.batch_size)
     with contextlib.closing(ahead):
         for index, future in ahead:
             try:
@@ -302,7 +302,7 @@ def mosaic(folder: Path, images: ImageFiles, release: vae_files.Release, options
     dataset = latents.make("train", data_dir=str(folder))
     place = {key: index for index, key in enumerate(images.keys)}
     keys = [stored(dataset, row)["key"].bytes_list.value[0].decode() for row in some(dataset)]
-    originals = np.stack([image_files.crop(images, place[key], options.size) for key in keys])
+    originals = np.stack([image_collections.crop(images, place[key], options.size) for key in keys])
     compare(originals, reconstructed(dataset, release, options.precision), folder / "mosaic.png")
 
 
@@ -362,7 +362,9 @@ def verify(out: str | Path, vae: str | Path | None, precision: str) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("vae", None, "Autoencoder: a folder as diffusers writes it, or a weight file.")
     flags.DEFINE_integer("size", 256, "Side of the crops, in pixels.")
-    flags.DEFINE_enum("kind", None, list(image_files.KINDS), "What IMAGES is; by default told by what lies there.")
+    flags.DEFINE_enum(
+        "kind", None, list(image_collections.KINDS), "What IMAGES is; by default told by what lies there."
+    )
     flags.DEFINE_string("split", "train", "Split of a tfds dataset, or a subfolder of this name.")
     flags.DEFINE_bool("unconditional", False, "Do not read classes.")
     flags.DEFINE_enum("image", "none", ["none", "png", "jpeg"], "Also store the crops, for encoders (REPA, REG).")

@@ -26,7 +26,7 @@ import numpy as np
 from absl import flags
 
 from diversedit_jax import __version__, extractors, logs, program, references, scoring, sharding
-from diversedit_jax.data import image_files, local_path, sample_files
+from diversedit_jax.data import image_collections, local_path, sample_files
 from diversedit_jax.errors import ConfigError, DataError
 from diversedit_jax.extractors import Extractor
 
@@ -50,7 +50,7 @@ def collection(path: str | Path, size: int, num: int | None, kind: str | None, s
         stream = (found.read(int(number), 1)[0] for number in numbers)
         about = {"name": path.name, "crop": None, "size": list(found.shape[:2])}
         return Images(len(numbers), stream, about | {"of": found.count})
-    opened = image_files.open_images(path, kind, split, unconditional=True)
+    opened = image_collections.open_images(path, kind, split, unconditional=True)
     numbers = chosen(len(opened), num)
     about = {"name": path.name, "kind": opened.kind, "split": split, "crop": "adm", "size": [size, size]}
     about |= {"of": len(opened), "ignored": dict(opened.ignored)}
@@ -62,11 +62,13 @@ def chosen(count: int, num: int | None) -> np.ndarray:
     return np.arange(count) if num is None or num >= count else np.arange(num) * count // max(num, 1)
 
 
-def _decoded(images: image_files.ImageFiles, numbers: np.ndarray, size: int, threads: int) -> Iterator[np.ndarray]:
+def _decoded(
+    images: image_collections.ImageFiles, numbers: np.ndarray, size: int, threads: int
+) -> Iterator[np.ndarray]:
     """Crops, decoded ahead by threads. DataError, with its name, for an image that cannot be read."""
     with (
         ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool,
-        contextlib.closing(image_files.crops_ahead(images, numbers.tolist(), size, pool, AHEAD)) as ahead,
+        contextlib.closing(image_collections.crops_ahead(images, numbers.tolist(), size, pool, AHEAD)) as ahead,
     ):
         for index, future in ahead:
             try:
@@ -121,7 +123,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("num", None, "Use so many images, evenly spread; by default all.")
     flags.DEFINE_integer("features", 10_000, "Keep the features of so many images; 0: of none.")
     flags.DEFINE_integer("images", 0, "Store so many images too.")
-    flags.DEFINE_enum("kind", None, list(image_files.KINDS), "Of IMAGES, where it is not clear.")
+    flags.DEFINE_enum("kind", None, list(image_collections.KINDS), "Of IMAGES, where it is not clear.")
     flags.DEFINE_string("split", "train", "Of a tfds dataset, or the subfolder of this name.")
     flags.DEFINE_integer("batch_size", 256, "Images at a time, over all devices.")
     flags.DEFINE_integer("threads", 0, "That decode; 0: two for each core.")

@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 
 from diversedit_jax import experiment, registry
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.interop.encoders import LAYOUTS, export
-from diversedit_jax.interop.weights_file import write_safetensors
 from diversedit_jax.models import vit
+from diversedit_jax.weights.formats.weights_file import write_safetensors
+from diversedit_jax.weights.vit import LAYOUTS, export
 
 # (depth, width, patch, side of the position table) of the encoders that REPA's and our configs align to.
 ENCODERS = {

@@ -27,10 +27,10 @@ from ml_collections import ConfigDict
 from diversedit_jax.api import Params
 from diversedit_jax.diffusion import solvers
 from diversedit_jax.errors import ConfigError, RunError
-from diversedit_jax.interop import releases
-from diversedit_jax.interop.names import Architecture
 from diversedit_jax.losses import diversity
 from diversedit_jax.models import dit
+from diversedit_jax.weights import dit as releases
+from diversedit_jax.weights.dit_names import Architecture
 
 PROGRAM = Path(__file__).with_name("torch_sit.py")
 

@@ -23,8 +23,8 @@ from diversedit_jax.checkpoint import Checkpoints
 from diversedit_jax.config import slot
 from diversedit_jax.data import Dataset
 from diversedit_jax.errors import ConfigError, RunError
-from diversedit_jax.interop import releases
 from diversedit_jax.train_state import Parts, initializer
+from diversedit_jax.weights import dit as releases
 
 CAPTURES = ("merged", "block")  # behind the long residual connection of a block, or before it
 WEIGHTS = {"ema": "ema", "online": "params"}  # which weights, and their entry in a checkpoint
@@ -173,7 +173,7 @@ def of_release(
     capture: str = "merged",
     vae: str | None = None,
 ) -> Subject:
-    """The release in a weight file (see `interop.releases.open_release`). data: a slot of `data`, which it is shown.
+    """The release in a weight file (see `weights.dit.open_release`). data: a slot of `data`, which it is shown.
 
     vae: the autoencoder that decodes its latents, for pictures of what is seen.
     """

@@ -13,8 +13,8 @@ from diversedit_jax import sharding
 from diversedit_jax.api import Batch, Codec, Params
 from diversedit_jax.codecs import pixels
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.interop.vae import open_vae
 from diversedit_jax.models import vae as vae_model
+from diversedit_jax.weights.vae import open_vae
 
 
 def draw(key: Array, moments: Float[Array, "b h w c2"], scale: float, bias: float) -> Float32[Array, "b h w c"]:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diversedit_jax.data import Dataset, local_path, stored
-from diversedit_jax.data.stored import Files, Record
+from diversedit_jax.data import Dataset, foreign_latents, local_path
+from diversedit_jax.data.foreign_latents import Files, Record
 
 MEAN, STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)  # of the raw latents, as EDM2 has them
 FINAL_STD = 0.5  # in EDM2's space
@@ -24,7 +24,7 @@ class Reader:
 
     def __call__(self, index: int) -> Record:
         name = self.latents.names[index]
-        return Record(stored.array(self.latents.read(name))[None], self.latents.labels.get(name, 0))
+        return Record(foreign_latents.array(self.latents.read(name))[None], self.latents.labels.get(name, 0))
 
 
 def make(
@@ -42,16 +42,16 @@ def make(
     num_classes: by default one more than the largest label, 0 without labels. mean, std: of the channels, taken out of
     them. final_std: of the latents that are trained on.
     """
-    stored.no_mirror("edm2", mirror)
-    stored.no_splits("edm2", split)
+    foreign_latents.no_mirror("edm2", mirror)
+    foreign_latents.no_splits("edm2", split)
     path = local_path("edm2", data_dir)
-    latents = stored.labelled("edm2", path, ".npy")
-    return stored.dataset(
+    latents = foreign_latents.labelled("edm2", path, ".npy")
+    return foreign_latents.dataset(
         f"edm2: {path}",
         len(latents.names),
         Reader(latents),
         kind="std",
-        num_classes=stored.classes(latents.labels, num_classes),
+        num_classes=foreign_latents.classes(latents.labels, num_classes),
         mirror=False,
         scale=1.0,
         normalise=(np.float32(mean), np.float32(std) / np.float32(final_std)),

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diversedit_jax.data import Dataset, image_files
-from diversedit_jax.data.image_files import ImageFiles
+from diversedit_jax.data import Dataset, image_collections
+from diversedit_jax.data.image_collections import ImageFiles
 from diversedit_jax.errors import ConfigError
 
 
@@ -20,7 +20,7 @@ class Pixels:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict:
-        x = image_files.crop(self.images, index, self.size)
+        x = image_collections.crop(self.images, index, self.size)
         return {"x": np.float32(x) / 127.5 - 1, "y": self.images.labels[index]}
 
 
@@ -45,5 +45,5 @@ def make(
     """
     if size < 1:
         raise ConfigError(f"images: size = {size}: must be positive")
-    images = image_files.open_images(data_dir, kind, split, unconditional)
+    images = image_collections.open_images(data_dir, kind, split, unconditional)
     return Dataset(Pixels(images, size), flip if mirror else None, (size, size, 3), len(images.classes))

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import safetensors
 
-from diversedit_jax.data import Dataset, local_path, stored
-from diversedit_jax.data.stored import Record
+from diversedit_jax.data import Dataset, foreign_latents, local_path
+from diversedit_jax.data.foreign_latents import Record
 from diversedit_jax.errors import DataError
-from diversedit_jax.interop.weights_file import open_weights
+from diversedit_jax.weights.formats.weights_file import open_weights
 
 STATS = "latents_stats.pt"
 
@@ -48,7 +48,7 @@ def make(
     mirror: each draw takes the mirror image with probability 1/2.
     """
     path = local_path("lightningdit", data_dir)
-    path = stored.of_split("lightningdit", path, split)
+    path = foreign_latents.of_split("lightningdit", path, split)
     files = tuple(sorted(path.glob("*.safetensors")))
     if not files:
         raise DataError(f"lightningdit: {path} has no .safetensors files")
@@ -65,7 +65,7 @@ def make(
             raise DataError(f"lightningdit: {path / STATS} is missing; without it set normalise=False")
         with open_weights(path / STATS) as weights:
             statistics = tuple(np.asarray(weights.read(name), np.float32).reshape(-1) for name in ("mean", "std"))
-    return stored.dataset(
+    return foreign_latents.dataset(
         f"lightningdit: {path}",
         sum(counts),
         Reader(files, np.cumsum(counts), mirror),

@@ -4,8 +4,8 @@
     0, 1, ...     a pickled dict: `moments` and `moments_flip`, float32 [8 h w], means, then LOG VARIANCES, of the image
                   and of its mirror image; `label`, `filename`
 
-Needs the package lmdb (`pip install -e .[lmdb]`). No pickle is run: `interop.numpy_pickle` puts arrays together,
-and any other object is refused by name.
+Needs the package lmdb (`pip install -e .[lmdb]`). No pickle is run: `weights.formats.numpy_pickle` puts arrays
+together, and refuses any other object by name.
 """
 
 import os
@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from diversedit_jax.data import Dataset, local_path, stored
-from diversedit_jax.data.stored import Record
+from diversedit_jax.data import Dataset, foreign_latents, local_path
+from diversedit_jax.data.foreign_latents import Record
 from diversedit_jax.errors import ConfigError, DataError, WeightsError
-from diversedit_jax.interop import numpy_pickle
+from diversedit_jax.weights.formats import numpy_pickle
 
 
 def entry(content: bytes) -> dict[str, Any]:
@@ -79,14 +79,14 @@ def make(split: str, *, data_dir: str, num_classes: int = 1000, mirror: bool = F
 
     mirror: each draw takes the mirror image with probability 1/2.
     """
-    stored.no_splits("meanflow_lmdb", split)
+    foreign_latents.no_splits("meanflow_lmdb", split)
     path = local_path("meanflow_lmdb", data_dir)
     reader = Reader(path, mirror)
     try:
         count = int(reader.get("num_samples"))
     except (DataError, ValueError) as error:
         raise DataError(f"meanflow_lmdb: {path} is not such a database: {error}") from error
-    return stored.dataset(
+    return foreign_latents.dataset(
         f"meanflow_lmdb: {path}",
         count,
         reader,

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from diversedit_jax.data import Dataset, local_path, stored
-from diversedit_jax.data.stored import Record
+from diversedit_jax.data import Dataset, foreign_latents, local_path
+from diversedit_jax.data.foreign_latents import Record
 from diversedit_jax.errors import DataError
-from diversedit_jax.interop.weights_file import open_weights
+from diversedit_jax.weights.formats.weights_file import open_weights
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ def make(split: str, *, data_dir: str, num_classes: int = 1000, kind: str = "std
 
     kind: `std` as published, `logvar` for sets in this layout that hold log variances.
     """
-    stored.no_mirror("meanflow_pt", mirror)
+    foreign_latents.no_mirror("meanflow_pt", mirror)
     path = local_path("meanflow_pt", data_dir)
-    path = stored.of_split("meanflow_pt", path, split)
+    path = foreign_latents.of_split("meanflow_pt", path, split)
     if not path.is_dir():
         raise DataError(f"meanflow_pt: {path} is not a folder of .pt files")
     found = (Path(folder, name) for folder, _, names in os.walk(path) for name in names if name.endswith(".pt"))
     names = tuple(sorted(str(name.relative_to(path)) for name in found))
-    return stored.dataset(
+    return foreign_latents.dataset(
         f"meanflow_pt: {path}",
         len(names),
         Reader(path, names),

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diversedit_jax.data import Dataset, image_files, local_path, stored
-from diversedit_jax.data.stored import Files, Record
+from diversedit_jax.data import Dataset, foreign_latents, image_collections, local_path
+from diversedit_jax.data.foreign_latents import Files, Record
 from diversedit_jax.errors import DataError
 
 
@@ -22,12 +22,12 @@ class Reader:
     """index -> Record."""
 
     latents: Files
-    images: image_files.ImageFiles | None
+    images: image_collections.ImageFiles | None
 
     def __call__(self, index: int) -> Record:
         name = self.latents.names[index]
-        image = None if self.images is None else np.asarray(image_files.decode(self.images.read(index)))
-        return Record(stored.array(self.latents.read(name))[None], self.latents.labels.get(name, 0), image)
+        image = None if self.images is None else np.asarray(image_collections.decode(self.images.read(index)))
+        return Record(foreign_latents.array(self.latents.read(name))[None], self.latents.labels.get(name, 0), image)
 
 
 def make(
@@ -44,21 +44,21 @@ def make(
     num_classes: by default one more than the largest label, 0 without labels. kind: `std` as REPA writes them, `logvar`
     for sets in this layout that hold log variances. image: also read the crops, for encoders.
     """
-    stored.no_mirror("repa", mirror)
-    stored.no_splits("repa", split)
+    foreign_latents.no_mirror("repa", mirror)
+    foreign_latents.no_splits("repa", split)
     path = local_path("repa", data_dir)
-    latents = stored.labelled("repa", _either(path / "vae-sd"), ".npy")
+    latents = foreign_latents.labelled("repa", _either(path / "vae-sd"), ".npy")
     images = None
     if image:
-        images = image_files.open_images(_either(path / "images"), unconditional=True)
+        images = image_collections.open_images(_either(path / "images"), unconditional=True)
         if len(images) != len(latents.names):
             raise DataError(f"repa: {path} has {len(latents.names)} latents, but {len(images)} images")
-    return stored.dataset(
+    return foreign_latents.dataset(
         f"repa: {path}",
         len(latents.names),
         Reader(latents, images),
         kind=kind,
-        num_classes=stored.classes(latents.labels, num_classes),
+        num_classes=foreign_latents.classes(latents.labels, num_classes),
         mirror=False,
         scale=0.18215,
     )

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diversedit_jax.data import image_files, local_path
+from diversedit_jax.data import image_collections, local_path
 from diversedit_jax.errors import DataError
 
 ARRAY = "arr_0"
@@ -143,11 +143,11 @@ def _mapped(path: Path, info: zipfile.ZipInfo) -> np.ndarray:
 
 
 def _of_images(path: Path) -> SampleFiles:
-    found = image_files.open_images(path, unconditional=True)
+    found = image_collections.open_images(path, unconditional=True)
 
     def decoded(index: int) -> np.ndarray:
         try:
-            return np.asarray(image_files.decode(found.read(index)))
+            return np.asarray(image_collections.decode(found.read(index)))
         except DataError as error:
             raise DataError(f"{path}: {found.keys[index]}: {error}") from error
 

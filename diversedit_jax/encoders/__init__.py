@@ -15,8 +15,8 @@ from jaxtyping import Array, Float
 from diversedit_jax import registry
 from diversedit_jax.api import Params
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.interop.encoders import Release
 from diversedit_jax.models import bicubic, vit
+from diversedit_jax.weights.vit import Release
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -5,7 +5,7 @@ Images of 256 pixels are resized to 224 and then normalised, with CLIP's own sta
 """
 
 from diversedit_jax.encoders import CLIP_MEAN, CLIP_STD, Encoder, build
-from diversedit_jax.interop.encoders import Kind, open_encoder
+from diversedit_jax.weights.vit import Kind, open_encoder
 
 TEXT = ("text_model.", "transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")
 KIND = Kind(

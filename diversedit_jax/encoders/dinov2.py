@@ -5,7 +5,7 @@ and 448, so that 16 x 16 and 32 x 32 patches remain: a token for each of SiT's.
 """
 
 from diversedit_jax.encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder, build
-from diversedit_jax.interop.encoders import HEADS, Kind, open_encoder
+from diversedit_jax.weights.vit import HEADS, Kind, open_encoder
 
 KIND = Kind(
     "dinov2",

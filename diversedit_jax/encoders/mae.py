@@ -5,7 +5,7 @@ pixels are normalised and not resized.
 """
 
 from diversedit_jax.encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder, build
-from diversedit_jax.interop.encoders import HEADS, Kind, open_encoder
+from diversedit_jax.weights.vit import HEADS, Kind, open_encoder
 
 KIND = Kind("mae", ("original",), HEADS, entry="model", aside=("mask_token", "decoder_"), final_norm=False)
 

@@ -4,7 +4,7 @@ Features are the patch tokens after the last norm. Images of 256 pixels are norm
 """
 
 from diversedit_jax.encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder, build
-from diversedit_jax.interop.encoders import HEADS, Kind, open_encoder
+from diversedit_jax.weights.vit import HEADS, Kind, open_encoder
 
 # The ViT-L that REPA reads has four misspelt modules.
 MISSPELT = {

@@ -6,8 +6,8 @@ from jaxtyping import Array
 
 from diversedit_jax.api import Params
 from diversedit_jax.extractors import Extractor, Features, digest
-from diversedit_jax.interop.inception import open_inception
 from diversedit_jax.models import inception
+from diversedit_jax.weights.inception import open_inception
 
 
 def make(*, file: str, precision: str = "highest") -> Extractor:

@@ -21,13 +21,14 @@ import numpy as np
 
 from diversedit_jax.api import Params
 from diversedit_jax.errors import ConfigError, WeightsError
-from diversedit_jax.interop import graph_def, loading
-from diversedit_jax.interop.graph_def import Constants
-from diversedit_jax.interop.loading import Arrays
-from diversedit_jax.interop.names import CONV, LINEAR, SAME, Entry, Turn
-from diversedit_jax.interop.weights_file import open_weights
 from diversedit_jax.models import inception
 from diversedit_jax.models.inception import BLOCKS, CLASSES, WIDTH, Steps
+from diversedit_jax.weights import mapping
+from diversedit_jax.weights.dit_names import CONV, LINEAR, SAME, Entry, Turn
+from diversedit_jax.weights.formats import tf_graph
+from diversedit_jax.weights.formats.tf_graph import Constants
+from diversedit_jax.weights.formats.weights_file import open_weights
+from diversedit_jax.weights.mapping import Arrays
 
 WANTED = "pt_inception-2015-12-05-6726825d.pth (or its arrays as .safetensors) or classify_image_graph_def.pb"
 IMAGENET = (1000, WIDTH)  # of torchvision's classifier
@@ -96,12 +97,12 @@ def open_inception(path: str | Path) -> Release:
     target = _shapes()
     with _opened(path) as (layout, arrays):
         _check_classes(what, arrays.shapes)
-        loading.check(what, entries(layout), _without_rest(layout, arrays.shapes), target)
+        mapping.check(what, entries(layout), _without_rest(layout, arrays.shapes), target)
 
     def read() -> Params:
         empty = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), target)
         with _opened(path) as (layout, arrays):
-            return loading.fill(what, entries(layout), arrays, empty)
+            return mapping.fill(what, entries(layout), arrays, empty)
 
     return Release(path.resolve().name, read)
 
@@ -159,9 +160,9 @@ def _shapes() -> Params:
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[str, Arrays | Constants]]:
     """The layout of a file, and its arrays."""
-    graph = graph_def.starts(path)
+    graph = tf_graph.starts(path)
     try:
-        found = graph_def.open_graph(path) if graph else open_weights(path)
+        found = tf_graph.open_graph(path) if graph else open_weights(path)
     except WeightsError as error:
         raise WeightsError(f"{error}; FID's Inception is {WANTED}") from error
     if graph:

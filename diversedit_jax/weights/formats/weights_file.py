@@ -34,8 +34,8 @@ import safetensors
 import safetensors.numpy
 
 from diversedit_jax.errors import WeightsError
-from diversedit_jax.interop import flax_msgpack, torch_pickle
-from diversedit_jax.interop.torch_pickle import DTYPES, Storage, Tensor, show
+from diversedit_jax.weights.formats import flax_msgpack, torch_pickle
+from diversedit_jax.weights.formats.torch_pickle import DTYPES, Storage, Tensor, show
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _MAGIC_PICKLE = b"\x8a\x0a" + _MAGIC.to_bytes(10, "little")

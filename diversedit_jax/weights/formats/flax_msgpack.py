@@ -9,7 +9,7 @@ import struct
 from typing import Any, BinaryIO
 
 from diversedit_jax.errors import WeightsError
-from diversedit_jax.interop.torch_pickle import DTYPES, MAX_DIMS, Storage, Tensor, show
+from diversedit_jax.weights.formats.torch_pickle import DTYPES, MAX_DIMS, Storage, Tensor, show
 
 MAX_DEPTH = 100
 MAX_ITEMS = 1 << 22  # of one file; a SiT-XL/2 with its optimizer has about 3 thousand

@@ -16,12 +16,12 @@ import numpy as np
 
 from diversedit_jax.api import Params
 from diversedit_jax.errors import ConfigError, WeightsError
-from diversedit_jax.interop import loading
-from diversedit_jax.interop.loading import Arrays
-from diversedit_jax.interop.names import CONV, SAME, Entry, Turn, norm
-from diversedit_jax.interop.weights_file import WeightsFile, file_digest, open_weights, write_safetensors
 from diversedit_jax.models import vae
 from diversedit_jax.models.vae import Architecture
+from diversedit_jax.weights import mapping
+from diversedit_jax.weights.dit_names import CONV, SAME, Entry, Turn, norm
+from diversedit_jax.weights.formats.weights_file import WeightsFile, file_digest, open_weights, write_safetensors
+from diversedit_jax.weights.mapping import Arrays
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"
 HALVES = ("encoder", "decoder")
@@ -113,13 +113,13 @@ def open_vae(path: str | Path) -> Release:
     four = len(shapes[_attention(layout, "encoder", 0)]) == 4
     target = _shapes(arch)
     every = [entry for half in HALVES for entry in entries(layout, arch, half, four)]
-    loading.check(what, every, shapes, target, ASIDE)
+    mapping.check(what, every, shapes, target, ASIDE)
 
     def read(halves: tuple[str, ...] = HALVES) -> Params:
         empty = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), {half: target[half] for half in halves})
         wanted = [entry for half in halves for entry in entries(layout, arch, half, four)]
         with open_weights(file) as weights:
-            return loading.fill(what, wanted, _below(weights), empty)
+            return mapping.fill(what, wanted, _below(weights), empty)
 
     scale, shift = (config.get(key) for key in ("scaling_factor", "shift_factor"))
     return Release(arch, scale, shift or 0.0 if config else None, path.resolve().name, file_digest(file), read)
@@ -130,7 +130,7 @@ def export(params: Params, arch: Architecture, folder: str | Path, *, scale: flo
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     every = [entry for half in HALVES for entry in entries("diffusers", arch, half)]
-    write_safetensors(folder / f"{WEIGHTS}.safetensors", loading.written(every, jax.device_get(params)))
+    write_safetensors(folder / f"{WEIGHTS}.safetensors", mapping.written(every, jax.device_get(params)))
     levels = len(arch.widths)
     config = {
         "_class_name": "AutoencoderKL",

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diversedit_jax.data import Dataset, image_files
+from diversedit_jax.data import Dataset, image_collections
 from diversedit_jax.data.latents import chosen, flip
 from diversedit_jax.errors import ConfigError, DataError
 
@@ -152,21 +152,23 @@ def labelled(what: str, path: Path, suffix: str) -> Files:
     """
     if path.is_dir():
         try:
-            listed = json.loads((path / image_files.INDEX).read_text(encoding="utf-8"))["labels"]
+            listed = json.loads((path / image_collections.INDEX).read_text(encoding="utf-8"))["labels"]
             labels = {str(name): int(label) for name, label in listed or ()}
         except FileNotFoundError:
-            raise DataError(f'{what}: {path} has no {image_files.INDEX}: {{"labels": [[file, class], ...]}}') from None
+            raise DataError(
+                f'{what}: {path} has no {image_collections.INDEX}: {{"labels": [[file, class], ...]}}'
+            ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             kind = type(error).__name__
-            raise DataError(f"{what}: {path / image_files.INDEX} cannot be read: {kind}: {error}") from error
+            raise DataError(f"{what}: {path / image_collections.INDEX} cannot be read: {kind}: {error}") from error
         names = labels or [file.relative_to(path).as_posix() for file in path.rglob(f"*{suffix}")]
         read = partial(_read, path)
     elif path.is_file():
-        names, labels = image_files.zip_index(path)
-        if image_files.INDEX not in names:
-            raise DataError(f'{what}: {path} has no {image_files.INDEX}: {{"labels": [[file, class], ...]}}')
+        names, labels = image_collections.zip_index(path)
+        if image_collections.INDEX not in names:
+            raise DataError(f'{what}: {path} has no {image_collections.INDEX}: {{"labels": [[file, class], ...]}}')
         names, labels = labels or names, labels or {}
-        read = image_files.ZipReader(path)
+        read = image_collections.ZipReader(path)
     else:
         raise DataError(f"{what}: {path} does not exist")
     return Files(sorted(name for name in names if name.lower().endswith(suffix)), labels, read)
@@ -185,6 +187,6 @@ def classes(labels: Mapping[str, int], num_classes: int | None) -> int:
     """Number of classes: as it is given, else one more than the largest label, and 0 without any."""
     if num_classes and not labels:
         raise DataError(
-            f"num_classes is {num_classes}, but {image_files.INDEX} has no labels; 0 trains without classes"
+            f"num_classes is {num_classes}, but {image_collections.INDEX} has no labels; 0 trains without classes"
         )
     return max(labels.values(), default=-1) + 1 if num_classes is None else num_classes

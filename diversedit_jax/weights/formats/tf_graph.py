@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from diversedit_jax.errors import WeightsError
-from diversedit_jax.interop.torch_pickle import MAX_DIMS, show
+from diversedit_jax.weights.formats.torch_pickle import MAX_DIMS, show
 
 DT_FLOAT = 1
 MAX_BYTES = 1 << 31  # of a message of protocol buffers

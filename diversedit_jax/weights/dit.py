@@ -15,12 +15,13 @@ import numpy as np
 
 from diversedit_jax.api import Params
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.interop import loading, names, orbax_folder
-from diversedit_jax.interop.loading import Arrays
-from diversedit_jax.interop.names import Architecture, Entry
-from diversedit_jax.interop.weights_file import open_weights
 from diversedit_jax.models import dit
 from diversedit_jax.registry import suggestion
+from diversedit_jax.weights import dit_names, mapping
+from diversedit_jax.weights.dit_names import Architecture, Entry
+from diversedit_jax.weights.formats import orbax_folder
+from diversedit_jax.weights.formats.weights_file import open_weights
+from diversedit_jax.weights.mapping import Arrays
 
 
 class Family(NamedTuple):
@@ -42,13 +43,15 @@ class Family(NamedTuple):
 ENTRIES = ("ema", "model", "ema_params", "params")
 HEADS = ("pos_embed", "projectors.", "ap_head.")
 FAMILIES = {
-    "sit": Family(names.torch_names, HEADS, False, "SiT of REPA, SRA and DiverseDiT: t = 1 is noise"),
-    "reg": Family(names.torch_names, HEADS, False, "REG: a SiT of REPA with a class token beside the image"),
-    "official_sit": Family(names.torch_names, HEADS, True, "official SiT: t = 0 is noise, 2 c channels"),
-    "official_dit": Family(names.torch_names, HEADS, True, "official DiT: noise and variance, 1000 steps"),
-    "diffusers_dit": Family(names.diffusers_names, ("pos_embed.pos_embed",), True, "DiT in the layout of diffusers"),
-    "meanflow": Family(names.meanflow_names, ("net/pos_embed",), False, "official MeanFlow in JAX"),
-    "meanflow_torch": Family(names.torch_names, HEADS, False, "MeanFlow's port to torch (zhuyu-cs)"),
+    "sit": Family(dit_names.torch_names, HEADS, False, "SiT of REPA, SRA and DiverseDiT: t = 1 is noise"),
+    "reg": Family(dit_names.torch_names, HEADS, False, "REG: a SiT of REPA with a class token beside the image"),
+    "official_sit": Family(dit_names.torch_names, HEADS, True, "official SiT: t = 0 is noise, 2 c channels"),
+    "official_dit": Family(dit_names.torch_names, HEADS, True, "official DiT: noise and variance, 1000 steps"),
+    "diffusers_dit": Family(
+        dit_names.diffusers_names, ("pos_embed.pos_embed",), True, "DiT in the layout of diffusers"
+    ),
+    "meanflow": Family(dit_names.meanflow_names, ("net/pos_embed",), False, "official MeanFlow in JAX"),
+    "meanflow_torch": Family(dit_names.torch_names, HEADS, False, "MeanFlow's port to torch (zhuyu-cs)"),
 }
 
 
@@ -169,8 +172,8 @@ def load(
         raise ConfigError(f"{family} has {wanted} output channels, these arrays {arch.out_channels}")
     entries = FAMILIES[family].entries(arch)
     target = abstract(arch)
-    loading.check(family, entries, shapes, target, FAMILIES[family].aside)
-    params = loading.fill(family, entries, arrays, jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), target))
+    mapping.check(family, entries, shapes, target, FAMILIES[family].aside)
+    params = mapping.fill(family, entries, arrays, jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), target))
     table = next((shapes[name] for name in ("pos_embed", "net/pos_embed") if name in shapes), None)
     first = 1 if family == "reg" else 0  # the class token's row
     side = arch.patch * round((table[-2] - first) ** 0.5) if table else None
@@ -183,15 +186,15 @@ def export(params: Params, family: str, arch: Architecture, side: int | None = N
         raise ConfigError(f"unknown family {family!r}; {suggestion(family, FAMILIES)}")
     if FAMILIES[family].double != (arch.out_channels == 2 * arch.channels):
         raise ConfigError(f"{family} cannot hold a network of {arch.channels} to {arch.out_channels} channels")
-    if FAMILIES[family].entries is not names.torch_names and (arch.skip or arch.qk_norm):
+    if FAMILIES[family].entries is not dit_names.torch_names and (arch.skip or arch.qk_norm):
         raise ConfigError(f"{family} has no long residual connections and no q and k norms")
     has = {"a second time": arch.second_time, "a class token": arch.token_width is not None}
     holds = {"a second time": family.startswith("meanflow"), "a class token": family == "reg"}
     for part in has:
         if has[part] != holds[part]:
             raise ConfigError(f"{family} cannot hold a network {'with' if has[part] else 'without'} {part}")
-    arrays = loading.written(FAMILIES[family].entries(arch), params)
-    if side is not None and FAMILIES[family].entries is names.torch_names:
+    arrays = mapping.written(FAMILIES[family].entries(arch), params)
+    if side is not None and FAMILIES[family].entries is dit_names.torch_names:
         table = dit.position_table((side, side, arch.channels), arch.patch, arch.width)
         first = 1 if family == "reg" else 0  # the class token's row
         arrays["pos_embed"] = np.pad(table, ((first, 0), (0, 0)))[None]
@@ -220,7 +223,7 @@ def open_release(
 
 
 def _current(blocks: int, name: str) -> str:
-    """The name as `interop.names` has it.
+    """The name as `weights.dit_names` has it.
 
     Trees of flax are written with slashes there. REPA's first files count the blocks behind the projector anew, as
     `decoder_blocks`, after so many `blocks`.

@@ -12,13 +12,13 @@ import numpy as np
 
 from diversedit_jax.api import Params
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.interop import loading
-from diversedit_jax.interop.loading import Arrays
-from diversedit_jax.interop.names import SAME, Entry, Turn, conv, head_of, heads_of, linear, norm
-from diversedit_jax.interop.weights_file import WeightsFile, open_weights
 from diversedit_jax.models import vit
 from diversedit_jax.models.vit import Architecture
 from diversedit_jax.registry import suggestion
+from diversedit_jax.weights import mapping
+from diversedit_jax.weights.dit_names import SAME, Entry, Turn, conv, head_of, heads_of, linear, norm
+from diversedit_jax.weights.formats.weights_file import WeightsFile, open_weights
+from diversedit_jax.weights.mapping import Arrays
 
 
 class Layout(NamedTuple):
@@ -271,12 +271,12 @@ def open_encoder(
     names = LAYOUTS[layout]
     unread = () if arch.final_norm else (f"{names.norm}.",)
     target = jax.eval_shape(vit.network(arch, position, dtype).init, jax.random.key(0))
-    loading.check(kind.name, entries(layout, arch), shapes, target, (*kind.aside, *unread))
+    mapping.check(kind.name, entries(layout, arch), shapes, target, (*kind.aside, *unread))
 
     def read() -> Params:
         with open_weights(path) as weights:
             empty = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), target)
-            return loading.fill(kind.name, entries(layout, arch), _below(kind, weights), empty)
+            return mapping.fill(kind.name, entries(layout, arch), _below(kind, weights), empty)
 
     return Release(arch, read)
 
@@ -290,4 +290,4 @@ def export(params: Params, layout: str, arch: Architecture) -> dict[str, np.ndar
     """An encoder's parameters under the names of a layout, C-contiguous float32."""
     if layout not in LAYOUTS:
         raise ConfigError(f"unknown layout {layout!r}; {suggestion(layout, LAYOUTS)}")
-    return loading.written(entries(layout, arch), params)
+    return mapping.written(entries(layout, arch), params)

@@ -6,9 +6,9 @@ import numpy as np
 
 from diversedit_jax.api import Params
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.interop.names import Entry
-from diversedit_jax.interop.orbax_folder import OrbaxFolder
-from diversedit_jax.interop.weights_file import WeightsFile
+from diversedit_jax.weights.dit_names import Entry
+from diversedit_jax.weights.formats.orbax_folder import OrbaxFolder
+from diversedit_jax.weights.formats.weights_file import WeightsFile
 
 
 class Arrays(Mapping):

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from diversedit_jax.errors import WeightsError
-from diversedit_jax.interop import torch_pickle
-from diversedit_jax.interop.torch_pickle import KNOWN, Vocabulary
+from diversedit_jax.weights.formats import torch_pickle
+from diversedit_jax.weights.formats.torch_pickle import KNOWN, Vocabulary
 
 KINDS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
 BYTES = ("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8")

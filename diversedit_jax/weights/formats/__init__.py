@@ -1,0 +1,1 @@
+"""File formats of weights, each read as data: nothing that a file holds is run."""
