@@ -6,9 +6,10 @@ SiT-B/2 on ImageNet latents at 256 pixels, as the paper trains it (arXiv 2603.04
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from diversedit_jax import optim, sampling
+from diversedit_jax import sampling
 from diversedit_jax.config import options, slot
 from diversedit_jax.data import pipeline
+from diversedit_jax.training import optimizer as optim
 
 
 def get_config() -> ConfigDict:

@@ -19,8 +19,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from diversedit_jax import checkpoint, logs, program, registry, reports, sources
 from diversedit_jax import config as configs
+from diversedit_jax import registry, reports, sources
 from diversedit_jax.analysis import figures, layouts, measure, page, scores, subjects
 from diversedit_jax.analysis.drawing import by_label
 from diversedit_jax.analysis.measure import Estimator, Settings
@@ -28,6 +28,10 @@ from diversedit_jax.analysis.study import PARTS, Study, study
 from diversedit_jax.analysis.subjects import Subject
 from diversedit_jax.errors import CheckpointError, ConfigError
 from diversedit_jax.metrics import similarity
+from diversedit_jax.runtime import cli
+from diversedit_jax.runtime.cli import silence
+from diversedit_jax.runtime.files import replacing, writable_folder
+from diversedit_jax.runtime.versions import versions
 
 TIME, TIMES = 0.05, (0.05, 0.25, 0.5, 0.75, 0.95)
 # Layouts of the paper (arXiv 2603.04239): options where nothing else is said, and the parts that are looked at. The
@@ -121,7 +125,7 @@ def run(
     steps = [steps_of(subject, at) for subject in chosen]
     main_process = jax.process_index() == 0
     if main_process:
-        checkpoint.prepare_workdir(folder, "--out")
+        writable_folder(folder, "--out")
 
     def say(line: str) -> None:
         if main_process:
@@ -160,7 +164,7 @@ def described(settings: Settings, t: float, studies: Sequence[Study]) -> dict[st
             "merged": "output of a block, behind its long residual connection",
             "block": "output of a block, before its long residual connection",
         }[about["capture"]],
-        **logs.versions(),
+        **versions(),
     }
 
 
@@ -173,9 +177,9 @@ def write_record(path: Path, settings: Settings, t: float, times: Sequence[float
         "diversity": [
             {"label": one.label, "step": look.step, **look.diversity} for one in studies for look in one.looks
         ],
-        "versions": logs.versions(),
+        "versions": versions(),
     }
-    with logs.replacing(path) as partial:
+    with replacing(path) as partial:
         partial.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
 
 
@@ -183,7 +187,7 @@ def data_of(text: str | None) -> dict[str, Any] | None:
     """The slot that --data=NAME=DIR,OPTION=VALUE,... names."""
     if text is None:
         return None
-    ((name, options),) = program.named_files("data", [text]).items()
+    ((name, options),) = cli.named_files("data", [text]).items()
     given = ({"data_dir": options.pop("file")} if "file" in options else {}) | options
     return configs.slot("data", name, **given).to_dict()
 
@@ -256,7 +260,7 @@ if __name__ == "__main__":
 
     def main(extra: list[str]) -> None:
         """Read the flags and run."""
-        logs.silence()
+        silence()
         given = flags.FLAGS
         if extra and not given.compare:
             raise ConfigError(f"unexpected argument {extra[0]!r}")
@@ -272,4 +276,4 @@ if __name__ == "__main__":
         parts = PRESETS[given.preset][1] if given.preset else parts_of(given.skip)
         run(chosen, folder, settings, option["time"], times, option["at"], parts, given.preset)
 
-    program.launch(main, arguments=True, several=True)
+    cli.launch(main, arguments=True, several=True)

@@ -31,22 +31,16 @@ from absl import flags
 
 from diversedit_jax import config as configs
 from diversedit_jax import extractors as networks
-from diversedit_jax import (
-    feature_parts,
-    logs,
-    program,
-    protocols,
-    registry,
-    reports,
-    sampling,
-    scoring,
-    sharding,
-    sources,
-)
+from diversedit_jax import feature_parts, protocols, registry, reports, sampling, scoring, sharding, sources
 from diversedit_jax.data import sample_files
 from diversedit_jax.errors import CheckpointError, ConfigError
 from diversedit_jax.extractors import Extractor
 from diversedit_jax.references import Reference, open_reference
+from diversedit_jax.runtime import cli
+from diversedit_jax.runtime.files import replacing
+from diversedit_jax.runtime.pictures import save_png
+from diversedit_jax.runtime.progress import Ticker
+from diversedit_jax.runtime.versions import versions
 from diversedit_jax.sources import Source
 
 SCORES, SAMPLES = "scores.json", "samples.npz"
@@ -159,7 +153,7 @@ def evaluate(
     numbers = {number for row in rows for number in row} or set(range(min(100, images.num)))
     firsts = list(range(0, images.num, images.batch))
     whole = sharding.agreed(_begun(parts, plan, firsts, keep_samples))
-    with logs.Ticker(images.num, sum(min(images.batch, images.num - first) for first in whole)) as ticker:
+    with Ticker(images.num, sum(min(images.batch, images.num - first) for first in whole)) as ticker:
         for first in [first for first in firsts if first not in whole]:
             count = min(images.batch, images.num - first)
             batch = images.read(first, count)
@@ -174,16 +168,16 @@ def evaluate(
     scores: dict[str, float] = {}
     for one in judges.extractors:
         scores |= scoring.scores(one.name, feature_parts.features(parts, firsts, one.name), statistics[one.name])
-    record = {"scores": scores, "plan": plan, "versions": logs.versions()}
+    record = {"scores": scores, "plan": plan, "versions": versions()}
     record |= {"seconds": round(time.monotonic() - started, 1), "resumed": bool(whole)}
     shown = feature_parts.shown(parts, firsts)
     rows = rows or [sorted(numbers)[i : i + 10] for i in range(0, len(numbers) // 10 * 10, 10)]
     try:
         if rows:
-            logs.save_png(folder / "grid.png", reports.class_grid(shown, rows))
+            save_png(folder / "grid.png", reports.class_grid(shown, rows))
         if keep_samples:
             feature_parts.join_images(parts, firsts, images.num, images.labels, folder / SAMPLES)
-        with logs.replacing(folder / SCORES) as partial, open(partial, "w", encoding="utf-8") as file:
+        with replacing(folder / SCORES) as partial, open(partial, "w", encoding="utf-8") as file:
             file.write(json.dumps(record, indent=2) + "\n")
             file.flush()
             os.fsync(file.fileno())  # the parts are removed next
@@ -268,7 +262,7 @@ def judges_of(extractors: Sequence[str], references: Sequence[str], workdir: str
     """What the flags name; without extractors those of the evaluators `scores` in the run's config, with their
     references where none is named.
     """
-    chosen = program.named_files("extractor", extractors)
+    chosen = cli.named_files("extractor", extractors)
     paths = list(references)
     if workdir is not None and not chosen:
         config = configs.load(Path(workdir).expanduser())
@@ -361,4 +355,4 @@ if __name__ == "__main__":
 
         run(judges, points, images_at, folder, given.keep_samples)
 
-    program.launch(main, arguments=True, several=True)
+    cli.launch(main, arguments=True, several=True)

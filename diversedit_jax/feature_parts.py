@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from diversedit_jax import logs
 from diversedit_jax.errors import CheckpointError, ConfigError, DataError
 from diversedit_jax.extractors import Features
+from diversedit_jax.runtime.files import replacing
 from diversedit_jax.scoring import Found
 
 PLAN = "plan.json"
@@ -32,7 +32,7 @@ def claim(folder: Path, plan: Mapping[str, Any]) -> bool:
     try:
         begun = json.loads((folder / PLAN).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        with logs.replacing(folder / PLAN) as partial:
+        with replacing(folder / PLAN) as partial:
             partial.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
         return False
     except (OSError, ValueError) as error:
@@ -74,7 +74,7 @@ def write(folder: Path, first: int, found: Found, images: np.ndarray, shown: Map
     arrays[NAMES] = np.array(sorted(arrays))
     path = place(folder, first)
     try:
-        with logs.replacing(path) as partial, open(partial, "wb") as file:
+        with replacing(path) as partial, open(partial, "wb") as file:
             np.savez(file, **arrays)
             file.flush()
             os.fsync(file.fileno())
@@ -122,7 +122,7 @@ def join_images(folder: Path, firsts: list[int], num: int, labels: np.ndarray | 
     It is on the disk when this returns, since the parts are removed then. Raises CheckpointError where it cannot be.
     """
     try:
-        with logs.replacing(out) as partial:
+        with replacing(out) as partial:
             _write_joined(folder, firsts, num, labels, partial)
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written: {error.strerror}; the same command goes on later") from error

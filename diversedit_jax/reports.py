@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from diversedit_jax import logs
+from diversedit_jax.runtime.files import replacing
+from diversedit_jax.runtime.pictures import image_grid
 
 # One row of a sweep: what was varied, in words, and the scores.
 Row = tuple[Mapping[str, Any], Mapping[str, float]]
@@ -63,7 +64,7 @@ def spread(scores: Mapping[str, float], name: str) -> str:
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """One line for each point, with all digits; opens in any spreadsheet."""
-    with logs.replacing(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
+    with replacing(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*rows[0][0], *rows[0][1]])
         for varied, scores in rows:
@@ -99,7 +100,7 @@ def plot_sweep(path: Path, rows: Sequence[Row], title: str) -> None:
     if len(lines) > 1:
         axes[0].legend(frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10)
-    with logs.replacing(path) as partial:
+    with replacing(path) as partial:
         figure.savefig(partial, format=path.suffix[1:], dpi=160)
 
 
@@ -121,7 +122,7 @@ def _numeric(rows: Sequence[Row], name: str) -> bool:
 
 def class_grid(images: Mapping[int, np.ndarray], rows: Sequence[Sequence[int]]) -> UInt8[np.ndarray, "H W c"]:
     """Images by number as a grid, a class in each row."""
-    return logs.image_grid(np.stack([images[number] for row in rows for number in row]), columns=len(rows[0]))
+    return image_grid(np.stack([images[number] for row in rows for number in row]), columns=len(rows[0]))
 
 
 def grid_rows(labels: np.ndarray, classes: int = 10, columns: int = 10) -> list[list[int]]:

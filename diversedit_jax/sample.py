@@ -17,8 +17,12 @@ import jax
 import numpy as np
 from absl import flags
 
-from diversedit_jax import logs, program, sampling, sources
+from diversedit_jax import sampling, sources
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.runtime import cli
+from diversedit_jax.runtime.files import replacing
+from diversedit_jax.runtime.pictures import image_grid, save_png
+from diversedit_jax.runtime.progress import duration
 from diversedit_jax.sources import Source
 
 
@@ -41,12 +45,12 @@ def run(
     if jax.process_index() != 0:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    with logs.replacing(folder / "samples.npz") as partial, open(partial, "wb") as file:
+    with replacing(folder / "samples.npz") as partial, open(partial, "wb") as file:
         np.savez(file, arr_0=images, labels=y)
-    took = f"{logs.duration(seconds)} (compilation included)"
+    took = f"{duration(seconds)} (compilation included)"
     print(f"{num} samples of {source.name} in {took}: {folder / 'samples.npz'}")
     if images.dtype == np.uint8:
-        logs.save_png(folder / "grid.png", logs.image_grid(images[:256]))
+        save_png(folder / "grid.png", image_grid(images[:256]))
         print(f"grid: {folder / 'grid.png'}")
     else:
         print("they are latents, float32: --vae=FILE decodes them")
@@ -68,4 +72,4 @@ if __name__ == "__main__":
         options = {name: flags.FLAGS[name].value for name in ("num", "seed", "out")}
         run(sources.from_flags(), labels=labels, **options)
 
-    program.launch(main, several=True)
+    cli.launch(main, several=True)

@@ -19,10 +19,11 @@ from ml_collections import ConfigDict
 from diversedit_jax import codecs, experiment, models, registry, sampling, sharding
 from diversedit_jax import config as configs
 from diversedit_jax.api import Params
-from diversedit_jax.checkpoint import Checkpoints, by_path, checksums
 from diversedit_jax.codecs import pixels
 from diversedit_jax.diffusion import solvers
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.training.checkpoint import Checkpoints
+from diversedit_jax.training.checksums import by_path, checksums
 from diversedit_jax.weights import dit as releases
 from diversedit_jax.weights.vae import open_vae
 

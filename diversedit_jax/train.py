@@ -21,22 +21,29 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from diversedit_jax import config as configs
-from diversedit_jax import distributed, experiment, flops, locks, logs, profiler, program, sampling, sharding
-from diversedit_jax.checkpoint import Checkpoints, prepare_workdir
+from diversedit_jax import experiment, sampling, sharding
 from diversedit_jax.data import pipeline
 from diversedit_jax.errors import ConfigError, NonFiniteError
 from diversedit_jax.evaluators import Current
 from diversedit_jax.registry import suggestion
-from diversedit_jax.train_state import State, initializer, not_finite_ends, started_from, train_step
+from diversedit_jax.runtime import cli, flops, processes, profiler, workdir_lock
+from diversedit_jax.runtime.cli import silence
+from diversedit_jax.runtime.files import writable_folder
+from diversedit_jax.runtime.metric_writer import MetricWriter
+from diversedit_jax.runtime.pictures import image_grid, save_png
+from diversedit_jax.runtime.progress import Progress, duration
+from diversedit_jax.runtime.versions import parameter_overview, versions
+from diversedit_jax.training.checkpoint import Checkpoints
+from diversedit_jax.training.step import State, initializer, not_finite_ends, started_from, train_step
 
 
 def run(config: ConfigDict, workdir: str | Path) -> State:
     """Train as `config` says, from the last checkpoint in `workdir` if there is one; returns the final state."""
-    logs.silence()
-    workdir = prepare_workdir(workdir)
-    distributed.check_shared(workdir)
+    silence()
+    workdir = writable_folder(workdir)
+    processes.check_shared(workdir)
     with contextlib.ExitStack() as stack:  # no other run writes there meanwhile
-        distributed.first_alone(lambda: stack.enter_context(locks.held(workdir, say)))
+        processes.first_alone(lambda: stack.enter_context(workdir_lock.held(workdir, say)))
         return train(config, workdir)
 
 
@@ -49,7 +56,7 @@ def train(config: ConfigDict, workdir: Path) -> State:
     """The story of a run, once its directory is its own."""
     # --- The parts of the run, and everything that can be refused, before anything compiles.
     started = time.monotonic()
-    distributed.agree("config", configs.flat(config.to_dict()))
+    processes.agree("config", configs.flat(config.to_dict()))
     dataset = experiment.open_data(config)
     layout, parts, sample, rate = experiment.build(config, dataset.shape, dataset.num_classes)
     sampling.check_guidance(config.sampler.cfg_scale, dataset.num_classes)
@@ -67,7 +74,7 @@ def train(config: ConfigDict, workdir: Path) -> State:
         lower=config.checkpoint.lower,
     )
     judge = experiment.best_by(config)
-    start = distributed.number_of_first(checkpoints.latest() or 0)
+    start = processes.number_of_first(checkpoints.latest() or 0)
     faults: list[str] = []  # of records that could not be read
     loading = {"rows": sharding.rows(layout, config.batch_size), "report": faults.append}
     loading |= configs.keywords(config.input, "config.input", pipeline.batches)
@@ -87,7 +94,7 @@ def train(config: ConfigDict, workdir: Path) -> State:
     state_shardings = sharding.shardings(abstract, layout)
     target = sharding.placed(abstract, state_shardings)
     given = experiment.starting_params(config, abstract["params"]) if not start else None
-    notes = distributed.first_alone(lambda: configs.claim(workdir, config)) or []
+    notes = processes.first_alone(lambda: configs.claim(workdir, config)) or []
 
     # --- The state: born sharded, or read back.
     frozen = experiment.prepared(parts.codec, layout)
@@ -116,9 +123,9 @@ def train(config: ConfigDict, workdir: Path) -> State:
     with contextlib.ExitStack() as stack:
         stack.callback(checkpoints.close)
         stack.callback(loader.close)
-        writer = stack.enter_context(logs.MetricWriter(workdir, start)) if main_process else None
+        writer = stack.enter_context(MetricWriter(workdir, start)) if main_process else None
         stream = None if main_process else stack.enter_context(open(os.devnull, "w"))  # one process talks for all
-        progress = stack.enter_context(logs.Progress(config.total_steps, start, config.batch_size, stream=stream))
+        progress = stack.enter_context(Progress(config.total_steps, start, config.batch_size, stream=stream))
         describe(workdir, config, state, writer, progress, notes)
         finite = Finite(config.max_skipped, skipped, checkpoints, progress.note)
         profile = profiler.Profiler(config.profile if main_process else "", workdir, progress.note)
@@ -147,9 +154,9 @@ def train(config: ConfigDict, workdir: Path) -> State:
             labels = np.resize(sampling.known_labels(dataset.num_classes), config.samples.num)
             images = generate(labels)
             if writer is not None and images.dtype == np.uint8:
-                grid = logs.image_grid(images)
+                grid = image_grid(images)
                 path.parent.mkdir(exist_ok=True)
-                logs.save_png(path, grid)
+                save_png(path, grid)
                 writer.write_images(step, {"samples": grid})
 
         def generate(labels: np.ndarray, first: int = 0) -> np.ndarray:
@@ -172,8 +179,8 @@ def train(config: ConfigDict, workdir: Path) -> State:
 
         # --- The loop. Metrics are read one step late, so that the device never waits for the host.
         step, pending, saved, noted = start, None, [start], 0
-        stop = stack.enter_context(program.stop_requests(progress.note))
-        alive = stack.enter_context(program.watchdog(config.watchdog))
+        stop = stack.enter_context(cli.stop_requests(progress.note))
+        alive = stack.enter_context(cli.watchdog(config.watchdog))
         stopped = None
         while step < config.total_steps and not (stopped := stop(step)):
             alive()
@@ -219,7 +226,7 @@ def train(config: ConfigDict, workdir: Path) -> State:
                 save(step)
             checkpoints.wait()
             kept = "saved" if checkpoints.steps() else "nothing to save"
-            raise program.Stopped(
+            raise cli.Stopped(
                 f"{stopped}: stopped at step {step} of {config.total_steps}, {kept}; run it again to resume"
             )
 
@@ -286,21 +293,19 @@ def shown(values: Mapping[str, float]) -> dict[str, float]:
     return first | terms | unweighted | {"grad_norm": values["grad_norm"]}
 
 
-def describe(
-    workdir: Path, config: ConfigDict, state: State, writer, progress: logs.Progress, notes: list[str]
-) -> None:
+def describe(workdir: Path, config: ConfigDict, state: State, writer, progress: Progress, notes: list[str]) -> None:
     """Write down what runs: versions, parameters, config."""
     for note in notes:
         progress.note(note)
     if writer is None:
         return
-    versions = logs.versions()
-    overview = logs.parameter_overview(state["params"])
-    (workdir / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+    installed = versions()
+    overview = parameter_overview(state["params"])
+    (workdir / "versions.json").write_text(json.dumps(installed, indent=2) + "\n")
     (workdir / "parameters.txt").write_text(overview + "\n")
     writer.write_hparams(configs.flat(config.to_dict()))
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state["params"]))
-    progress.note(f"{count:,} parameters on {versions['devices']} ({versions['backend']})")
+    progress.note(f"{count:,} parameters on {installed['devices']} ({installed['backend']})")
 
 
 def summary(workdir: Path, checkpoints: Checkpoints, seconds: float) -> str:
@@ -313,11 +318,11 @@ def summary(workdir: Path, checkpoints: Checkpoints, seconds: float) -> str:
     if best := checkpoints.best_steps():
         places["best"] = checkpoints.directory / str(best[0])
     lines = [f"  {name:<11}{place}" for name, place in places.items() if place.exists()]
-    return "\n".join([f"done in {logs.duration(seconds)}", *lines, f"  TensorBoard: tensorboard --logdir {workdir}"])
+    return "\n".join([f"done in {duration(seconds)}", *lines, f"  TensorBoard: tensorboard --logdir {workdir}"])
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Config file; --config.KEY=VALUE changes a key.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Directory of the run; made if missing.")
     flags.mark_flags_as_required(["config", "workdir"])
-    program.launch(lambda: run(flags.FLAGS.config, flags.FLAGS.workdir), several=True)
+    cli.launch(lambda: run(flags.FLAGS.config, flags.FLAGS.workdir), several=True)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from diversedit_jax.checkpoint import FORMAT, Checkpoints
+from diversedit_jax.training.checkpoint import FORMAT, Checkpoints
 
 STEP = 7
 

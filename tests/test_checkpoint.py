@@ -17,8 +17,10 @@ import numpy as np
 import optax
 import pytest
 
-from diversedit_jax.checkpoint import FORMAT, Checkpoints, by_path, checksum, checksums, prepare_workdir
 from diversedit_jax.errors import CheckpointError, ConfigError
+from diversedit_jax.runtime.files import writable_folder
+from diversedit_jax.training.checkpoint import FORMAT, Checkpoints
+from diversedit_jax.training.checksums import by_path, checksum, checksums
 from tests import checkpoint_fixture
 
 ROOT = Path(__file__).parents[1]
@@ -296,7 +298,7 @@ def test_the_only_step_damaged_says_start_again(copy):
 PRELUDE = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
-from diversedit_jax.checkpoint import Checkpoints
+from diversedit_jax.training.checkpoint import Checkpoints
 from diversedit_jax.errors import CheckpointError
 def make(step): return {"w": jnp.arange(2.0**20) * step, "step": jnp.int32(step)}
 """
@@ -351,7 +353,7 @@ def test_checksums_of_many_split_arrays_do_not_wait_for_each_other(tmp_path):
     code = """
 jax.config.update("jax_num_cpu_devices", 4)
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from diversedit_jax.checkpoint import checksums
+from diversedit_jax.training.checksums import checksums
 split = NamedSharding(Mesh(np.array(jax.devices()), ("fsdp",)), P("fsdp"))
 arrays = {str(i): jax.device_put(np.ones((64, 64 + i % 5)), split) for i in range(60)}
 for _ in range(500):
@@ -441,13 +443,13 @@ def test_kills_at_many_moments(tmp_path, seed):
 # The working directory.
 
 
-def test_prepare_workdir(tmp_path, monkeypatch):
+def test_writable_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert prepare_workdir("a/b") == tmp_path / "a" / "b"
-    assert prepare_workdir(tmp_path / "a" / "b").is_dir()
+    assert writable_folder("a/b") == tmp_path / "a" / "b"
+    assert writable_folder(tmp_path / "a" / "b").is_dir()
     assert not list((tmp_path / "a" / "b").iterdir())
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "x", "/proc/x", "gs://bucket/x"):
         with pytest.raises(ConfigError, match=rf"^workdir {path} .+$") as info:
-            prepare_workdir(path)
+            writable_folder(path)
         one_line(info)

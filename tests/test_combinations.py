@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diversedit_jax import losses, models, objectives, optim, sharding
+from diversedit_jax import losses, models, objectives, sharding
 from diversedit_jax.api import Codec
-from diversedit_jax.train_state import Parts, initializer, train_step
+from diversedit_jax.training import optimizer as optim
+from diversedit_jax.training.step import Parts, initializer, train_step
 from tests.test_losses_conformance import LOSSES, OBJECTIVES
 
 SHAPE, CLASSES, BATCH, TOKENS, WIDTH, STEPS = (4, 4, 2), 5, 16, 4, 6, 20

@@ -15,10 +15,11 @@ import tensorflow_datasets as tfds
 
 from configs import default
 from diversedit_jax import config as configs
-from diversedit_jax import experiment, optim, sampling
+from diversedit_jax import experiment, sampling
 from diversedit_jax.data import pipeline
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.train_state import initializer, train_step
+from diversedit_jax.training import optimizer as optim
+from diversedit_jax.training.step import initializer, train_step
 from tests.reference import DATA
 from tests.test_data_latents import write
 

@@ -13,9 +13,9 @@ import pytest
 from jax.experimental import multihost_utils
 
 from configs import digits
-from diversedit_jax import distributed
-from diversedit_jax.checkpoint import Checkpoints
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.runtime import processes
+from diversedit_jax.training.checkpoint import Checkpoints
 from tests import untrained
 from tools.processes import Processes, alive
 
@@ -180,13 +180,13 @@ def test_processes_that_do_not_agree_stop_at_once(tmp_path, each, messages):
 
 def test_a_directory_that_is_not_shared_is_refused_in_time(tmp_path, monkeypatch):
     """As the second of two processes sees it; the first says that it does."""
-    monkeypatch.setattr(distributed, "SEEN", 0.1)
+    monkeypatch.setattr(processes, "SEEN", 0.1)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda x: x)
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda seen: np.array([1, seen]))
     with pytest.raises(ConfigError, match=r"is not shared: .* that process 1 did not see in 0.1 s") as error:
-        distributed.check_shared(tmp_path)
+        processes.check_shared(tmp_path)
     assert error.value.exit_code == 78
 
 
@@ -246,27 +246,27 @@ def test_flags_that_do_not_go_together_are_refused():
 
     def start(coordinator=None, num_processes=None, process_id=None):
         options = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-        distributed.start(Given({name: Flag(value) for name, value in options.items()}))
+        processes.start(Given({name: Flag(value) for name, value in options.items()}))
 
     with pytest.raises(ConfigError, match=r"go together: give --num_processes too"):
         start(coordinator="here:1")
     with pytest.raises(ConfigError, match=r"--process_id=2: wanted 0 .. 1 \(--num_processes\)"):
         start("here:1", 2, 2)
     start()  # alone: nothing happens
-    assert distributed.cluster() is None
-    distributed.agree("config", {"a": 1})
-    assert distributed.number_of_first(3) == 3
-    assert distributed.first_alone(lambda: 4) == 4
+    assert processes.cluster() is None
+    processes.agree("config", {"a": 1})
+    assert processes.number_of_first(3) == 3
+    assert processes.first_alone(lambda: 4) == 4
 
 
 def test_clusters_are_known_by_their_marks(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "4")
-    assert distributed.cluster() is None, "a shell on a node of an allocation is no task"
+    assert processes.cluster() is None, "a shell on a node of an allocation is no task"
     monkeypatch.setenv("SLURM_PROCID", "0")
-    assert distributed.cluster() == "4 SLURM tasks"
+    assert processes.cluster() == "4 SLURM tasks"
     monkeypatch.delenv("SLURM_NTASKS")
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
-    assert distributed.cluster() == "2 Open MPI processes"
+    assert processes.cluster() == "2 Open MPI processes"
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from diversedit_jax.encoders import clip, dinov1, dinov2, ijepa, mae, moco_v3
 from diversedit_jax.errors import ConfigError, WeightsError
 from diversedit_jax.models import bicubic, vit
 from diversedit_jax.models.vit import Architecture
-from diversedit_jax.train_state import initializer, train_step
+from diversedit_jax.training.step import initializer, train_step
 from diversedit_jax.weights import vit as published
 
 DATA = Path(__file__).parent / "data"

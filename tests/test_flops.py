@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 from configs import diversedit_b2
-from diversedit_jax import experiment, flops, models
+from diversedit_jax import experiment, models
 from diversedit_jax.models.dit import SIZES
-from diversedit_jax.train_state import initializer
+from diversedit_jax.runtime import flops
+from diversedit_jax.training.step import initializer
 
 
 def forward(size: str, side: int, **options) -> float:

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from configs import diversedit_b2, repa_multi_b2
-from diversedit_jax import encoders, flops
+from diversedit_jax import encoders
 from diversedit_jax.config import slot
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.runtime import flops
 from tests.reference import DATA
 from tools import hlo, pod_plan, stand_ins, timing, tpu
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.profiler import Profiler, windows
+from diversedit_jax.runtime.profiler import Profiler, windows
 
 
 def test_windows():

@@ -16,7 +16,7 @@ from diversedit_jax.diffusion.guidance import guide
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import Model
 from diversedit_jax.objectives import reg
-from diversedit_jax.train_state import initializer, train_step
+from diversedit_jax.training.step import initializer, train_step
 from diversedit_jax.weights import dit as releases
 from diversedit_jax.weights.formats.weights_file import write_safetensors
 from tests import reference

@@ -14,7 +14,7 @@ from diversedit_jax import config as configs
 from diversedit_jax.data import pipeline
 from diversedit_jax.errors import ConfigError, NonFiniteError
 from diversedit_jax.models import Model
-from diversedit_jax.train_state import initializer, train_step
+from diversedit_jax.training.step import initializer, train_step
 
 SHAPE, CLASSES = (8, 8, 2), 3
 PIXELS = codecs.make("pixels")._replace(decode=None)

@@ -14,9 +14,10 @@ from jax.sharding import PartitionSpec
 
 from configs import diversedit_xl2
 from diversedit_jax import experiment, sharding
-from diversedit_jax.checkpoint import Checkpoints, checksum
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.train_state import initializer
+from diversedit_jax.training.checkpoint import Checkpoints
+from diversedit_jax.training.checksums import checksum
+from diversedit_jax.training.step import initializer
 from tests.test_train_step import KEY, batch, full_parts
 
 
@@ -204,7 +205,7 @@ def test_a_restore_holds_the_state_once(tmp_path):
         checkpoints.save(1, jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, target))(KEY), {})
     program = f"""
 import resource, jax
-from diversedit_jax.checkpoint import Checkpoints
+from diversedit_jax.training.checkpoint import Checkpoints
 from tests.test_sharding import xl_under_fsdp
 _, target = xl_under_fsdp(depth=4)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

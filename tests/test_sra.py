@@ -17,7 +17,7 @@ from diversedit_jax.errors import ConfigError
 from diversedit_jax.losses import _projector as projector
 from diversedit_jax.losses import sra
 from diversedit_jax.objectives.flow_matching import regress
-from diversedit_jax.train_state import Parts, initializer, train_step
+from diversedit_jax.training.step import Parts, initializer, train_step
 from tests import reference
 from tests.test_losses_conformance import batch, features, forward, teacher
 

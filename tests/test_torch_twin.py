@@ -17,7 +17,7 @@ from diversedit_jax.diffusion.guidance import guide
 from diversedit_jax.diffusion.paths import PATHS
 from diversedit_jax.errors import ConfigError, RunError
 from diversedit_jax.objectives.flow_matching import regress
-from diversedit_jax.train_state import initializer, train_step
+from diversedit_jax.training.step import initializer, train_step
 from diversedit_jax.weights import dit as releases
 from tools import torch_twin
 from tools.torch_twin import Twin, job_of

@@ -21,15 +21,16 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import default, digits
-from diversedit_jax import locks, program, sample, sources, train
-from diversedit_jax.checkpoint import Checkpoints
+from diversedit_jax import sample, sources, train
 from diversedit_jax.config import slot
 from diversedit_jax.data import Dataset
 from diversedit_jax.data import digits as digits_data
 from diversedit_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from diversedit_jax.runtime import cli, workdir_lock
+from diversedit_jax.training.checkpoint import Checkpoints
 from diversedit_jax.weights import dit as releases
 from tests.test_data_latents import write
-from tests.test_logs import events_of
+from tests.test_metric_writer import events_of
 from tools.processes import AS_USER, Processes
 
 ROOT = Path(__file__).parents[1]
@@ -132,7 +133,7 @@ def test_stopped_and_resumed_equals_straight_to_the_bit(straight, tmp_path, capf
     config.evaluators.stop = slot("evaluators", "tests.parts:terminate", marker=str(tmp_path / "stopped"))
     config.evaluators.stop.every = 3
     workdir = tmp_path / "run"
-    with pytest.raises(program.Stopped, match=r"SIGTERM: stopped at step 3 of 6, saved"):
+    with pytest.raises(cli.Stopped, match=r"SIGTERM: stopped at step 3 of 6, saved"):
         train.run(config, workdir)
     assert Checkpoints(workdir / "checkpoints").steps() == [2, 3]
     state = train.run(config, workdir)
@@ -340,11 +341,11 @@ def program_of(arguments: list[str], before: Sequence[str] = ()) -> subprocess.C
 def test_a_workdir_that_another_run_holds_is_refused(tmp_path):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         holder = {"host": socket.gethostname(), "pid": other.pid, "started": "now"}
-        (tmp_path / locks.FILE).write_text(json.dumps(holder))
+        (tmp_path / workdir_lock.FILE).write_text(json.dumps(holder))
         with pytest.raises(ConfigError, match=rf"is in use by process {other.pid} on .*, since now"):
             train.run(tiny(), tmp_path)
         other.communicate()
-    assert [path.name for path in tmp_path.iterdir()] == [locks.FILE]
+    assert [path.name for path in tmp_path.iterdir()] == [workdir_lock.FILE]
 
 
 class Sleeping(list):

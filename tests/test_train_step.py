@@ -11,13 +11,14 @@ import optax
 import pytest
 
 from diversedit_jax import config as configs
-from diversedit_jax import losses, models, objectives, optim, sharding
+from diversedit_jax import losses, models, objectives, sharding
 from diversedit_jax.api import AuxLoss, Codec
 from diversedit_jax.diffusion.paths import PATHS
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import Model
 from diversedit_jax.objectives.flow_matching import regress
-from diversedit_jax.train_state import Parts, initializer, train_step
+from diversedit_jax.training import optimizer as optim
+from diversedit_jax.training.step import Parts, initializer, train_step
 
 SHAPE, CLASSES, BATCH = (4, 4, 2), 5, 16
 KEY, RUN_KEY = jax.random.key(0), jax.random.key(1)

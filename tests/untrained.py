@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 
 from diversedit_jax import config as configs
 from diversedit_jax import experiment
-from diversedit_jax.checkpoint import Checkpoints
 from diversedit_jax.data.digits import NUM_CLASSES, SHAPE
+from diversedit_jax.training.checkpoint import Checkpoints
 
 
 def randomly(shapes: Any, seed: int, scale: float) -> Any:

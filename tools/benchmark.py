@@ -26,9 +26,10 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from diversedit_jax import logs, program
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.registry import suggestion
+from diversedit_jax.runtime import cli
+from diversedit_jax.runtime.cli import silence
 
 # by kind, the flags that it reads
 READS = {
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
     if given.vs:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both share the memory of a GPU
     jax.config.update("jax_enable_compilation_cache", False)  # else a time to compile may be one to read a file
-    logs.silence()
+    silence()
     sys.path.insert(0, str(Path(__file__).parents[1]))  # where it was started as a file
     timing, module = import_module("tools.timing"), import_module(f"tools.benchmark_{kind}")
     machine = timing.hardware()  # before there is load from here
@@ -92,4 +93,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("extractor", None, "NAME=FILE, NAME=FILE,OPTION=VALUE; by default Inception without a file.")
     flags.DEFINE_integer("batch_size", 32, "Images at a time, over all devices.")
     flags.DEFINE_string("out", None, "FILE.json to write the figures to; FILE.md gets the table.")
-    program.launch(main, arguments=True)
+    cli.launch(main, arguments=True)

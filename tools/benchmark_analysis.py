@@ -19,11 +19,13 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from diversedit_jax import logs, program
 from diversedit_jax.analysis import measure, study, subjects
 from diversedit_jax.analysis.measure import TOKENS, Estimator, Settings
 from diversedit_jax.config import slot
 from diversedit_jax.metrics import similarity
+from diversedit_jax.runtime import cli
+from diversedit_jax.runtime.cli import silence
+from diversedit_jax.runtime.versions import versions
 
 GB = 1e9
 
@@ -52,7 +54,7 @@ def subject_of(config: ConfigDict) -> tuple[subjects.Subject, dict]:
 def main() -> None:
     """Measure, compute, write."""
     given = flags.FLAGS
-    logs.silence()
+    silence()
     with given.config.unlocked():
         subject, params = subject_of(given.config)
     settings = Settings(num=given.count, batch=given.batch)
@@ -110,7 +112,7 @@ def main() -> None:
             "peak_gb": round(max(passing + kept, peak()), 2),
             "hours_per_checkpoint_and_time": round(seconds * given.num / given.batch / 3600, 2),
         },
-        "versions": logs.versions(),
+        "versions": versions(),
     }
     print(json.dumps(record, indent=2))
     if given.out:
@@ -123,4 +125,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("num", 2000, "Images that the result is for.")
     flags.DEFINE_integer("batch", 8, "Images at a time.")
     flags.DEFINE_string("out", None, "JSON file to write.")
-    program.launch(main)
+    cli.launch(main)

@@ -13,12 +13,14 @@ import jax
 import numpy as np
 import scipy.linalg
 
-from diversedit_jax import extractors, logs, program, scoring, sharding
+from diversedit_jax import extractors, scoring, sharding
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.extractors import Extractor, Features
 from diversedit_jax.metrics.frechet import frechet_distance
 from diversedit_jax.metrics.precision_recall import precision_recall
 from diversedit_jax.models import inception
+from diversedit_jax.runtime import cli
+from diversedit_jax.runtime.progress import brief, duration
 from tools import timing
 from tools.timing import spread_of
 
@@ -120,22 +122,22 @@ def table(found: dict[str, Any]) -> str:
     lines = [[row["name"], spread_of(row["s"], 3)] for row in found["rows"]]
     share = found["resizing_share"]
     notes = [
-        f"Features: {logs.brief(found['features_per_s'])} images/s, {found['features_tflops_per_s']:.3f} TFLOP/s"
+        f"Features: {brief(found['features_per_s'])} images/s, {found['features_tflops_per_s']:.3f} TFLOP/s"
         f" ({found['gflop_per_image']:.1f} GFLOP an image)"
         + ("." if share is None else f", {share:.1%} of the time for resizing."),
-        *(f"Moments: {logs.brief(rate)} images/s in parts of {n}." for n, rate in found["moments_per_s"].items()),
+        *(f"Moments: {brief(rate)} images/s in parts of {n}." for n, rate in found["moments_per_s"].items()),
         f"Frechet distance: {found['frechet_ratio']:.1f} times as fast as by sqrtm, which differs by"
         f" {found['frechet_difference']:.0e} of it.",
     ]
     for mode, seconds in found["precision_recall_extrapolated_s"].items():
         sizes = f"{PAPER[0]:,} and {PAPER[1]:,}"
-        notes.append(f"Precision and recall of {sizes}, {mode}: about {logs.duration(seconds)}, extrapolated.")
+        notes.append(f"Precision and recall of {sizes}, {mode}: about {duration(seconds)}, extrapolated.")
     return timing.table(("", "seconds"), lines) + "\n\n" + "\n".join(f"- {note}" for note in notes)
 
 
 def main(given: Any) -> tuple[dict[str, Any], str]:
     """The figures of a benchmark with these flags, and their table."""
-    named = program.named_files("extractor", [given.extractor] if given.extractor else [])
+    named = cli.named_files("extractor", [given.extractor] if given.extractor else [])
     one = next((extractors.make(name, **options) for name, options in named.items()), None) or random_inception()
     found = run(one, given.batch_size, given.rounds) | {"weights": dict(one.about["weights"])}
     return found, table(found)

@@ -15,9 +15,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from diversedit_jax import program
 from diversedit_jax.analysis.drawing import COLOURS, DPI, STYLE
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.runtime import cli
 from tools import pod_plan, timing
 
 FOLDER = Path(__file__).parent / "benchmarks"
@@ -356,4 +356,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    program.launch(main)
+    cli.launch(main)

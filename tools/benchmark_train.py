@@ -2,7 +2,7 @@
 device. `--vs=torch` adds the config's step in PyTorch (`tools.torch_twin`), in a process of its own.
 
 Memory is what the compiled program needs: state, batch and temporaries, as the compiler says; of PyTorch what its
-allocator held at most. MFU is as in `diversedit_jax.flops`; where a device's peak is not known, as of CPUs, `of
+allocator held at most. MFU is as in `diversedit_jax.runtime.flops`; where a device's peak is not known, as of CPUs, `of
 product` is the share of what one large product reaches here. Dispatch is the time until the call of a step returns, in
 most calls while the device is still busy with the one before.
 """
@@ -16,8 +16,9 @@ from typing import Any
 
 import jax
 
-from diversedit_jax import flops, sharding
-from diversedit_jax.train_state import train_step
+from diversedit_jax import sharding
+from diversedit_jax.runtime import flops
+from diversedit_jax.training.step import train_step
 from tools import random_run, timing, variants
 from tools.timing import spread_of
 

@@ -36,9 +36,11 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from configs import digits
-from diversedit_jax import logs, program
-from diversedit_jax.checkpoint import Checkpoints, nested
 from diversedit_jax.errors import ConfigError, RunError
+from diversedit_jax.runtime import cli
+from diversedit_jax.runtime.progress import duration
+from diversedit_jax.runtime.versions import versions
+from diversedit_jax.training.checkpoint import Checkpoints, nested
 from tools.processes import AS_USER, Processes, alive
 
 STEPS, EVERY = 120, 4  # of the run that is killed or damaged
@@ -422,9 +424,9 @@ if __name__ == "__main__":
         for name, campaign in campaigns.items():
             found[name] = campaign()
             if flags.FLAGS.json:  # now, so that what comes next cannot take it away
-                figures = {"versions": logs.versions() | {"cores": os.cpu_count()}, "flags": given}
+                figures = {"versions": versions() | {"cores": os.cpu_count()}, "flags": given}
                 figures |= {"seconds": round(time.monotonic() - begin)} | found
                 Path(flags.FLAGS.json).write_text(json.dumps(figures, indent=2) + "\n")
-        print(f"{table(found)}\nall as it should be, in {logs.duration(time.monotonic() - begin)}")
+        print(f"{table(found)}\nall as it should be, in {duration(time.monotonic() - begin)}")
 
-    program.launch(main)
+    cli.launch(main)

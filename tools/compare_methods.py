@@ -25,13 +25,16 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from configs import digits as digits_config
-from diversedit_jax import experiment, logs, program, sharding
+from diversedit_jax import experiment, sharding
 from diversedit_jax.config import slot
 from diversedit_jax.data import digits, pipeline
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.metrics.similarity import cka, off_diagonal_mean
 from diversedit_jax.registry import suggestion
-from diversedit_jax.train_state import initializer, train_step
+from diversedit_jax.runtime import cli
+from diversedit_jax.runtime.cli import silence
+from diversedit_jax.runtime.versions import versions
+from diversedit_jax.training.step import initializer, train_step
 from tools import digits_encoder
 
 STEPS = flags.DEFINE_integer("steps", 1500, "Training steps of every run.")
@@ -242,7 +245,7 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
 
 def main() -> None:
     """Run what --out does not hold yet, seed after seed."""
-    logs.silence()
+    silence()
     out = Path(OUT.value)
     names = ONLY.value or list(ROWS)
     asked = {"steps": STEPS.value, "batch_size": BATCH.value, "num": NUM.value, "rows": names}
@@ -261,7 +264,7 @@ def main() -> None:
         methods = {name: prepare(ROWS[name]) for name in names} if todo else {}
         for seed in todo:
             stored["seeds"][str(seed)] = train(methods, seed)
-            stored["versions"] = logs.versions()
+            stored["versions"] = versions()
             out.write_text(json.dumps(stored, indent=2) + "\n")
     text = table(stored["seeds"])
     out.with_suffix(".md").write_text(text)
@@ -269,4 +272,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    program.launch(main)
+    cli.launch(main)

@@ -15,10 +15,12 @@ import jax
 from absl import flags
 
 from diversedit_jax import config as configs
-from diversedit_jax import experiment, logs, program
-from diversedit_jax.checkpoint import Checkpoints
+from diversedit_jax import experiment
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models.dit import SIZES
+from diversedit_jax.runtime import cli
+from diversedit_jax.runtime.versions import parameter_overview
+from diversedit_jax.training.checkpoint import Checkpoints
 from diversedit_jax.weights import dit as releases
 from diversedit_jax.weights.dit import FAMILIES
 from diversedit_jax.weights.formats.weights_file import write_safetensors
@@ -39,7 +41,7 @@ def describe(release: releases.Release, entries: dict[str, int]) -> str:
     lines.append(
         f"{'EMA':<14}{'present' if {'ema', 'ema_params'} & entries.keys() else 'not named: the arrays may be either'}"
     )
-    return "\n".join([*lines, logs.parameter_overview(release.params)])
+    return "\n".join([*lines, parameter_overview(release.params)])
 
 
 def of_run(workdir: Path) -> tuple[releases.Release, dict[str, int]]:
@@ -94,4 +96,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    program.launch(main, arguments=True)
+    cli.launch(main, arguments=True)

@@ -14,11 +14,12 @@ import optax
 from absl import flags
 from tqdm import tqdm
 
-from diversedit_jax import data, program
+from diversedit_jax import data
 from diversedit_jax.api import Params
 from diversedit_jax.data import pipeline
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import vae
+from diversedit_jax.runtime import cli
 from diversedit_jax.weights import vae as published
 
 ARCH = vae.Architecture(widths=(16, 32, 64), layers=1, groups=8)
@@ -81,4 +82,4 @@ if __name__ == "__main__":
         error = train(*arguments, size=flags.FLAGS.size, steps=flags.FLAGS.steps)
         print(f"{arguments[1]}: mean absolute error {127.5 * error:.1f} of 255 grey levels")
 
-    program.launch(main, arguments=True)
+    cli.launch(main, arguments=True)

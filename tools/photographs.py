@@ -14,8 +14,8 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from diversedit_jax import program
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.runtime import cli
 
 # class: (package, the file in it)
 PHOTOGRAPHS = {
@@ -90,4 +90,4 @@ if __name__ == "__main__":
         count = write(Path(arguments[0]).expanduser(), flags.FLAGS.size, flags.FLAGS.num)
         print(f"{count} crops of {len(PHOTOGRAPHS)} photographs in {arguments[0]}")
 
-    program.launch(main, arguments=True)
+    cli.launch(main, arguments=True)

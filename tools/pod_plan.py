@@ -34,10 +34,13 @@ from absl import flags
 from jax.experimental import topologies
 from ml_collections import ConfigDict, config_flags
 
-from diversedit_jax import checkpoint, experiment, flops, logs, program, sharding
 from diversedit_jax import config as configs
+from diversedit_jax import experiment, sharding
 from diversedit_jax.errors import ConfigError, RunError
-from diversedit_jax.train_state import initializer, train_step
+from diversedit_jax.runtime import cli, flops
+from diversedit_jax.runtime.versions import versions
+from diversedit_jax.training import checksums
+from diversedit_jax.training.step import initializer, train_step
 from tools import hlo, stand_ins, timing, tpu, variants
 from tools.timing import say
 
@@ -159,7 +162,7 @@ def compiled(plan: Plan, programs: Sequence[str], say: Callable[[str], None]) ->
         "train": train,
         "init": lambda: jax.jit(init, out_shardings=where).lower(key),
         "sample": lambda: sample.lower(state["ema"], frozen),
-        "checksum": lambda: checkpoint.checksum.lower(max(jax.tree.leaves(state), key=lambda leaf: leaf.size)),
+        "checksum": lambda: checksums.checksum.lower(max(jax.tree.leaves(state), key=lambda leaf: leaf.size)),
     }
     for name in programs:
         begin = time.monotonic()
@@ -405,7 +408,7 @@ def record(
 ) -> None:
     """Write the rows of a command into a file, beside those of other commands. hardware: of the compiler's machine."""
     held = json.loads(path.read_text()) if path.exists() else {}
-    made = {"versions": logs.versions(), "hardware": hardware, "rows": list(rows)}
+    made = {"versions": versions(), "hardware": hardware, "rows": list(rows)}
     plans = held.get("plans", {}) | {command: made}
     text = {"sources": SOURCES, "efficiency": efficiency, "plans": plans}
     path.write_text(json.dumps(text, indent=1) + "\n")
@@ -465,4 +468,4 @@ if __name__ == "__main__":
     flags.DEFINE_float("timeout", 1800.0, "Seconds for the programs of a row.")
     flags.DEFINE_string("json", None, "File to add the figures to.")
     flags.mark_flags_as_required(["config", "topology"])
-    program.launch(main)
+    cli.launch(main)

@@ -35,13 +35,17 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from diversedit_jax import __version__, encoders, logs, program, sharding
+from diversedit_jax import __version__, encoders, sharding
 from diversedit_jax.codecs import pixels
 from diversedit_jax.data import Dataset, image_collections, latents, local_path
 from diversedit_jax.data.image_collections import ImageFiles
 from diversedit_jax.errors import ConfigError, DataError
 from diversedit_jax.models import PRECISIONS
 from diversedit_jax.models import vae as vae_model
+from diversedit_jax.runtime import cli
+from diversedit_jax.runtime.cli import silence
+from diversedit_jax.runtime.pictures import save_png
+from diversedit_jax.runtime.progress import Ticker, duration
 from diversedit_jax.weights import vae as vae_files
 from diversedit_jax.weights.formats.weights_file import file_digest
 from tools import latent_shards
@@ -106,7 +110,7 @@ def prepare(source: str | Path, out: str | Path, options: Options) -> None:
     left = sum(len(plan.images(shard)) for shard in todo)
     with (
         ThreadPoolExecutor(options.threads or 2 * (os.cpu_count() or 1)) as pool,
-        logs.Ticker(whole, whole - left) as ticker,
+        Ticker(whole, whole - left) as ticker,
     ):
         for shard in todo:
             skipped: dict[str, str] = {}
@@ -169,7 +173,7 @@ def planned(
 
 def chosen_encoders(options: Options) -> dict[str, dict[str, Any]]:
     """The encoders to run: name -> the options of `encoders.NAME.make`, `file` among them."""
-    return program.named_files("encoder", options.encoder, required=True)
+    return cli.named_files("encoder", options.encoder, required=True)
 
 
 def encoder(release: vae_files.Release, options: Options) -> Encoding:
@@ -222,7 +226,7 @@ def cropped(
     indices: range,
     pool: ThreadPoolExecutor,
     skipped: dict[str, str],
-    ticker: logs.Ticker,
+    ticker: Ticker,
     options: Options,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """The images that can be read, in order, decoded ahead by the threads; the others go to `skipped`.
@@ -287,7 +291,7 @@ def show(report: dict[str, Any], about: dict[str, Any], seconds: float, folder: 
     """The report, for a person."""
     counts = sorted(report["per_class"].values())
     shards = len(about["shards"])
-    print(f"{report['records']} of {report['images']} images in {shards} shards, {logs.duration(seconds)}")
+    print(f"{report['records']} of {report['images']} images in {shards} shards, {duration(seconds)}")
     print(f"  {report['bytes'] / 2**20:.1f} MiB before compression")
     if about["classes"]:
         print(f"  {len(counts)} classes of {counts[0]} to {counts[-1]} images, median {counts[len(counts) // 2]}")
@@ -328,7 +332,7 @@ def compare(originals: np.ndarray, decoded: np.ndarray, place: Path) -> None:
     """Write images above their reconstructions, small ones enlarged, and print how near they are."""
     rows = [np.concatenate(list(row), axis=1) for row in (originals, decoded)]
     large = max(1, 96 // originals.shape[1])
-    logs.save_png(place, np.concatenate(rows).repeat(large, axis=0).repeat(large, axis=1))
+    save_png(place, np.concatenate(rows).repeat(large, axis=0).repeat(large, axis=1))
     error = np.mean((originals.astype(np.float32) - decoded) ** 2)
     psnr = 10 * np.log10(255**2 / max(error, 1e-9))
     print(f"  PSNR of the reconstructions of {len(decoded)} images: {psnr:.1f} dB; side by side: {place}")
@@ -342,12 +346,12 @@ def verify(out: str | Path, vae: str | Path | None, precision: str) -> None:
     if release is not None and release.digest != about["vae"]["sha256"]:
         raise ConfigError(f"--vae={vae} is not the autoencoder that made {folder}: the checksum differs")
     begin, count = time.monotonic(), 0
-    with logs.Ticker(about["records"], 0) as ticker:
+    with Ticker(about["records"], 0) as ticker:
         for records in latent_shards.verify(folder):
             count += records
             ticker.update(records)
     dataset = latents.make("train", data_dir=str(folder), image=about["image"] is not None)  # training reads it
-    seconds = logs.duration(time.monotonic() - begin)
+    seconds = duration(time.monotonic() - begin)
     print(f"{folder} is whole: {count} records in {len(about['shards'])} shards, {seconds}")
     if release is None:
         print("  give --vae=VAE as well, and some of it is decoded")
@@ -382,7 +386,7 @@ if __name__ == "__main__":
 
     def main(arguments: list[str]) -> None:
         """Read the arguments and run."""
-        logs.silence()
+        silence()
         checking = flags.FLAGS.verify
         if len(arguments) != (1 if checking else 2):
             usage = "--verify OUT" if checking else "IMAGES OUT --vae=VAE"
@@ -394,4 +398,4 @@ if __name__ == "__main__":
         options = {name: flags.FLAGS[name].value for name in Options._fields}
         prepare(*arguments, Options(**options | {"encoder": tuple(options["encoder"])}))
 
-    program.launch(main, arguments=True)
+    cli.launch(main, arguments=True)

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from diversedit_jax import config as configs
 from diversedit_jax import experiment, sharding
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.train_state import State, initializer
+from diversedit_jax.training.step import State, initializer
 from tools import stand_ins, torch_twin
 from tools.timing import say
 

@@ -25,10 +25,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
-from diversedit_jax import __version__, extractors, logs, program, references, scoring, sharding
+from diversedit_jax import __version__, extractors, references, scoring, sharding
 from diversedit_jax.data import image_collections, local_path, sample_files
 from diversedit_jax.errors import ConfigError, DataError
 from diversedit_jax.extractors import Extractor
+from diversedit_jax.runtime import cli
+from diversedit_jax.runtime.files import replacing
+from diversedit_jax.runtime.progress import Ticker
 
 AHEAD = 512  # crops that are decoded before they are needed
 
@@ -88,7 +91,7 @@ def compute(
     totals: dict[str, scoring.Totals] = {one.name: scoring.Totals() for one in networks}
     single: dict[str, list[np.ndarray]] = {one.name: [] for one in networks}
     whole, done = [], 0
-    with logs.Ticker(images.count) as ticker:
+    with Ticker(images.count) as ticker:
         while part := list(islice(images.stream, batch)):
             if done == 0:
                 scoring.features_of(networks, part[0].shape)  # says what cannot work before anything compiles
@@ -113,7 +116,7 @@ def compute(
 
 def write(out: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
     """The file, whole or not at all."""
-    with logs.replacing(out) as partial, open(partial, "wb") as file:
+    with replacing(out) as partial, open(partial, "wb") as file:
         np.savez(file, **arrays, **{references.ABOUT: np.array(json.dumps(about))})
 
 
@@ -139,7 +142,7 @@ if __name__ == "__main__":
         out = local_path("OUT", arguments[1])
         if out.suffix != ".npz":
             raise ConfigError(f"OUT must end in .npz, given {out}")
-        named = program.named_files("extractor", given.extractor)
+        named = cli.named_files("extractor", given.extractor)
         if not named:
             raise ConfigError("give a feature network: --extractor=inception=FILE")
         try:  # now, not after an hour of work
@@ -160,4 +163,4 @@ if __name__ == "__main__":
             print(f"  {name:<20}{list(array.shape)} {array.dtype}")
         print(f"written to {out}")
 
-    program.launch(main, arguments=True)
+    cli.launch(main, arguments=True)

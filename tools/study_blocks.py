@@ -17,11 +17,13 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from configs import digits
-from diversedit_jax import analyze, logs, program, train
+from diversedit_jax import analyze, train
 from diversedit_jax.analysis import subjects
 from diversedit_jax.analysis.measure import Settings
 from diversedit_jax.config import slot
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.runtime import cli
+from diversedit_jax.runtime.progress import duration
 
 STEPS = flags.DEFINE_integer("steps", 1500, "Training steps of every run.")
 BATCH = flags.DEFINE_integer("batch_size", 32, "Examples of a step: few, so that many steps fit into the time.")
@@ -87,8 +89,8 @@ def main() -> None:
             train.run(config_of(change, seed), workdir)
             found.append(subjects.of_run(workdir, label))
     analyze.run(found, out, Settings())
-    print(f"done in {logs.duration(time.monotonic() - started)}")
+    print(f"done in {duration(time.monotonic() - started)}")
 
 
 if __name__ == "__main__":
-    program.launch(main)
+    cli.launch(main)

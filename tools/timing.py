@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from diversedit_jax import logs
+from diversedit_jax.runtime.versions import versions
 
 Form = Callable[[], float]  # does its work once, and returns the seconds of what counts of it
 Rows = Sequence[Mapping[str, Any]]
@@ -177,4 +177,4 @@ def write(path: Path, found: Mapping[str, Any], text: str) -> None:
 
 def record(kind: str, **figures: Any) -> dict[str, Any]:
     """Figures with the command and the machine that they are of."""
-    return {"kind": kind, "command": command(), "versions": logs.versions(), **figures}
+    return {"kind": kind, "command": command(), "versions": versions(), **figures}

@@ -4,9 +4,9 @@ import re
 from math import prod
 from typing import NamedTuple
 
-from diversedit_jax import flops
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.registry import suggestion
+from diversedit_jax.runtime import flops
 
 
 class Generation(NamedTuple):

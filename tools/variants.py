@@ -10,8 +10,9 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from diversedit_jax import config as configs
-from diversedit_jax import program, registry
+from diversedit_jax import registry
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.runtime import cli
 
 
 def varied(
@@ -41,7 +42,7 @@ def varied(
             if key in others:
                 found[key] = others[key](text)
             else:
-                _update(config, {key: program.literal(text)})
+                _update(config, {key: cli.literal(text)})
         except (AttributeError, KeyError, OSError, SyntaxError, TypeError, ValueError) as error:
             raise ConfigError(f"--compare={words}: {word!r}: {error}") from error
     return config, found

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from diversedit_jax import logs
+from diversedit_jax.runtime.files import replacing
 
 STYLE = {
     "font.size": 8,
@@ -71,10 +71,10 @@ def drawing(folder: Path, name: str, header: Row, rows: Sequence[Row]) -> Iterat
         figure = Figure(layout="constrained")
         yield figure
         for suffix in (".png", ".svg"):
-            with logs.replacing(folder / f"{name}{suffix}") as partial:
+            with replacing(folder / f"{name}{suffix}") as partial:
                 plain = {"metadata": {"Date": None}} if suffix == ".svg" else {}
                 figure.savefig(partial, format=suffix[1:], dpi=DPI, **plain)
-    with logs.replacing(folder / f"{name}.csv") as partial, open(partial, "w", newline="", encoding="utf-8") as file:
+    with replacing(folder / f"{name}.csv") as partial, open(partial, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
 
 

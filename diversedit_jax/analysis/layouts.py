@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from diversedit_jax import logs
 from diversedit_jax.analysis import scores
 from diversedit_jax.analysis.drawing import WIDTH, Panel, Plate, by_label, drawing, entries, heatmaps, spaced
 from diversedit_jax.analysis.figures import fid_line, mean_matrix, timesteps, where
 from diversedit_jax.analysis.study import Study
+from diversedit_jax.runtime.files import replacing
 
 
 def figure2(folder: Path, studies: Sequence[Study], scale: str) -> list[Plate]:
@@ -75,7 +75,7 @@ def table_a2(folder: Path, studies: Sequence[Study], scale: str) -> list[Plate]:
         ],
     }
     for suffix, written in texts.items():
-        with logs.replacing(folder / f"table_a2{suffix}") as partial:
+        with replacing(folder / f"table_a2{suffix}") as partial:
             partial.write_text("\n".join(written) + "\n", encoding="utf-8")
     with drawing(folder, "table_a2", header, rows) as figure:
         figure.set_size_inches(WIDTH, 0.3 + 0.24 * (len(rows) + 1))

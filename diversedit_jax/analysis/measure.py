@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from diversedit_jax import logs, sharding
+from diversedit_jax import sharding
 from diversedit_jax.analysis.subjects import Subject
 from diversedit_jax.api import Batch, Params
 from diversedit_jax.data import Dataset, pipeline
 from diversedit_jax.errors import ConfigError, RunError
 from diversedit_jax.metrics import similarity
 from diversedit_jax.registry import suggestion
+from diversedit_jax.runtime.progress import Ticker
 
 UNITS = {
     "pooled": "an example is an image, by its mean token",
@@ -226,7 +227,7 @@ def _over_batches(
     parts: dict[str, list[np.ndarray]] = {}
     sums: dict[str, Any] = {}
     key = jax.random.fold_in(jax.random.key(ready.settings.seed), draw)
-    with logs.Ticker(sum(len(batch["y"]) for batch in shown), leave=False) as ticker:
+    with Ticker(sum(len(batch["y"]) for batch in shown), leave=False) as ticker:
         for number, batch in enumerate(shown):
             now = jax.random.fold_in(key, number)
             out = jax.device_get(ready.run(params, ready.subject.frozen, batch, jnp.float32(t), now, null))

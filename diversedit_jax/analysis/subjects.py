@@ -16,14 +16,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from diversedit_jax import codecs, experiment, losses, models, objectives, optim, sharding, sources
+from diversedit_jax import codecs, experiment, losses, models, objectives, sharding, sources
 from diversedit_jax import config as configs
 from diversedit_jax.api import Params
-from diversedit_jax.checkpoint import Checkpoints
 from diversedit_jax.config import slot
 from diversedit_jax.data import Dataset
 from diversedit_jax.errors import ConfigError, RunError
-from diversedit_jax.train_state import Parts, initializer
+from diversedit_jax.training import optimizer as optim
+from diversedit_jax.training.checkpoint import Checkpoints
+from diversedit_jax.training.step import Parts, initializer
 from diversedit_jax.weights import dit as releases
 
 CAPTURES = ("merged", "block")  # behind the long residual connection of a block, or before it

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import errno
 import faulthandler
+import logging
 import os
 import re
 import signal
@@ -17,8 +18,8 @@ import jax
 from absl import app, flags
 from jax.experimental import multihost_utils
 
-from diversedit_jax import distributed
 from diversedit_jax.errors import EXIT_PREEMPTED, ConfigError, RunError, StorageError
+from diversedit_jax.runtime import processes
 
 
 class Stopped(Exception):
@@ -33,14 +34,14 @@ def launch(main: Callable[..., None], *, arguments: bool = False, several: bool 
     """
     app.define_help_flags()
     if several:
-        distributed.define_flags()
-        flags.adopt_module_key_flags(distributed)
+        processes.define_flags()
+        flags.adopt_module_key_flags(processes)
     try:
         extra = parse(sys.argv)
         if extra and not arguments:
             raise ConfigError(f"unexpected argument {extra[0]!r}")
         if several:
-            distributed.start(flags.FLAGS)
+            processes.start(flags.FLAGS)
         with storage():
             main(*([extra] if arguments else []))
     except Stopped as stop:
@@ -48,13 +49,13 @@ def launch(main: Callable[..., None], *, arguments: bool = False, several: bool 
         sys.exit(EXIT_PREEMPTED)  # all processes are here, and leave together
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        distributed.leave(130)
+        processes.leave(130)
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
-        distributed.leave(error.exit_code)
+        processes.leave(error.exit_code)
     except Exception:
         traceback.print_exc()
-        distributed.leave(1)
+        processes.leave(1)
 
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
@@ -203,3 +204,17 @@ def watchdog(seconds: float) -> Iterator[Callable[[bool], None]]:
         yield alive
     finally:
         alive(False)
+
+
+def silence() -> None:
+    """Keep the routine messages of our libraries off the terminal; what matters in them reaches ours as errors."""
+    absl = logging.getLogger("absl")  # orbax and grain log through it
+    if _not_routine not in absl.filters:
+        absl.addFilter(_not_routine)
+    logging.getLogger("tensorboardX").setLevel(logging.ERROR)  # it warns at each NaN
+
+
+def _not_routine(record: logging.LogRecord) -> bool:
+    """Orbax logs, with a traceback, errors that it also raises: all of it is dropped. Grain keeps its warnings."""
+    source = record.pathname.replace(os.sep, "/")
+    return not ("/orbax/" in source or ("/grain/" in source and record.levelno < logging.WARNING))

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diversedit_jax import logs
-from diversedit_jax.logs import MetricWriter, Progress, image_grid, save_png
+from diversedit_jax.runtime.cli import _not_routine, silence
+from diversedit_jax.runtime.metric_writer import MetricWriter
+from diversedit_jax.runtime.pictures import image_grid, save_png
+from diversedit_jax.runtime.progress import Progress, duration
+from diversedit_jax.runtime.versions import parameter_overview, versions
 
 
 def lines_of(directory):
@@ -157,14 +160,14 @@ def test_a_bar_on_a_terminal():
     [(0, "0s"), (59.6, "1m00s"), (97, "1m37s"), (7500, "2h05m"), (3 * 86400 + 4 * 3600, "3d04h")],
 )
 def test_durations(seconds, text):
-    assert logs.duration(seconds) == text
+    assert duration(seconds) == text
 
 
 # Versions, tables, images, silence.
 
 
 def test_versions_name_what_the_numbers_depend_on():
-    found = logs.versions()
+    found = versions()
     assert found["jax"] == jax.__version__
     assert {"python", "diversedit_jax", "flax", "optax", "orbax-checkpoint", "numpy", "backend", "devices"} <= set(
         found
@@ -174,7 +177,7 @@ def test_versions_name_what_the_numbers_depend_on():
 
 def test_parameter_overview_needs_no_arrays():
     params = {"blocks": {"kernel": jax.ShapeDtypeStruct((28, 64, 96), jnp.float32)}, "bias": np.zeros(5, np.float32)}
-    table = logs.parameter_overview(params)
+    table = parameter_overview(params)
     assert "blocks/kernel" in table
     assert "(28, 64, 96)" in table
     assert f"{28 * 64 * 96 + 5:,}" in table
@@ -213,16 +216,16 @@ def test_save_png_round_trips_and_leaves_no_other_file(tmp_path, channels):
 
 
 def test_silence_drops_orbax_and_keeps_others(caplog):
-    logs.silence()
-    logs.silence()
+    silence()
+    silence()
     logger = logging.getLogger("absl")
-    assert logger.filters.count(logs._not_routine) == 1
+    assert logger.filters.count(_not_routine) == 1
     for place, level, shown in [("orbax/a.py", 40, False), ("grain/a.py", 20, False), ("grain/a.py", 30, True)]:
         record = logging.LogRecord("absl", level, f"/x/{place}", 1, "message", None, None)
         assert bool(logger.filter(record)) is shown, place
 
 
 def test_imports_neither_tensorflow_nor_torch():
-    code = "import sys, diversedit_jax.checkpoint; print({'tensorflow', 'torch'} & set(sys.modules))"
+    code = "import sys, diversedit_jax.training.checkpoint; print({'tensorflow', 'torch'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert out.stdout == "set()\n"

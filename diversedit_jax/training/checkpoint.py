@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import sys
-import tempfile
 import time
 import warnings
 import zlib
@@ -25,50 +24,18 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax.traverse_util import unflatten_dict
-from jaxtyping import Array, UInt32
+from jaxtyping import Array
 from orbax.checkpoint import checkpoint_managers as policies
 
-from diversedit_jax import distributed
-from diversedit_jax.errors import CheckpointError, ConfigError, DamagedCheckpointError, UnfitCheckpointError
-from diversedit_jax.logs import replacing, silence
+from diversedit_jax.errors import CheckpointError, DamagedCheckpointError, UnfitCheckpointError
+from diversedit_jax.runtime import processes
+from diversedit_jax.runtime.cli import silence
+from diversedit_jax.runtime.files import replacing
+from diversedit_jax.training.checksums import by_path, checksums
 
 SCORES = "scores.json"  # beside the steps: {step: value}, for keeping the best
 FORMAT = 1  # of our record; a change that old code cannot read raises it
 State = Any  # a pytree of arrays
-
-
-@jax.jit
-def checksum(x: Array) -> UInt32[Array, ""]:
-    """A hash of an array's bits, the same on every mesh: the sum modulo 2^32 of a hash of each word and its position.
-
-    The hash (MurmurHash3's finalizer) is one-to-one in the word, so a change of any single word always shows; and it
-    is not linear, so that two flipped sign bits do not cancel as in a weighted sum.
-    """
-    bits = x.dtype.itemsize * 8
-    word = x.astype(jnp.uint8) if x.dtype == bool else jax.lax.bitcast_convert_type(x, f"uint{min(bits, 32)}")
-    word = word.astype(jnp.uint32)  # a 64-bit array has become two words per element, in a last axis
-    position, stride = jnp.uint32(0), 1
-    for axis in reversed(range(word.ndim)):  # not a reshape: that would gather an array that lies in shards
-        position += jax.lax.broadcasted_iota(jnp.uint32, word.shape, axis) * jnp.uint32(stride % 2**32)
-        stride *= word.shape[axis]
-    word = word + position * jnp.uint32(0x9E3779B9)
-    word = (word ^ (word >> 16)) * jnp.uint32(0x85EBCA6B)
-    word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE35)
-    return jnp.sum(word ^ (word >> 16), dtype=jnp.uint32)
-
-
-def checksums(arrays: Mapping[str, Array]) -> dict[str, int]:
-    """The checksum of each array, computed where the arrays are.
-
-    One after another: sums over devices that run side by side wait for each other, on CPUs for ever.
-    """
-    return {path: int(checksum(x)) for path, x in arrays.items()}
-
-
-def by_path(tree: State) -> dict[str, Any]:
-    """The leaves of a pytree by name, such as `ema/blocks/kernel` or `opt/0/mu/blocks/kernel`."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,13 +200,13 @@ class Checkpoints:
         said: list[str] = []
         tried: list[int] = []
         while True:
-            step = distributed.number_of_first(self.latest() or 0)
+            step = processes.number_of_first(self.latest() or 0)
             problem = None
             try:
                 state, _ = self.restore(target, step)
             except DamagedCheckpointError as error:
                 problem = error.problem
-            if distributed.all_of(problem is None):
+            if processes.all_of(problem is None):
                 return state, step, said
             tried.append(step)
             problem = problem or f"checkpoint {self.directory / str(step)} is damaged for another process"
@@ -250,7 +217,7 @@ class Checkpoints:
                     "Nothing was removed; to begin anew, use another workdir"
                 )
             aside = self.directory / f"{step}.damaged-{time.strftime('%Y%m%d-%H%M%S')}"
-            distributed.first_alone(partial(_set_aside, self.directory / str(step), aside))
+            processes.first_alone(partial(_set_aside, self.directory / str(step), aside))
             said.append(f"{problem}; it is set aside as {aside.name}")
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
@@ -290,7 +257,7 @@ class Checkpoints:
             arrays = self._arrays(step, record, wanted, prefix)
         except Exception as raised:  # orbax raises many kinds
             error = raised
-        if not distributed.all_of(error is None):  # before the checksums, which all processes compute together
+        if not processes.all_of(error is None):  # before the checksums, which all processes compute together
             raise error or ValueError("another process cannot read it")
         for path, value in checksums(arrays).items():
             if value != record["checksums"][path]:
@@ -442,18 +409,3 @@ def closed_loops_unheard() -> None:
             hook(unraisable)
 
     sys.unraisablehook = unless_closed
-
-
-def prepare_workdir(path: str | os.PathLike, what: str = "workdir") -> Path:
-    """A directory to write to, as an absolute path, made if missing; ConfigError, naming `what`, if that cannot be."""
-    if "://" in str(path):
-        raise ConfigError(f"{what} {path} is a URL: mount the bucket as a directory (gcsfuse) and give its path")
-    workdir = Path(path).expanduser().absolute()
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=workdir, prefix=".write-test-") as file:
-            file.write(b"test")
-    except OSError as error:
-        reason = "it is a file" if workdir.is_file() else error.strerror or error
-        raise ConfigError(f"{what} {workdir} cannot be written: {reason}") from None
-    return workdir

@@ -1,0 +1,1 @@
+"""The machinery of a running program: processes, locks, the command line, metrics, files, progress."""

@@ -1,0 +1,50 @@
+"""Images as bytes: grids, PNG files."""
+
+import math
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Num, UInt8
+from PIL import Image
+
+from diversedit_jax.runtime.files import replacing
+
+Pixels = np.ndarray | jax.Array
+
+
+def image_grid(
+    images: Num[Pixels, "n h w c"], columns: int | None = None, scale: int | None = None
+) -> UInt8[np.ndarray, "H W c"]:
+    """Images, uint8 with one channel or three, side by side on white, 2 pixels apart.
+
+    `columns` defaults to a square grid. `scale` enlarges each pixel to a square (nearest neighbour); by default the
+    least that makes an image 32 pixels high and wide, so that 8 x 8 digits can be read.
+    """
+    images = np.asarray(images)
+    if images.ndim != 4 or images.shape[0] == 0 or images.shape[3] not in (1, 3) or images.dtype != np.uint8:
+        raise ValueError(f"images must be uint8 [n h w 1] or [n h w 3], got {images.dtype} {list(images.shape)}")
+    scale = scale or math.ceil(32 / min(images.shape[1:3]))
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    n, h, w, c = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows, gap = math.ceil(n / columns), 2
+    grid = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, c), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
+        grid[top : top + h, left : left + w] = image
+    return grid
+
+
+def to_uint8(image: Num[Pixels, "..."]) -> UInt8[np.ndarray, "..."]:
+    """Floats in [0, 1] as bytes; bytes as they are."""
+    image = np.asarray(image)
+    return image if image.dtype == np.uint8 else (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
+
+
+def save_png(path: str | os.PathLike, image: UInt8[Pixels, "h w c"]) -> None:
+    """Write an image with one channel or three; a reader never sees half a file."""
+    image = np.asarray(image)
+    with replacing(Path(path)) as temporary:
+        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(temporary, format="png")
