@@ -6,9 +6,9 @@ SiT-B/2 on ImageNet latents at 256 pixels, as the paper trains it (arXiv 2603.04
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from diversedit_jax import sampling
 from diversedit_jax.config import options, slot
 from diversedit_jax.data import pipeline
+from diversedit_jax.sampling import sampler
 from diversedit_jax.training import optimizer as optim
 
 
@@ -62,7 +62,7 @@ def get_config() -> ConfigDict:
             "lower": True,  # whether lower values of it are better
         }
     )
-    config.sampler = options(sampling.make)  # of the images below, of evaluators, and the default of sample.py
+    config.sampler = options(sampler.make)  # of the images below, of evaluators, and the default of sample.py
     config.samples = ConfigDict({"every": 10_000, "num": 64})  # a grid of images; every = 0: at the end only
     config.evaluators = ConfigDict()  # label -> slot("evaluators", name), each with its own `every`
     return config

@@ -20,14 +20,16 @@ import numpy as np
 from absl import flags
 
 from diversedit_jax import config as configs
-from diversedit_jax import registry, reports, sources
+from diversedit_jax import registry
 from diversedit_jax.analysis import figures, layouts, measure, page, scores, subjects
 from diversedit_jax.analysis.drawing import by_label
 from diversedit_jax.analysis.measure import Estimator, Settings
 from diversedit_jax.analysis.study import PARTS, Study, study
 from diversedit_jax.analysis.subjects import Subject
 from diversedit_jax.errors import CheckpointError, ConfigError
+from diversedit_jax.evaluation import tables
 from diversedit_jax.metrics import similarity
+from diversedit_jax.runs import trained
 from diversedit_jax.runtime import cli
 from diversedit_jax.runtime.cli import silence
 from diversedit_jax.runtime.files import replacing, writable_folder
@@ -60,7 +62,7 @@ def steps_of(subject: Subject, at: Sequence[str]) -> list[int]:
         return list(subject.steps)
     if list(at) == ["last"]:
         return [subject.steps[-1]]
-    wanted = sources.numbers("at", list(at), int)
+    wanted = trained.numbers("at", list(at), int)
     found = [step for step in subject.steps if step in wanted]
     if not found:
         has = ", ".join(map(str, subject.steps))
@@ -142,7 +144,7 @@ def run(
     title = f"Representations of {', '.join(by_label(studies))}"
     page.write(folder / "report.html", title, table, drawn, notes, said)
     write_record(folder / "analysis.json", settings, t, times, studies)
-    print(reports.aligned(table, left=1))
+    print(tables.aligned(table, left=1))
     for note in notes:
         print(f"note: {note}")
     print(f"written to {folder / 'report.html'} and, figure by figure, beside it")
@@ -230,8 +232,8 @@ def applied(preset: str | None, known: Any) -> Mapping[str, Any]:
 OPTIONS = ("unit", "kernel", "hsic", "at", "time", "times")
 
 if __name__ == "__main__":
-    sources.define_release_flags()
-    flags.adopt_module_key_flags(sources)  # so that --help lists them
+    trained.define_release_flags()
+    flags.adopt_module_key_flags(trained)  # so that --help lists them
     flags.DEFINE_string("workdir", None, "Directory of a run, or LABEL=DIR.")
     flags.DEFINE_multi_string("compare", [], "More runs or files of weights, [LABEL=]PATH, one after another.")
     flags.DEFINE_string(
@@ -269,7 +271,7 @@ if __name__ == "__main__":
         chosen = chosen_by_flags(given, [*given.compare, *extra])
         split = measure.split_of(chosen[0], given.split)
         settings = Settings(estimator, given.num, given.batch, given.noises, given.labels, split, given.seed)
-        times = sources.numbers("times", list(map(str, option["times"])), float)
+        times = trained.numbers("times", list(map(str, option["times"])), float)
         first = chosen[0]
         default = first.workdir / "analysis" if first.workdir else Path(f"{first.label}_analysis").absolute()
         folder = Path(given.out).expanduser() if given.out else default

@@ -30,18 +30,20 @@ import numpy as np
 from absl import flags
 
 from diversedit_jax import config as configs
-from diversedit_jax import extractors as networks
-from diversedit_jax import feature_parts, protocols, registry, reports, sampling, scoring, sharding, sources
-from diversedit_jax.data import sample_files
+from diversedit_jax import registry, sharding
 from diversedit_jax.errors import CheckpointError, ConfigError
-from diversedit_jax.extractors import Extractor
-from diversedit_jax.references import Reference, open_reference
+from diversedit_jax.evaluation import extractors as networks
+from diversedit_jax.evaluation import feature_cache, image_files, presets, scoring, tables
+from diversedit_jax.evaluation.extractors import Extractor
+from diversedit_jax.evaluation.reference_statistics import Reference, open_reference
+from diversedit_jax.runs import trained
+from diversedit_jax.runs.trained import Source
 from diversedit_jax.runtime import cli
 from diversedit_jax.runtime.files import replacing
 from diversedit_jax.runtime.pictures import save_png
 from diversedit_jax.runtime.progress import Ticker
 from diversedit_jax.runtime.versions import versions
-from diversedit_jax.sources import Source
+from diversedit_jax.sampling import sampler as sampling
 
 SCORES, SAMPLES = "scores.json", "samples.npz"
 NUM = 50_000
@@ -75,7 +77,7 @@ class Judges(NamedTuple):
 
 def of_file(path: str | Path, num: int | None) -> Images:
     """The first `num` images of a file or folder; by default all."""
-    found = sample_files.open_samples(path)
+    found = image_files.open_samples(path)
     count = found.count if num is None else num
     if count > found.count:
         raise ConfigError(f"--num={num}: {path} has {found.count} images")
@@ -149,7 +151,7 @@ def evaluate(
             )
         return done
     started, parts = time.monotonic(), folder / "parts"
-    rows = [] if images.labels is None else reports.grid_rows(images.labels)
+    rows = [] if images.labels is None else tables.grid_rows(images.labels)
     numbers = {number for row in rows for number in row} or set(range(min(100, images.num)))
     firsts = list(range(0, images.num, images.batch))
     whole = sharding.agreed(_begun(parts, plan, firsts, keep_samples))
@@ -160,23 +162,23 @@ def evaluate(
             found = extract(batch)
             if jax.process_index() == 0:
                 shown = {n: batch[n - first] for n in numbers if first <= n < first + count}
-                feature_parts.write(parts, first, found, batch if keep_samples else batch[:0], shown)
+                feature_cache.write(parts, first, found, batch if keep_samples else batch[:0], shown)
             ticker.update(count)
     sharding.wait_for_all("features are written")
     if jax.process_index() != 0:
         return {}
     scores: dict[str, float] = {}
     for one in judges.extractors:
-        scores |= scoring.scores(one.name, feature_parts.features(parts, firsts, one.name), statistics[one.name])
+        scores |= scoring.scores(one.name, feature_cache.features(parts, firsts, one.name), statistics[one.name])
     record = {"scores": scores, "plan": plan, "versions": versions()}
     record |= {"seconds": round(time.monotonic() - started, 1), "resumed": bool(whole)}
-    shown = feature_parts.shown(parts, firsts)
+    shown = feature_cache.shown(parts, firsts)
     rows = rows or [sorted(numbers)[i : i + 10] for i in range(0, len(numbers) // 10 * 10, 10)]
     try:
         if rows:
-            save_png(folder / "grid.png", reports.class_grid(shown, rows))
+            save_png(folder / "grid.png", tables.class_grid(shown, rows))
         if keep_samples:
-            feature_parts.join_images(parts, firsts, images.num, images.labels, folder / SAMPLES)
+            feature_cache.join_images(parts, firsts, images.num, images.labels, folder / SAMPLES)
         with replacing(folder / SCORES) as partial, open(partial, "w", encoding="utf-8") as file:
             file.write(json.dumps(record, indent=2) + "\n")
             file.flush()
@@ -185,7 +187,7 @@ def evaluate(
         raise CheckpointError(
             f"{folder} cannot be written: {error.strerror}; the same command goes on later"
         ) from error
-    feature_parts.remove(parts, firsts)
+    feature_cache.remove(parts, firsts)
     return scores
 
 
@@ -198,7 +200,7 @@ def finished(folder: Path, plan: Mapping[str, Any]) -> dict[str, float] | None:
         before, scores = record["plan"], record["scores"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder / SCORES} is damaged ({error}): remove it") from error
-    if found := feature_parts.difference(before, json.loads(json.dumps(plan))):
+    if found := feature_cache.difference(before, json.loads(json.dumps(plan))):
         key, was, now = found
         raise ConfigError(f"{folder} holds the scores of {key} = {was!r}, given {now!r}: choose another --out")
     return scores
@@ -208,9 +210,9 @@ def _begun(parts: Path, plan: Mapping[str, Any], firsts: list[int], keep_samples
     """The parts that are there already, on the first process; elsewhere nothing is looked at."""
     if jax.process_index() != 0:
         return []
-    if not feature_parts.claim(parts, plan | {"keep_samples": keep_samples}):
+    if not feature_cache.claim(parts, plan | {"keep_samples": keep_samples}):
         return []
-    whole = [first for first in firsts if feature_parts.read(parts, first) is not None]
+    whole = [first for first in firsts if feature_cache.read(parts, first) is not None]
     if whole:
         print(f"going on: {len(whole)} of {len(firsts)} parts are there")
     return whole
@@ -281,38 +283,38 @@ def run(
     images_at: Callable[[Mapping[str, Any]], Images],
     folder: Path,
     keep_samples: bool = False,
-) -> list[reports.Row]:
+) -> list[tables.Row]:
     """Evaluate every point of a sweep, [{}] for none, each in a folder of its own; returns what was found."""
     opened = [images_at(point) for point in points]
     for images in opened:
         check(images, judges)
     extract = scoring.extraction(judges.extractors, sharding.make(), opened[0].batch)
     statistics = scoring.references_for(judges.extractors, judges.references, extract, opened[0].batch)
-    rows: list[reports.Row] = []
+    rows: list[tables.Row] = []
     for point, images in zip(points, opened, strict=True):
-        place = folder / reports.label(point) if point else folder
+        place = folder / tables.label(point) if point else folder
         if jax.process_index() == 0:
-            print(f"{images.name}{', ' + reports.label(point) if point else ''}", flush=True)
+            print(f"{images.name}{', ' + tables.label(point) if point else ''}", flush=True)
         rows.append((point, evaluate(images, judges, extract, statistics, place, keep_samples)))
         if jax.process_index() == 0 and len(points) > 1:
-            reports.write_csv(folder / "sweep.csv", rows)
+            tables.write_csv(folder / "sweep.csv", rows)
     if jax.process_index() == 0:
-        print(reports.table(rows))
+        print(tables.table(rows))
         if len(points) > 1:
             for suffix in (".png", ".svg"):
-                reports.plot_sweep(folder / f"sweep{suffix}", rows, opened[0].name)
+                tables.plot_sweep(folder / f"sweep{suffix}", rows, opened[0].name)
         print(f"written to {folder}")
     return rows
 
 
 if __name__ == "__main__":
-    sources.define_flags()
-    flags.adopt_module_key_flags(sources)  # so that --help lists them
+    trained.define_flags()
+    flags.adopt_module_key_flags(trained)  # so that --help lists them
     flags.DEFINE_string("samples", None, "Images to score instead: an .npz with `arr_0`, uint8 [n h w 3], or a folder.")
     flags.DEFINE_multi_string("reference", [], "What to compare with, see above; may be given several times.")
     flags.DEFINE_multi_string("extractor", [], "NAME=FILE or NAME=FILE,OPTION=VALUE; may be given several times.")
-    about = "; ".join(f"{name}: {protocol.about}" for name, protocol in protocols.PROTOCOLS.items())
-    flags.DEFINE_enum("preset", None, list(protocols.PROTOCOLS), f"A paper's protocol; other flags change it. {about}.")
+    about = "; ".join(f"{name}: {protocol.about}" for name, protocol in presets.PROTOCOLS.items())
+    flags.DEFINE_enum("preset", None, list(presets.PROTOCOLS), f"A paper's protocol; other flags change it. {about}.")
     flags.DEFINE_integer("num", None, f"Number of images; by default {NUM:,}, or all in a file.")
     flags.DEFINE_enum("labels", None, sampling.LABELS, "balanced: every class in turn (default); uniform: at random.")
     flags.DEFINE_integer("seed", 0, "Image i depends on the seed, on i and on its label.")
@@ -332,9 +334,9 @@ if __name__ == "__main__":
             folder = Path(given.out).expanduser() if given.out else path.with_name(f"{path.stem}_scores")
             run(judges, points, lambda point: of_file(path, given.num), folder)
             return
-        protocol = protocols.find(given.preset) if given.preset else None
+        protocol = presets.find(given.preset) if given.preset else None
         defaults = dict(protocol.sampler) | {"rounding": protocol.rounding} if protocol else {}
-        source = sources.from_flags(defaults)
+        source = trained.from_flags(defaults)
         rule = given.labels or (protocol.labels if protocol else "balanced")
         folder = (
             Path(given.out).expanduser()
@@ -347,7 +349,7 @@ if __name__ == "__main__":
 
         def images_at(point: Mapping[str, Any]) -> Images:
             changed = {name: value for name, value in point.items() if name not in GUIDANCE}
-            key = reports.label(changed)
+            key = tables.label(changed)
             if key not in samplers:
                 samplers[key] = source.make(**(source.options | changed)) if changed else source.sample
             num = NUM if given.num is None else given.num

@@ -17,13 +17,14 @@ import jax
 import numpy as np
 from absl import flags
 
-from diversedit_jax import sampling, sources
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.runs import trained
+from diversedit_jax.runs.trained import Source
 from diversedit_jax.runtime import cli
 from diversedit_jax.runtime.files import replacing
 from diversedit_jax.runtime.pictures import image_grid, save_png
 from diversedit_jax.runtime.progress import duration
-from diversedit_jax.sources import Source
+from diversedit_jax.sampling import sampler
 
 
 def run(
@@ -32,7 +33,7 @@ def run(
     """Write `num` samples, of `labels` in turn (default: every class in turn); returns the folder."""
     if num < 1:
         raise ConfigError(f"num = {num}: must be positive")
-    known = sampling.known_labels(source.num_classes)
+    known = sampler.known_labels(source.num_classes)
     chosen = known if labels is None else np.array(labels)
     if chosen.size == 0 or chosen.min() < 0 or chosen.max() > known[-1]:
         raise ConfigError(f"labels must be in 0 .. {known[-1]}, given {', '.join(map(str, chosen))}")
@@ -58,8 +59,8 @@ def run(
 
 
 if __name__ == "__main__":
-    sources.define_flags()
-    flags.adopt_module_key_flags(sources)  # so that --help lists them
+    trained.define_flags()
+    flags.adopt_module_key_flags(trained)  # so that --help lists them
     flags.DEFINE_integer("num", 64, "Number of samples.")
     flags.DEFINE_list("labels", None, "Class labels, taken in turn; by default every class in turn.")
     flags.DEFINE_integer("seed", 0, "Image i depends on the seed, on i and on its label.")
@@ -68,8 +69,8 @@ if __name__ == "__main__":
     def main() -> None:
         """Read the flags and run."""
         labels = flags.FLAGS.labels
-        labels = None if labels is None else sources.numbers("labels", labels, int)
+        labels = None if labels is None else trained.numbers("labels", labels, int)
         options = {name: flags.FLAGS[name].value for name in ("num", "seed", "out")}
-        run(sources.from_flags(), labels=labels, **options)
+        run(trained.from_flags(), labels=labels, **options)
 
     cli.launch(main, several=True)

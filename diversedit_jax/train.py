@@ -21,11 +21,12 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from diversedit_jax import config as configs
-from diversedit_jax import experiment, sampling, sharding
+from diversedit_jax import sharding
 from diversedit_jax.data import pipeline
 from diversedit_jax.errors import ConfigError, NonFiniteError
 from diversedit_jax.evaluators import Current
 from diversedit_jax.registry import suggestion
+from diversedit_jax.runs import build
 from diversedit_jax.runtime import cli, flops, processes, profiler, workdir_lock
 from diversedit_jax.runtime.cli import silence
 from diversedit_jax.runtime.files import writable_folder
@@ -33,6 +34,7 @@ from diversedit_jax.runtime.metric_writer import MetricWriter
 from diversedit_jax.runtime.pictures import image_grid, save_png
 from diversedit_jax.runtime.progress import Progress, duration
 from diversedit_jax.runtime.versions import parameter_overview, versions
+from diversedit_jax.sampling import sampler
 from diversedit_jax.training.checkpoint import Checkpoints
 from diversedit_jax.training.step import State, initializer, not_finite_ends, started_from, train_step
 
@@ -57,13 +59,13 @@ def train(config: ConfigDict, workdir: Path) -> State:
     # --- The parts of the run, and everything that can be refused, before anything compiles.
     started = time.monotonic()
     processes.agree("config", configs.flat(config.to_dict()))
-    dataset = experiment.open_data(config)
-    layout, parts, sample, rate = experiment.build(config, dataset.shape, dataset.num_classes)
-    sampling.check_guidance(config.sampler.cfg_scale, dataset.num_classes)
+    dataset = build.open_data(config)
+    layout, parts, sample, rate = build.build(config, dataset.shape, dataset.num_classes)
+    sampler.check_guidance(config.sampler.cfg_scale, dataset.num_classes)
     profiler.windows(config.profile)
     if config.max_skipped < 0:
         raise ConfigError(f"config.max_skipped = {config.max_skipped}: must not be negative")
-    evaluators = experiment.evaluators(config, parts, dataset.shape, dataset.num_classes)
+    evaluators = build.evaluators(config, parts, dataset.shape, dataset.num_classes)
     key_init, key_run = jax.random.split(jax.random.key(config.seed))
 
     checkpoints = Checkpoints(
@@ -73,7 +75,7 @@ def train(config: ConfigDict, workdir: Path) -> State:
         best=config.checkpoint.best,
         lower=config.checkpoint.lower,
     )
-    judge = experiment.best_by(config)
+    judge = build.best_by(config)
     start = processes.number_of_first(checkpoints.latest() or 0)
     faults: list[str] = []  # of records that could not be read
     loading = {"rows": sharding.rows(layout, config.batch_size), "report": faults.append}
@@ -88,16 +90,16 @@ def train(config: ConfigDict, workdir: Path) -> State:
     init = initializer(parts, batch)
     try:
         abstract = jax.eval_shape(init, key_init)
-        work = experiment.work(config, parts, dataset.shape, dataset.num_classes, abstract, batch)
+        work = build.work(config, parts, dataset.shape, dataset.num_classes, abstract, batch)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"the config cannot be traced: {error}") from error
     state_shardings = sharding.shardings(abstract, layout)
     target = sharding.placed(abstract, state_shardings)
-    given = experiment.starting_params(config, abstract["params"]) if not start else None
+    given = build.starting_params(config, abstract["params"]) if not start else None
     notes = processes.first_alone(lambda: configs.claim(workdir, config)) or []
 
     # --- The state: born sharded, or read back.
-    frozen = experiment.prepared(parts.codec, layout)
+    frozen = build.prepared(parts.codec, layout)
     if start:
         state, whole, damaged = checkpoints.restore_newest(target)
         notes += damaged
@@ -151,7 +153,7 @@ def train(config: ConfigDict, workdir: Path) -> State:
                 writer.write_scalars(step, scalars)
 
         def show_samples(step: int, path: Path) -> None:
-            labels = np.resize(sampling.known_labels(dataset.num_classes), config.samples.num)
+            labels = np.resize(sampler.known_labels(dataset.num_classes), config.samples.num)
             images = generate(labels)
             if writer is not None and images.dtype == np.uint8:
                 grid = image_grid(images)

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import digits
-from diversedit_jax import analyze, experiment, models
+from diversedit_jax import analyze, models
 from diversedit_jax import config as configs
 from diversedit_jax.analysis import connections, figures, gradients, layouts, maps, measure, page, probing, scores
 from diversedit_jax.analysis import subjects as looking
@@ -29,6 +29,7 @@ from diversedit_jax.errors import CheckpointError, ConfigError
 from diversedit_jax.evaluators import Current
 from diversedit_jax.metrics import similarity
 from diversedit_jax.metrics.linear_probe import linear_probe
+from diversedit_jax.runs import build
 from diversedit_jax.weights import dit as releases
 from diversedit_jax.weights.formats.weights_file import write_safetensors
 from tests import browser, parts, untrained
@@ -539,9 +540,9 @@ def test_the_study_trains_analyses_and_goes_on(tmp_path):
 def test_the_evaluator_of_a_run_says_the_same(workdir, subject, params, found):
     config = configs.load(workdir)
     config.evaluators.blocks = slot("evaluators", "similarity", num=2 * BATCH, batch=BATCH, time=T)
-    built = experiment.build(config, SHAPE, 10)
+    built = build.build(config, SHAPE, 10)
     before = config.to_dict()
-    run = experiment.evaluators(config, built.parts, SHAPE, 10)["blocks"]
+    run = build.evaluators(config, built.parts, SHAPE, 10)["blocks"]
     values = dict(run(Current(params, None)))
     picture = values.pop("heatmap")
     assert (picture.dtype, picture.ndim, picture.shape[-1]) == (np.uint8, 3, 3)
@@ -552,4 +553,4 @@ def test_the_evaluator_of_a_run_says_the_same(workdir, subject, params, found):
     assert config.to_dict() == before, "the run's own config has changed"
     config.evaluators.blocks.time = 2.0
     with pytest.raises(ConfigError, match=r"similarity: time = 2.0: t is in \[0, 1\]"):
-        experiment.evaluators(config, built.parts, SHAPE, 10)
+        build.evaluators(config, built.parts, SHAPE, 10)

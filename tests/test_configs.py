@@ -15,9 +15,10 @@ import tensorflow_datasets as tfds
 
 from configs import default
 from diversedit_jax import config as configs
-from diversedit_jax import experiment, sampling
 from diversedit_jax.data import pipeline
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.runs import build as experiment
+from diversedit_jax.sampling import sampler
 from diversedit_jax.training import optimizer as optim
 from diversedit_jax.training.step import initializer, train_step
 from tests.reference import DATA
@@ -122,7 +123,7 @@ def test_a_config_says_its_command_hardware_and_expected_numbers(name):
 
 def test_default_holds_every_option_at_the_signatures_default():
     config = default.get_config()
-    for held, build in [(config.optim, optim.make), (config.sampler, sampling.make)]:
+    for held, build in [(config.optim, optim.make), (config.sampler, sampler.make)]:
         given = {name: parameter.default for name, parameter in inspect.signature(build).parameters.items()}
         for name, value in held.to_dict().items():
             assert value == given[name], name

@@ -8,7 +8,7 @@ from sklearn.svm import SVC
 from diversedit_jax import evaluators
 from diversedit_jax.data import digits
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.sampling import Drawn
+from diversedit_jax.sampling.sampler import Drawn
 
 DRAWN = Drawn(digits.SHAPE, digits.NUM_CLASSES, 100, digits.SHAPE, ConfigDict())
 

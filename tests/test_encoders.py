@@ -13,13 +13,14 @@ from safetensors.numpy import load_file, save_file
 from scipy.special import erf
 
 from configs import default
-from diversedit_jax import codecs, encoders, experiment, sharding, sources, train
+from diversedit_jax import codecs, encoders, sharding, train
 from diversedit_jax import config as configs
 from diversedit_jax.codecs import with_encoders
 from diversedit_jax.encoders import clip, dinov1, dinov2, ijepa, mae, moco_v3
 from diversedit_jax.errors import ConfigError, WeightsError
 from diversedit_jax.models import bicubic, vit
 from diversedit_jax.models.vit import Architecture
+from diversedit_jax.runs import build, trained
 from diversedit_jax.training.step import initializer, train_step
 from diversedit_jax.weights import vit as published
 
@@ -457,7 +458,7 @@ def config_with(tmp_path, **options):
 
 def test_weights_are_no_constants_of_the_step(tmp_path):
     config = config_with(tmp_path, width=192)
-    _, parts, _, _ = experiment.build(config, (8, 8, 1), 4)
+    _, parts, _, _ = build.build(config, (8, 8, 1), 4)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(parts.codec.init()))
     batch = {"x": jnp.zeros((8, 8, 8, 1)), "y": jnp.zeros(8, jnp.int32)}
     key = jax.random.key(0)
@@ -473,8 +474,8 @@ def test_weights_are_no_constants_of_the_step(tmp_path):
 def test_frozen_weights_live_where_the_mesh_says(tmp_path):
     config = config_with(tmp_path, width=64)
     config.mesh.fsdp = 4
-    layout, parts, _, _ = experiment.build(config, (8, 8, 1), 4)
-    frozen, host = experiment.prepared(parts.codec, layout), parts.codec.init()
+    layout, parts, _, _ = build.build(config, (8, 8, 1), 4)
+    frozen, host = build.prepared(parts.codec, layout), parts.codec.init()
     kernel = frozen["encoders"]["toy"]["blocks"]["fc1"]["kernel"]
     assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, None, "fsdp"), "a stack is split along its layers"
     assert kernel.addressable_shards[0].data.shape == (2, 64, 64)
@@ -491,14 +492,14 @@ def test_a_run_trains_with_an_encoder_and_samples_without_it(tmp_path):
     assert all(np.isfinite(line["loss/aligned"]) for line in lines if "loss/aligned" in line)
     assert any("loss/aligned" in line for line in lines)
     shutil.move(config.encoders.toy.file, tmp_path / "elsewhere")
-    source = sources.of_run(tmp_path / "run")
+    source = trained.of_run(tmp_path / "run")
     assert source.frozen == {}
     with pytest.raises(WeightsError, match="toy: No such file"):
-        experiment.build(config, (8, 8, 1), 4)
+        build.build(config, (8, 8, 1), 4)
 
 
 def test_an_encoder_without_a_file_says_how_to_give_one():
     config = default.get_config()
     config.encoders.dinov2 = configs.slot("encoders", "dinov2")
     with pytest.raises(ConfigError, match=r"config.encoders.dinov2.file is not set"):
-        experiment.build(config, (32, 32, 4), 1000)
+        build.build(config, (32, 32, 4), 1000)

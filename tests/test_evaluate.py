@@ -18,11 +18,14 @@ from PIL import Image
 
 from configs import digits
 from diversedit_jax import config as configs
-from diversedit_jax import evaluate, experiment, protocols, registry, reports, sampling, scoring, sharding, sources
+from diversedit_jax import evaluate, registry, sharding
 from diversedit_jax.config import slot
 from diversedit_jax.data.digits import SHAPE
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.evaluate import Images
+from diversedit_jax.evaluation import presets, scoring, tables
+from diversedit_jax.runs import build, trained
+from diversedit_jax.sampling import sampler as sampling
 from tests import untrained
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +46,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def source(workdir):
-    return sources.of_run(workdir)
+    return trained.of_run(workdir)
 
 
 @pytest.fixture(scope="module")
@@ -233,13 +236,13 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_sampled(source, jud
         evaluate.judges_of([], [], None)
     with pytest.raises(ConfigError, match=r"--extractor=digits: digits is given twice"):
         evaluate.judges_of(["digits", "digits"], [], None)
-    with pytest.raises(ConfigError, match=r"extractors.inception: give its file"):
+    with pytest.raises(ConfigError, match=r"evaluation.extractors.inception: give its file"):
         evaluate.judges_of(["inception"], [], None)
 
 
-@pytest.mark.parametrize("name", protocols.PROTOCOLS)
+@pytest.mark.parametrize("name", presets.PROTOCOLS)
 def test_protocols_are_options_of_the_sampler(name):
-    protocol = protocols.find(name)
+    protocol = presets.find(name)
     known = registry.options(sampling.make)
     assert protocol.sampler.keys() <= known.keys()
     assert {"solver", "steps", "cfg_scale", "guidance_interval", "guidance_channels"} <= protocol.sampler.keys()
@@ -248,8 +251,8 @@ def test_protocols_are_options_of_the_sampler(name):
 
 
 def test_a_protocol_reaches_the_sampler(workdir):
-    protocol = protocols.find("repa")
-    source = sources.of_run(workdir, overrides=protocol.sampler, rounding=protocol.rounding)
+    protocol = presets.find("repa")
+    source = trained.of_run(workdir, overrides=protocol.sampler, rounding=protocol.rounding)
     images = evaluate.of_source(source, {}, source.sample, NUM, protocol.labels, 0)
     sampler = images.about["sampler"]
     assert (sampler["solver"], sampler["steps"], sampler["cfg_scale"]) == ("euler_maruyama", 250, 1.8)
@@ -257,7 +260,7 @@ def test_a_protocol_reaches_the_sampler(workdir):
     assert images.about["evaluations"] == 250
     assert images.about["decoder"]["rounding"] == "floor"
     with pytest.raises(ConfigError, match=r"unknown preset 'repo'; did you mean 'repa'"):
-        protocols.find("repo")
+        presets.find("repo")
 
 
 def test_labels_by_rule():
@@ -274,7 +277,7 @@ def test_labels_by_rule():
 
 def test_grids_show_classes_in_rows():
     labels = np.arange(3000) % 1000
-    rows = reports.grid_rows(labels)
+    rows = tables.grid_rows(labels)
     assert [len({labels[number] for number in row}) for row in rows] == [1] * 10
     assert {len(row) for row in rows} == {3}
     assert (labels[rows[0][0]], labels[rows[-1][0]]) == (0, 999)
@@ -282,13 +285,13 @@ def test_grids_show_classes_in_rows():
 
 def test_the_table_is_readable():
     scores = {"fid": 2.0567, "inception_score": 215.84, "inception_score_std": 3.2, "precision": 0.8265}
-    assert reports.table([({}, scores)]).splitlines() == [
+    assert tables.table([({}, scores)]).splitlines() == [
         "  fid              2.057",
         "  inception_score  215.84 ± 3.2",
         "  precision        0.8265",
     ]
     rows = [({"cfg_scale": scale, "guidance_interval": (0.0, 0.7)}, scores) for scale in (1.0, 1.35)]
-    assert reports.table(rows).splitlines() == [
+    assert tables.table(rows).splitlines() == [
         "  cfg_scale  guidance_interval    fid  inception_score  precision",
         "          1              0-0.7  2.057           215.84     0.8265",
         "       1.35              0-0.7  2.057           215.84     0.8265",
@@ -368,8 +371,8 @@ def test_kill_9_at_any_moment_ends_in_the_same_numbers(workdir, tmp_path):
 
 def test_the_evaluator_of_a_run_scores_as_the_program_does(workdir, source, undisturbed):
     config = configs.load(workdir)
-    parts = experiment.build(config, SHAPE, 10).parts
-    evaluator = experiment.evaluators(config, parts, SHAPE, 10)["scores"]
+    parts = build.build(config, SHAPE, 10).parts
+    evaluator = build.evaluators(config, parts, SHAPE, 10)["scores"]
 
     def sample(labels, first=0):
         return source.sample(source.params, source.frozen, labels, 0, first=first)

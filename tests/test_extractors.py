@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diversedit_jax import extractors
 from diversedit_jax.data import digits
 from diversedit_jax.encoders.dinov2 import KIND
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.extractors import digits as small
+from diversedit_jax.evaluation import extractors
+from diversedit_jax.evaluation.extractors import digits as small
 from diversedit_jax.models import inception, vit
 from diversedit_jax.weights import vit as published
 
@@ -67,7 +67,7 @@ def test_dinov2_is_its_class_token_of_images_resized_with_antialiasing():
 def test_inception_gives_what_its_model_gives(monkeypatch):
     weights = {"unit": np.ones(3, np.float32)}
     opened = SimpleNamespace(name="graph.pb", read=lambda: weights)
-    monkeypatch.setattr("diversedit_jax.extractors.inception.open_inception", lambda file: opened)
+    monkeypatch.setattr("diversedit_jax.evaluation.extractors.inception.open_inception", lambda file: opened)
     seen = []
 
     def apply(params, images):

@@ -5,9 +5,9 @@ import zipfile
 import numpy as np
 import pytest
 
-from diversedit_jax import feature_parts
 from diversedit_jax.errors import CheckpointError, ConfigError, DataError
-from diversedit_jax.extractors import Features
+from diversedit_jax.evaluation import feature_cache
+from diversedit_jax.evaluation.extractors import Features
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (10, 4, 4, 3), dtype=np.uint8)
@@ -22,19 +22,19 @@ def part(count):
 def folder(tmp_path):
     """Three parts of ten images, which are kept."""
     folder = tmp_path / "parts"
-    feature_parts.claim(folder, {"num": 10})
+    feature_cache.claim(folder, {"num": 10})
     for first in FIRSTS:
         images = IMAGES[first : first + 4]
-        feature_parts.write(folder, first, part(len(images)), images, {first: images[0]})
+        feature_cache.write(folder, first, part(len(images)), images, {first: images[0]})
     return folder
 
 
 def test_what_is_written_is_read(folder):
-    found = list(feature_parts.features(folder, FIRSTS, "toy"))
+    found = list(feature_cache.features(folder, FIRSTS, "toy"))
     assert [len(one.pool) for one in found] == [4, 4, 2]
     assert {one.spatial for one in found} == {None}
     assert found[2].logits.shape == (2, 2)
-    shown = feature_parts.shown(folder, FIRSTS)
+    shown = feature_cache.shown(folder, FIRSTS)
     assert shown.keys() == {0, 4, 8}
     np.testing.assert_array_equal(shown[4], IMAGES[4])
     assert not [path for path in folder.iterdir() if path.name.startswith(".")], "a temporary file was left"
@@ -42,42 +42,42 @@ def test_what_is_written_is_read(folder):
 
 def test_another_plan_is_refused_by_its_first_difference(tmp_path):
     plan = {"num": 10, "images": {"sampler": {"cfg_scale": 1.5, "interval": (0.0, 0.7)}}}
-    assert not feature_parts.claim(tmp_path, plan)
-    assert feature_parts.claim(tmp_path, plan), "tuples and lists are the same to JSON"
+    assert not feature_cache.claim(tmp_path, plan)
+    assert feature_cache.claim(tmp_path, plan), "tuples and lists are the same to JSON"
     other = {"num": 10, "images": {"sampler": {"cfg_scale": 2.0, "interval": (0.0, 0.7)}}}
     with pytest.raises(ConfigError, match=r"unfinished evaluation with images.sampler.cfg_scale = 1.5, given 2.0"):
-        feature_parts.claim(tmp_path, other)
+        feature_cache.claim(tmp_path, other)
     with pytest.raises(ConfigError, match=r"with seed = None, given 3"):
-        feature_parts.claim(tmp_path, plan | {"seed": 3})
+        feature_cache.claim(tmp_path, plan | {"seed": 3})
     (tmp_path / "plan.json").write_text("{")
     with pytest.raises(DataError, match=r"plan.json cannot be read"):
-        feature_parts.claim(tmp_path, plan)
+        feature_cache.claim(tmp_path, plan)
 
 
 def test_a_damaged_part_is_not_there(folder):
-    assert feature_parts.read(folder, 0) is not None
-    assert feature_parts.read(folder, 12) is None
-    path = feature_parts.place(folder, 4)
+    assert feature_cache.read(folder, 0) is not None
+    assert feature_cache.read(folder, 12) is None
+    path = feature_cache.place(folder, 4)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    assert feature_parts.read(folder, 4) is None
+    assert feature_cache.read(folder, 4) is None
     assert not path.exists()
-    flipped = bytearray(feature_parts.place(folder, 8).read_bytes())
+    flipped = bytearray(feature_cache.place(folder, 8).read_bytes())
     flipped[flipped.index(b"NUMPY") + 130] ^= 1
-    feature_parts.place(folder, 8).write_bytes(flipped)
-    assert feature_parts.read(folder, 8) is None
+    feature_cache.place(folder, 8).write_bytes(flipped)
+    assert feature_cache.read(folder, 8) is None
 
 
 def test_no_flipped_byte_is_read_as_something_else(folder):
-    wanted = feature_parts.read(folder, 8)
+    wanted = feature_cache.read(folder, 8)
     assert wanted.keys() == {"toy/pool", "toy/logits", "images", "shown/8"}
-    path = feature_parts.place(folder, 8)
+    path = feature_cache.place(folder, 8)
     whole = path.read_bytes()
     for number in range(len(whole)):
         damaged = bytearray(whole)
         damaged[number] ^= 1 << number % 8 if number % 3 else 255
         path.write_bytes(damaged)
-        found = feature_parts.read(folder, 8)  # some bytes, as of times, say nothing
+        found = feature_cache.read(folder, 8)  # some bytes, as of times, say nothing
         assert path.exists() == (found is not None)
         if found is not None:
             assert found.keys() == wanted.keys(), f"byte {number}"
@@ -86,11 +86,11 @@ def test_no_flipped_byte_is_read_as_something_else(folder):
 
 
 def test_a_part_without_one_of_its_arrays_is_damaged(folder):
-    path = feature_parts.place(folder, 4)
+    path = feature_cache.place(folder, 4)
     with np.load(path) as file:
         rest = {name: file[name] for name in file.files if name != "toy/logits"}
     np.savez(path, **rest)
-    assert feature_parts.read(folder, 4) is None
+    assert feature_cache.read(folder, 4) is None
     assert not path.exists()
 
 
@@ -100,25 +100,25 @@ def test_a_part_that_cannot_be_written_is_an_error_in_one_line(folder, monkeypat
 
     monkeypatch.setattr(np, "savez", full)
     with pytest.raises(CheckpointError, match=r"00000004.npz cannot be written: No space left on device"):
-        feature_parts.write(folder, 4, part(4), IMAGES[:0], {})
-    assert feature_parts.read(folder, 4) is not None, "what was there stays"
+        feature_cache.write(folder, 4, part(4), IMAGES[:0], {})
+    assert feature_cache.read(folder, 4) is not None, "what was there stays"
 
 
 def test_images_are_joined_and_cut(folder, tmp_path):
     labels = np.arange(9)
-    feature_parts.join_images(folder, FIRSTS, 9, labels, tmp_path / "samples.npz")
+    feature_cache.join_images(folder, FIRSTS, 9, labels, tmp_path / "samples.npz")
     with np.load(tmp_path / "samples.npz", allow_pickle=False) as file:
         np.testing.assert_array_equal(file["arr_0"], IMAGES[:9])
         assert file["arr_0"].dtype == np.uint8
         np.testing.assert_array_equal(file["labels"], labels)
-    feature_parts.join_images(folder, FIRSTS, 10, None, tmp_path / "samples.npz")
+    feature_cache.join_images(folder, FIRSTS, 10, None, tmp_path / "samples.npz")
     with np.load(tmp_path / "samples.npz") as file:
         assert file.files == ["arr_0"]
 
 
 def test_joined_images_can_be_read_in_pieces(folder, tmp_path):
     """As ADM's script reads a file that is larger than memory: from the zip, past the header, some images at a time."""
-    feature_parts.join_images(folder, FIRSTS, 9, np.arange(9), tmp_path / "samples.npz")
+    feature_cache.join_images(folder, FIRSTS, 9, np.arange(9), tmp_path / "samples.npz")
     with zipfile.ZipFile(tmp_path / "samples.npz") as archive, archive.open("arr_0.npy") as member:
         assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
         assert archive.namelist()[0] == "arr_0.npy"
@@ -139,7 +139,7 @@ def test_joined_images_that_cannot_be_written_leave_what_was_there(folder, tmp_p
     out.write_bytes(b"before")
     monkeypatch.setattr(np.lib.format, "write_array", full)
     with pytest.raises(CheckpointError, match=r"samples.npz cannot be written: No space left on device"):
-        feature_parts.join_images(folder, FIRSTS, 9, np.arange(9), out)
+        feature_cache.join_images(folder, FIRSTS, 9, np.arange(9), out)
     assert out.read_bytes() == b"before"
     assert {path.name for path in tmp_path.iterdir()} == {"parts", "samples.npz"}
 
@@ -147,14 +147,14 @@ def test_joined_images_that_cannot_be_written_leave_what_was_there(folder, tmp_p
 def test_what_a_killed_process_left_is_removed(folder):
     (folder / ".00000004.npz.4711").write_bytes(b"torn")
     (folder / ".plan.json.4711").write_bytes(b"{")
-    feature_parts.remove(folder, FIRSTS)
+    feature_cache.remove(folder, FIRSTS)
     assert not folder.exists()
 
 
 def test_nothing_but_its_own_files_is_removed(folder):
     (folder / "notes.txt").write_text("mine")
-    feature_parts.remove(folder, FIRSTS)
+    feature_cache.remove(folder, FIRSTS)
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
     (folder / "notes.txt").unlink()
-    feature_parts.remove(folder, FIRSTS)
+    feature_cache.remove(folder, FIRSTS)
     assert not folder.exists()

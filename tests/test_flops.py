@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from configs import diversedit_b2
-from diversedit_jax import experiment, models
+from diversedit_jax import models
 from diversedit_jax.models.dit import SIZES
+from diversedit_jax.runs import build
 from diversedit_jax.runtime import flops
 from diversedit_jax.training.step import initializer
 
@@ -78,12 +79,12 @@ def test_a_step_counts_what_the_method_needs(remat, again):
     config.batch_size = 8
     config.losses = {}
     config.model.update({"remat": remat, "dtype": "float32"})
-    _, parts, _, _ = experiment.build(config, (32, 32, 4), 1000)
+    _, parts, _, _ = build.build(config, (32, 32, 4), 1000)
     batch = {"moments": jnp.zeros((8, 32, 32, 8)), "y": jnp.zeros(8, jnp.int32)}
     state = jax.eval_shape(initializer(parts, batch), jax.random.key(0))
-    work = experiment.work(config, parts, (32, 32, 4), 1000, state, batch)
+    work = build.work(config, parts, (32, 32, 4), 1000, state, batch)
     assert work / 8 == pytest.approx(6e9 * forward("B", 32, skip="release"), rel=1e-3)
-    performed = experiment.work(config, parts, (32, 32, 4), 1000, state, batch, again=True)
+    performed = build.work(config, parts, (32, 32, 4), 1000, state, batch, again=True)
     assert performed / work == pytest.approx(again, abs=0.01)
 
 

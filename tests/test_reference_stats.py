@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diversedit_jax import references, scoring
 from diversedit_jax.data import image_collections
 from diversedit_jax.errors import ConfigError, DataError
-from diversedit_jax.extractors import Extractor, Features
+from diversedit_jax.evaluation import reference_statistics, scoring
+from diversedit_jax.evaluation.extractors import Extractor, Features
 from tools import reference_stats
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +63,7 @@ def test_statistics_are_of_all_images_and_features_of_some(folder, crops, tmp_pa
         np.testing.assert_allclose(file["sigma_s"], np.cov(pool[:, :5], rowvar=False), rtol=1e-5, atol=1e-9)
         np.testing.assert_allclose(file["features"], pool[::3], rtol=1e-6)
         np.testing.assert_array_equal(file["arr_0"], crops[[0, 5, 10, 15]])
-    opened = references.open_reference(out)
+    opened = reference_statistics.open_reference(out)
     assert opened.by_network["inception"].digest == "ab"
     assert opened.about["made"]["size"] == [SIZE, SIZE]
 
@@ -75,7 +75,7 @@ def test_other_networks_stand_below_their_names(folder, tmp_path):
             *("mu", "sigma", "mu_s", "sigma_s", "about"),
             *(f"toy/{name}" for name in ("mu", "sigma", "mu_s", "sigma_s")),
         }
-    assert references.open_reference(out).by_network.keys() == {"inception", "toy"}
+    assert reference_statistics.open_reference(out).by_network.keys() == {"inception", "toy"}
 
 
 def test_a_part_of_a_collection_is_evenly_spread(folder, crops, tmp_path):
@@ -114,7 +114,7 @@ def test_as_a_program(folder, tmp_path):
     code, said = run(folder, out, f"--extractor={tiny}", "--size=32", "--batch_size=8")
     assert code == 0, said
     assert "21 images of" in said
-    assert references.open_reference(out).by_network["dinov2"].features.shape == (21, 48)
+    assert reference_statistics.open_reference(out).by_network["dinov2"].features.shape == (21, 48)
     assert run(folder, tmp_path / "ref.txt", f"--extractor={tiny}") == (
         78,
         f"error: OUT must end in .npz, given {tmp_path / 'ref.txt'}\n",
@@ -127,7 +127,7 @@ def test_an_npz_that_is_not_square_keeps_its_shape(tmp_path):
     np.savez(tmp_path / "images.npz", images)
     np.save(tmp_path / "images.npy", images)
     for name in ("images.npz", "images.npy"):
-        opened = references.open_reference(made(tmp_path / name, tmp_path / "ref.npz"))
+        opened = reference_statistics.open_reference(made(tmp_path / name, tmp_path / "ref.npz"))
         assert opened.about["made"]["size"] == [4, 6]
         scoring.check_reference([network()], [opened], (4, 6, 3))
         with pytest.raises(ConfigError, match="samples have 4 x 4 pixels, the reference is of 4 x 6 pixels"):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from diversedit_jax.errors import ConfigError, DataError
-from diversedit_jax.references import open_reference
+from diversedit_jax.evaluation.reference_statistics import open_reference
 from tools import reference_stats
 
 D, S = 5, 3

@@ -9,13 +9,15 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import digits
-from diversedit_jax import codecs, models, objectives, sample, sampling, sharding, sources, train
+from diversedit_jax import codecs, models, objectives, sample, sharding, train
 from diversedit_jax.config import slot
 from diversedit_jax.diffusion import image_and_token, paths, solvers
 from diversedit_jax.diffusion.guidance import guide
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import Model
 from diversedit_jax.objectives import reg
+from diversedit_jax.runs import trained as sources
+from diversedit_jax.sampling import sampler as sampling
 from diversedit_jax.training.step import initializer, train_step
 from diversedit_jax.weights import dit as releases
 from diversedit_jax.weights.formats.weights_file import write_safetensors

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diversedit_jax.data.sample_files import open_samples
 from diversedit_jax.errors import ConfigError, DataError
+from diversedit_jax.evaluation.image_files import open_samples
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 4, 6, 3), dtype=np.uint8)
 

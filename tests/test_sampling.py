@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from configs import default
-from diversedit_jax import codecs, experiment, models, sampling, sharding
+from diversedit_jax import codecs, models, sharding
 from diversedit_jax import config as configs
 from diversedit_jax.data import pipeline
 from diversedit_jax.errors import ConfigError, NonFiniteError
 from diversedit_jax.models import Model
+from diversedit_jax.runs import build
+from diversedit_jax.sampling import sampler as sampling
 from diversedit_jax.training.step import initializer, train_step
 
 SHAPE, CLASSES = (8, 8, 2), 3
@@ -171,11 +173,11 @@ def tiny(objective, **options):
 @pytest.mark.slow
 def test_a_run_of_dits_formulation_trains_and_samples():
     config = tiny("ddpm")
-    dataset = experiment.open_data(config)
+    dataset = build.open_data(config)
     with pytest.raises(ConfigError, match="does not sample what objective ddpm trained"):
-        experiment.build(config, dataset.shape, dataset.num_classes)
+        build.build(config, dataset.shape, dataset.num_classes)
     config.sampler.solver = "ddpm"
-    _, parts, _, _ = experiment.build(config, dataset.shape, dataset.num_classes)
+    _, parts, _, _ = build.build(config, dataset.shape, dataset.num_classes)
     loader = pipeline.batches(dataset, config.batch_size, seed=0, num_threads=0)
     batch = jax.tree.map(jnp.asarray, next(loader))
     loader.close()
@@ -183,7 +185,7 @@ def test_a_run_of_dits_formulation_trains_and_samples():
     with pytest.raises(ConfigError, match=r"set model\.out_channels"):
         jax.eval_shape(initializer(parts, batch), key)
     config.model.out_channels = 2 * dataset.shape[-1]
-    _, parts, sample, _ = experiment.build(config, dataset.shape, dataset.num_classes)
+    _, parts, sample, _ = build.build(config, dataset.shape, dataset.num_classes)
     frozen = parts.codec.init()
     state, metrics = jax.jit(lambda s: train_step(parts, s, frozen, batch, key))(initializer(parts, batch)(key))
     assert {"mse", "vb"} <= metrics.keys()
@@ -197,8 +199,8 @@ def test_a_run_of_meanflow_trains_and_samples():
     config.data = configs.slot("data", "digits")
     config.model.update({"skip": "release", "second_time": True})
     config.sampler.update({"solver": "mean_flow", "steps": 1})
-    dataset = experiment.open_data(config)
-    _, parts, sample, _ = experiment.build(config, dataset.shape, dataset.num_classes)
+    dataset = build.open_data(config)
+    _, parts, sample, _ = build.build(config, dataset.shape, dataset.num_classes)
     loader = pipeline.batches(dataset, config.batch_size, seed=0, num_threads=0)
     frozen, key = parts.codec.init(), jax.random.key(0)
     batch = jax.tree.map(jnp.asarray, next(loader))
@@ -228,7 +230,7 @@ def test_objective_and_model_agree_about_the_times(objective, second_time, messa
     config.model.second_time = second_time
     config.sampler.solver = "euler"
     with pytest.raises(ConfigError, match=message):
-        experiment.build(config, (8, 8, 3), 4)
+        build.build(config, (8, 8, 3), 4)
 
 
 def test_the_sampler_takes_path_and_prediction_from_the_objective():
@@ -259,7 +261,7 @@ def test_the_next_batch_is_dispatched_before_one_is_fetched(monkeypatch):
     model = models.make("dit", SHAPE, CLASSES, depth=2, width=16, heads=2)
     layout = sharding.make(data=2, fsdp=2, tensor=2)
     sample = sampling.make(model, PIXELS, SHAPE, CLASSES, sampling.Flow(), layout, steps=3, batch_size=8)
-    where = sharding.shardings(experiment.abstract_params(model, layout), layout)
+    where = sharding.shardings(build.abstract_params(model, layout), layout)
     params, labels = jax.jit(model.init, out_shardings=where)(jax.random.key(0)), np.arange(29) % CLASSES
     alone = [sample(params, {}, labels[k : k + 8], 5, first=100 + k) for k in range(0, 29, 8)]
 
@@ -294,7 +296,7 @@ def test_the_program_is_lowered_for_abstract_arrays():
     layout = sharding.make(data=2, devices=jax.devices()[:2])
     options = {"solver": "euler", "steps": 2, "batch_size": 5}
     sample = sampling.make(model, PIXELS, SHAPE, CLASSES, sampling.Flow(), layout, **options)
-    params = experiment.abstract_params(model, layout)
+    params = build.abstract_params(model, layout)
     lowered = sample.lower(params, {})
     images, finite = lowered.out_info
     assert (images.shape, images.dtype) == ((6, *SHAPE), np.float32)  # 5, filled up for the devices of the layout

@@ -6,16 +6,17 @@ import jax
 import numpy as np
 import pytest
 
-from diversedit_jax import extractors, scoring, sharding
-from diversedit_jax.data import digits, sample_files
+from diversedit_jax import sharding
+from diversedit_jax.data import digits
 from diversedit_jax.errors import ConfigError, DataError, NonFiniteError
-from diversedit_jax.extractors import Extractor, Features
-from diversedit_jax.extractors.digits import as_bytes
+from diversedit_jax.evaluation import extractors, image_files, scoring
+from diversedit_jax.evaluation.extractors import Extractor, Features
+from diversedit_jax.evaluation.extractors.digits import as_bytes
+from diversedit_jax.evaluation.reference_statistics import Reference, Statistics, open_reference
 from diversedit_jax.metrics.frechet import frechet_distance, moments
 from diversedit_jax.metrics.inception_score import inception_score, probabilities
 from diversedit_jax.metrics.kernel_distance import kernel_distance
 from diversedit_jax.metrics.precision_recall import precision_recall
-from diversedit_jax.references import Reference, Statistics, open_reference
 
 ADM = np.load(Path(__file__).parent / "data" / "adm_metrics.npz")
 
@@ -42,7 +43,7 @@ def linear(name="inception", side=4, digest="ab", reference=None):
 
 
 def file_of(images):
-    return sample_files.of_array(Path("reference.npz"), images)
+    return image_files.of_array(Path("reference.npz"), images)
 
 
 def random_images(count, seed=0, side=4):
@@ -148,7 +149,7 @@ def test_references_of_something_else_are_refused():
     refused([narrow], "the reference has 3 spatial features, inception has 4")
     large = good._replace(images=file_of(random_images(3, side=8)))
     refused([large], "samples have 4 x 4 pixels and 1 channels, the reference's images 8 x 8 pixels and 1 channels")
-    many = sample_files.SampleFiles(1_281_167, (4, 4, 1), None, None)
+    many = image_files.SampleFiles(1_281_167, (4, 4, 1), None, None)
     refused([Reference({}, many, {})], "has 1281167 images, more than 100000: make statistics of them once")
     refused([good._replace(about={"made": {"size": [8, 8]}})], "samples have 4 x 4 pixels, the reference is of 8 x 8")
 
@@ -282,7 +283,7 @@ def test_from_files_to_scores_it_is_the_evaluator_of_adm(tmp_path, monkeypatch):
     np.savez(tmp_path / "VIRTUAL.npz", images[:m], mu=mu, sigma=sigma)
     np.savez(tmp_path / "samples.npz", images[m:])
     reference = open_reference(tmp_path / "VIRTUAL.npz")
-    samples = sample_files.open_samples(tmp_path / "samples.npz")
+    samples = image_files.open_samples(tmp_path / "samples.npz")
     scoring.check_reference([one], [reference], samples.shape)
     extract = scoring.extraction([one], sharding.make(), 100)
     statistics = scoring.references_for([one], [reference], extract, 100)["inception"]

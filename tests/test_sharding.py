@@ -13,8 +13,9 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from configs import diversedit_xl2
-from diversedit_jax import experiment, sharding
+from diversedit_jax import sharding
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.runs import build
 from diversedit_jax.training.checkpoint import Checkpoints
 from diversedit_jax.training.checksums import checksum
 from diversedit_jax.training.step import initializer
@@ -165,7 +166,7 @@ def xl_under_fsdp(**changes):
     config = diversedit_xl2.get_config()
     config.mesh.update({"data": 1, "fsdp": 8})
     config.model.update(changes)
-    layout, parts, _, _ = experiment.build(config, (32, 32, 4), 1000)
+    layout, parts, _, _ = build.build(config, (32, 32, 4), 1000)
     stored = {"moments": jnp.zeros((8, 32, 32, 8), jnp.float16), "y": jnp.zeros(8, jnp.int32)}
     init = initializer(parts, stored)
     abstract = jax.eval_shape(init, KEY)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from configs import default
-from diversedit_jax import experiment
 from diversedit_jax.api import Codec
 from diversedit_jax.config import slot
 from diversedit_jax.diffusion import solvers
@@ -17,6 +16,7 @@ from diversedit_jax.diffusion.guidance import guide
 from diversedit_jax.diffusion.paths import PATHS
 from diversedit_jax.errors import ConfigError, RunError
 from diversedit_jax.objectives.flow_matching import regress
+from diversedit_jax.runs import build
 from diversedit_jax.training.step import initializer, train_step
 from diversedit_jax.weights import dit as releases
 from tools import torch_twin
@@ -61,7 +61,7 @@ def given(network, batch, key):
 
 def start(config):
     """The parts of a run without draws of its own, and its state."""
-    parts = experiment.build(config, SHAPE, CLASSES, devices=jax.devices()[:1]).parts
+    parts = build.build(config, SHAPE, CLASSES, devices=jax.devices()[:1]).parts
     parts = parts._replace(objective=given, codec=Codec(dict, lambda frozen, batch, key: batch, None))
     shapes = jax.eval_shape(initializer(parts, jax.device_put(draws())), KEY)
     params = random_like(shapes["params"])

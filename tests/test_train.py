@@ -21,11 +21,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import default, digits
-from diversedit_jax import sample, sources, train
+from diversedit_jax import sample, train
 from diversedit_jax.config import slot
 from diversedit_jax.data import Dataset
 from diversedit_jax.data import digits as digits_data
 from diversedit_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from diversedit_jax.runs import trained
 from diversedit_jax.runtime import cli, workdir_lock
 from diversedit_jax.training.checkpoint import Checkpoints
 from diversedit_jax.weights import dit as releases
@@ -209,14 +210,14 @@ def test_data_of_any_number_of_classes_train_and_are_sampled(num_classes, tmp_pa
     config.data = slot("data", "synthetic", shape=(8, 8, 1), num_classes=num_classes, size=64)
     state = train.run(config, tmp_path)
     assert state["params"]["label_embed"]["embedding"].shape == (num_classes + 1, 16)
-    source = sources.of_run(tmp_path)
+    source = trained.of_run(tmp_path)
     with np.load(sample.run(source, num=4) / "samples.npz") as found:
         np.testing.assert_array_equal(found["labels"], [0, 0, 0, 0] if num_classes == 0 else [0, 1, 2, 0])
     with pytest.raises(ConfigError, match=rf"labels must be in 0 .. {max(num_classes - 1, 0)}, given 3"):
         sample.run(source, labels=[3])
     if num_classes == 0:
         with pytest.raises(ConfigError, match=r"cfg_scale = 2.0: the data have no classes to guide to; it must be 1"):
-            sample.run(sources.of_run(tmp_path, overrides={"cfg_scale": 2.0}))
+            sample.run(trained.of_run(tmp_path, overrides={"cfg_scale": 2.0}))
         config.sampler.cfg_scale = 1.5
         with pytest.raises(ConfigError, match=r"cfg_scale = 1.5: the data have no classes"):
             train.run(config, tmp_path / "guided")
@@ -498,19 +499,19 @@ def test_data_that_do_not_fit_are_refused_before_anything_compiles(tmp_path, wri
 def test_samples_of_a_run(straight, tmp_path):
     _, workdir, _ = straight
     guided = {"cfg_scale": 1.8, "guidance_interval": (0.0, 0.7)}
-    folder = sample.run(sources.of_run(workdir, overrides=guided), num=12, out=tmp_path / "a")
+    folder = sample.run(trained.of_run(workdir, overrides=guided), num=12, out=tmp_path / "a")
     with np.load(folder / "samples.npz") as file:
         images, labels = file["arr_0"], file["labels"]
     assert images.shape == (12, 8, 8, 1)
     assert images.dtype == np.uint8
     assert labels.tolist() == [*range(10), 0, 1]
     assert (folder / "grid.png").exists()
-    again = sample.run(sources.of_run(workdir, overrides=guided | {"batch_size": 8}), num=12, out=tmp_path / "b")
+    again = sample.run(trained.of_run(workdir, overrides=guided | {"batch_size": 8}), num=12, out=tmp_path / "b")
     with np.load(again / "samples.npz") as file:
         difference = np.abs(file["arr_0"].astype(int) - images.astype(int)).max()
     assert difference <= 1, "samples depend on the batch size"  # 1: rounding at the boundary of two grey levels
     seven = sample.run(
-        sources.of_run(workdir, 4, overrides={"solver": "euler_maruyama", "steps": 3}),
+        trained.of_run(workdir, 4, overrides={"solver": "euler_maruyama", "steps": 3}),
         num=3,
         labels=[7],
         out=tmp_path / "c",
@@ -518,17 +519,17 @@ def test_samples_of_a_run(straight, tmp_path):
     with np.load(seven / "samples.npz") as file:
         assert file["labels"].tolist() == [7, 7, 7]
     weak = sample.run(
-        sources.of_run(workdir, weak_step=4, overrides={"cfg_scale": 2.0, "solver": "dopri5", "steps": 100}),
+        trained.of_run(workdir, weak_step=4, overrides={"cfg_scale": 2.0, "solver": "dopri5", "steps": 100}),
         num=2,
         out=tmp_path / "d",
     )
     assert (weak / "grid.png").exists()
     with pytest.raises(ConfigError, match=r"labels must be in 0 .. 9, given 10"):
-        sample.run(sources.of_run(workdir), labels=[10])
+        sample.run(trained.of_run(workdir), labels=[10])
     with pytest.raises(CheckpointError, match="no step 3"):
-        sources.of_run(workdir, 3)
+        trained.of_run(workdir, 3)
     with pytest.raises(ConfigError, match="holds no run"):
-        sources.of_run(tmp_path)
+        trained.of_run(tmp_path)
 
 
 def test_a_run_goes_out_as_a_release(straight, tmp_path):

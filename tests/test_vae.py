@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from diversedit_jax import codecs, sample, sharding, sources
+from diversedit_jax import codecs, sample, sharding
 from diversedit_jax.errors import ConfigError, WeightsError
 from diversedit_jax.models import PRECISIONS, vae
 from diversedit_jax.models.vae import Architecture
+from diversedit_jax.runs import trained
 from diversedit_jax.weights import mapping
 from diversedit_jax.weights import vae as published
 from tests.jaxprs import products
@@ -232,7 +233,7 @@ def test_a_release_is_sampled_into_pictures(tmp_path):
     published.export(params(), TINY, tmp_path / "vae")
     file = DATA / "sit_plain.safetensors"
     options = {"solver": "euler", "steps": 2}
-    source = sources.of_release(file, "sit", 4, overrides=options, vae=str(tmp_path / "vae"))
+    source = trained.of_release(file, "sit", 4, overrides=options, vae=str(tmp_path / "vae"))
     out = sample.run(source, num=8, out=tmp_path / "samples")
     with np.load(out / "samples.npz") as found:
         assert (found["arr_0"].shape, found["arr_0"].dtype) == ((8, 16, 16, 3), np.uint8)

@@ -10,8 +10,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diversedit_jax import config as configs
-from diversedit_jax import experiment
 from diversedit_jax.data.digits import NUM_CLASSES, SHAPE
+from diversedit_jax.runs import build
 from diversedit_jax.training.checkpoint import Checkpoints
 
 
@@ -24,7 +24,7 @@ def randomly(shapes: Any, seed: int, scale: float) -> Any:
 def leave(workdir: Path, config: ConfigDict, steps: Mapping[int, Iterable[str]], scale: float) -> None:
     """A run of digits in `workdir`. steps: for each checkpoint the copies of parameters in it, such as `ema`."""
     configs.claim(workdir, config)
-    model = experiment.build(config, SHAPE, NUM_CLASSES).parts.model
+    model = build.build(config, SHAPE, NUM_CLASSES).parts.model
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         for step, entries in steps.items():

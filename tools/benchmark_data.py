@@ -17,9 +17,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diversedit_jax import config as configs
-from diversedit_jax import data, experiment
+from diversedit_jax import data
 from diversedit_jax.data import pipeline
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.runs import build
 from tools import latent_shards, photographs, random_run, timing, tpu
 from tools.timing import spread_of
 
@@ -103,7 +104,7 @@ def main(given: Any) -> tuple[dict[str, Any], str]:
         datasets = {"latents": write_latents(Path(home) / "latents")}
         datasets["crops"] = write_photographs(Path(home) / "photographs")
         if given.config.data.get("data_dir"):
-            datasets["config.data"] = experiment.open_data(given.config)
+            datasets["config.data"] = build.open_data(given.config)
             forms["config.data"] = "config.data", configs.keywords(given.config.input, "config.input", pipeline.batches)
         for _ in range(given.rounds):
             for name, (kind, options) in forms.items():

@@ -13,9 +13,10 @@ import jax
 import numpy as np
 import scipy.linalg
 
-from diversedit_jax import extractors, scoring, sharding
+from diversedit_jax import sharding
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.extractors import Extractor, Features
+from diversedit_jax.evaluation import extractors, scoring
+from diversedit_jax.evaluation.extractors import Extractor, Features
 from diversedit_jax.metrics.frechet import frechet_distance
 from diversedit_jax.metrics.precision_recall import precision_recall
 from diversedit_jax.models import inception

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from diversedit_jax import sampling
+from diversedit_jax.sampling import sampler
 from tools import random_run, timing, variants
 from tools.timing import spread_of
 
@@ -30,7 +30,7 @@ def subject(run: random_run.Run) -> timing.Subject:
 
 def labels_of(run: random_run.Run) -> np.ndarray:
     """The labels of a batch."""
-    return sampling.labels_by("balanced", run.config.sampler.batch_size, run.num_classes, 0)
+    return sampler.labels_by("balanced", run.config.sampler.batch_size, run.num_classes, 0)
 
 
 def torch_subject(run: random_run.Run, stack: contextlib.ExitStack) -> tuple[str, timing.Subject]:

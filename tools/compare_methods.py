@@ -25,12 +25,13 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from configs import digits as digits_config
-from diversedit_jax import experiment, sharding
+from diversedit_jax import sharding
 from diversedit_jax.config import slot
 from diversedit_jax.data import digits, pipeline
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.metrics.similarity import cka, off_diagonal_mean
 from diversedit_jax.registry import suggestion
+from diversedit_jax.runs import build
 from diversedit_jax.runtime import cli
 from diversedit_jax.runtime.cli import silence
 from diversedit_jax.runtime.versions import versions
@@ -130,7 +131,7 @@ class Method(NamedTuple):
     """A row, compiled once for all seeds."""
 
     config: ConfigDict
-    built: experiment.Experiment
+    built: build.Experiment
     frozen: Any
     init: Callable
     step: Callable
@@ -145,17 +146,17 @@ def prepare(changes: tuple[Callable[[ConfigDict], None], ...]) -> Method:
     config.total_steps, config.batch_size = STEPS.value, BATCH.value
     for change in changes:
         change(config)
-    built = experiment.build(config, digits.SHAPE, digits.NUM_CLASSES)
+    built = build.build(config, digits.SHAPE, digits.NUM_CLASSES)
     batch = next(batches(config, 0))
     init = jax.jit(initializer(built.parts, batch), compiler_options=ONCE)
     step = jax.jit(partial(train_step, built.parts), donate_argnums=0)
-    judge = experiment.evaluators(config, built.parts, digits.SHAPE, digits.NUM_CLASSES)["digits"]
-    return Method(config, built, experiment.prepared(built.parts.codec, built.layout), init, step, judge)
+    judge = build.evaluators(config, built.parts, digits.SHAPE, digits.NUM_CLASSES)["digits"]
+    return Method(config, built, build.prepared(built.parts.codec, built.layout), init, step, judge)
 
 
 def batches(config: ConfigDict, seed: int):
     """The training batches of a seed, on the device."""
-    dataset = experiment.open_data(config)
+    dataset = build.open_data(config)
     over_batch = sharding.over_batch(sharding.make())
     for batch in pipeline.batches(dataset, config.batch_size, seed=seed, num_threads=0):
         yield jax.device_put(batch, over_batch)
@@ -170,7 +171,7 @@ def velocity_error(metrics: dict[str, jax.Array]) -> float:
 
 def similarity(method: Method, params: Any) -> float:
     """The mean linear CKA of two different blocks: tokens of 64 held-out digits at t = 1/4, 1/2 and 3/4."""
-    test = experiment.open_data(method.config, "test")
+    test = build.open_data(method.config, "test")
     examples = [test.source[i] for i in range(64)]
     batch = {key: jnp.stack([example[key] for example in examples]) for key in examples[0]}
     key = jax.random.key(0)

@@ -15,9 +15,9 @@ import jax
 from absl import flags
 
 from diversedit_jax import config as configs
-from diversedit_jax import experiment
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models.dit import SIZES
+from diversedit_jax.runs import build
 from diversedit_jax.runtime import cli
 from diversedit_jax.runtime.versions import parameter_overview
 from diversedit_jax.training.checkpoint import Checkpoints
@@ -53,8 +53,8 @@ def of_run(workdir: Path) -> tuple[releases.Release, dict[str, int]]:
         raise ConfigError(f"no release has skips of the form {options.skip!r} with skip_init = {options.skip_init!r}")
     checkpoints = Checkpoints(workdir / "checkpoints")
     meta = checkpoints.meta()
-    layout, parts, _, _ = experiment.build(config, tuple(meta["shape"]), meta["num_classes"])
-    params, _ = checkpoints.restore_part(experiment.abstract_params(parts.model, layout), "ema")
+    layout, parts, _, _ = build.build(config, tuple(meta["shape"]), meta["num_classes"])
+    params, _ = checkpoints.restore_part(build.abstract_params(parts.model, layout), "ema")
     side, _, channels = meta["shape"]
     arch = releases.Architecture(
         depth=options.depth or size.depth,

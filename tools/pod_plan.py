@@ -35,8 +35,9 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict, config_flags
 
 from diversedit_jax import config as configs
-from diversedit_jax import experiment, sharding
+from diversedit_jax import sharding
 from diversedit_jax.errors import ConfigError, RunError
+from diversedit_jax.runs import build
 from diversedit_jax.runtime import cli, flops
 from diversedit_jax.runtime.versions import versions
 from diversedit_jax.training import checksums
@@ -127,7 +128,7 @@ def compiled(plan: Plan, programs: Sequence[str], say: Callable[[str], None]) ->
     shape, num_classes = stand_ins.shapes(config)
     with tempfile.TemporaryDirectory() as folder:
         stand_ins.take_their_places(config, Path(folder), say)
-        layout, parts, sample, _ = experiment.build(config, shape, num_classes, devices=devices)
+        layout, parts, sample, _ = build.build(config, shape, num_classes, devices=devices)
         frozen = jax.eval_shape(parts.codec.init)
     parts = parts._replace(codec=parts.codec._replace(init=lambda: frozen))
     frozen = sharding.placed(frozen, sharding.shardings(frozen, layout))
@@ -141,7 +142,7 @@ def compiled(plan: Plan, programs: Sequence[str], say: Callable[[str], None]) ->
     abstract = jax.eval_shape(init, key)
     where = sharding.shardings(abstract, layout)
     state = sharding.placed(abstract, where)
-    count = partial(experiment.work, config, parts, shape, num_classes, abstract, batch)
+    count = partial(build.work, config, parts, shape, num_classes, abstract, batch)
     found = {
         "device_kind": devices[0].device_kind,
         "mesh": {axis: size for axis, size in layout.mesh.shape.items() if size > 1},

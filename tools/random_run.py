@@ -18,8 +18,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diversedit_jax import config as configs
-from diversedit_jax import experiment, sharding
+from diversedit_jax import sharding
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.runs import build as experiment
 from diversedit_jax.training.step import State, initializer
 from tools import stand_ins, torch_twin
 from tools.timing import say

@@ -25,10 +25,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
-from diversedit_jax import __version__, extractors, references, scoring, sharding
-from diversedit_jax.data import image_collections, local_path, sample_files
+from diversedit_jax import __version__, sharding
+from diversedit_jax.data import image_collections, local_path
 from diversedit_jax.errors import ConfigError, DataError
-from diversedit_jax.extractors import Extractor
+from diversedit_jax.evaluation import extractors, image_files, reference_statistics, scoring
+from diversedit_jax.evaluation.extractors import Extractor
 from diversedit_jax.runtime import cli
 from diversedit_jax.runtime.files import replacing
 from diversedit_jax.runtime.progress import Ticker
@@ -48,7 +49,7 @@ def collection(path: str | Path, size: int, num: int | None, kind: str | None, s
     """The images at `path`, cropped; of them `num`, evenly spread over the order."""
     path = local_path("images", path)
     if path.suffix in (".npz", ".npy"):
-        found = sample_files.open_samples(path)
+        found = image_files.open_samples(path)
         numbers = chosen(found.count, num)
         stream = (found.read(int(number), 1)[0] for number in numbers)
         about = {"name": path.name, "crop": None, "size": list(found.shape[:2])}
@@ -111,13 +112,13 @@ def compute(
             arrays |= {f"{prefix}mu_s": total.spatial.mean, f"{prefix}sigma_s": total.spatial.covariance}
         if kept:
             arrays[f"{prefix}features"] = np.concatenate(single[name])
-    return arrays | ({sample_files.ARRAY: np.stack(whole)} if whole else {})
+    return arrays | ({image_files.ARRAY: np.stack(whole)} if whole else {})
 
 
 def write(out: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
     """The file, whole or not at all."""
     with replacing(out) as partial, open(partial, "wb") as file:
-        np.savez(file, **arrays, **{references.ABOUT: np.array(json.dumps(about))})
+        np.savez(file, **arrays, **{reference_statistics.ABOUT: np.array(json.dumps(about))})
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from diversedit_jax import experiment, registry
+from diversedit_jax import registry
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import vit
+from diversedit_jax.runs import build
 from diversedit_jax.weights.formats.weights_file import write_safetensors
 from diversedit_jax.weights.vit import LAYOUTS, export
 
@@ -29,7 +30,7 @@ def shapes(config: ConfigDict) -> tuple[tuple[int, int, int], int]:
     """The shape of a sample and the number of classes; where data cannot be made here those of ImageNet's latents."""
     options = registry.options(registry.factory("data", config.data.name)).values()
     if all(option.default is not option.empty for option in options):
-        dataset = experiment.open_data(config)
+        dataset = build.open_data(config)
         return dataset.shape, dataset.num_classes
     return tuple(config.data.get("shape") or (32, 32, 4)), config.data.get("num_classes") or 1000
 

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from diversedit_jax import codecs, experiment, losses, models, objectives, sharding, sources
+from diversedit_jax import codecs, losses, models, objectives, sharding
 from diversedit_jax import config as configs
 from diversedit_jax.api import Params
 from diversedit_jax.config import slot
 from diversedit_jax.data import Dataset
 from diversedit_jax.errors import ConfigError, RunError
+from diversedit_jax.runs import build, trained
 from diversedit_jax.training import optimizer as optim
 from diversedit_jax.training.checkpoint import Checkpoints
 from diversedit_jax.training.step import Parts, initializer
@@ -98,7 +99,7 @@ def of_run(
         notes.append(f"its encoders are left out ({error}), and with them the losses that read them")
         subject = of_config(without_encoders(config), shape, classes)
     parts = subject.parts
-    target = experiment.abstract_params(parts.model, subject.layout)
+    target = build.abstract_params(parts.model, subject.layout)
 
     def load(step: int) -> Params:
         return checkpoints.restore_part(target, WEIGHTS[weights], step)[0]
@@ -124,14 +125,14 @@ def of_run(
 
 def of_config(config: ConfigDict, shape: tuple[int, int, int], num_classes: int) -> Subject:
     """What a config describes, for samples of `shape`; it has no checkpoints."""
-    config = experiment.elsewhere(config)
+    config = build.elsewhere(config)
     for name, value in (("label_drop", 0.0), ("groups", 1)):
         if name in config.objective:
             config.objective[name] = value
     for loss in config.losses.values():
         if loss.name == "diversity":  # its gradient is asked for also where the adaptive weight is 0
             loss.update({"weight": "constant", "coefficient": 1.0, "warmup_steps": 0})
-    built = experiment.build(config, shape, num_classes)
+    built = build.build(config, shape, num_classes)
     parts = built.parts if built.parts.losses else built.parts._replace(losses=_supposed())
 
     def none(step: int) -> Params:
@@ -143,12 +144,12 @@ def of_config(config: ConfigDict, shape: tuple[int, int, int], num_classes: int)
         none,
         none,
         parts,
-        experiment.prepared(parts.codec, built.layout),
+        build.prepared(parts.codec, built.layout),
         built.layout,
         shape,
         num_classes,
         _times(config.objective.to_dict()),
-        partial(experiment.open_data, config),
+        partial(build.open_data, config),
         None,
         {"kind": "run", "model": config.model.to_dict(), "losses": config.losses.to_dict()},
         (),
@@ -184,11 +185,11 @@ def of_release(
         raise ConfigError(
             f"{file.name} comes without data: say what to show it with --data=NAME=DIR, such as --data=latents=DIR"
         )
-    release, shape = sources.opened_release(file, family, heads, weights, side)
+    release, shape = trained.opened_release(file, family, heads, weights, side)
     arch, layout = release.arch, sharding.make()
     if arch.token_width is not None:
         raise ConfigError(f"{file.name}: REG takes class tokens of an encoder: analyse a run of it, with --workdir")
-    name = sources.release_model(release)
+    name = trained.release_model(release)
     model = models.make(name, shape, arch.num_classes, **releases.model_options(arch), capture=capture)
     if release.family in ("official_dit", "diffusers_dit"):
         objective = slot("objectives", "ddpm", label_drop=0.0)
@@ -204,10 +205,10 @@ def of_release(
     del release  # its parameters are read again when they are looked at
 
     def load(step: int) -> Params:
-        return sources.placed(sources.opened_release(file, family, heads, weights, side)[0].params, layout)
+        return trained.placed(trained.opened_release(file, family, heads, weights, side)[0].params, layout)
 
     def opened(split: str) -> Dataset:
-        dataset = experiment.open_data(config, split)
+        dataset = build.open_data(config, split)
         if dataset.shape != shape:
             raise ConfigError(f"--data={config.data.name}: its shape is {dataset.shape}, the network takes {shape}")
         return dataset
@@ -220,7 +221,7 @@ def of_release(
         load,
         lambda step: {label: {} for label in parts.losses},
         parts,
-        experiment.prepared(ready, layout),
+        build.prepared(ready, layout),
         layout,
         shape,
         arch.num_classes,

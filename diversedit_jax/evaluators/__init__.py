@@ -11,7 +11,7 @@ import numpy as np
 
 from diversedit_jax import registry
 from diversedit_jax.api import Params
-from diversedit_jax.sampling import Drawn
+from diversedit_jax.sampling.sampler import Drawn
 
 
 class Current(NamedTuple):

@@ -9,7 +9,7 @@ from sklearn.svm import SVC
 from diversedit_jax.data import digits
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.metrics.frechet import frechet_distance, moments
-from diversedit_jax.sampling import Drawn
+from diversedit_jax.sampling.sampler import Drawn
 
 # int32 labels [n] -> uint8 images [n 8 8 1]
 Sample = Callable[[np.ndarray], np.ndarray]

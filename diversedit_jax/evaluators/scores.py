@@ -5,11 +5,13 @@ from functools import cache
 
 import numpy as np
 
-from diversedit_jax import extractors, sampling, scoring, sharding
+from diversedit_jax import sharding
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.extractors import Features
-from diversedit_jax.references import Statistics, open_reference
-from diversedit_jax.sampling import Drawn
+from diversedit_jax.evaluation import extractors, scoring
+from diversedit_jax.evaluation.extractors import Features
+from diversedit_jax.evaluation.reference_statistics import Statistics, open_reference
+from diversedit_jax.sampling import sampler
+from diversedit_jax.sampling.sampler import Drawn
 
 
 def make(
@@ -35,7 +37,7 @@ def make(
     references = [] if reference is None else [open_reference(reference)]
     scoring.check_count(num, scoring.features_of([one], drawn.shape), few)
     scoring.check_reference([one], references, drawn.shape)
-    y = sampling.labels_by(labels, -(-num // drawn.batch) * drawn.batch, drawn.num_classes, seed=0)
+    y = sampler.labels_by(labels, -(-num // drawn.batch) * drawn.batch, drawn.num_classes, seed=0)
 
     @cache  # compiled at the first run, once
     def judge() -> tuple[scoring.Extract, Statistics]:

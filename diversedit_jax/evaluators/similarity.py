@@ -12,7 +12,7 @@ from diversedit_jax.analysis.measure import Estimator, Settings
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.evaluators import Current
 from diversedit_jax.metrics import similarity
-from diversedit_jax.sampling import Drawn
+from diversedit_jax.sampling.sampler import Drawn
 
 
 def make(

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diversedit_jax.data import local_path, sample_files
-from diversedit_jax.data.sample_files import SampleFiles
+from diversedit_jax.data import local_path
 from diversedit_jax.errors import DataError, WeightsError
+from diversedit_jax.evaluation import image_files
+from diversedit_jax.evaluation.image_files import SampleFiles
 from diversedit_jax.weights.formats import numpy_pickle
 from diversedit_jax.weights.formats.weights_file import file_digest
 
@@ -56,7 +57,7 @@ def open_reference(path: str | Path) -> Reference:
     if not path.exists():
         raise DataError(f"reference: {path} does not exist")
     if path.is_dir() or path.suffix not in (".npz", ".pkl", ".pickle"):
-        images = sample_files.open_samples(path)
+        images = image_files.open_samples(path)
         about = {"name": path.name, "format": "images", "count": images.count, "sha256": images.digest()}
         return Reference({}, images, about)
     about = {"name": path.name, "sha256": file_digest(path)}
@@ -66,16 +67,16 @@ def open_reference(path: str | Path) -> Reference:
 
 
 def _npz(path: Path, about: dict[str, Any]) -> Reference:
-    sample_files.check_zip(path)
+    image_files.check_zip(path)
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             names = set(file.files)
-            small = {name: file[name] for name in file.files if name != sample_files.ARRAY}
-    except sample_files.DAMAGED as error:
+            small = {name: file[name] for name in file.files if name != image_files.ARRAY}
+    except image_files.DAMAGED as error:
         raise DataError(f"reference: {path} cannot be read: {error}".partition("\n")[0]) from error
     images = None
-    if sample_files.ARRAY in names:
-        images = sample_files.of_array(path, sample_files.stored_array(path, sample_files.ARRAY))
+    if image_files.ARRAY in names:
+        images = image_files.of_array(path, image_files.stored_array(path, image_files.ARRAY))
     if ABOUT in small:
         made, digests = _made(path, small[ABOUT])
         about |= {"format": "diversedit_jax", "made": made}

@@ -5,7 +5,7 @@ from functools import cache
 from jaxtyping import Array
 
 from diversedit_jax.api import Params
-from diversedit_jax.extractors import Extractor, Features, digest
+from diversedit_jax.evaluation.extractors import Extractor, Features, digest
 from diversedit_jax.models import inception
 from diversedit_jax.weights.inception import open_inception
 

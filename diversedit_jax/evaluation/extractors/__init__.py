@@ -61,8 +61,8 @@ def make(name: str, **options) -> Extractor:
 
     Raises ConfigError for an option that is not known, or one without a default that is not given.
     """
-    known = registry.options(registry.factory("extractors", name))
+    known = registry.options(registry.factory("evaluation.extractors", name))
     for key, parameter in known.items():
         if parameter.default is parameter.empty and key not in options:
             raise ConfigError(f"extractors.{name}: give its {key}")
-    return registry.make("extractors", name, **options)
+    return registry.make("evaluation.extractors", name, **options)

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from diversedit_jax.errors import CheckpointError, ConfigError, DataError
-from diversedit_jax.extractors import Features
+from diversedit_jax.evaluation.extractors import Features
+from diversedit_jax.evaluation.scoring import Found
 from diversedit_jax.runtime.files import replacing
-from diversedit_jax.scoring import Found
 
 PLAN = "plan.json"
 NAMES = "names"  # of the other arrays of a part: a damaged index of an .npz may leave one out

@@ -12,13 +12,14 @@ import optax
 from ml_collections import ConfigDict
 
 from diversedit_jax import config as configs
-from diversedit_jax import sampling, sharding
+from diversedit_jax import sharding
 from diversedit_jax.api import Codec, Params
 from diversedit_jax.codecs import with_encoders
 from diversedit_jax.data import Dataset
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import Model
 from diversedit_jax.runtime import flops
+from diversedit_jax.sampling import sampler as sampling
 from diversedit_jax.training import optimizer as optim
 from diversedit_jax.training.step import Parts, train_step
 from diversedit_jax.weights import dit as releases

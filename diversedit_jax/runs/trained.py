@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict
 
-from diversedit_jax import codecs, experiment, models, registry, sampling, sharding
+from diversedit_jax import codecs, models, registry, sharding
 from diversedit_jax import config as configs
 from diversedit_jax.api import Params
 from diversedit_jax.codecs import pixels
 from diversedit_jax.diffusion import solvers
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.runs import build as experiment
+from diversedit_jax.sampling import sampler
 from diversedit_jax.training.checkpoint import Checkpoints
 from diversedit_jax.training.checksums import by_path, checksums
 from diversedit_jax.weights import dit as releases
@@ -40,9 +42,9 @@ class Source(NamedTuple):
     name:    for people. folder: where samples go if nobody says. about: what this is, for a record of scores.
     """
 
-    make: Callable[..., sampling.Sample]
+    make: Callable[..., sampler.Sample]
     options: dict[str, Any]
-    sample: sampling.Sample
+    sample: sampler.Sample
     params: Params
     weak: Params | None
     frozen: Any
@@ -85,7 +87,7 @@ def of_run(
     params, _ = checkpoints.restore_part(target, "ema", step)
     weak = None if weak_step is None else checkpoints.restore_part(target, "ema", weak_step)[0]
     frozen = experiment.prepared(parts.codec, layout)
-    options = configs.keywords(config.sampler, "config.sampler", sampling.make)
+    options = configs.keywords(config.sampler, "config.sampler", sampler.make)
     about = {
         "kind": "run",
         "step": step,
@@ -120,22 +122,22 @@ def of_release(
     arch, family, name = release.arch, release.family, release_model(release)
     chosen = releases.model_options(arch)
     model = models.make(name, shape, arch.num_classes, **chosen)
-    options = _defaults(sampling.make) | dict(overrides or {})
+    options = _defaults(sampler.make) | dict(overrides or {})
     if family in ("official_dit", "diffusers_dit"):
-        trained, options = sampling.Diffusion(), options | {"solver": (overrides or {}).get("solver", "ddpm")}
+        trained, options = sampler.Diffusion(), options | {"solver": (overrides or {}).get("solver", "ddpm")}
     elif arch.second_time:
-        trained = sampling.AverageVelocity()
+        trained = sampler.AverageVelocity()
         if (overrides or {}).get("solver", "mean_flow") == "mean_flow":
             options |= {"solver": "mean_flow", "steps": (overrides or {}).get("steps", 1)}
     else:
-        trained = sampling.Flow()
+        trained = sampler.Flow()
     layout = sharding.make()
     params = placed(release.params, layout)
     decoding = {"vae": vae, "rounding": rounding or pixels.ROUNDING}
     latents = codecs.make("vae", **decoding)
 
-    def make(**options: Any) -> sampling.Sample:
-        return sampling.make(model, latents, shape, arch.num_classes, trained, layout, **options)
+    def make(**options: Any) -> sampler.Sample:
+        return sampler.make(model, latents, shape, arch.num_classes, trained, layout, **options)
 
     sample = make(**options)
     folder = file.with_name(f"samples_{file.stem}")
@@ -217,7 +219,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("step", None, "Step of the checkpoint; by default the last.")
     flags.DEFINE_integer("weak_step", None, "Guide by the checkpoint of this earlier step, with cfg_scale.")
-    flags.DEFINE_string("solver", None, f"One of {', '.join(sampling.SOLVERS)}.")
+    flags.DEFINE_string("solver", None, f"One of {', '.join(sampler.SOLVERS)}.")
     flags.DEFINE_integer("steps", None, "Steps of the solver.")
     flags.DEFINE_float("cfg_scale", None, "Scale of classifier-free guidance; 1: none.")
     flags.DEFINE_float("token_cfg_scale", None, "That of REG's class token; by default cfg_scale, <= 0: not guided.")

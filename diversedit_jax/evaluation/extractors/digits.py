@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, UInt8
 from diversedit_jax.api import Params
 from diversedit_jax.data import digits
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.extractors import Extractor, Features
+from diversedit_jax.evaluation.extractors import Extractor, Features
 
 WIDTHS = (16, 24)
 SPATIAL = 4  # channels of the last map whose places count: 4 x 4 x 4 = 64 features

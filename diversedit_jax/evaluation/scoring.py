@@ -15,14 +15,14 @@ import numpy as np
 
 from diversedit_jax import sharding
 from diversedit_jax.api import Params
-from diversedit_jax.data.sample_files import SampleFiles
 from diversedit_jax.errors import ConfigError, DataError, NonFiniteError
-from diversedit_jax.extractors import Extractor, Features
+from diversedit_jax.evaluation.extractors import Extractor, Features
+from diversedit_jax.evaluation.image_files import SampleFiles
+from diversedit_jax.evaluation.reference_statistics import Reference, Statistics
 from diversedit_jax.metrics.frechet import Moments, frechet_distance, merged, moments
 from diversedit_jax.metrics.inception_score import inception_score, probabilities
 from diversedit_jax.metrics.kernel_distance import kernel_distance
 from diversedit_jax.metrics.precision_recall import precision_recall
-from diversedit_jax.references import Reference, Statistics
 
 SPLIT, NEAREST, SUBSETS, SUBSET_SIZE = 5_000, 3, 100, 1_000
 MOST_IMAGES = 100_000  # of a reference, all of whose features are held at once

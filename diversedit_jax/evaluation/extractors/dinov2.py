@@ -11,7 +11,7 @@ from diversedit_jax.api import Params
 from diversedit_jax.encoders import IMAGENET_MEAN, IMAGENET_STD, normalise
 from diversedit_jax.encoders.dinov2 import KIND
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.extractors import Extractor, Features, digest
+from diversedit_jax.evaluation.extractors import Extractor, Features, digest
 from diversedit_jax.models import bicubic, vit
 from diversedit_jax.weights.vit import open_encoder
 

@@ -1,0 +1,1 @@
+"""Evaluation: samples against real images, scores, tables."""
