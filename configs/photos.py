@@ -1,7 +1,7 @@
 """DiverseDiT on latents of photographs: the whole chain from images on disk to samples, on any CPU, without a download.
 
-    python -m tools.photographs runs/photos                    # or images of your own, a folder for each class
-    python -m tools.photo_vae runs/photos runs/photo_vae       # or an autoencoder of Stable Diffusion's kind
+    python -m tools.studies.photographs runs/photos                    # or images of your own, a folder for each class
+    python -m tools.studies.photo_vae runs/photos runs/photo_vae       # or an autoencoder of Stable Diffusion's kind
     python -m tools.prepare_latents runs/photos runs/latents --vae=runs/photo_vae --size=32
     python -m diversedit_jax.train --config=configs/photos.py --workdir=runs/photo_model
 

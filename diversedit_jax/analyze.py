@@ -21,11 +21,12 @@ from absl import flags
 
 from diversedit_jax import config as configs
 from diversedit_jax import registry
-from diversedit_jax.analysis import figures, layouts, measure, page, scores, subjects
+from diversedit_jax.analysis import heatmaps, html_page, known_scores, measure, paper_figures
+from diversedit_jax.analysis import subject as subjects
 from diversedit_jax.analysis.drawing import by_label
 from diversedit_jax.analysis.measure import Estimator, Settings
 from diversedit_jax.analysis.study import PARTS, Study, study
-from diversedit_jax.analysis.subjects import Subject
+from diversedit_jax.analysis.subject import Subject
 from diversedit_jax.errors import CheckpointError, ConfigError
 from diversedit_jax.evaluation import tables
 from diversedit_jax.metrics import similarity
@@ -72,9 +73,17 @@ def steps_of(subject: Subject, at: Sequence[str]) -> list[int]:
 
 def summary(studies: Sequence[Study]) -> list[list[str]]:
     """A row for each setting: its last checkpoint in numbers, means over seeds ± standard deviations."""
-    name = scores.column([one.looks[-1].scores for one in studies], scores.DISTANCES)
+    name = known_scores.column([one.looks[-1].scores for one in studies], known_scores.DISTANCES)
     rows = [
-        ["", "step", "mean CKA", "neighbours", "effective rank", "best probe", scores.title(name) if name else "FID"]
+        [
+            "",
+            "step",
+            "mean CKA",
+            "neighbours",
+            "effective rank",
+            "best probe",
+            known_scores.title(name) if name else "FID",
+        ]
     ]
     for label, group in by_label(studies).items():
         looks = [one.looks[-1] for one in group]
@@ -136,13 +145,13 @@ def run(
     studies = [study(subject, own, settings, t, times, parts, say) for subject, own in zip(chosen, steps, strict=True)]
     if not main_process:
         return studies
-    draw = figures.draw_all if layout is None else layouts.LAYOUTS[layout]
+    draw = heatmaps.draw_all if layout is None else paper_figures.LAYOUTS[layout]
     drawn = draw(folder, studies, settings.estimator.name())
     table = summary(studies)
     notes = list(dict.fromkeys(f"{one.label}: {note}" for one in studies for note in one.notes))
     said = described(settings, t, studies)
     title = f"Representations of {', '.join(by_label(studies))}"
-    page.write(folder / "report.html", title, table, drawn, notes, said)
+    html_page.write(folder / "report.html", title, table, drawn, notes, said)
     write_record(folder / "analysis.json", settings, t, times, studies)
     print(tables.aligned(table, left=1))
     for note in notes:

@@ -16,12 +16,22 @@ from PIL import Image
 from configs import digits
 from diversedit_jax import analyze, models
 from diversedit_jax import config as configs
-from diversedit_jax.analysis import connections, figures, gradients, layouts, maps, measure, page, probing, scores
-from diversedit_jax.analysis import subjects as looking
-from diversedit_jax.analysis.connections import Connections
-from diversedit_jax.analysis.gradients import Pull
-from diversedit_jax.analysis.maps import Maps
+from diversedit_jax.analysis import (
+    gradient_conflict,
+    heatmaps,
+    html_page,
+    known_scores,
+    linear_probes,
+    measure,
+    paper_figures,
+    pca_maps,
+    skip_connections,
+)
+from diversedit_jax.analysis import subject as looking
+from diversedit_jax.analysis.gradient_conflict import Pull
 from diversedit_jax.analysis.measure import Estimator, Settings
+from diversedit_jax.analysis.pca_maps import Maps
+from diversedit_jax.analysis.skip_connections import Connections
 from diversedit_jax.analysis.study import PARTS, Close, Look, Study
 from diversedit_jax.config import slot
 from diversedit_jax.data.digits import SHAPE
@@ -197,7 +207,7 @@ def test_the_network_cannot_tell_the_probe_the_label(ready, params, shown):
     """At t = 1 the image is noise: only the label that the network is given could be read."""
     labels = params["label_embed"]["embedding"]
     told = params | {"label_embed": {"embedding": labels.at[:10].multiply(100)}}
-    assert (probing.accuracies(ready, told, shown, shown, 1.0) < 1).all()
+    assert (linear_probes.accuracies(ready, told, shown, shown, 1.0) < 1).all()
     rows, y = (
         measure.measure(ready, told, shown, 1.0).rows["pooled"],
         np.asarray(jnp.concatenate([b["y"] for b in shown])),
@@ -209,7 +219,7 @@ def test_the_network_cannot_tell_the_probe_the_label(ready, params, shown):
 
 
 def test_a_loss_that_is_the_objective_pulls_where_it_pulls(subject, params, shown):
-    found = gradients.pulls(subject, params, {label: {} for label in subject.parts.losses}, shown, step=10)
+    found = gradient_conflict.pulls(subject, params, {label: {} for label in subject.parts.losses}, shown, step=10)
     assert found.keys() == {"diversity", "same", "against"}
     for label, cosine in (("same", 1), ("against", -1)):
         np.testing.assert_allclose(found[label].cosine, cosine, rtol=1e-4)
@@ -222,14 +232,14 @@ def test_a_loss_that_is_the_objective_pulls_where_it_pulls(subject, params, show
 def test_a_loss_pulls_as_it_weighs_at_the_step_of_the_checkpoint(subject, params, shown):
     losses = {"now": parts.since(at=10), "later": parts.since(at=11)}
     changed = subject._replace(parts=subject.parts._replace(losses=losses))
-    found = gradients.pulls(changed, params, {"now": {}, "later": {}}, shown[:1], step=10)
+    found = gradient_conflict.pulls(changed, params, {"now": {}, "later": {}}, shown[:1], step=10)
     np.testing.assert_allclose(found["now"].cosine, 1, rtol=1e-4)
     assert np.isnan(found["later"].cosine).all()
     np.testing.assert_array_equal(found["later"].ratio, 0)
 
 
 def test_a_connection_is_cut_where_its_linear_reads_it(subject, params, shown):
-    found = connections.used(subject, params, shown)
+    found = skip_connections.used(subject, params, shown)
     assert found.pairs == ((2, 3), (1, 4))
     kernel = np.asarray(params["merges"]["linear"]["kernel"] * params["merges"]["norm"]["scale"][..., None])
     np.testing.assert_allclose(found.current, np.linalg.norm(kernel[:, :WIDTH].reshape(2, -1), axis=1), rtol=1e-5)
@@ -237,15 +247,15 @@ def test_a_connection_is_cut_where_its_linear_reads_it(subject, params, shown):
     assert (np.abs(found.cut / found.loss - 1) > 1e-3).all()
     merges = params["merges"]
     deaf = merges | {"linear": merges["linear"] | {"kernel": merges["linear"]["kernel"].at[0, WIDTH:].set(0)}}
-    again = connections.used(subject, params | {"merges": deaf}, shown)
+    again = skip_connections.used(subject, params | {"merges": deaf}, shown)
     assert again.loss == pytest.approx(found.cut[0], rel=1e-5)
     assert again.cut[0] == pytest.approx(again.loss, rel=1e-6), "it did not listen to the skip before"
     assert again.cut[1] == pytest.approx(found.all_cut, rel=1e-5)
-    assert connections.used(subject, {name: x for name, x in params.items() if name != "merges"}, shown) is None
+    assert skip_connections.used(subject, {name: x for name, x in params.items() if name != "merges"}, shown) is None
 
 
 def test_maps_are_pictures_of_the_images_they_stand_beside(subject, params, shown):
-    found = maps.principal(subject, params, shown[0], 0.0, count=3)
+    found = pca_maps.principal(subject, params, shown[0], 0.0, count=3)
     assert (found.maps.shape, found.maps.dtype) == ((DEPTH, 3, 4, 4, 3), np.uint8)
     wanted = subject.parts.codec.decode(subject.frozen, shown[0]["x"])[:3]
     np.testing.assert_array_equal(found.images, wanted)
@@ -267,21 +277,21 @@ def test_scores_are_found_by_step(workdir, tmp_path):
         (place / "scores.json").write_text(json.dumps({"plan": plan, "scores": {"fid": fid, "precision": 0.7}}))
     (tmp_path / "evaluations" / "10" / "torn").mkdir()
     (tmp_path / "evaluations" / "10" / "torn" / "scores.json").write_text('{"plan"')
-    found = scores.found(tmp_path)
+    found = known_scores.found(tmp_path)
     assert found[5] == {"scores/fid": 30.5, "scores/inception_score": 9.0}
     assert found[10]["repa/fid"] == 8.0
     assert found[10]["repa/cfg_scale=2/fid"] == 7.0
     assert found[10]["evaluate/fid"] == 9.0
-    assert scores.found(None) == {}
-    assert scores.column([found[5], {"scores/fid": 3.0}, found[10]], ["fid"]) == "scores/fid"
-    assert scores.column([found[5]], ["recall"]) is None
-    assert [scores.title(n) for n in ("a/fid", "b/fd_dinov2", "inception_score", "x/inception_score_digits")] == [
+    assert known_scores.found(None) == {}
+    assert known_scores.column([found[5], {"scores/fid": 3.0}, found[10]], ["fid"]) == "scores/fid"
+    assert known_scores.column([found[5]], ["recall"]) is None
+    assert [known_scores.title(n) for n in ("a/fid", "b/fd_dinov2", "inception_score", "x/inception_score_digits")] == [
         "FID",
         "FD (dinov2)",
         "IS",
         "IS (digits)",
     ]
-    assert not scores.is_distance("digits/frechet_floor")
+    assert not known_scores.is_distance("digits/frechet_floor")
 
 
 # --- The report.
@@ -388,7 +398,7 @@ SEVERAL = [study_of("SiT, <a> & b", 0), study_of("SiT, <a> & b", 1), study_of("D
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     folder = tmp_path_factory.mktemp("drawn")
-    return figures.draw_all(folder, SEVERAL, "linear CKA")
+    return heatmaps.draw_all(folder, SEVERAL, "linear CKA")
 
 
 def test_several_runs_stand_side_by_side(drawn):
@@ -413,7 +423,7 @@ def test_several_runs_stand_side_by_side(drawn):
 
 
 def test_the_layouts_of_the_paper(tmp_path):
-    for layout in layouts.LAYOUTS.values():
+    for layout in paper_figures.LAYOUTS.values():
         assert layout(tmp_path, SEVERAL, "rbf CKA")
     assert {path.name for path in tmp_path.glob("*.svg")} == {"figure2.svg", "timesteps.svg", "table_a2.svg"}
     text = (tmp_path / "table_a2.md").read_text().splitlines()
@@ -428,7 +438,7 @@ def test_the_layouts_of_the_paper(tmp_path):
 @pytest.mark.skipif(browser.find() is None, reason="no Chromium: apt-get install chromium")
 def test_the_report_opens_in_a_browser(drawn, tmp_path):
     report = tmp_path / "report.html"
-    page.write(report, "A <report>", analyze.summary(SEVERAL), drawn, ["one & two"], {"time": "0.05"})
+    html_page.write(report, "A <report>", analyze.summary(SEVERAL), drawn, ["one & two"], {"time": "0.05"})
     for width in (1200, 390):
         seen = browser.look(report, width)
         assert not seen.messages
@@ -480,7 +490,7 @@ def test_presets_change_what_is_not_said(preset):
     option = analyze.applied(preset, known)
     assert (option["kernel"], option["hsic"], option["unit"], option["time"]) == ("linear", "biased", "pooled", 0.04)
     assert analyze.applied(None, known)["hsic"] == "the default hsic"
-    assert preset in layouts.LAYOUTS
+    assert preset in paper_figures.LAYOUTS
 
 
 def program(*arguments):
@@ -525,7 +535,7 @@ def test_the_program_compares_what_follows_its_flag(workdir, tmp_path):
 
 @pytest.mark.slow
 def test_the_study_trains_analyses_and_goes_on(tmp_path):
-    command = ["tools.study_blocks", f"--out={tmp_path}", "--steps=4", "--every=2", "--seeds=1", "--num=20"]
+    command = ["tools.studies.blocks", f"--out={tmp_path}", "--steps=4", "--every=2", "--seeds=1", "--num=20"]
     for _ in range(2):
         done = program(*command)
         assert done.returncode == 0, done.stderr

@@ -13,7 +13,10 @@ import pytest
 from configs import digits, diversedit_b2, repa_b2
 from diversedit_jax.config import slot
 from diversedit_jax.errors import ConfigError
-from tools import benchmark, benchmark_loss, benchmark_page, random_run, timing, tpu, variants
+from tools.benchmark import loss as benchmark_loss
+from tools.benchmark import page, random_run, timing, variants
+from tools.benchmark import run as benchmark
+from tools.pod_plan import tpu
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"depth": 2, "width": 32, "heads": 2, "dtype": "float32"}
@@ -57,7 +60,7 @@ def test_a_table_is_aligned_and_lacks_what_nobody_has():
 
 def test_the_command_is_as_one_types_it(monkeypatch):
     words = ["--config=configs/a.py", "--compare=config=configs/b.py model.depth=2", "--compare=sampler.x=(0,1)"]
-    monkeypatch.setattr(sys, "argv", ["somewhere/tools/benchmark.py", "train", *words, "--out=x.json"])
+    monkeypatch.setattr(sys, "argv", ["somewhere/tools/benchmark/__main__.py", "train", *words, "--out=x.json"])
     assert timing.command() == (
         "python -m tools.benchmark train --config=configs/a.py "
         '--compare="config=configs/b.py model.depth=2" --compare="sampler.x=(0,1)"'
@@ -146,10 +149,10 @@ def test_what_a_slice_is(name, hosts, peak):
 
 
 def test_the_page_is_that_of_the_records():
-    found = (benchmark_page.FOLDER / "README.md").read_text(encoding="utf-8")
-    assert benchmark_page.page(benchmark_page.FOLDER) == found, "run `python -m tools.benchmark_page`"
-    for section in benchmark_page.SECTIONS:
-        assert (section.draw is None) or (benchmark_page.FOLDER / f"{section.record}.png").exists()
+    found = (page.FOLDER / "README.md").read_text(encoding="utf-8")
+    assert page.page(page.FOLDER) == found, "run `python -m tools.benchmark.page`"
+    for section in page.SECTIONS:
+        assert (section.draw is None) or (page.FOLDER / f"{section.record}.png").exists()
 
 
 # --- The command.
@@ -180,8 +183,8 @@ def test_what_is_refused(kind, given, message):
 
 def started(tmp_path, kind: str, *words: str):
     out = tmp_path / "figures.json"
-    command = [sys.executable, str(ROOT / "tools" / "benchmark.py"), kind, f"--out={out}", "--rounds=1", *words]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    command = [sys.executable, "-m", "tools.benchmark", kind, f"--out={out}", "--rounds=1", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert found["kind"] == kind

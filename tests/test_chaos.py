@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tools import chaos
-from tools.processes import alive
+from tools.chaos import disturb as chaos
+from tools.chaos.processes import alive
 
 ROOT = Path(__file__).parents[1]
 

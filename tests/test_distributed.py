@@ -17,7 +17,7 @@ from diversedit_jax.errors import ConfigError
 from diversedit_jax.runtime import processes
 from diversedit_jax.training.checkpoint import Checkpoints
 from tests import untrained
-from tools.processes import Processes, alive
+from tools.chaos.processes import Processes, alive
 
 CONFIG = """
 from ml_collections import ConfigDict

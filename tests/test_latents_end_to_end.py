@@ -13,7 +13,8 @@ from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import vae
 from diversedit_jax.runs import trained
 from diversedit_jax.weights import vae as published
-from tools import photo_vae, photographs, prepare_latents
+from tools import prepare_latents
+from tools.studies import photo_vae, photographs
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from PIL import Image
 
 from diversedit_jax.data import image_collections
 from diversedit_jax.errors import ConfigError
-from tools import photographs
+from tools.studies import photographs
 
 SIZE, EACH = 16, 4
 CLASSES = sorted(photographs.PHOTOGRAPHS)

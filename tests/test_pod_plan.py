@@ -17,7 +17,9 @@ from diversedit_jax.config import slot
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.runtime import flops
 from tests.reference import DATA
-from tools import hlo, pod_plan, stand_ins, timing, tpu
+from tools.benchmark import stand_ins, timing
+from tools.pod_plan import hlo, tpu
+from tools.pod_plan import plan as pod_plan
 
 ROOT = Path(__file__).parents[1]
 

@@ -19,8 +19,8 @@ from diversedit_jax.objectives.flow_matching import regress
 from diversedit_jax.runs import build
 from diversedit_jax.training.step import initializer, train_step
 from diversedit_jax.weights import dit as releases
-from tools import torch_twin
-from tools.torch_twin import Twin, job_of
+from tools.benchmark import torch_twin
+from tools.benchmark.torch_twin import Twin, job_of
 
 SHAPE, CLASSES, BATCH = (8, 4, 3), 5, 8
 KEY = jax.random.key(0)
@@ -140,7 +140,7 @@ def test_samples_equal_ours():
 
 def test_what_a_step_draws():
     pytest.importorskip("torch")
-    from tools import torch_sit
+    from tools.benchmark import torch_sit
 
     config = config_of(diversity=False)
     config.codec = slot("codecs", "vae", scale=0.5, bias=1.0)

@@ -32,7 +32,7 @@ from diversedit_jax.training.checkpoint import Checkpoints
 from diversedit_jax.weights import dit as releases
 from tests.test_data_latents import write
 from tests.test_metric_writer import events_of
-from tools.processes import AS_USER, Processes
+from tools.chaos.processes import AS_USER, Processes
 
 ROOT = Path(__file__).parents[1]
 

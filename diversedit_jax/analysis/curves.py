@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from diversedit_jax.analysis import scores
+from diversedit_jax.analysis import known_scores
 from diversedit_jax.analysis.drawing import (
     COLOUR_MAP,
     COLOURS,
@@ -73,7 +73,7 @@ def diversity(folder: Path, studies: Sequence[Study]) -> Plate | None:
 def against_scores(folder: Path, studies: Sequence[Study]) -> Plate | None:
     """Off-diagonal similarity of checkpoints against a distance of their samples, where it is known."""
     points = [one for study in studies for one in study.looks]
-    names = [name for name in dict.fromkeys(n for one in points for n in one.scores) if scores.is_distance(name)]
+    names = [name for name in dict.fromkeys(n for one in points for n in one.scores) if known_scores.is_distance(name)]
     names = [name for name in names if sum(name in one.scores for one in points) >= 3][:3]
     if not names:
         return None
@@ -91,14 +91,14 @@ def against_scores(folder: Path, studies: Sequence[Study]) -> Plate | None:
             ):
                 own = [i for i, one in enumerate(known) if one.label == label]
                 axes.scatter([x[i] for i in own], [y[i] for i in own], color=colour, marker=marker, s=16, label=label)
-            axes.set(xlabel="mean similarity of two blocks", ylabel=scores.title(name))
+            axes.set(xlabel="mean similarity of two blocks", ylabel=known_scores.title(name))
             if min(y) > 0 and max(y) > 10 * min(y):
                 axes.set_yscale("log")
                 axes.yaxis.set_major_formatter("{x:g}")
             axes.grid(alpha=0.25, linewidth=0.5)
             if len(set(x)) > 1 and min(y) > 0:
                 r = float(np.corrcoef(x, np.log(y))[0, 1])
-                correlations.append(f"{r:.2f} ({scores.title(name)}, {len(x)} checkpoints)")
+                correlations.append(f"{r:.2f} ({known_scores.title(name)}, {len(x)} checkpoints)")
         legend(figure, figure.axes[0])
     said = f" Pearson's r with the log of the distance: {'; '.join(correlations)}." if correlations else ""
     return Plate(

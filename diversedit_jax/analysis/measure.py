@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from diversedit_jax import sharding
-from diversedit_jax.analysis.subjects import Subject
+from diversedit_jax.analysis.subject import Subject
 from diversedit_jax.api import Batch, Params
 from diversedit_jax.data import Dataset, pipeline
 from diversedit_jax.errors import ConfigError, RunError

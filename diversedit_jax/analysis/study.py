@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from diversedit_jax.analysis import connections, gradients, maps, measure, probing, scores
-from diversedit_jax.analysis.connections import Connections
-from diversedit_jax.analysis.gradients import Pull
-from diversedit_jax.analysis.maps import Maps
+from diversedit_jax.analysis import gradient_conflict, known_scores, linear_probes, measure, pca_maps, skip_connections
+from diversedit_jax.analysis.gradient_conflict import Pull
 from diversedit_jax.analysis.measure import Estimator, Measured, Settings
-from diversedit_jax.analysis.subjects import Subject
+from diversedit_jax.analysis.pca_maps import Maps
+from diversedit_jax.analysis.skip_connections import Connections
+from diversedit_jax.analysis.subject import Subject
 from diversedit_jax.errors import RunError
 from diversedit_jax.metrics import similarity
 
@@ -89,7 +89,7 @@ def study(
     dataset = subject.data(settings.split)
     shown = measure.batches(dataset, settings, subject.layout)
     used = len(shown) * len(shown[0]["y"])
-    ready, known = measure.compiled(subject, settings), scores.found(subject.workdir)
+    ready, known = measure.compiled(subject, settings), known_scores.found(subject.workdir)
     looks, last, params = [], None, None
     for step in steps:
         params = last = None  # freed before the next are read
@@ -110,17 +110,19 @@ def study(
         say(f"{subject.label}: linear probes")
         fitted = measure.batches(subject.data("train"), settings._replace(num=2 * settings.num), subject.layout)
         alike = settings.split == "train"
-        found["probe"] = probing.accuracies(ready, params, fitted, None if alike else shown, t)
+        found["probe"] = linear_probes.accuracies(ready, params, fitted, None if alike else shown, t)
     if "gradients" in parts:
         say(f"{subject.label}: gradients")
         try:
-            found["pulls"] = gradients.pulls(subject, params, subject.heads(step), shown[:FEW], step, settings.seed)
+            found["pulls"] = gradient_conflict.pulls(
+                subject, params, subject.heads(step), shown[:FEW], step, settings.seed
+            )
         except RunError as error:
             notes.append(f"gradients are left out: {error}")
     if "connections" in parts:
-        found["connections"] = connections.used(subject, params, shown[:FEW], settings.seed)
+        found["connections"] = skip_connections.used(subject, params, shown[:FEW], settings.seed)
     if "maps" in parts:
-        found["maps"] = maps.principal(subject, params, shown[0], t, seed=settings.seed)
+        found["maps"] = pca_maps.principal(subject, params, shown[0], t, seed=settings.seed)
     about = subject.about | {"steps": list(steps), "images": used, "of": len(dataset.source)}
     return Study(subject.label, looks, at_times, Close(subject.label, step, **found), about, notes)
 

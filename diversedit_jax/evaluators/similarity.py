@@ -7,7 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from diversedit_jax import config as configs
-from diversedit_jax.analysis import drawing, measure, subjects
+from diversedit_jax.analysis import drawing, measure
+from diversedit_jax.analysis import subject as subjects
 from diversedit_jax.analysis.measure import Estimator, Settings
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.evaluators import Current

@@ -1,5 +1,5 @@
 """The training step of variants of a config, in turn: objective, losses, encoders, AdamW, EMA, on data that stay on the
-device. `--vs=torch` adds the config's step in PyTorch (`tools.torch_twin`), in a process of its own.
+device. `--vs=torch` adds the config's step in PyTorch (`tools.benchmark.torch_twin`), in a process of its own.
 
 Memory is what the compiled program needs: state, batch and temporaries, as the compiler says; of PyTorch what its
 allocator held at most. MFU is as in `diversedit_jax.runtime.flops`; where a device's peak is not known, as of CPUs, `of
@@ -19,8 +19,8 @@ import jax
 from diversedit_jax import sharding
 from diversedit_jax.runtime import flops
 from diversedit_jax.training.step import train_step
-from tools import random_run, timing, variants
-from tools.timing import spread_of
+from tools.benchmark import random_run, timing, variants
+from tools.benchmark.timing import spread_of
 
 GIB = 2**30
 AT_LEAST = 0.5  # seconds that a timing takes

@@ -1,6 +1,6 @@
 """Train a small autoencoder on a folder of images, and write it as diffusers writes that of Stable Diffusion.
 
-    python -m tools.photo_vae IMAGES OUT [--steps=1500]
+    python -m tools.studies.photo_vae IMAGES OUT [--steps=1500]
 
 It stands in for the SD-VAE where nothing can be downloaded: four pixels a latent, four channels, some minutes of a CPU.
 """
@@ -78,7 +78,7 @@ if __name__ == "__main__":
     def main(arguments: list[str]) -> None:
         """Train it."""
         if len(arguments) != 2:
-            raise ConfigError("usage: python -m tools.photo_vae IMAGES OUT; --help says more")
+            raise ConfigError("usage: python -m tools.studies.photo_vae IMAGES OUT; --help says more")
         error = train(*arguments, size=flags.FLAGS.size, steps=flags.FLAGS.steps)
         print(f"{arguments[1]}: mean absolute error {127.5 * error:.1f} of 255 grey levels")
 

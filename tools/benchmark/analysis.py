@@ -1,6 +1,6 @@
 """What an analysis of a large network takes on this machine: memory and time, measured in part and computed in part.
 
-    python -m tools.benchmark_analysis [--config=configs/diversedit_xl2.py] [--out=tools/benchmarks/analysis_cpu.json]
+    python -m tools.benchmark.analysis [--config=FILE] [--out=tools/benchmark/records/analysis_cpu.json]
 
 The network of a config gets random weights and looks at random latents. Measured: the peak of memory while `--count`
 images pass, in batches of `--batch`, and the time of one batch; then, with as many random mean tokens and tokens as
@@ -19,7 +19,8 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from diversedit_jax.analysis import measure, study, subjects
+from diversedit_jax.analysis import measure, study
+from diversedit_jax.analysis import subject as subjects
 from diversedit_jax.analysis.measure import TOKENS, Estimator, Settings
 from diversedit_jax.config import slot
 from diversedit_jax.metrics import similarity
@@ -89,7 +90,7 @@ def main() -> None:
 
     kept = 2 * blocks * width * 4 * sum(counts.values()) / GB
     record = {
-        "command": f"python -m tools.benchmark_analysis --count={given.count} --num={given.num} --batch={given.batch}",
+        "command": f"python -m tools.benchmark.analysis --count={given.count} --num={given.num} --batch={given.batch}",
         "network": {
             "blocks": blocks,
             "width": width,

@@ -1,6 +1,6 @@
 """Train a small vision transformer to classify the digits, and write it as DINOv2's authors write theirs.
 
-    python -m tools.digits_encoder runs/encoder.safetensors
+    python -m tools.studies.digits_encoder runs/encoder.safetensors
 
 It stands in for DINOv2 where nothing can be downloaded: REPA and REG then have features of the digits to align to.
 """
@@ -69,5 +69,5 @@ def train(file: str | Path, steps: int = 500) -> float:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit(f"usage: python -m tools.digits_encoder FILE.safetensors\n\n{__doc__}")
+        sys.exit(f"usage: python -m tools.studies.digits_encoder FILE.safetensors\n\n{__doc__}")
     print(f"{sys.argv[1]}: recognises {train(sys.argv[1]):.1%} of the held-out digits")

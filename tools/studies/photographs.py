@@ -1,6 +1,6 @@
 """A folder of real images without a download: crops of the photographs that scikit-image and scikit-learn bundle.
 
-    python -m tools.photographs OUT [--size=32] [--num=3200]
+    python -m tools.studies.photographs OUT [--size=32] [--num=3200]
 
 OUT/NAME/0000.png, a class for each photograph: astronaut, cat, coffee, ... Crops are squares of random place and
 extent; the same options give the same files. As data they show that everything works, not how well.
@@ -86,7 +86,7 @@ if __name__ == "__main__":
     def main(arguments: list[str]) -> None:
         """Write them."""
         if len(arguments) != 1:
-            raise ConfigError("usage: python -m tools.photographs OUT; --help says more")
+            raise ConfigError("usage: python -m tools.studies.photographs OUT; --help says more")
         count = write(Path(arguments[0]).expanduser(), flags.FLAGS.size, flags.FLAGS.num)
         print(f"{count} crops of {len(PHOTOGRAPHS)} photographs in {arguments[0]}")
 

@@ -1,20 +1,4 @@
-"""Break small runs on purpose, again and again, and check that each ends as if nothing had happened, or says why not.
-
-    python -m tools.chaos --out=DIR [--kills=100] [--topologies=20] [--json=FILE]
-
-A DiverseDiT 16 wide trains on the digits and saves every few steps. An undisturbed run is what all is compared with.
-
-kills: SIGKILL or SIGTERM, often while a checkpoint is being written, with and without data workers, and a new start,
-until all are spent; runs that reach their end meanwhile are followed by new ones. After every kill no complete
-checkpoint is missing, the newest restores with the right checksums, no process is left; the next start resumes there.
-At the end arrays and logged losses equal those of the undisturbed run to the bit.
-topologies: a run that goes on some steps at a time, each time on another mesh and number of devices and processes.
-The losses equal those of an undisturbed run to 1e-4.
-damages: files that are cut off, emptied, removed or have a flipped bit, directories that are read-only, full disks.
-
-It stops at the first thing that is not as it should be, with code 1; what the run left is then in DIR. For Linux. All
-of it took 39 minutes on 2 CPU cores that had other work.
-"""
+"""Campaigns that disturb runs: kills, other topologies, damages."""
 
 import itertools
 import json
@@ -24,7 +8,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -32,33 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from absl import flags
-from ml_collections import ConfigDict
 
-from configs import digits
-from diversedit_jax.errors import ConfigError, RunError
-from diversedit_jax.runtime import cli
-from diversedit_jax.runtime.progress import duration
-from diversedit_jax.runtime.versions import versions
+from diversedit_jax.errors import RunError
 from diversedit_jax.training.checkpoint import Checkpoints, nested
-from tools.processes import AS_USER, Processes, alive
+from tools.chaos.config import STEPS
+from tools.chaos.processes import AS_USER, Processes, alive
 
-STEPS, EVERY = 120, 4  # of the run that is killed or damaged
 LEG = 3  # steps on each topology
 DEVICES = 2  # where the layout is not the question
-
-
-def get_config() -> ConfigDict:
-    """The run that is disturbed: this file is its config, too."""
-    config = digits.get_config()
-    config.update({"total_steps": STEPS, "batch_size": 16, "log_every": 1})
-    config.model.update({"depth": 2, "width": 16, "heads": 2})
-    config.optim.decay = "constant"  # so that total_steps may change
-    config.checkpoint.update({"every": EVERY, "keep": 3})
-    config.samples.update({"every": 0, "num": 10})
-    config.sampler.update({"solver": "euler", "steps": 1, "batch_size": 16})
-    config.evaluators = ConfigDict()
-    return config
 
 
 def check(holds: bool, what: str, run: Processes | None = None) -> None:
@@ -70,7 +34,7 @@ def check(holds: bool, what: str, run: Processes | None = None) -> None:
 def training(workdir: Path, **options: Any) -> list[str]:
     """The command of a run; options: config keys, with __ for a dot."""
     given = [f"--config.{name.replace('__', '.')}={value}" for name, value in options.items()]
-    return ["diversedit_jax.train", "--config=tools/chaos.py", f"--workdir={workdir}", *given]
+    return ["diversedit_jax.train", "--config=tools/chaos/config.py", f"--workdir={workdir}", *given]
 
 
 def ended(run: Processes) -> list[int]:
@@ -389,44 +353,3 @@ def table(found: dict[str, dict[str, Any]]) -> str:
             flat |= {f"{name}: {key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
         lines += [f"  {name.replace('_', ' '):<46}{value:>10.3g}" for name, value in flat.items()]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    flags.DEFINE_string("out", None, "Directory of the runs, which is made.", required=True)
-    flags.DEFINE_integer("kills", 100, "How often a run is killed.")
-    flags.DEFINE_integer("topologies", 20, "On how many other layouts a run goes on.")
-    flags.DEFINE_bool("damages", True, "Whether runs are damaged, too.")
-    flags.DEFINE_integer("seed", 0, "Of the moments, signals and places.")
-    flags.DEFINE_string("json", None, "File to write the figures to.")
-
-    def main() -> None:
-        """Disturb, compare, print, write."""
-        given = {name: flags.FLAGS[name].value for name in ("kills", "topologies", "damages", "seed")}
-        if min(given["kills"], given["topologies"]) < 0:
-            raise ConfigError(f"kills = {given['kills']}, topologies = {given['topologies']}: must not be negative")
-        out = Path(flags.FLAGS.out).expanduser().absolute()
-        out.mkdir(parents=True, exist_ok=True)
-        out = Path(tempfile.mkdtemp(dir=out, prefix="chaos-"))
-        jax.config.update("jax_platforms", "cpu")
-        os.environ |= {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(out / "compiled"),  # so that a start need not compile again
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "XDG_CACHE_HOME": str(out / "data"),
-        }
-        begin, rng = time.monotonic(), random.Random(given["seed"])
-        straight = out / "undisturbed"
-        to_end(straight)
-        campaigns = {"topologies": lambda: moved(out, given["topologies"], rng)} if given["topologies"] else {}
-        campaigns |= {"damages": lambda: damaged(out, straight, rng)} if given["damages"] else {}
-        campaigns |= {"kills": lambda: killed(out, straight, given["kills"], rng)} if given["kills"] else {}
-        found = {}
-        for name, campaign in campaigns.items():
-            found[name] = campaign()
-            if flags.FLAGS.json:  # now, so that what comes next cannot take it away
-                figures = {"versions": versions() | {"cores": os.cpu_count()}, "flags": given}
-                figures |= {"seconds": round(time.monotonic() - begin)} | found
-                Path(flags.FLAGS.json).write_text(json.dumps(figures, indent=2) + "\n")
-        print(f"{table(found)}\nall as it should be, in {duration(time.monotonic() - begin)}")
-
-    cli.launch(main)

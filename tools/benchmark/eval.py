@@ -22,8 +22,8 @@ from diversedit_jax.metrics.precision_recall import precision_recall
 from diversedit_jax.models import inception
 from diversedit_jax.runtime import cli
 from diversedit_jax.runtime.progress import brief, duration
-from tools import timing
-from tools.timing import spread_of
+from tools.benchmark import timing
+from tools.benchmark.timing import spread_of
 
 WIDTH, SIDE = 2048, 256
 PART, GATHERED = 256, 2_048  # images at a time whose moments are merged

@@ -1,4 +1,4 @@
-"""SiT, its training step and its sampler in PyTorch, to compare ours with: the program that `tools.torch_twin` starts.
+"""SiT, its training step and its sampler in PyTorch, to compare ours with: the program that `torch_twin` starts.
 
 It knows torch and numpy alone, so that no CUDA library of jax shares its process. Written as for a run of one's own:
 scaled_dot_product_attention, torch.compile of the forward pass and the loss as one graph with static shapes (whose

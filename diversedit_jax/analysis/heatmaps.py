@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from diversedit_jax.analysis import curves, scores
+from diversedit_jax.analysis import curves, known_scores
 from diversedit_jax.analysis.drawing import (
     WIDTH,
     Panel,
@@ -38,10 +38,12 @@ def where(scale: str, studies: Sequence[Study]) -> str:
 
 def fid_line(looks: Sequence[Look]) -> str:
     """The first distance that all these checkpoints have, as a line of a title."""
-    names = [name for name in looks[0].scores if scores.is_distance(name) and all(name in one.scores for one in looks)]
+    names = [
+        name for name in looks[0].scores if known_scores.is_distance(name) and all(name in one.scores for one in looks)
+    ]
     if not names:
         return ""
-    return f"\n{scores.title(names[0])} {np.mean([one.scores[names[0]] for one in looks]):.2f}"
+    return f"\n{known_scores.title(names[0])} {np.mean([one.scores[names[0]] for one in looks]):.2f}"
 
 
 def blocks(folder: Path, studies: Sequence[Study], scale: str) -> Plate:

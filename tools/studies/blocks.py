@@ -1,6 +1,6 @@
 """What the two parts of DiverseDiT do to the blocks of a small network: four settings, three seeds, one report.
 
-    python -m tools.study_blocks --out=runs/blocks
+    python -m tools.studies.blocks --out=runs/blocks
 
 Trains a SiT on the digits alone, with long residual connections, with the diversity loss, and with both, as
 configs/digits.py does but with 32 examples a step, and analyses every checkpoint (see diversedit_jax/analyze.py). The
@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from configs import digits
 from diversedit_jax import analyze, train
-from diversedit_jax.analysis import subjects
+from diversedit_jax.analysis import subject
 from diversedit_jax.analysis.measure import Settings
 from diversedit_jax.config import slot
 from diversedit_jax.errors import ConfigError
@@ -87,7 +87,7 @@ def main() -> None:
             workdir = out / "runs" / f"{name}_{seed}"
             print(f"--- {label}, seed {seed}", flush=True)
             train.run(config_of(change, seed), workdir)
-            found.append(subjects.of_run(workdir, label))
+            found.append(subject.of_run(workdir, label))
     analyze.run(found, out, Settings())
     print(f"done in {duration(time.monotonic() - started)}")
 

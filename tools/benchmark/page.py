@@ -1,6 +1,6 @@
-"""The page of all benchmarks, from their records: tools/benchmarks/README.md and its plots.
+"""The page of all benchmarks, from their records: tools/benchmark/records/README.md and its plots.
 
-    python -m tools.benchmark_page
+    python -m tools.benchmark.page
 
 Reads the records that `tools.benchmark` and `tools.pod_plan` have written there. Run it after either; a test compares.
 """
@@ -18,9 +18,10 @@ from matplotlib.figure import Figure
 from diversedit_jax.analysis.drawing import COLOURS, DPI, STYLE
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.runtime import cli
-from tools import pod_plan, timing
+from tools.benchmark import timing
+from tools.pod_plan import plan as pod_plan
 
-FOLDER = Path(__file__).parent / "benchmarks"
+FOLDER = Path(__file__).parent / "records"
 Record = Mapping[str, Any]
 Records = Mapping[str, Record]
 
@@ -230,8 +231,9 @@ SECTIONS = [
     Section(
         "torch_cpu",
         "Training step, beside PyTorch's",
-        "Both have the same weights, batch and number of threads; PyTorch's is `tools/torch_sit.py`: scaled dot product"
-        " attention, torch.compile, fused AdamW. Losses and updates of both are equal (tests/test_torch_twin.py).",
+        "Both have the same weights, batch and number of threads; PyTorch's is `tools/benchmark/torch_sit.py`: scaled"
+        " dot product attention, torch.compile, fused AdamW. Losses and updates of both are equal"
+        " (tests/test_torch_twin.py).",
     ),
     Section(
         "methods_cpu",
@@ -252,7 +254,7 @@ SECTIONS = [
         "plan_sizes",
         "By size, on TPU v5e, as compiled",
         "No TPU ran this. Memory is the compiler's; times are estimates, from the best to the worst:"
-        " [launch/README.md](../../launch/README.md) says what they rest on.",
+        " [launch/README.md](../../../launch/README.md) says what they rest on.",
         sizes,
     ),
     Section(
@@ -293,7 +295,7 @@ def page(folder: Path) -> str:
     lines = [
         "# Benchmarks",
         "",
-        "Made by `python -m tools.benchmark_page` from the records (JSON) beside it, which name command, commit,"
+        "Made by `python -m tools.benchmark.page` from the records (JSON) beside it, which name command, commit,"
         " versions and machine. Times are medians with quartiles; ratios are taken within rounds, to the first row. `of"
         " product` is the share of what one large matrix product reaches on this machine. Compare ratios: the seconds"
         " are those of a small machine.",

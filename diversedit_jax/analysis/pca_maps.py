@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from diversedit_jax import sharding
-from diversedit_jax.analysis.subjects import Subject
+from diversedit_jax.analysis.subject import Subject
 from diversedit_jax.api import Batch, Params
 
 

@@ -3,8 +3,8 @@
     with Twin(job_of(config, shape, num_classes, params, batch, "train")) as twin:
         seconds = twin.run(10)
 
-The process runs `tools.torch_sit`, which says how its step is written. This one never imports torch: its CUDA libraries
-and jax's do not get along in one process. A process of jax that is to share its GPU must not preallocate its memory.
+The process runs `torch_sit`, which says how its step is written. This one never imports torch: its CUDA libraries and
+jax's do not get along in one process. A process of jax that is to share its GPU must not preallocate its memory.
 """
 
 import contextlib

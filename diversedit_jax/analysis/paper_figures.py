@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from diversedit_jax.analysis import scores
+from diversedit_jax.analysis import known_scores
 from diversedit_jax.analysis.drawing import WIDTH, Panel, Plate, by_label, drawing, entries, heatmaps, spaced
-from diversedit_jax.analysis.figures import fid_line, mean_matrix, timesteps, where
+from diversedit_jax.analysis.heatmaps import fid_line, mean_matrix, timesteps, where
 from diversedit_jax.analysis.study import Study
 from diversedit_jax.runtime.files import replacing
 
@@ -55,8 +55,8 @@ TABLE_A2 = {
 def table_a2(folder: Path, studies: Sequence[Study], scale: str) -> list[Plate]:
     """Table A2: the scores of every checkpoint that has some, beside its similarity; also as Markdown and LaTeX."""
     looks = [one for study in studies for one in study.looks]
-    chosen = {kind: scores.column([one.scores for one in looks], kinds) for kind, kinds in TABLE_A2.items()}
-    header = ["run", "step", *(kind if name is None else scores.title(name) for kind, name in chosen.items())]
+    chosen = {kind: known_scores.column([one.scores for one in looks], kinds) for kind, kinds in TABLE_A2.items()}
+    header = ["run", "step", *(kind if name is None else known_scores.title(name) for kind, name in chosen.items())]
     header += ["mean CKA"]
     rows = [
         [one.label, one.step, *(one.scores.get(name) for name in chosen.values()), 1 - one.diversity["all"]]

@@ -21,8 +21,11 @@ from diversedit_jax import data
 from diversedit_jax.data import pipeline
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.runs import build
-from tools import latent_shards, photographs, random_run, timing, tpu
-from tools.timing import spread_of
+from tools import latent_shards
+from tools.benchmark import random_run, timing
+from tools.benchmark.timing import spread_of
+from tools.pod_plan import tpu
+from tools.studies import photographs
 
 SHAPE = (32, 32, 4)  # latents of 256 pixels
 RECORDS, PHOTOS = 4096, 256

@@ -15,8 +15,8 @@ import numpy as np
 
 from diversedit_jax.api import AuxLoss
 from diversedit_jax.errors import ConfigError
-from tools import random_run, timing, variants
-from tools.timing import spread_of
+from tools.benchmark import random_run, timing, variants
+from tools.benchmark.timing import spread_of
 
 GIB = 2**30
 AT_LEAST = 0.2  # seconds that a timing takes

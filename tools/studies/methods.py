@@ -1,6 +1,6 @@
 """Compare the methods, alone and together, on the digits: one table, over several seeds.
 
-    python -m tools.compare_methods --out=tools/benchmarks/methods_digits.json
+    python -m tools.studies.methods --out=tools/benchmark/records/methods_digits.json
 
 Every row is configs/digits.py with another method; a REPA or REG row aligns to a small vision transformer that is
 trained first, to classify the digits, and read back from a file as DINOv2 would be. All rows of a seed train in turn,
@@ -36,7 +36,7 @@ from diversedit_jax.runtime import cli
 from diversedit_jax.runtime.cli import silence
 from diversedit_jax.runtime.versions import versions
 from diversedit_jax.training.step import initializer, train_step
-from tools import digits_encoder
+from tools.studies import digits_encoder
 
 STEPS = flags.DEFINE_integer("steps", 1500, "Training steps of every run.")
 BATCH = flags.DEFINE_integer("batch_size", 32, "Examples of a step: few, so that many steps fit into the time.")

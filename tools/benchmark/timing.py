@@ -123,7 +123,9 @@ def product_tflops(dtype: str) -> float:
 def command() -> str:
     """The command that runs, as one types it, without what says where figures are written."""
     words = [shown(word) for word in sys.argv[1:] if not re.match(r"--?(json|out)\b", word)]
-    return " ".join([f"python -m tools.{Path(sys.argv[0]).stem}", *words])
+    path = Path(sys.argv[0]).with_suffix("").parts
+    module = ".".join(path[path.index("tools") :]).removesuffix(".__main__")
+    return " ".join([f"python -m {module}", *words])
 
 
 def shown(word: str) -> str:

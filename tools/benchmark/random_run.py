@@ -22,8 +22,8 @@ from diversedit_jax import sharding
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.runs import build as experiment
 from diversedit_jax.training.step import State, initializer
-from tools import stand_ins, torch_twin
-from tools.timing import say
+from tools.benchmark import stand_ins, torch_twin
+from tools.benchmark.timing import say
 
 NOISE = 0.02  # standard deviation of what is added to each weight
 

@@ -1,6 +1,5 @@
 """Sampling, of variants of a config in turn: one batch of `config.sampler.batch_size` from noise to the host, by the
-whole sampler in one program. `--vs=torch` adds the config's sampler in PyTorch (`tools.torch_twin`), a loop of compiled
-steps.
+whole sampler in one program. `--vs=torch` adds the config's sampler in PyTorch, a loop of compiled steps.
 
 `first s` is the first batch, with compilation. An image that is guided at a step costs two evaluations of the network
 there, one that is not costs one: guidance in [0, 0.7] instead of always saves about 15%.
@@ -14,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from diversedit_jax.sampling import sampler
-from tools import random_run, timing, variants
-from tools.timing import spread_of
+from tools.benchmark import random_run, timing, variants
+from tools.benchmark.timing import spread_of
 
 
 def subject(run: random_run.Run) -> timing.Subject:

@@ -1,0 +1,1 @@
+"""Benchmarks and their records: `python -m tools.benchmark --help`."""

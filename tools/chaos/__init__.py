@@ -1,0 +1,1 @@
+"""Small runs broken on purpose: `python -m tools.chaos --help`."""

@@ -1,0 +1,20 @@
+"""The run that is disturbed: small, and saving every few steps."""
+
+from ml_collections import ConfigDict
+
+from configs import digits
+
+STEPS, EVERY = 120, 4  # of the run that is killed or damaged
+
+
+def get_config() -> ConfigDict:
+    """A DiverseDiT 16 wide on the digits."""
+    config = digits.get_config()
+    config.update({"total_steps": STEPS, "batch_size": 16, "log_every": 1})
+    config.model.update({"depth": 2, "width": 16, "heads": 2})
+    config.optim.decay = "constant"  # so that total_steps may change
+    config.checkpoint.update({"every": EVERY, "keep": 3})
+    config.samples.update({"every": 0, "num": 10})
+    config.sampler.update({"solver": "euler", "steps": 1, "batch_size": 16})
+    config.evaluators = ConfigDict()
+    return config

@@ -1,0 +1,1 @@
+"""Studies: small networks trained to see what a method does."""
