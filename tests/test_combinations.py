@@ -11,7 +11,7 @@ from diversedit_jax import losses, models, objectives, sharding
 from diversedit_jax.api import Codec
 from diversedit_jax.training import optimizer as optim
 from diversedit_jax.training.step import Parts, initializer, train_step
-from tests.test_losses_conformance import LOSSES, OBJECTIVES
+from tests.losses.test_conformance import LOSSES, OBJECTIVES
 
 SHAPE, CLASSES, BATCH, TOKENS, WIDTH, STEPS = (4, 4, 2), 5, 16, 4, 6, 20
 

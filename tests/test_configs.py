@@ -5,7 +5,6 @@ import importlib
 import inspect
 import re
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +20,11 @@ from diversedit_jax.runs import build as experiment
 from diversedit_jax.sampling import sampler
 from diversedit_jax.training import optimizer as optim
 from diversedit_jax.training.step import initializer, train_step
+from tests import ROOT
+from tests.data.test_latents import write
 from tests.reference import DATA
-from tests.test_data_latents import write
 
-NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py") if path.stem != "__init__")
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
 # By default one size of a recipe, at one resolution, and of each kind the largest: tracing takes seconds. What a recipe
 # holds alone, that with DiverseDiT holds too.
 LARGE = [("diversedit_xl2", "512"), ("dit_xl2", None)]

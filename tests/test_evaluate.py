@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -26,9 +25,8 @@ from diversedit_jax.evaluate import Images
 from diversedit_jax.evaluation import presets, scoring, tables
 from diversedit_jax.runs import build, trained
 from diversedit_jax.sampling import sampler as sampling
-from tests import untrained
+from tests import ROOT, untrained
 
-ROOT = Path(__file__).parents[1]
 NUM = 110  # more than the 96 features of the network for digits, and no multiple of the batch
 
 

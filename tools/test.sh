@@ -9,7 +9,7 @@ Installs what is needed, checks format and style, and runs the tests on the CPU,
 
   bash tools/test.sh                    all but the slow tests
   bash tools/test.sh -m slow            the slow tests
-  bash tools/test.sh tests/test_dit.py -x -n0    one file, up to the first failure, in one process
+  bash tools/test.sh tests/models/test_dit.py -x -n0    one file, up to the first failure, in one process
 
   PYTHON, DIVERSEDIT_EXTRAS, DIVERSEDIT_LATEST: see tools/environment.sh
 USAGE

@@ -1,7 +1,7 @@
 """Solvers from noise (t = 1) to data (t = 0): functions over a velocity, the whole loop inside one `lax.scan`.
 
-They follow the published samplers of REPA, DiverseDiT and SiT number by number (see `tests/test_samplers.py` and
-`tests/test_golden_official.py`).
+They give the numbers of the published samplers of REPA, DiverseDiT and SiT: `tests/diffusion/test_solvers.py` and
+`tests/models/test_golden_official.py` compare them.
 """
 
 from collections.abc import Callable

@@ -233,7 +233,7 @@ SECTIONS = [
         "Training step, beside PyTorch's",
         "Both have the same weights, batch and number of threads; PyTorch's is `tools/benchmark/torch_sit.py`: scaled"
         " dot product attention, torch.compile, fused AdamW. Losses and updates of both are equal"
-        " (tests/test_torch_twin.py).",
+        " (tests/tools/test_torch_twin.py).",
     ),
     Section(
         "methods_cpu",
