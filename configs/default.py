@@ -9,14 +9,14 @@ from ml_collections.config_dict import placeholder
 from diversedit_jax.config import options, slot
 from diversedit_jax.data import pipeline
 from diversedit_jax.sampling import sampler
-from diversedit_jax.training import optimizer as optim
+from diversedit_jax.training import optimizer
 
 
 def get_config() -> ConfigDict:
     """The base of all configs."""
     config = ConfigDict()
 
-    config.seed = 0  # of parameters, data order, noise, times, labels dropped
+    config.seed = 0  # of parameters, data order, noise, times, conditions dropped
     config.total_steps = 400_000
     config.batch_size = 256  # over all devices
     config.accumulate = 1  # parts of a batch, computed one after another, for less memory
@@ -37,7 +37,8 @@ def get_config() -> ConfigDict:
     )
     config.losses = ConfigDict()  # auxiliary losses, label -> slot("losses", name)
 
-    config.optim = options(optim.make)
+    config.optim = options(optimizer.make)
+    config.groups = ConfigDict()  # parameters with an optimizer of their own: label -> optimizer.group(PATTERN, ...)
     config.ema_decay = 0.9999  # of the weights that are sampled from; they start as a copy
 
     config.mesh = ConfigDict(  # -1: all devices that are left

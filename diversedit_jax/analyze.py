@@ -20,23 +20,29 @@ import numpy as np
 from absl import flags
 
 from diversedit_jax import config as configs
-from diversedit_jax import registry
+from diversedit_jax import losses
 from diversedit_jax.analysis import heatmaps, html_page, known_scores, measure, paper_figures
-from diversedit_jax.analysis import subject as subjects
 from diversedit_jax.analysis.drawing import by_label
 from diversedit_jax.analysis.measure import Estimator, Settings
 from diversedit_jax.analysis.study import PARTS, Study, study
-from diversedit_jax.analysis.subject import Subject
 from diversedit_jax.errors import CheckpointError, ConfigError
 from diversedit_jax.evaluation import tables
 from diversedit_jax.metrics import similarity
+from diversedit_jax.registry import in_range, one_of
+from diversedit_jax.runs import flags as run_flags
 from diversedit_jax.runs import trained
+from diversedit_jax.runs.trained import Trained
 from diversedit_jax.runtime import cli
 from diversedit_jax.runtime.cli import silence
 from diversedit_jax.runtime.files import replacing, writable_folder
 from diversedit_jax.runtime.versions import versions
 
 TIME, TIMES = 0.05, (0.05, 0.25, 0.5, 0.75, 0.95)
+SUPPOSED = ("diversity",)
+CAPTURES = {
+    "merged": "output of a block, behind its long residual connection",
+    "block": "output of a block, before its long residual connection",
+}
 # Layouts of the paper (arXiv 2603.04239): options where nothing else is said, and the parts that are looked at. The
 # final denoising step begins at t = 0.04.
 FIG2 = {"kernel": "rbf", "hsic": "biased", "unit": "pooled", "time": 0.04}
@@ -55,20 +61,20 @@ def named(text: str) -> tuple[str | None, Path]:
     return label or None, Path(path).expanduser()
 
 
-def steps_of(subject: Subject, at: Sequence[str]) -> list[int]:
-    """The steps that --at chooses of a subject: all, last, or numbers; those of the numbers that it has."""
-    if not subject.steps:
-        raise CheckpointError(f"no checkpoint in {subject.workdir}")
-    if list(at) == ["all"] or subject.workdir is None:
-        return list(subject.steps)
+def steps_of(found: Trained, at: Sequence[str]) -> list[int]:
+    """The steps that --at chooses of a run: all, last, or numbers; those of the numbers that it has."""
+    if not found.steps:
+        raise CheckpointError(f"no checkpoint in {found.workdir}")
+    if list(at) == ["all"] or found.workdir is None:
+        return list(found.steps)
     if list(at) == ["last"]:
-        return [subject.steps[-1]]
-    wanted = trained.numbers("at", list(at), int)
-    found = [step for step in subject.steps if step in wanted]
-    if not found:
-        has = ", ".join(map(str, subject.steps))
-        raise ConfigError(f"--at={','.join(at)}: {subject.label} has no such step; it has {has}")
-    return found
+        return [found.steps[-1]]
+    wanted = run_flags.numbers("at", list(at), int)
+    chosen = [step for step in found.steps if step in wanted]
+    if not chosen:
+        has = ", ".join(map(str, found.steps))
+        raise ConfigError(f"--at={','.join(at)}: {found.label} has no such step; it has {has}")
+    return chosen
 
 
 def summary(studies: Sequence[Study]) -> list[list[str]]:
@@ -109,16 +115,16 @@ def spread(values: Sequence[float], places: int) -> str:
     return f"{np.mean(values):.{places}f}{more}"
 
 
-def check(chosen: Sequence[Subject]) -> None:
-    """Raise ConfigError where subjects of one label are not seeds of one setting."""
+def check(chosen: Sequence[Trained]) -> None:
+    """Raise ConfigError where networks of one label are not seeds of one setting."""
     for label, group in by_label(chosen).items():
-        depths = {subject.about["model"].get("depth") or subject.about["model"].get("size") for subject in group}
+        depths = {found.about["model"].get("depth") or found.about["model"].get("size") for found in group}
         if len(depths) > 1:
             raise ConfigError(f"{label} names networks of different depth: give each its own, LABEL=PATH")
 
 
 def run(
-    chosen: Sequence[Subject],
+    chosen: Sequence[Trained],
     folder: Path,
     settings: Settings,
     t: float = TIME,
@@ -126,14 +132,19 @@ def run(
     at: Sequence[str] = ("all",),
     parts: Sequence[str] = tuple(PARTS),
     layout: str | None = None,
+    weights: str = "ema",
+    supposed: Sequence[str] = SUPPOSED,
 ) -> list[Study]:
-    """Analyse the subjects and write the report to `folder`; returns what was found."""
+    """Analyse trained networks and write the report to `folder`; returns what was found.
+
+    weights: of `trained.WEIGHTS`. supposed: losses whose gradients are taken where a network has none.
+    """
     measure.check(settings)
-    for name, values in (("time", [t]), ("times", times)):
-        if not all(0 <= value <= 1 for value in values):
-            raise ConfigError(f"--{name}={','.join(f'{v:g}' for v in values)}: t is in [0, 1], 0 is data, 1 is noise")
+    for name, values in (("--time", [t]), ("--times", times)):
+        for value in values:
+            in_range(name, value, 0, 1)
     check(chosen)
-    steps = [steps_of(subject, at) for subject in chosen]
+    steps = [steps_of(found, at) for found in chosen]
     main_process = jax.process_index() == 0
     if main_process:
         writable_folder(folder, "--out")
@@ -142,14 +153,18 @@ def run(
         if main_process:
             print(line, flush=True)
 
-    studies = [study(subject, own, settings, t, times, parts, say) for subject, own in zip(chosen, steps, strict=True)]
+    others = {f"{name} (not trained)": losses.make(name) for name in supposed}
+    options = {"weights": weights, "supposed": others}
+    studies = [
+        study(found, own, settings, t, times, parts, say, **options) for found, own in zip(chosen, steps, strict=True)
+    ]
     if not main_process:
         return studies
     draw = heatmaps.draw_all if layout is None else paper_figures.LAYOUTS[layout]
     drawn = draw(folder, studies, settings.estimator.name())
     table = summary(studies)
     notes = list(dict.fromkeys(f"{one.label}: {note}" for one in studies for note in one.notes))
-    said = described(settings, t, studies)
+    said = described(settings, t, studies, weights)
     title = f"Representations of {', '.join(by_label(studies))}"
     html_page.write(folder / "report.html", title, table, drawn, notes, said)
     write_record(folder / "analysis.json", settings, t, times, studies)
@@ -160,8 +175,8 @@ def run(
     return studies
 
 
-def described(settings: Settings, t: float, studies: Sequence[Study]) -> dict[str, str]:
-    """All that moves a number, in words."""
+def described(settings: Settings, t: float, studies: Sequence[Study], weights: str) -> dict[str, str]:
+    """Everything that can change a number, in words."""
     about = studies[0].about
     images = ", ".join(sorted({f"{one.about['images']} of {one.about['of']}" for one in studies}))
     return {
@@ -170,11 +185,8 @@ def described(settings: Settings, t: float, studies: Sequence[Study]) -> dict[st
         "images": f"{images}, split {settings.split}, order and noise by seed {settings.seed}",
         "draws of noise": str(settings.noises),
         "labels": settings.labels,
-        "weights": about.get("weights", "of the release"),
-        "features": {
-            "merged": "output of a block, behind its long residual connection",
-            "block": "output of a block, before its long residual connection",
-        }[about["capture"]],
+        "weights": weights if about["kind"] == "run" else "of the release",
+        "features": CAPTURES.get(about["model"].get("capture"), "output of a block"),
         **versions(),
     }
 
@@ -203,21 +215,25 @@ def data_of(text: str | None) -> dict[str, Any] | None:
     return configs.slot("data", name, **given).to_dict()
 
 
-def chosen_by_flags(given: flags.FlagValues, others: Sequence[str]) -> list[Subject]:
-    """The subjects that the flags name, the first of --workdir or --checkpoint."""
+def chosen_by_flags(given: flags.FlagValues, others: Sequence[str]) -> list[Trained]:
+    """What the flags name, the first of --workdir or --checkpoint."""
     if (given.workdir is None) == (given.checkpoint is None):
         raise ConfigError("give --workdir=DIR of a run or --checkpoint=FILE of a release, and others with --compare")
     data = data_of(given.data)
-    weights = "online" if given.online else "ema"
 
-    def opened(text: str) -> Subject:
+    def opened(text: str) -> Trained:
         label, path = named(text)
         if (path / configs.FILE).exists() or (path.is_dir() and not given.checkpoint):
-            return subjects.of_run(path, label, weights, given.capture, data)
-        if not path.exists():
+            found = trained.of_run(path, data=data, model={"capture": given.capture}, encoders=True)
+        elif path.exists():
+            about = (given.family, given.heads, given.weights, given.side)
+            found = trained.of_release(path, *about, data=data, vae=given.vae, model={"capture": given.capture})
+            found.data("train")  # says now what is missing
+        else:
             raise ConfigError(f"{path} does not exist: wanted the directory of a run or a file of weights")
-        about = (given.family, given.heads, given.weights, given.side)
-        return subjects.of_release(path, label, data, *about, capture=given.capture, vae=given.vae)
+        if (has := found.about["model"].get("capture", "merged")) != given.capture:
+            raise ConfigError(f"--capture={given.capture}: the model of {path} has only {has!r}")
+        return found._replace(label=label or (path.name if found.workdir else path.stem))
 
     return [opened(text) for text in (given.workdir or given.checkpoint, *others)]
 
@@ -225,8 +241,7 @@ def chosen_by_flags(given: flags.FlagValues, others: Sequence[str]) -> list[Subj
 def parts_of(skipped: Sequence[str]) -> list[str]:
     """All parts but those."""
     for name in skipped:
-        if name not in PARTS:
-            raise ConfigError(f"--skip={name} is unknown; {registry.suggestion(name, PARTS)}")
+        one_of("--skip", name, PARTS)
     return [name for name in PARTS if name not in skipped]
 
 
@@ -241,8 +256,8 @@ def applied(preset: str | None, known: Any) -> Mapping[str, Any]:
 OPTIONS = ("unit", "kernel", "hsic", "at", "time", "times")
 
 if __name__ == "__main__":
-    trained.define_release_flags()
-    flags.adopt_module_key_flags(trained)  # so that --help lists them
+    run_flags.define_release_flags()
+    flags.adopt_module_key_flags(run_flags)  # so that --help lists them
     flags.DEFINE_string("workdir", None, "Directory of a run, or LABEL=DIR.")
     flags.DEFINE_multi_string("compare", [], "More runs or files of weights, [LABEL=]PATH, one after another.")
     flags.DEFINE_string(
@@ -262,10 +277,13 @@ if __name__ == "__main__":
     flags.DEFINE_integer("batch", 8, "Images at a time, over all devices.")
     flags.DEFINE_integer("noises", 1, "Draws of noise for every image.")
     flags.DEFINE_enum("labels", "real", ["real", "null"], "What the network is told: the class, or the label of none.")
-    flags.DEFINE_enum("capture", "merged", subjects.CAPTURES, "Features behind long residual connections, or before.")
+    flags.DEFINE_enum(
+        "capture", "merged", list(CAPTURES), "Features behind skip connections (merged), or before (block)."
+    )
     flags.DEFINE_bool("online", False, "The weights that are trained, not their EMA.")
     flags.DEFINE_string("split", None, "Split of the data; by default test, where there is one.")
     flags.DEFINE_integer("seed", 0, "Of the choice of images, of noise and times.")
+    flags.DEFINE_list("losses", list(SUPPOSED), "Losses whose gradients are taken where a network has none.")
     flags.DEFINE_list("skip", [], "Parts to leave out: " + "; ".join(f"{k}: {v}" for k, v in PARTS.items()) + ".")
     flags.DEFINE_string("out", None, "Directory to write to; by default `analysis` in that of the run.")
 
@@ -278,13 +296,14 @@ if __name__ == "__main__":
         option = applied(given.preset, given)
         estimator = Estimator(option["unit"], option["kernel"], option["hsic"], given.multiplier, given.degree)
         chosen = chosen_by_flags(given, [*given.compare, *extra])
-        split = measure.split_of(chosen[0], given.split)
+        split = measure.split_of(chosen[0].data, given.split)
         settings = Settings(estimator, given.num, given.batch, given.noises, given.labels, split, given.seed)
-        times = trained.numbers("times", list(map(str, option["times"])), float)
+        times = run_flags.numbers("times", list(map(str, option["times"])), float)
         first = chosen[0]
         default = first.workdir / "analysis" if first.workdir else Path(f"{first.label}_analysis").absolute()
         folder = Path(given.out).expanduser() if given.out else default
         parts = PRESETS[given.preset][1] if given.preset else parts_of(given.skip)
-        run(chosen, folder, settings, option["time"], times, option["at"], parts, given.preset)
+        more = {"weights": "online" if given.online else "ema", "supposed": given.losses}
+        run(chosen, folder, settings, option["time"], times, option["at"], parts, given.preset, **more)
 
     cli.launch(main, arguments=True, several=True)

@@ -140,9 +140,15 @@ def read(workdir: Path) -> dict[str, Any]:
 
 def translated(stored: dict[str, Any]) -> dict[str, Any]:
     """A stored config with the names that this version uses, whichever version wrote it."""
-    if "prepare" in stored:
-        codec = stored.pop("prepare")
-        stored["codec"] = codec | {"name": "vae" if codec["name"] == "latents" else codec["name"]}
+    if "prepare" not in stored:
+        return stored
+    codec, model, objective = stored.pop("prepare"), stored["model"], stored["objective"]
+    stored |= {"codec": codec | {"name": "vae" if codec["name"] == "latents" else codec["name"]}, "groups": {}}
+    model.pop("second_time", None)
+    if (width := model.pop("token_width", None)) is not None:
+        objective["width"] = width
+    if "label_drop" in objective:
+        objective["condition_drop"] = objective.pop("label_drop")
     return stored
 
 

@@ -29,21 +29,23 @@ import jax
 import numpy as np
 from absl import flags
 
+from diversedit_jax import conditioning, registry, sharding
 from diversedit_jax import config as configs
-from diversedit_jax import registry, sharding
+from diversedit_jax.diffusion import solve
 from diversedit_jax.errors import CheckpointError, ConfigError
 from diversedit_jax.evaluation import extractors as networks
 from diversedit_jax.evaluation import feature_cache, image_files, presets, scoring, tables
 from diversedit_jax.evaluation.extractors import Extractor
 from diversedit_jax.evaluation.reference_statistics import Reference, open_reference
-from diversedit_jax.runs import trained
+from diversedit_jax.runs import flags as run_flags
 from diversedit_jax.runs.trained import Source
 from diversedit_jax.runtime import cli
 from diversedit_jax.runtime.files import replacing
 from diversedit_jax.runtime.pictures import save_png
 from diversedit_jax.runtime.progress import Ticker
 from diversedit_jax.runtime.versions import versions
-from diversedit_jax.sampling import sampler as sampling
+from diversedit_jax.sampling import sampler
+from diversedit_jax.sampling.sampler import Sampler
 
 SCORES, SAMPLES = "scores.json", "samples.npz"
 NUM = 50_000
@@ -53,9 +55,11 @@ GUIDANCE = ("cfg_scale", "guidance_interval")  # what one compiled sampler serve
 
 
 class Images(NamedTuple):
-    """Images to judge. read: (first, count) -> uint8 [count h w c]. labels: of each, None where they are not known.
+    """Images to judge.
 
-    about: where they come from, for the record. name: the same for people.
+    read:   (first, count) -> uint8 [count h w c].
+    labels: of each, None where they are not known or conditions are not labels.
+    about:  where they come from, for the record. name: the same for people.
     """
 
     num: int
@@ -85,25 +89,31 @@ def of_file(path: str | Path, num: int | None) -> Images:
     return Images(count, found.shape, FILE_BATCH, found.read, None, about, f"{count} images of {path}")
 
 
-def of_source(source: Source, varied: Mapping[str, Any], sample, num: int, rule: str, seed: int) -> Images:
-    """`num` images to sample, of labels by a rule of `sampling.LABELS`. varied: what a sweep changes of the options."""
+def of_source(
+    source: Source, varied: Mapping[str, Any], draw: Sampler, num: int, rule: str | None, seed: int
+) -> Images:
+    """`num` images to sample, of conditions by a rule of `conditioning.RULES`. varied: what a sweep changes."""
     if source.shape is None:
         raise ConfigError(f"{source.name} samples latents, and images are judged: give their decoder with --vae=FILE")
+    if len(source.shape) != 3:
+        raise ConfigError(f"{source.name} has samples of shape {source.shape}, and images [h w c] are judged")
     options = source.options | dict(varied)
     batch = sharding.filled(options["batch_size"])
     drawn = -(-num // batch) * batch  # whole batches, so that one program serves all; the last images are not judged
-    labels = sampling.labels_by(rule, drawn, source.num_classes, seed)
+    conditions = source.conditions(rule, drawn, seed)
+    labelled = source.space.conditions.classes is not None
     guidance = {name: options[name] for name in GUIDANCE}
 
     def read(first: int, count: int) -> np.ndarray:
-        y = labels[first : first + batch]
-        return sample(source.params, source.frozen, y, seed, source.weak, first=first, **guidance)[:count]
+        y = jax.tree.map(lambda leaf: leaf[first : first + batch], conditions)
+        return draw(source.params, source.frozen, y, seed, source.weak, first=first, **guidance)[:count]
 
-    sampler = {name: value for name, value in options.items() if name != "batch_size"}
-    about = source.about | {"sampler": sampler, "evaluations": sampling.evaluations(options)}
-    about |= {"labels": rule, "seed": seed}
+    given = {name: value for name, value in options.items() if name != "batch_size"}
+    count = solve.evaluations(options["solver"], options["steps"], options["last_step_kind"])
+    about = source.about | {"sampler": given, "evaluations": count}
+    about |= {"labels": rule or ("balanced" if labelled else "data"), "seed": seed}
     name = f"{num} samples of {source.name}"
-    return Images(num, source.shape, batch, read, labels[:num], about, name)
+    return Images(num, source.shape, batch, read, conditions[:num] if labelled else None, about, name)
 
 
 def plan_of(images: Images, judges: Judges) -> dict[str, Any]:
@@ -235,7 +245,7 @@ def check_unread(known: Sequence[flags.Flag]) -> None:
 
 def sweep_of(given: Sequence[str]) -> list[dict[str, Any]]:
     """The points of `NAME=VALUE,VALUE` for each of several options: all combinations; [{}] for none."""
-    known = registry.options(sampling.make)
+    known = registry.options(sampler.make)
     axes = {}
     for text in given:
         name, _, values = text.partition("=")
@@ -247,7 +257,7 @@ def sweep_of(given: Sequence[str]) -> list[dict[str, Any]]:
 
 def _value(name: str, value: str, text: str) -> Any:
     """A value of a sweep as its option takes it: lo:hi for an interval."""
-    default = registry.options(sampling.make)[name].default
+    default = registry.options(sampler.make)[name].default
     try:
         if name == "guidance_interval":
             low, high = value.split(":")
@@ -308,15 +318,21 @@ def run(
 
 
 if __name__ == "__main__":
-    trained.define_flags()
-    flags.adopt_module_key_flags(trained)  # so that --help lists them
+    run_flags.define_flags()
+    flags.adopt_module_key_flags(run_flags)  # so that --help lists them
     flags.DEFINE_string("samples", None, "Images to score instead: an .npz with `arr_0`, uint8 [n h w 3], or a folder.")
     flags.DEFINE_multi_string("reference", [], "What to compare with, see above; may be given several times.")
     flags.DEFINE_multi_string("extractor", [], "NAME=FILE or NAME=FILE,OPTION=VALUE; may be given several times.")
     about = "; ".join(f"{name}: {protocol.about}" for name, protocol in presets.PROTOCOLS.items())
     flags.DEFINE_enum("preset", None, list(presets.PROTOCOLS), f"A paper's protocol; other flags change it. {about}.")
     flags.DEFINE_integer("num", None, f"Number of images; by default {NUM:,}, or all in a file.")
-    flags.DEFINE_enum("labels", None, sampling.LABELS, "balanced: every class in turn (default); uniform: at random.")
+    flags.DEFINE_enum(
+        "labels",
+        None,
+        conditioning.RULES,
+        "balanced: every class in turn; uniform: at random; data: the conditions of held-out examples. By default "
+        "balanced for labels, else data.",
+    )
     flags.DEFINE_integer("seed", 0, "Image i depends on the seed, on i and on its label.")
     flags.DEFINE_multi_string("sweep", [], "OPTION=VALUE,VALUE of the sampler, intervals as lo:hi; all combinations.")
     flags.DEFINE_bool("keep_samples", False, "Also write samples.npz, which the script of ADM reads.")
@@ -336,8 +352,8 @@ if __name__ == "__main__":
             return
         protocol = presets.find(given.preset) if given.preset else None
         defaults = dict(protocol.sampler) | {"rounding": protocol.rounding} if protocol else {}
-        source = trained.from_flags(defaults)
-        rule = given.labels or (protocol.labels if protocol else "balanced")
+        source = run_flags.source(defaults)
+        rule = given.labels or (protocol.labels if protocol else None)
         folder = (
             Path(given.out).expanduser()
             if given.out
@@ -345,13 +361,13 @@ if __name__ == "__main__":
             / "evaluations"
             / "_".join([source.folder.name.removeprefix("samples_"), *([given.preset] if given.preset else [])])
         )
-        samplers: dict[str, sampling.Sample] = {}
+        samplers: dict[str, Sampler] = {}
 
         def images_at(point: Mapping[str, Any]) -> Images:
             changed = {name: value for name, value in point.items() if name not in GUIDANCE}
             key = tables.label(changed)
             if key not in samplers:
-                samplers[key] = source.make(**(source.options | changed)) if changed else source.sample
+                samplers[key] = source.make(**(source.options | changed)) if changed else source.sampler
             num = NUM if given.num is None else given.num
             return of_source(source, point, samplers[key], num, rule, given.seed)
 

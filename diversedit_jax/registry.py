@@ -1,12 +1,13 @@
 """Names to factories: `losses.diversity` is the function `make` of the module `diversedit_jax.losses.diversity`.
 
-A factory's signature is the one place where its options and their defaults are written. A dotted path that ends in
-`:function` names a factory outside this package, for example `my_project.my_loss:make`.
+The signature of a factory is the one place where its options and their defaults are written. A path such as
+`my_project.my_loss:make` names a factory outside this package. `one_of` and `in_range` check options.
 """
 
 import difflib
 import importlib.util
 import inspect
+import math
 import pkgutil
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -21,15 +22,43 @@ def known(slot: str) -> list[str]:
     return [name for name in names if hasattr(importlib.import_module(f"{package.__name__}.{name}"), "make")]
 
 
-def suggestion(given: str, candidates: Iterable[str]) -> str:
-    """A sentence that helps after a mistyped name."""
-    candidates = list(candidates)
-    close = difflib.get_close_matches(given, candidates, n=1)
+def suggestion(given: Any, candidates: Iterable[Any]) -> str:
+    """A hint after a mistyped name: the nearest candidate, and all of them."""
+    candidates = list(map(str, candidates))
+    close = difflib.get_close_matches(str(given), candidates, n=1)
     return (f"did you mean {close[0]!r}? " if close else "") + f"known: {', '.join(candidates)}"
 
 
+def one_of(option: str, value: Any, choices: Iterable[Any]) -> Any:
+    """`value`, if it is one of the choices. ConfigError names `option`, the nearest choice and all others."""
+    choices = list(choices)
+    if value not in choices:
+        raise ConfigError(f"{option} = {value!r} is unknown; {suggestion(value, choices)}")
+    return value
+
+
+def in_range(
+    option: str,
+    value: float,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    above: float = -math.inf,
+    below=math.inf,
+) -> Any:
+    """`value`, if low <= value <= high and above < value < below. ConfigError names `option` and the limits.
+
+    A value that is not finite is always outside.
+    """
+    if not (low <= value <= high and above < value < below and math.isfinite(value)):
+        limits = {"at least": low, "more than": above, "at most": high, "less than": below}
+        wanted = " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit))
+        raise ConfigError(f"{option} = {value}: must be {wanted or 'finite'}")
+    return value
+
+
 def factory(slot: str, name: str) -> Callable:
-    """The factory that `name` stands for in `slot`; an unknown name is an error that lists the known ones."""
+    """The factory that `name` stands for in `slot`. ConfigError for an unknown name lists the known ones."""
     if ":" in name:
         path, _, function = name.partition(":")
         try:
@@ -51,7 +80,7 @@ def options(make: Callable) -> dict[str, inspect.Parameter]:
 
 
 def make(slot: str, name: str, *args, **kwargs: Any) -> Any:
-    """Build what `name` stands for in `slot`. Positional arguments come from the program, keywords from the config."""
+    """Build what `name` stands for in `slot`. The program gives the positional arguments, the config the keywords."""
     build = factory(slot, name)
     for key in kwargs:
         if key not in options(build):

@@ -3,10 +3,10 @@
     python -m diversedit_jax.sample --workdir=DIR --num=64 --cfg_scale=1.8 --guidance_interval=0,0.7
     python -m diversedit_jax.sample --checkpoint=SiT-XL-2-256.pt --family=official_sit --vae=sd-vae-ft-ema --num=8
 
-Uses EMA weights. Where no flag says otherwise a run samples by its own sampler, a release by the papers' (SDE or DDPM,
-250 steps; MeanFlow 1 step). Writes DIR/samples_STEP (or what --out says): grid.png, and samples.npz with `arr_0`, uint8
-images [n h w c], which the ADM evaluator reads, and `labels`. Latents are decoded by --vae, or by config.codec.vae
-of the run; without it they stay float32.
+Uses EMA weights. Where no flag says otherwise a run samples by its own sampler, a release by that of its paper (SDE or
+DDPM, 250 steps; MeanFlow 1 step). Writes DIR/samples_STEP (or what --out says): grid.png, and samples.npz with `arr_0`,
+uint8 images [n h w c], which the ADM evaluator reads, and `labels`. --vae, or config.codec.vae of the run, decodes
+latents; without it they stay float32.
 """
 
 import time
@@ -17,29 +17,30 @@ import jax
 import numpy as np
 from absl import flags
 
+from diversedit_jax.api import Condition
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.runs import trained
+from diversedit_jax.registry import in_range
+from diversedit_jax.runs import flags as run_flags
 from diversedit_jax.runs.trained import Source
 from diversedit_jax.runtime import cli
 from diversedit_jax.runtime.files import replacing
-from diversedit_jax.runtime.pictures import image_grid, save_png
+from diversedit_jax.runtime.pictures import as_pictures, image_grid, save_png
 from diversedit_jax.runtime.progress import duration
-from diversedit_jax.sampling import sampler
+
+MOST_SHOWN = 256  # samples in the grid
 
 
 def run(
     source: Source, *, num: int = 64, labels: Sequence[int] | None = None, seed: int = 0, out: str | Path | None = None
 ) -> Path:
-    """Write `num` samples, of `labels` in turn (default: every class in turn); returns the folder."""
-    if num < 1:
-        raise ConfigError(f"num = {num}: must be positive")
-    known = sampler.known_labels(source.num_classes)
-    chosen = known if labels is None else np.array(labels)
-    if chosen.size == 0 or chosen.min() < 0 or chosen.max() > known[-1]:
-        raise ConfigError(f"labels must be in 0 .. {known[-1]}, given {', '.join(map(str, chosen))}")
-    y = np.resize(chosen, num).astype(np.int32)
+    """Write `num` samples; returns the folder.
+
+    labels: of the samples, in turn. None: every class in turn, or the conditions of held-out data.
+    """
+    in_range("num", num, 1)
+    y = source.conditions(None, num, seed) if labels is None else repeated(labels, num, source.space.conditions.classes)
     begin = time.monotonic()
-    images = source.sample(source.params, source.frozen, y, seed, source.weak)
+    images = source.sampler(source.params, source.frozen, y, seed, source.weak)
     seconds = time.monotonic() - begin
 
     folder = Path(out).expanduser().absolute() if out else source.folder
@@ -47,20 +48,38 @@ def run(
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "samples.npz") as partial, open(partial, "wb") as file:
-        np.savez(file, arr_0=images, labels=y)
+        np.savez(file, arr_0=images, **named(y))
     took = f"{duration(seconds)} (compilation included)"
     print(f"{num} samples of {source.name} in {took}: {folder / 'samples.npz'}")
     if images.dtype == np.uint8:
-        save_png(folder / "grid.png", image_grid(images[:256]))
+        save_png(folder / "grid.png", image_grid(as_pictures(images[:MOST_SHOWN])))
         print(f"grid: {folder / 'grid.png'}")
     else:
         print("they are latents, float32: --vae=FILE decodes them")
     return folder
 
 
+def repeated(labels: Sequence[int], num: int, classes: int | None) -> np.ndarray:
+    """These labels in turn. ConfigError for one that the data do not have."""
+    if classes is None:
+        raise ConfigError("--labels: the conditions of these data are not labels; leave it out to sample held-out ones")
+    last = max(classes, 1) - 1
+    if not len(labels) or min(labels) < 0 or max(labels) > last:
+        raise ConfigError(f"labels must be in 0 .. {last}, given {', '.join(map(str, labels))}")
+    return np.resize(np.array(labels), num).astype(np.int32)
+
+
+def named(y: Condition) -> dict[str, np.ndarray]:
+    """The conditions as arrays of an .npz: `labels`, or `condition/NAME` for each array."""
+    if isinstance(y, np.ndarray):
+        return {"labels": y}
+    leaves = jax.tree.leaves_with_path(y)
+    return {f"condition/{jax.tree_util.keystr(path, simple=True, separator='/')}": leaf for path, leaf in leaves}
+
+
 if __name__ == "__main__":
-    trained.define_flags()
-    flags.adopt_module_key_flags(trained)  # so that --help lists them
+    run_flags.define_flags()
+    flags.adopt_module_key_flags(run_flags)  # so that --help lists them
     flags.DEFINE_integer("num", 64, "Number of samples.")
     flags.DEFINE_list("labels", None, "Class labels, taken in turn; by default every class in turn.")
     flags.DEFINE_integer("seed", 0, "Image i depends on the seed, on i and on its label.")
@@ -69,8 +88,8 @@ if __name__ == "__main__":
     def main() -> None:
         """Read the flags and run."""
         labels = flags.FLAGS.labels
-        labels = None if labels is None else trained.numbers("labels", labels, int)
+        labels = None if labels is None else run_flags.numbers("labels", labels, int)
         options = {name: flags.FLAGS[name].value for name in ("num", "seed", "out")}
-        run(trained.from_flags(), labels=labels, **options)
+        run(run_flags.source(), labels=labels, **options)
 
     cli.launch(main, several=True)

@@ -22,24 +22,25 @@ from diversedit_jax.errors import ConfigError
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # what the batch is split over
 SMALLEST = 2**12  # elements; what is smaller is copied to all devices
-STACKED = "shallow|deep|merges|blocks"  # parameters with a leading layer axis, which a scan walks: never split
 
-# (pattern, axes): of an array the first whose pattern is found in its name decides. Each axis of the array is `-`, not
-# split, or names axes of the mesh, `fsdp` or `fsdp+tensor`, or is `*`: the largest of these that can be is split over
-# what no other word uses. What a word names counts as `*` where the mesh has it only once. A last `...` repeats a word.
+# (pattern, axes): the first rule whose pattern is found in the name of an array decides how its axes are split:
+#     -                      not split
+#     fsdp, tensor           over this axis of the mesh; fsdp+tensor: over both
+#     *                      the largest of these axes that can be is split over what no other word uses
+#     ...                    the word before it, for all axes that are left
+# A word that names an axis of the mesh counts as * where the mesh has that axis only once. The rules of a config come
+# first, then those of the model (`Model.rules`), then these. A stack of layers, `blocks`, keeps its layer axis whole.
 RULES = (
-    (r"\b(shallow|deep)/qkv/kernel$", "- * - tensor -"),
-    (r"\b(shallow|deep)/qkv/bias$", "- - tensor -"),
-    (r"\b(shallow|deep)/fc1/kernel$", "- * tensor"),
-    (r"\b(shallow|deep)/fc1/bias$", "- tensor"),
-    (r"\b(shallow|deep)/(proj|fc2)/kernel$", "- tensor *"),
-    (rf"\b({STACKED})/", "- * ..."),
+    (r"\bblocks/", "- * ..."),
     (r"", "* ..."),
 )
 
 
 class Layout(NamedTuple):
-    """The devices of a run, and the rules by which arrays are split over them."""
+    """The devices of a run, and the rules by which arrays are split over them.
+
+    rules: those of the config; `with_rules` adds those of a model.
+    """
 
     mesh: Mesh
     rules: tuple[tuple[str, str], ...] = RULES
@@ -48,6 +49,11 @@ class Layout(NamedTuple):
     def shards(self) -> int:
         """How many parts a batch is split into."""
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    def with_rules(self, rules: Sequence[tuple[str, str]]) -> "Layout":
+        """The layout with the rules of a model, which come after those of the config."""
+        own = self.rules[: len(self.rules) - len(RULES)]
+        return self._replace(rules=(*own, *rules, *RULES))
 
 
 def make(
@@ -78,7 +84,8 @@ def make(
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if sizes["data"] % slices:
         raise ConfigError(
-            f"config.mesh.data = {sizes['data']}: {slices} slices divide it, for fsdp and tensor stay within a slice"
+            f"config.mesh.data = {sizes['data']} must be a multiple of the {slices} slices; "
+            "fsdp and tensor cannot span slices"
         )
     checked = tuple(_checked(pattern, axes) for pattern, axes in rules)
     mesh = Mesh(_arranged(devices, tuple(sizes.values()), slices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -193,8 +200,8 @@ def rows(layout: Layout, batch: int) -> list[int]:
     return sorted({row for place in places for row in range(batch)[place[0]]})
 
 
-def from_rows(local: Mapping[str, np.ndarray], layout: Layout, batch: int) -> dict[str, jax.Array]:
-    """The batch, arrays [batch ...] over all devices, of which every process has its own `rows`."""
+def from_rows(local: Mapping[str, Any], layout: Layout, batch: int) -> dict[str, Any]:
+    """The batch, arrays [batch ...] over all devices, from the `rows` that each process has of it."""
     place = over_batch(layout)
     at = {row: i for i, row in enumerate(rows(layout, batch))}
 
@@ -205,7 +212,7 @@ def from_rows(local: Mapping[str, np.ndarray], layout: Layout, batch: int) -> di
 
         return jax.make_array_from_callback((batch, *mine.shape[1:]), place, part)
 
-    return {name: placed(mine) for name, mine in local.items()}
+    return jax.tree.map(placed, dict(local))
 
 
 def placed(tree, shardings):

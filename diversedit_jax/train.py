@@ -12,36 +12,41 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from diversedit_jax import conditioning, sharding
 from diversedit_jax import config as configs
-from diversedit_jax import sharding
-from diversedit_jax.data import pipeline
+from diversedit_jax.api import Batch, Condition
+from diversedit_jax.data import Dataset, pipeline
 from diversedit_jax.errors import ConfigError, NonFiniteError
-from diversedit_jax.evaluators import Current
+from diversedit_jax.evaluators import Current, SampleSpec
 from diversedit_jax.registry import suggestion
 from diversedit_jax.runs import build
-from diversedit_jax.runtime import cli, flops, processes, profiler, workdir_lock
-from diversedit_jax.runtime.cli import silence
+from diversedit_jax.runs.build import Experiment
+from diversedit_jax.runs.trained import held_out
+from diversedit_jax.runtime import cli, flops, processes, workdir_lock
 from diversedit_jax.runtime.files import writable_folder
 from diversedit_jax.runtime.metric_writer import MetricWriter
-from diversedit_jax.runtime.pictures import image_grid, save_png
+from diversedit_jax.runtime.pictures import as_pictures, image_grid, save_png
+from diversedit_jax.runtime.profiler import Profiler, windows
 from diversedit_jax.runtime.progress import Progress, duration
 from diversedit_jax.runtime.versions import parameter_overview, versions
-from diversedit_jax.sampling import sampler
+from diversedit_jax.sampling.sampler import Sampler
 from diversedit_jax.training.checkpoint import Checkpoints
 from diversedit_jax.training.step import State, initializer, not_finite_ends, started_from, train_step
 
 
 def run(config: ConfigDict, workdir: str | Path) -> State:
     """Train as `config` says, from the last checkpoint in `workdir` if there is one; returns the final state."""
-    silence()
+    cli.silence()
     workdir = writable_folder(workdir)
     processes.check_shared(workdir)
     with contextlib.ExitStack() as stack:  # no other run writes there meanwhile
@@ -55,198 +60,308 @@ def say(line: str) -> None:
 
 
 def train(config: ConfigDict, workdir: Path) -> State:
-    """The story of a run, once its directory is its own."""
-    # --- The parts of the run, and everything that can be refused, before anything compiles.
-    started = time.monotonic()
+    """A run from its start, or from its last checkpoint, to its end."""
+    begin = time.monotonic()
     processes.agree("config", configs.flat(config.to_dict()))
+    with contextlib.ExitStack() as stack:
+        trainer = start(config, workdir, stack)
+        trainer.loop(stack)
+        trainer.finish()
+    if jax.process_index() == 0:
+        print(summary(workdir, trainer.checkpoints, time.monotonic() - begin), flush=True)
+    return trainer.state
+
+
+def start(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> "Trainer":
+    """Initialise a run. Whatever can be refused is refused before anything compiles or is written."""
+    # 1. Components, from the config and the data set.
     dataset = build.open_data(config)
-    layout, parts, sample, rate = build.build(config, dataset.shape, dataset.num_classes)
-    sampler.check_guidance(config.sampler.cfg_scale, dataset.num_classes)
-    profiler.windows(config.profile)
-    if config.max_skipped < 0:
-        raise ConfigError(f"config.max_skipped = {config.max_skipped}: must not be negative")
-    evaluators = build.evaluators(config, parts, dataset.shape, dataset.num_classes)
+    experiment = build.build(config, dataset.space)
+    conditioning.check_guidance(config.sampler.cfg_scale, dataset.space.conditions)
+    windows(config.profile)
+    sampler, judge = experiment.sampler(), build.best_by(config)
+    conditions = partial(chosen, partial(build.open_data, config), dataset)
+    spec = sample_spec(experiment, conditions)
+    evaluators = {
+        label: configs.make("evaluators", slot, f"config.evaluators.{label}", spec)
+        for label, slot in config.evaluators.items()
+    }
+    keeping = {name: config.checkpoint[name] for name in ("keep", "keep_every", "best", "lower")}
+    checkpoints = Checkpoints(workdir / "checkpoints", **keeping)
+
+    # 2. The first batch: real data, so that what is wrong with them is said now.
+    begin = processes.number_of_first(checkpoints.latest() or 0)
+    feed = Feed(config, dataset, experiment.layout, begin)
+    stack.callback(feed.close)
     key_init, key_run = jax.random.split(jax.random.key(config.seed))
-
-    checkpoints = Checkpoints(
-        workdir / "checkpoints",
-        keep=config.checkpoint.keep,
-        keep_every=config.checkpoint.keep_every,
-        best=config.checkpoint.best,
-        lower=config.checkpoint.lower,
-    )
-    judge = build.best_by(config)
-    start = processes.number_of_first(checkpoints.latest() or 0)
-    faults: list[str] = []  # of records that could not be read
-    loading = {"rows": sharding.rows(layout, config.batch_size), "report": faults.append}
-    loading |= configs.keywords(config.input, "config.input", pipeline.batches)
-    loader = pipeline.batches(dataset, config.batch_size, config.seed, start, **loading)
-
-    def next_batch() -> dict[str, jax.Array]:
-        # Called as soon as a step is dispatched: the batch is read and transferred while the device computes.
-        return sharding.from_rows(next(loader), layout, config.batch_size)
-
-    batch = next_batch()  # reads real data, so that what is wrong with it is said now
-    init = initializer(parts, batch)
+    init = initializer(experiment.components, feed.batch)
     try:
         abstract = jax.eval_shape(init, key_init)
-        work = build.work(config, parts, dataset.shape, dataset.num_classes, abstract, batch)
+        work = build.work(experiment, abstract, feed.batch)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"the config cannot be traced: {error}") from error
-    state_shardings = sharding.shardings(abstract, layout)
-    target = sharding.placed(abstract, state_shardings)
-    given = build.starting_params(config, abstract["params"]) if not start else None
-    notes = processes.first_alone(lambda: configs.claim(workdir, config)) or []
 
-    # --- The state: born sharded, or read back.
-    frozen = build.prepared(parts.codec, layout)
-    if start:
-        state, whole, damaged = checkpoints.restore_newest(target)
-        notes += damaged
-        if whole != start:
-            start = whole
-            loader.close()
-            loader = pipeline.batches(dataset, config.batch_size, config.seed, start, **loading)
-            batch = next_batch()
-        notes.append(f"resuming from step {start} of {config.total_steps}")
-        skipped = checkpoints.meta(start).get("skipped", 0)
+    # 3. The state: born sharded, or read back.
+    shardings = sharding.shardings(abstract, experiment.layout)
+    given = None if begin else build.starting_params(config, experiment.components.model, abstract["params"])
+    notes = processes.first_alone(lambda: configs.claim(workdir, config)) or []
+    frozen = build.frozen_weights(experiment.components.codec, experiment.layout)
+    if begin:
+        state, whole, damaged = checkpoints.restore_newest(sharding.placed(abstract, shardings))
+        if whole != begin:
+            feed.restart(whole)
+        notes += [*damaged, f"resuming from step {whole} of {config.total_steps}"]
+        skipped, begin = checkpoints.meta(whole).get("skipped", 0), whole
     else:
-        state = jax.jit(init, out_shardings=state_shardings)(key_init)
-        skipped = 0
+        state, skipped = jax.jit(init, out_shardings=shardings)(key_init), 0
         notes.append(f"starting a new run in {workdir}")
     if given is not None:
         state = started_from(state, given)
-        fresh = (
-            "; its long residual connections are new" if "merges" in abstract["params"].keys() - given.keys() else ""
-        )
-        notes.append(f"starting from {config.init_from.file}{fresh}")
+        fresh = sorted(abstract["params"].keys() - given.keys())
+        notes.append(f"starting from {config.init_from.file}" + (f"; new: {', '.join(fresh)}" if fresh else ""))
 
-    main_process = jax.process_index() == 0
-    with contextlib.ExitStack() as stack:
-        stack.callback(checkpoints.close)
-        stack.callback(loader.close)
-        writer = stack.enter_context(MetricWriter(workdir, start)) if main_process else None
-        stream = None if main_process else stack.enter_context(open(os.devnull, "w"))  # one process talks for all
-        progress = stack.enter_context(Progress(config.total_steps, start, config.batch_size, stream=stream))
-        describe(workdir, config, state, writer, progress, notes)
-        finite = Finite(config.max_skipped, skipped, checkpoints, progress.note)
-        profile = profiler.Profiler(config.profile if main_process else "", workdir, progress.note)
-        stack.callback(profile.close)
+    # 4. Reports, and one program for all steps.
+    stack.callback(checkpoints.close)
+    report = Report(config, workdir, begin, stack)
+    report.describe(state, notes)
+    outputs = (shardings, sharding.replicated(experiment.layout))
+    step = jax.jit(partial(train_step, experiment.components), donate_argnums=0, out_shardings=outputs)
+    clock = time.monotonic()
+    with jax.set_mesh(experiment.layout.mesh):
+        compiled = step.lower(state, frozen, feed.batch, key_run).compile()
+    report.note(f"compiled the training step in {time.monotonic() - clock:.1f} s")
+    finite = Finite(config.max_skipped, skipped, checkpoints, report.note)
+    parts = {"config": config, "workdir": workdir, "experiment": experiment, "feed": feed, "checkpoints": checkpoints}
+    parts |= {"evaluators": evaluators, "judge": judge, "sampler": sampler, "conditions": conditions, "work": work}
+    return Trainer(
+        **parts, compiled=compiled, frozen=frozen, key=key_run, report=report, finite=finite, state=state, begin=begin
+    )
 
-        # --- One compiled step.
-        step_shardings = (state_shardings, sharding.replicated(layout))
-        compiled = jax.jit(partial(train_step, parts), donate_argnums=0, out_shardings=step_shardings)
-        begin = time.monotonic()
-        with jax.set_mesh(layout.mesh):
-            step_fn = compiled.lower(state, frozen, batch, key_run).compile()
-        progress.note(f"compiled the training step in {time.monotonic() - begin:.1f} s")
 
-        def save(step: int) -> None:
-            meta = {"next_batch": step, "shape": list(dataset.shape), "num_classes": dataset.num_classes}
-            meta["skipped"] = finite.skipped
-            with progress.pause():
-                checkpoints.save(step, state, meta)
-            saved.append(step)
+def chosen(data: Callable[[str], Dataset], dataset: Dataset, rule: str | None, num: int, seed: int) -> Condition:
+    """The conditions of `num` samples, by a rule; of held-out data where they are no labels."""
+    return conditioning.chosen(rule, num, dataset.space.conditions, seed, partial(held_out, data))
 
-        def write(step: int, scalars: Mapping[str, float]) -> None:
-            if writer is not None:
-                writer.write_scalars(step, scalars)
 
-        def show_samples(step: int, path: Path) -> None:
-            labels = np.resize(sampler.known_labels(dataset.num_classes), config.samples.num)
-            images = generate(labels)
-            if writer is not None and images.dtype == np.uint8:
-                grid = image_grid(images)
-                path.parent.mkdir(exist_ok=True)
-                save_png(path, grid)
-                writer.write_images(step, {"samples": grid})
+def sample_spec(experiment: Experiment, conditions: Callable[[str | None, int, int], Condition]) -> SampleSpec:
+    """What evaluators get to know of the samples of a run."""
+    codec, config = experiment.components.codec, experiment.config
+    shape = build.sample_shape(codec, codec.shape(experiment.space.shape))
+    batch = sharding.filled(config.sampler.batch_size)
+    return SampleSpec(shape, batch, conditions, experiment, partial(build.open_data, config))
 
-        def generate(labels: np.ndarray, first: int = 0) -> np.ndarray:
-            return sample(state["ema"], frozen, labels, config.seed, first=first)
 
-        def evaluate(step: int, label: str) -> None:
-            found = {f"{label}/{name}": x for name, x in evaluators[label](Current(state["ema"], generate))}
-            scores = {name: x for name, x in found.items() if not isinstance(x, np.ndarray)}
-            write(step, scores)
-            if writer is not None:
-                writer.write_images(step, {name: x for name, x in found.items() if name not in scores})
-            progress.note("  ".join([f"step {step}", *(f"{name} {value:.4g}" for name, value in scores.items())]))
-            if label == judge:
-                metric = config.checkpoint.metric
-                if metric not in scores:
-                    raise ConfigError(
-                        f"config.checkpoint.metric = {metric!r} is not found; {suggestion(metric, scores)}"
-                    )
-                checkpoints.score(step, scores[metric])
+class Feed:
+    """The batches of a run, on the devices. `batch` is the next one.
 
-        # --- The loop. Metrics are read one step late, so that the device never waits for the host.
-        step, pending, saved, noted = start, None, [start], 0
-        stop = stack.enter_context(cli.stop_requests(progress.note))
-        alive = stack.enter_context(cli.watchdog(config.watchdog))
+    `advance` is called as soon as a step is dispatched: it reads and transfers while the devices compute.
+    """
+
+    def __init__(self, config: ConfigDict, dataset: Dataset, layout: sharding.Layout, begin: int):
+        self.faults: list[str] = []  # of records that could not be read
+        self._config, self._dataset, self._layout = config, dataset, layout
+        self._loader: Any = None
+        self.restart(begin)
+
+    def restart(self, begin: int) -> None:
+        """Go to the batch of a step."""
+        self.close()
+        config = self._config
+        options = {"rows": sharding.rows(self._layout, config.batch_size), "report": self.faults.append}
+        options |= configs.keywords(config.input, "config.input", pipeline.batches)
+        self._loader = pipeline.batches(self._dataset, config.batch_size, config.seed, begin, **options)
+        self.advance()
+
+    def advance(self) -> None:
+        """Read the next batch."""
+        self.batch: Batch = sharding.from_rows(next(self._loader), self._layout, self._config.batch_size)
+
+    def close(self) -> None:
+        """End the threads and processes that read."""
+        if self._loader is not None:
+            self._loader.close()
+
+
+class Report:
+    """What a run tells: metrics and images in files, lines on the terminal. Of several processes one talks for all."""
+
+    def __init__(self, config: ConfigDict, workdir: Path, begin: int, stack: contextlib.ExitStack):
+        self.config, self.workdir = config, workdir
+        main = jax.process_index() == 0
+        self.writer = stack.enter_context(MetricWriter(workdir, begin)) if main else None
+        stream = None if main else stack.enter_context(open(os.devnull, "w"))  # noqa: SIM115 (on the stack)
+        self.progress = stack.enter_context(Progress(config.total_steps, begin, config.batch_size, stream=stream))
+        self.note = self.progress.note
+        self.profile = Profiler(config.profile if main else "", workdir, self.note)
+        stack.callback(self.profile.close)
+
+    def describe(self, state: State, notes: list[str]) -> None:
+        """Write down what runs: versions, parameters, config."""
+        for note in notes:
+            self.note(note)
+        if self.writer is None:
+            return
+        installed = versions()
+        (self.workdir / "versions.json").write_text(json.dumps(installed, indent=2) + "\n")
+        (self.workdir / "parameters.txt").write_text(parameter_overview(state["params"]) + "\n")
+        self.writer.write_hparams(configs.flat(self.config.to_dict()))
+        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state["params"]))
+        self.note(f"{count:,} parameters on {installed['devices']} ({installed['backend']})")
+
+    def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Write numbers."""
+        if self.writer is not None:
+            self.writer.write_scalars(step, scalars)
+
+    def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Write images."""
+        if self.writer is not None:
+            self.writer.write_images(step, images)
+
+    def samples(self, step: int, path: Path, images: np.ndarray) -> None:
+        """Write a grid of samples, where they are images."""
+        if self.writer is not None and images.dtype == np.uint8:
+            grid = image_grid(as_pictures(images))
+            path.parent.mkdir(exist_ok=True)
+            save_png(path, grid)
+            self.images(step, {"samples": grid})
+
+
+@dataclass
+class Trainer:
+    """A run in progress: what it trains, with what, and its state."""
+
+    config: ConfigDict
+    workdir: Path
+    experiment: Experiment
+    feed: Feed
+    checkpoints: Checkpoints
+    evaluators: Mapping[str, Callable]
+    judge: str | None  # the evaluator by which checkpoints are kept
+    sampler: Sampler
+    conditions: Callable[[str | None, int, int], Condition]
+    work: int  # FLOPs of a step
+    compiled: jax.stages.Compiled
+    frozen: Any
+    key: jax.Array
+    report: Report
+    finite: "Finite"
+    state: State
+    begin: int  # the step at which this process began
+    saved: int = field(init=False)
+
+    def __post_init__(self):
+        self.saved = self.begin
+
+    def loop(self, stack: contextlib.ExitStack) -> None:
+        """All steps. Metrics are read one step late, so that the devices never wait for the host."""
+        config, report = self.config, self.report
+        step, pending, noted = self.begin, None, 0
+        stop = stack.enter_context(cli.stop_requests(report.note))
+        self.alive = stack.enter_context(cli.watchdog(config.watchdog))
         stopped = None
         while step < config.total_steps and not (stopped := stop(step)):
-            alive()
+            self.alive()
             step += 1
-            with profile.step(step):
-                state, metrics = step_fn(state, frozen, batch, key_run)
+            with report.profile.step(step):
+                self.state, metrics = self.compiled(self.state, self.frozen, self.feed.batch, self.key)
                 if step < config.total_steps:
-                    batch = next_batch()
-            profile.after(step, metrics)
-            for fault in faults[noted:]:
-                progress.note(f"data: {fault}")
-            noted = len(faults)
+                    self.feed.advance()
+            report.profile.after(step, metrics)
+            for fault in self.feed.faults[noted:]:
+                report.note(f"data: {fault}")
+            noted = len(self.feed.faults)
             if pending is not None:
-                finite(step - 1, pending)
+                self.finite(step - 1, pending)
             pending = metrics
             last = step == config.total_steps
             logging = step == 1 or step % config.log_every == 0 or last
             saving = due(step, config.checkpoint.every) or last
-            saving |= judge is not None and due(step, config.evaluators[judge].every)  # else the best might not be kept
-            if logging or saving:
-                values = finite(step, metrics)
+            saving |= self.judge is not None and due(step, config.evaluators[self.judge].every)
+            values = self.finite(step, metrics) if logging or saving else None
             if logging:
-                rates = progress.report(step, shown(values))
-                if rates:
-                    rates |= flops.rates(work, rates["steps_per_sec"], jax.devices()[0].device_kind, jax.device_count())
-                counts = {"data/bad_records": len(faults)} if config.input.max_bad_records else {}
-                counts |= {"skipped_batches": finite.skipped} if config.max_skipped else {}
-                write(step, values | rates | counts | {"learning_rate": float(rate(step - 1))})
+                self.log(step, values)
             if saving:
-                save(step)
-            progress.update(step)
-            alive(False)  # samples and scores take as long as they take
-            with progress.pause():
-                if due(step, config.samples.every) and not last:
-                    show_samples(step, workdir / "samples" / f"{step:07d}.png")
-                for label in evaluators:
-                    if due(step, config.evaluators[label].every) and not last:
-                        evaluate(step, label)
-        alive()  # a mount that hangs while the last checkpoint is written
+                self.save(step)
+            report.progress.update(step)
+            if not last:
+                self.look(step)
+        self.alive()  # a mount that hangs while the last checkpoint is written
         if step < config.total_steps:
-            if step > saved[-1]:
-                finite(step, pending)
-                save(step)
-            checkpoints.wait()
-            kept = "saved" if checkpoints.steps() else "nothing to save"
+            if step > self.saved:
+                self.finite(step, pending)
+                self.save(step)
+            self.checkpoints.wait()
+            kept = "saved" if self.checkpoints.steps() else "nothing to save"
             raise cli.Stopped(
                 f"{stopped}: stopped at step {step} of {config.total_steps}, {kept}; run it again to resume"
             )
 
-        # --- The end: the last samples, the last scores, and where everything is.
-        if start >= config.total_steps and (workdir / "samples.png").exists():
-            progress.note(
-                f"nothing to do: the checkpoint is at step {start}, config.total_steps is {config.total_steps}"
-            )
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the metrics of a step, and the rates since the last time."""
+        config = self.config
+        rates = self.report.progress.report(step, shown(values))
+        if rates:
+            rates |= flops.rates(self.work, rates["steps_per_sec"], jax.devices()[0].device_kind, jax.device_count())
+        counts = {"data/bad_records": len(self.feed.faults)} if config.input.max_bad_records else {}
+        counts |= {"skipped_batches": self.finite.skipped} if config.max_skipped else {}
+        (_, main), *others = self.experiment.rates.items()
+        learning = {"learning_rate": float(main(step - 1))}
+        learning |= {f"learning_rate/{label}": float(rate(step - 1)) for label, rate in others}
+        self.report.scalars(step, values | rates | counts | learning)
+
+    def save(self, step: int) -> None:
+        """Begin to save the state."""
+        meta = {"next_batch": step, "skipped": self.finite.skipped, **build.to_json(self.experiment.space)}
+        with self.report.progress.pause():
+            self.checkpoints.save(step, self.state, meta)
+        self.saved = step
+
+    def look(self, step: int) -> None:
+        """Samples and scores that are due at a step. They take as long as they take."""
+        self.alive(False)
+        with self.report.progress.pause():
+            if due(step, self.config.samples.every):
+                self.show(step, self.workdir / "samples" / f"{step:07d}.png")
+            for label in self.evaluators:
+                if due(step, self.config.evaluators[label].every):
+                    self.evaluate(step, label)
+
+    def draw(self, conditions: Condition, first: int = 0) -> np.ndarray:
+        """Samples of the EMA network."""
+        return self.sampler(self.state["ema"], self.frozen, conditions, self.config.seed, first=first)
+
+    def show(self, step: int, path: Path) -> None:
+        """Draw and write a grid of samples."""
+        self.report.samples(step, path, self.draw(self.conditions(None, self.config.samples.num, self.config.seed)))
+
+    def evaluate(self, step: int, label: str) -> None:
+        """Run an evaluator, and write what it finds."""
+        learned = {"params": self.state["ema"]} | {name: self.state[name] for name in ("losses", "objective", "memory")}
+        current = Current(learned, self.frozen, self.draw)
+        found = {f"{label}/{name}": x for name, x in self.evaluators[label](current)}
+        scores = {name: x for name, x in found.items() if not isinstance(x, np.ndarray)}
+        self.report.scalars(step, scores)
+        self.report.images(step, {name: x for name, x in found.items() if name not in scores})
+        self.report.note("  ".join([f"step {step}", *(f"{name} {value:.4g}" for name, value in scores.items())]))
+        if label == self.judge:
+            metric = self.config.checkpoint.metric
+            if metric not in scores:
+                raise ConfigError(f"config.checkpoint.metric = {metric!r} is not found; {suggestion(metric, scores)}")
+            self.checkpoints.score(step, scores[metric])
+
+    def finish(self) -> None:
+        """The last scores and the last samples."""
+        total, path = self.config.total_steps, self.workdir / "samples.png"
+        if self.begin >= total and path.exists():
+            self.report.note(f"nothing to do: the checkpoint is at step {self.begin}, config.total_steps is {total}")
         else:
-            alive(False)
-            for label in evaluators:
-                evaluate(step, label)
-            show_samples(step, workdir / "samples.png")
-            alive()
-        checkpoints.wait()
-    if main_process:
-        print(summary(workdir, checkpoints, time.monotonic() - started), flush=True)
-    return state
+            self.alive(False)
+            for label in self.evaluators:
+                self.evaluate(total, label)
+            self.show(total, path)
+            self.alive()
+        self.checkpoints.wait()
 
 
 def due(step: int, every: int) -> bool:
@@ -257,7 +372,8 @@ def due(step: int, every: int) -> bool:
 class Finite:
     """The metrics of a step, fetched; and a count of the batches that were skipped because one was not finite.
 
-    most: how many may be; one more is a NonFiniteError that names the first term. before: those of the run so far.
+    most: how many may be skipped; one more is a NonFiniteError that names the first term. before: those of the run so
+    far.
     """
 
     def __init__(self, most: int, before: int, checkpoints: Checkpoints, note: Callable[[str], None]):
@@ -288,26 +404,11 @@ class Finite:
 
 
 def shown(values: Mapping[str, float]) -> dict[str, float]:
-    """The metrics worth a place on the progress line: the terms as they add up, and what they weigh, <label>/loss."""
+    """The metrics for the progress line: the terms as they add up, and each loss before its weight (<label>/loss)."""
     terms = {name.removeprefix("loss/"): value for name, value in values.items() if name.startswith("loss/")}
     unweighted = {name: value for name, value in values.items() if name.endswith("/loss")}
     first = {"loss": terms.pop("total"), "objective": terms.pop("objective")}
     return first | terms | unweighted | {"grad_norm": values["grad_norm"]}
-
-
-def describe(workdir: Path, config: ConfigDict, state: State, writer, progress: Progress, notes: list[str]) -> None:
-    """Write down what runs: versions, parameters, config."""
-    for note in notes:
-        progress.note(note)
-    if writer is None:
-        return
-    installed = versions()
-    overview = parameter_overview(state["params"])
-    (workdir / "versions.json").write_text(json.dumps(installed, indent=2) + "\n")
-    (workdir / "parameters.txt").write_text(overview + "\n")
-    writer.write_hparams(configs.flat(config.to_dict()))
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state["params"]))
-    progress.note(f"{count:,} parameters on {installed['devices']} ({installed['backend']})")
 
 
 def summary(workdir: Path, checkpoints: Checkpoints, seconds: float) -> str:

@@ -1,6 +1,6 @@
 """Whether auxiliary losses pull the blocks where the objective pulls them: cosines of their gradients."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,10 +10,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from diversedit_jax import sharding
-from diversedit_jax.analysis.subject import Subject
-from diversedit_jax.api import Batch, Params
-
-HALVES = ("shallow", "deep")  # parameters of blocks, with a leading layer axis
+from diversedit_jax.analysis.features import Learned, context, forward, prepared
+from diversedit_jax.api import AuxLoss, Batch, Params
+from diversedit_jax.runs.build import Experiment
 
 
 class Pull(NamedTuple):
@@ -29,20 +28,25 @@ class Pull(NamedTuple):
 
 
 def pulls(
-    subject: Subject, params: Params, heads: Params, shown: Sequence[Batch], step: int, seed: int = 0
+    experiment: Experiment,
+    losses: Mapping[str, AuxLoss],
+    learned: Learned,
+    frozen: Any,
+    shown: Sequence[Batch],
+    step: int,
+    seed: int = 0,
 ) -> dict[str, Pull]:
-    """By loss. The losses are those of training, on its times and noise, without label drop, as they weigh at a step;
-    but the diversity loss stands at full weight.
+    """By loss. Each stands at its full weight (`Term.full`), on the times and noise of training, with all conditions.
 
     Takes one backward pass for each loss, and one for the objective, a batch. The teacher has the same weights.
     """
-    run = jax.jit(partial(_products, subject), out_shardings=sharding.replicated(subject.layout))
+    run = jax.jit(partial(_products, experiment, losses), out_shardings=sharding.replicated(experiment.layout))
     found = []
     for number, batch in enumerate(shown):
         key = jax.random.fold_in(jax.random.key(seed), number)
-        found.append(jax.device_get(run(params, heads, subject.frozen, batch, jnp.int32(step), key)))
+        found.append(jax.device_get(run(learned, frozen, batch, jnp.int32(step), key)))
     pulled = {}
-    for label in subject.parts.losses:
+    for label in losses:
         dots, own, other = (np.stack([one[label][i] for one in found]) for i in range(3))
         with np.errstate(invalid="ignore", divide="ignore"):
             cosine = np.where(other > 0, dots / np.sqrt(own * other), np.nan)
@@ -52,36 +56,43 @@ def pulls(
     return pulled
 
 
-def _products(subject: Subject, params: Params, heads: Params, frozen: Any, batch: Batch, step: Array, key: Array):
+def _products(
+    experiment: Experiment,
+    losses: Mapping[str, AuxLoss],
+    learned: Learned,
+    frozen: Any,
+    batch: Batch,
+    step: Array,
+    key: Array,
+) -> dict[str, tuple[Array, Array, Array]]:
     """For each loss the products by block: with the objective's gradient, of that with itself, and of its own."""
-    parts = subject.parts
-    key_prepare, key_objective, key_losses = jax.random.split(key, 3)
-    prepared = parts.codec.encode(frozen, batch, key_prepare)
-    teacher = parts.model.network(params)
+    key_codec, key_objective, key_losses = jax.random.split(key, 3)
+    ready = prepared(experiment, frozen, batch, key_codec)
+    blocks = experiment.components.model.blocks
 
-    def forward(params: Params):
-        return parts.objective(parts.model.network(params), prepared, key_objective)
+    def passed(params: Params):
+        return forward(experiment, {**learned, "params": params}, frozen, ready, key_objective)
 
     def term(params: Params, label: str, number: int) -> Array:
         key = jax.random.fold_in(key_losses, number)
-        return parts.losses[label].apply(heads[label], forward(params), prepared, teacher, step, key)[0]
+        own = context(experiment, learned, frozen, key, loss=label)._replace(step=step)
+        found = losses[label].apply(passed(params), ready, own)
+        return found.loss if found.full is None else found.full
 
-    def of_blocks(grads: Params) -> list[Params]:
-        return [grads[half] for half in HALVES]
-
-    first = of_blocks(jax.grad(lambda params: forward(params).loss.mean())(params))
+    params = learned["params"]
+    first = blocks(jax.grad(lambda params: passed(params).loss.mean())(params))
     found = {}
-    for number, label in enumerate(parts.losses):
-        grads = of_blocks(jax.grad(term)(params, label, number))
+    for number, label in enumerate(losses):
+        grads = blocks(jax.grad(term)(params, label, number))
         found[label] = tuple(_by_block(a, b) for a, b in ((first, grads), (first, first), (grads, grads)))
     return found
 
 
-def _by_block(a: list[Params], b: list[Params]) -> Float[Array, " l"]:
+def _by_block(a: Sequence[Params], b: Sequence[Params]) -> Float[Array, " l"]:
     """Inner products of two gradients, a number for each block."""
+    return jnp.stack([_product(x, y) for x, y in zip(a, b, strict=True)])
 
-    def product(x: Params, y: Params) -> Array:
-        leaves = jax.tree.map(lambda u, v: jnp.sum(u * v, axis=tuple(range(1, u.ndim))), x, y)
-        return sum(jax.tree.leaves(leaves))
 
-    return jnp.concatenate([product(x, y) for x, y in zip(a, b, strict=True)])
+def _product(x: Params, y: Params) -> Array:
+    """The inner product of two pytrees."""
+    return sum(jax.tree.leaves(jax.tree.map(lambda u, v: jnp.sum(u * v), x, y)))

@@ -6,7 +6,7 @@ norms, cosines, and HSIC of minibatches. So the memory is that of one batch, wha
 
 import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -16,12 +16,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from diversedit_jax import sharding
-from diversedit_jax.analysis.subject import Subject
-from diversedit_jax.api import Batch, Params
+from diversedit_jax.analysis.features import Learned, features
+from diversedit_jax.api import Batch
 from diversedit_jax.data import Dataset, pipeline
 from diversedit_jax.errors import ConfigError, RunError
 from diversedit_jax.metrics import similarity
-from diversedit_jax.registry import suggestion
+from diversedit_jax.registry import in_range, one_of
+from diversedit_jax.runs.build import Experiment
 from diversedit_jax.runtime.progress import Ticker
 
 UNITS = {
@@ -75,6 +76,7 @@ class Measured(NamedTuple):
 
     similarity: by the estimator. spread: of its mean off-diagonal over draws of noise, a standard deviation.
     rows: [l n d] of each unit that was gathered, of the first draw. minibatch: CKA by (unit, kernel).
+    labels: of the images, None where their conditions are not labels.
     """
 
     similarity: Float[np.ndarray, "l l"]
@@ -85,37 +87,31 @@ class Measured(NamedTuple):
     norm: Float[np.ndarray, " l"]
     rows: Mapping[str, Float[np.ndarray, "l n p"]]
     minibatch: Mapping[tuple[str, str], Float[np.ndarray, "l l"]]
-    labels: Int[np.ndarray, " n"]
+    labels: Int[np.ndarray, " n"] | None
 
 
 def check(settings: Settings) -> None:
     """Raise ConfigError for what cannot be measured."""
     estimator = settings.estimator
-    for name, given, known in (
-        ("unit", estimator.unit, UNITS),
-        ("kernel", estimator.kernel, similarity.KERNELS),
-        ("hsic", estimator.hsic, HSICS),
-        ("labels", settings.labels, ("real", "null")),
-    ):
-        if given not in known:
-            raise ConfigError(f"--{name}={given} is unknown; {suggestion(given, known)}")
-    if estimator.multiplier <= 0 or estimator.degree < 1:
-        raise ConfigError(
-            f"--multiplier={estimator.multiplier}, --degree={estimator.degree}: wanted more than 0, and at least 1"
-        )
-    for name in ("num", "batch", "noises"):
-        if getattr(settings, name) < 1:
-            raise ConfigError(f"--{name}={getattr(settings, name)}: must be positive")
+    one_of("--unit", estimator.unit, UNITS)
+    one_of("--kernel", estimator.kernel, similarity.KERNELS)
+    one_of("--hsic", estimator.hsic, HSICS)
+    one_of("--labels", settings.labels, ("real", "null"))
+    in_range("--multiplier", estimator.multiplier, above=0)
+    in_range("--degree", estimator.degree, 1)
+    in_range("--num", settings.num, 1)
+    in_range("--batch", settings.batch, 1)
+    in_range("--noises", settings.noises, 1)
     if sharding.filled(settings.batch) < 4:
         raise ConfigError(f"--batch={settings.batch}: minibatch estimators need at least 4 images at a time")
 
 
-def split_of(subject: Subject, split: str | None) -> str:
+def split_of(data: Callable[[str], Dataset], split: str | None) -> str:
     """The split to look at: as asked for, else `test` where the data have it, else `train`."""
     if split is not None:
         return split
     try:
-        subject.data("test")
+        data("test")
     except RunError:
         return "train"
     return "test"
@@ -136,27 +132,33 @@ def batches(dataset: Dataset, settings: Settings, layout: sharding.Layout) -> li
 
 
 class Pass(NamedTuple):
-    """The compiled passes of a subject, for all its checkpoints and times."""
+    """The compiled pass of a network over a batch, for all its checkpoints and times."""
 
-    subject: Subject
+    experiment: Experiment
     settings: Settings
     run: Any
 
 
-def compiled(subject: Subject, settings: Settings) -> Pass:
+def compiled(experiment: Experiment, settings: Settings) -> Pass:
     """The pass over a batch, compiled at its first use and once."""
     check(settings)
-    copied = sharding.replicated(subject.layout)
-    return Pass(subject, settings, jax.jit(partial(_measure, subject, settings), out_shardings=copied))
+    copied = sharding.replicated(experiment.layout)
+    return Pass(experiment, settings, jax.jit(partial(_measure, experiment, settings), out_shardings=copied))
 
 
 def _measure(
-    subject: Subject, settings: Settings, params: Params, frozen: Any, batch: Batch, t: Array, key: Array, null: Array
+    experiment: Experiment,
+    settings: Settings,
+    learned: Learned,
+    frozen: Any,
+    batch: Batch,
+    t: Array,
+    key: Array,
+    hidden: Array,
 ) -> dict[str, Any]:
-    """All that is taken from one batch: rows by unit, and sums. null: whether labels are hidden from the network."""
+    """All that is taken from one batch: rows by unit, and sums. hidden: whether the network sees no conditions."""
     key_tokens, key = jax.random.split(key)
-    given = batch | {"y": jnp.where(null, subject.null, batch["y"])}
-    stack = subject.features(params, frozen, given, t, key)
+    stack = features(experiment, learned, frozen, batch, t, key, hidden)
     blocks, b, n, d = stack.shape
     tokens = stack.reshape(blocks, b * n, d)
     mean = tokens.mean(axis=1)
@@ -178,7 +180,7 @@ def _measure(
         "mean": mean,
         "scatter": jnp.einsum("lnd,lne->lde", centred, centred, precision="highest"),
         "count": b * n,
-        "labels": batch["y"],
+        "labels": None if experiment.space.conditions.classes is None else batch["y"],
     }
 
 
@@ -186,14 +188,14 @@ def _gathers_images(estimator: Estimator) -> bool:
     return estimator.unit == "image" and estimator.hsic != "minibatch"
 
 
-def measure(ready: Pass, params: Params, shown: Sequence[Batch], t: float) -> Measured:
+def measure(ready: Pass, learned: Learned, frozen: Any, shown: Sequence[Batch], t: float) -> Measured:
     """Look at a checkpoint at time t. shown: the batches."""
     settings = ready.settings
-    null = settings.labels == "null"
+    hidden = settings.labels == "null"
     found: list[Float[np.ndarray, "l l"]] = []
     first: dict[str, Any] = {}
     for draw in range(settings.noises):
-        total = _over_batches(ready, params, shown, t, draw, null)
+        total = _over_batches(ready, learned, frozen, shown, t, draw, hidden)
         minibatch = {
             tuple(name.split("/")): np.asarray(similarity.normalised(jnp.asarray(hsic)))
             for name, hsic in total["hsic"].items()
@@ -213,42 +215,48 @@ def measure(ready: Pass, params: Params, shown: Sequence[Batch], t: float) -> Me
 
 
 def pooled(
-    ready: Pass, params: Params, shown: Sequence[Batch], t: float
+    ready: Pass, learned: Learned, frozen: Any, shown: Sequence[Batch], t: float
 ) -> tuple[Float[np.ndarray, "l n d"], Int[np.ndarray, " n"]]:
     """The mean token of every block for every image, where the network does not see the labels; and the labels."""
-    total = _over_batches(ready, params, shown, t, 0, null=True)
+    total = _over_batches(ready, learned, frozen, shown, t, 0, hidden=True)
     return total["rows"]["pooled"], total["labels"]
 
 
 def _over_batches(
-    ready: Pass, params: Params, shown: Sequence[Batch], t: float, draw: int, null: bool
+    ready: Pass, learned: Learned, frozen: Any, shown: Sequence[Batch], t: float, draw: int, hidden: bool
 ) -> dict[str, Any]:
     """The rows of all batches, and their sums, for one draw of noise."""
     parts: dict[str, list[np.ndarray]] = {}
     sums: dict[str, Any] = {}
+    labels: list[np.ndarray | None] = []
     key = jax.random.fold_in(jax.random.key(ready.settings.seed), draw)
-    with Ticker(sum(len(batch["y"]) for batch in shown), leave=False) as ticker:
+    with Ticker(sum(map(count_of, shown)), leave=False) as ticker:
         for number, batch in enumerate(shown):
             now = jax.random.fold_in(key, number)
-            out = jax.device_get(ready.run(params, ready.subject.frozen, batch, jnp.float32(t), now, null))
+            out = jax.device_get(ready.run(learned, frozen, batch, jnp.float32(t), now, hidden))
             for unit, rows in out.pop("rows").items():
                 if unit != "token" or sum(part.shape[1] for part in parts.get(unit, [])) < TOKENS:
                     parts.setdefault(unit, []).append(rows)
-            parts.setdefault("labels", []).append(out.pop("labels"))
+            labels.append(out.pop("labels"))
             sums = _merged(sums, out)
             if _gathers_images(ready.settings.estimator):
                 _check_gathered(parts["image"])
-            ticker.update(len(batch["y"]))
-    blocks = {unit: np.concatenate(found, axis=1) for unit, found in parts.items() if unit != "labels"}
+            ticker.update(count_of(batch))
+    blocks = {unit: np.concatenate(found, axis=1) for unit, found in parts.items()}
     blocks["token"] = blocks["token"][:, :TOKENS]
     count = sums["batches"]
     return {
         "rows": blocks,
-        "labels": np.concatenate(parts["labels"]),
+        "labels": None if labels[0] is None else np.concatenate(labels),
         "covariance": sums["scatter"] / sums["count"],
         "hsic": {name: hsic / count for name, hsic in sums["hsic"].items()},
         **{name: sums[name] / count for name in ("token_cosine", "mean_cosine", "norm")},
     }
+
+
+def count_of(batch: Batch) -> int:
+    """The number of examples in a batch."""
+    return len(jax.tree.leaves(batch)[0])
 
 
 def _merged(total: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:

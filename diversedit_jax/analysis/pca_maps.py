@@ -9,8 +9,10 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from diversedit_jax import sharding
-from diversedit_jax.analysis.subject import Subject
-from diversedit_jax.api import Batch, Params
+from diversedit_jax.analysis.features import Learned, features, prepared
+from diversedit_jax.api import Batch
+from diversedit_jax.runs.build import Experiment
+from diversedit_jax.runtime.pictures import as_pictures
 
 
 class Maps(NamedTuple):
@@ -21,33 +23,37 @@ class Maps(NamedTuple):
     explained: Float[np.ndarray, " l"]
 
 
-def principal(subject: Subject, params: Params, batch: Batch, t: float, count: int = 4, seed: int = 0) -> Maps:
-    """Maps of the first `count` images of a batch at time t; the components are those of all its tokens.
+def principal(
+    experiment: Experiment, learned: Learned, frozen: Any, batch: Batch, t: float, count: int = 4, seed: int = 0
+) -> Maps | None:
+    """Maps of the first `count` examples of a batch at time t; the components are those of all its tokens.
 
-    Components of a block have the signs that agree best with those of the block before.
+    Components of a block have the signs that agree best with those of the block before. None where tokens have no
+    places (`Model.grid`).
     """
-    key = jax.random.key(seed)
-    run = jax.jit(partial(_seen, subject, count), out_shardings=sharding.replicated(subject.layout))
-    images, scores, explained = jax.device_get(run(params, subject.frozen, batch, jnp.float32(t), key))
+    grid = experiment.components.model.grid
+    if grid is None:
+        return None
+    run = jax.jit(partial(_seen, experiment, count), out_shardings=sharding.replicated(experiment.layout))
+    images, scores, explained = jax.device_get(run(learned, frozen, batch, jnp.float32(t), jax.random.key(seed)))
     scores = np.array(scores)  # [l k n 3]
-    h, w, _ = subject.shape
-    patch = round((h * w / scores.shape[2]) ** 0.5)
     for i in range(1, len(scores)):
         agree = np.einsum("knc,knc->c", scores[i], scores[i - 1])
         scores[i] *= np.where(agree < 0, -1, 1)
     low, high = (np.quantile(scores, q, axis=(1, 2), keepdims=True) for q in (0.01, 0.99))
     levels = np.clip((scores - low) / np.maximum(high - low, 1e-12), 0, 1)
-    colours = np.round(255 * levels).astype(np.uint8).reshape(len(scores), -1, h // patch, w // patch, 3)
-    return Maps(_as_levels(images), colours, explained)
+    colours = np.round(255 * levels).astype(np.uint8).reshape(-1, *grid, 3)
+    maps = as_pictures(colours)
+    return Maps(_as_levels(images), maps.reshape(len(scores), -1, *maps.shape[1:]), explained)
 
 
 def _seen(
-    subject: Subject, count: int, params: Params, frozen: Any, batch: Batch, t: Array, key: Array
+    experiment: Experiment, count: int, learned: Learned, frozen: Any, batch: Batch, t: Array, key: Array
 ) -> tuple[Array, Array, Array]:
-    """The first images, decoded where there is a decoder, and the components of their tokens in every block."""
-    stack = subject.features(params, frozen, batch, t, key)
-    codec = subject.parts.codec
-    x = codec.encode(frozen, batch, key)["x"][:count]
+    """The first examples, decoded where there is a decoder, and the components of their tokens in every block."""
+    stack = features(experiment, learned, frozen, batch, t, key, False)
+    codec = experiment.components.codec
+    x = prepared(experiment, frozen, batch, key)["x"][:count]
     images = x if codec.decode is None else codec.decode(frozen, x)
     return images, *_components(count, stack)
 
@@ -66,9 +72,8 @@ def _components(count: int, stack: Float[Array, "l b n d"]) -> tuple[Array, Arra
 
 
 def _as_levels(x: np.ndarray) -> UInt8[np.ndarray, "k h w c"]:
-    """Images as they are; of latents the first channels."""
-    if x.dtype == np.uint8:
-        return x
-    x = x[..., : 3 if x.shape[-1] >= 3 else 1]
-    low, high = np.quantile(x, 0.01), np.quantile(x, 0.99)
-    return np.round(255 * np.clip((x - low) / max(high - low, 1e-12), 0, 1)).astype(np.uint8)
+    """Examples as images, uint8; of latents the first channels, from their least to their largest value."""
+    if x.dtype != np.uint8:
+        low, high = (np.quantile(x[..., :3] if x.shape[-1] >= 3 else x[..., :1], q) for q in (0.01, 0.99))
+        x = np.round(255 * np.clip((x - low) / max(high - low, 1e-12), 0, 1)).astype(np.uint8)
+    return as_pictures(x)

@@ -1,4 +1,4 @@
-"""One subject, looked into: every checkpoint at one time, and the last one closely."""
+"""One network, looked into: every checkpoint at one time, and the last one closely."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,14 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from diversedit_jax.analysis import gradient_conflict, known_scores, linear_probes, measure, pca_maps, skip_connections
+from diversedit_jax.analysis import (
+    features,
+    gradient_conflict,
+    known_scores,
+    linear_probes,
+    measure,
+    pca_maps,
+    skip_connections,
+)
 from diversedit_jax.analysis.gradient_conflict import Pull
 from diversedit_jax.analysis.measure import Estimator, Measured, Settings
 from diversedit_jax.analysis.pca_maps import Maps
 from diversedit_jax.analysis.skip_connections import Connections
-from diversedit_jax.analysis.subject import Subject
-from diversedit_jax.errors import RunError
+from diversedit_jax.api import AuxLoss, Batch
 from diversedit_jax.metrics import similarity
+from diversedit_jax.runs.build import frozen_weights
+from diversedit_jax.runs.trained import Trained
 
 PARTS = {
     "times": "the last checkpoint at other times",
@@ -76,55 +85,82 @@ class Study(NamedTuple):
 
 
 def study(
-    subject: Subject,
+    found: Trained,
     steps: Sequence[int],
     settings: Settings,
     t: float,
     times: Sequence[float],
     parts: Sequence[str],
     say: Callable[[str], None],
+    weights: str = "ema",
+    supposed: Mapping[str, AuxLoss] | None = None,
 ) -> Study:
-    """Look into a subject at these steps; `say` gets a line now and then."""
-    notes = list(subject.notes)
-    dataset = subject.data(settings.split)
-    shown = measure.batches(dataset, settings, subject.layout)
-    used = len(shown) * len(shown[0]["y"])
-    ready, known = measure.compiled(subject, settings), known_scores.found(subject.workdir)
-    looks, last, params = [], None, None
+    """Look into a network at these steps; `say` gets a line now and then.
+
+    weights: of `trained.WEIGHTS`. supposed: the losses whose gradients are taken where the network has none.
+    """
+    experiment, label = found.experiment, found.label
+    frozen = frozen_weights(experiment.components.codec, experiment.layout)
+    dataset = found.data(settings.split)
+    shown = measure.batches(dataset, settings, experiment.layout)
+    ready, known = measure.compiled(experiment, settings), known_scores.found(found.workdir)
+    looks, last, learned = [], None, None
     for step in steps:
-        params = last = None  # freed before the next are read
-        params = subject.load(step)
-        last = measure.measure(ready, params, shown, t)
-        looks.append(look(subject.label, step, t, last, known.get(step, {})))
-        at = f", step {step}" if subject.workdir else ""
-        say(f"{subject.label}{at}: mean CKA of two blocks {1 - looks[-1].diversity['all']:.3f} at t = {t:g}")
-    step, found = steps[-1], {}
+        learned = last = None  # freed before the next are read
+        learned = features.learned(found, step, weights)
+        last = measure.measure(ready, learned, frozen, shown, t)
+        looks.append(look(label, step, t, last, known.get(step, {})))
+        at = f", step {step}" if found.workdir else ""
+        say(f"{label}{at}: mean CKA of two blocks {1 - looks[-1].diversity['all']:.3f} at t = {t:g}")
     at_times = []
-    if "times" in parts:
-        for other in times:
-            one = last if other == t else measure.measure(ready, params, shown, other)
-            at_times.append(look(subject.label, step, other, one, known.get(step, {})))
+    for other in times if "times" in parts else ():
+        one = last if other == t else measure.measure(ready, learned, frozen, shown, other)
+        at_times.append(look(label, steps[-1], other, one, known.get(steps[-1], {})))
+    seen, notes = closely(found, ready, learned, frozen, shown, steps[-1], t, parts, say, supposed or {})
     if "estimators" in parts:
-        found["estimators"] = estimators(last, settings.estimator)
+        seen["estimators"] = estimators(last, settings.estimator)
+    used = sum(map(measure.count_of, shown))
+    about = found.about | {"steps": list(steps), "images": used, "of": len(dataset.source)}
+    return Study(label, looks, at_times, Close(label, steps[-1], **seen), about, [*found.notes, *notes])
+
+
+def closely(
+    found: Trained,
+    ready: measure.Pass,
+    learned: features.Learned,
+    frozen: Any,
+    shown: Sequence[Batch],
+    step: int,
+    t: float,
+    parts: Sequence[str],
+    say: Callable[[str], None],
+    supposed: Mapping[str, AuxLoss],
+) -> tuple[dict[str, Any], list[str]]:
+    """The parts that look at one checkpoint, by their field of `Close`; and what could not be had, in words."""
+    experiment, settings, label = found.experiment, ready.settings, found.label
+    seen, notes = {}, []
     if "probe" in parts:
-        say(f"{subject.label}: linear probes")
-        fitted = measure.batches(subject.data("train"), settings._replace(num=2 * settings.num), subject.layout)
-        alike = settings.split == "train"
-        found["probe"] = linear_probes.accuracies(ready, params, fitted, None if alike else shown, t)
+        if experiment.space.conditions.classes is None:
+            notes.append("probes are left out: the conditions of these data are not labels")
+        else:
+            say(f"{label}: linear probes")
+            fitted = measure.batches(found.data("train"), settings._replace(num=2 * settings.num), experiment.layout)
+            tested = None if settings.split == "train" else shown
+            seen["probe"] = linear_probes.accuracies(ready, learned, frozen, fitted, tested, t)
     if "gradients" in parts:
-        say(f"{subject.label}: gradients")
-        try:
-            found["pulls"] = gradient_conflict.pulls(
-                subject, params, subject.heads(step), shown[:FEW], step, settings.seed
+        losses = experiment.components.losses or supposed
+        if experiment.components.model.blocks is None:
+            notes.append("gradients are left out: the model does not tell its blocks (Model.blocks)")
+        elif losses:
+            say(f"{label}: gradients")
+            seen["pulls"] = gradient_conflict.pulls(
+                experiment, losses, learned, frozen, shown[:FEW], step, settings.seed
             )
-        except RunError as error:
-            notes.append(f"gradients are left out: {error}")
     if "connections" in parts:
-        found["connections"] = skip_connections.used(subject, params, shown[:FEW], settings.seed)
+        seen["connections"] = skip_connections.used(experiment, learned, frozen, shown[:FEW], settings.seed)
     if "maps" in parts:
-        found["maps"] = pca_maps.principal(subject, params, shown[0], t, seed=settings.seed)
-    about = subject.about | {"steps": list(steps), "images": used, "of": len(dataset.source)}
-    return Study(subject.label, looks, at_times, Close(subject.label, step, **found), about, notes)
+        seen["maps"] = pca_maps.principal(experiment, learned, frozen, shown[0], t, seed=settings.seed)
+    return seen, notes
 
 
 def look(label: str, step: int, t: float, found: Measured, known: Mapping[str, float]) -> Look:

@@ -1,28 +1,45 @@
-"""From stored data to the network's space and back, on device, one way per file."""
+"""Codecs: from stored data to the network's space and back, on device. One way per file."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from diversedit_jax import registry
-from diversedit_jax.api import Batch, Codec, Params
+from diversedit_jax.api import Batch, Codec, Conditions, Params, Space
 from diversedit_jax.encoders import Encoder
 from diversedit_jax.errors import ConfigError
 
+# make(name, **options): the codec `name`; the options are the keywords of `codecs.<name>.make`.
+make = partial(registry.make, "codecs")
 
-def make(name: str, **options):
-    """The codec `name`; the options are the keywords of `codecs.<name>.make`."""
-    return registry.make("codecs", name, **options)
+
+def network_space(codec: Codec, stored: Space) -> Space:
+    """The space in which the network works, for stored examples of a space. Its null condition is a shape alone."""
+    conditions = stored.conditions
+    null = jax.eval_shape(lambda frozen: null_condition(codec, frozen, conditions.null), jax.eval_shape(codec.init))
+    return Space(codec.shape(stored.shape), Conditions(null, conditions.classes))
+
+
+def encoded(codec: Codec, frozen: Params, batch: Batch, key: Array) -> Batch:
+    """A stored batch in the network's space: with `x`, and `y` as the network takes it."""
+    batch = dict(codec.encode(frozen, batch, key))
+    return batch | {"y": codec.condition(frozen, batch["y"])}
+
+
+def null_condition(codec: Codec, frozen: Params, null):
+    """The null condition as the network takes it, without a batch axis, from the stored one."""
+    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], null)
+    return jax.tree.map(lambda leaf: leaf[0], codec.condition(frozen, batch))
 
 
 def with_encoders(codec: Codec, encoders: Mapping[str, Encoder]) -> Codec:
-    """The preparation, which then also runs frozen encoders on the raw `image` [b h w c], values 0 .. 255.
+    """The codec, which then also runs frozen encoders on the raw `image` [b h w c], values 0 .. 255.
 
     The batch gets `features/<label>` float32 [b n d], the patch tokens, and from an encoder that has a class token
-    `token/<label>` float32 [b d]. No gradient passes. Raises ConfigError for a batch without `image`, or one that has
-    these features already.
+    `token/<label>` float32 [b d]. No gradient passes. ConfigError for a batch without `image`, or with these features.
     """
 
     def init() -> Params:
@@ -43,7 +60,7 @@ def with_encoders(codec: Codec, encoders: Mapping[str, Encoder]) -> Codec:
             batch |= {f"{kind}/{label}": jax.lax.stop_gradient(x.astype(jnp.float32)) for kind, x in found.items()}
         return batch
 
-    def decode(frozen: Params, x: Array) -> Array:
-        return codec.decode(frozen["codec"], x)
+    def inside(function):
+        return None if function is None else lambda frozen, value: function(frozen["codec"], value)
 
-    return Codec(init, encode, None if codec.decode is None else decode)
+    return Codec(init, encode, inside(codec.decode), inside(codec.condition), codec.shape)

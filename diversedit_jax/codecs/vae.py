@@ -1,6 +1,7 @@
-"""Latents of a variational autoencoder, drawn anew at each step from stored moments.
+"""Latents of a variational autoencoder: images to moments, moments to latents, latents to images.
 
-Latent diffusion (arXiv 2112.10752) scales the latents of its autoencoder to about unit variance by 0.18215.
+`tools/prepare_latents.py` stores the moments of every image once. Training draws latents from them anew at each step.
+Latent diffusion (arXiv 2112.10752) scales its latents to about unit variance by 0.18215.
 """
 
 from functools import cache
@@ -13,8 +14,14 @@ from diversedit_jax import sharding
 from diversedit_jax.api import Batch, Codec, Params
 from diversedit_jax.codecs import pixels
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.models import vae as vae_model
+from diversedit_jax.models.vae import VAE, network
+from diversedit_jax.registry import in_range, one_of
 from diversedit_jax.weights.vae import open_vae
+
+
+def moments(vae: VAE, params: Params, images: UInt8[Array, "b H W k"]) -> Float[Array, "b h w c2"]:
+    """What an autoencoder says of images: c means, then c standard deviations, before scaling."""
+    return vae.encode(params, images.astype(jnp.float32) / 127.5 - 1)
 
 
 def draw(key: Array, moments: Float[Array, "b h w c2"], scale: float, bias: float) -> Float32[Array, "b h w c"]:
@@ -37,20 +44,19 @@ def make(
     rounding: str = pixels.ROUNDING,
     chunk: int = 8,
 ) -> Codec:
-    """Batches with `moments` [b h w 2c] become batches with `x` float32 [b h w c]; all else in them is passed on.
+    """Batches with `moments` [b h w 2c] become batches with `x` float32 [b h w c]; everything else is passed on.
 
     scale, bias: x = (latent - bias) * scale, by default as in latent diffusion, DiT and SiT.
-    vae: the autoencoder that made the latents, a folder or file as `weights.vae.open_vae` takes; its decoder then makes
-    images of samples. Without it samples stay latents.
-    precision: of the decoder's products, see `models.vae`. rounding: of images to 256 levels, see `codecs.pixels`.
+    vae: the autoencoder that made the latents, a folder or file as `weights.vae.open_vae` takes. Its decoder makes
+        images of samples. None: samples stay latents.
+    precision: of the decoder's products, see `models.vae`.
+    rounding: of images to 256 levels, see `codecs.pixels`.
     chunk: images that a device decodes at a time, each with 224 MiB of activations at 256 x 256 pixels (as XLA plans it
-    on a CPU).
+        on a CPU).
     """
-    if not scale > 0:
-        raise ConfigError(f"latents: scale must be positive, given {scale}")
-    pixels.check(rounding)
-    if chunk < 1:
-        raise ConfigError(f"latents: chunk must be positive, given {chunk}")
+    in_range("codec.scale", scale, above=0)
+    in_range("codec.chunk", chunk, 1)
+    one_of("codec.rounding", rounding, pixels.ROUNDINGS)
 
     def encode(frozen: Params, batch: Batch, key: Array) -> Batch:
         others = {name: value for name, value in batch.items() if name != "moments"}
@@ -61,12 +67,12 @@ def make(
     release = open_vae(vae)
     for option, given, wanted in (("scale", scale, release.scale), ("bias", bias, release.shift)):
         if wanted not in (None, given):
-            raise ConfigError(f"latents: {option} = {given}, but {vae} was trained for latents with {wanted}")
-    network = vae_model.network(release.arch, precision)
+            raise ConfigError(f"codec.{option} = {given}, but {vae} was trained for latents with {wanted}")
+    decoder = network(release.arch, precision)
 
     def decode(frozen: Params, x: Float[Array, "b h w c"]) -> UInt8[Array, "b H W k"]:
         def images(part: Float[Array, "n h w c"]) -> UInt8[Array, "n H W k"]:
-            return pixels.decode({}, network.decode(frozen, part / scale + bias), rounding)
+            return pixels.decode({}, decoder.decode(frozen, part / scale + bias), rounding)
 
         return sharding.in_chunks(images, x, chunk)
 

@@ -1,33 +1,32 @@
 """Data sets on the host: numpy, grain and tfds, never jax arrays."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from diversedit_jax import registry
+from diversedit_jax.api import Space
 from diversedit_jax.errors import ConfigError
 
 
 class Dataset(NamedTuple):
     """A finite set of examples with random access, and the random transform of one example.
 
-    source:      examples by index: dict[str, np.ndarray], with `y` an int32 class label.
-    transform:   (example, np.random.Generator) -> example; None if there is nothing to draw.
-    shape:       (h, w, c) of the network's space.
-    num_classes: labels are 0 .. num_classes - 1, and num_classes is the null label; 0 classes: every label is 0, which
-                 is then the null label.
-    scale:       of latents, as the autoencoder was trained for: the codec must have it; None if it is not known.
+    source:    examples by index: dicts of numpy arrays. `y` is the condition, which may be nested dicts itself.
+    transform: (example, np.random.Generator) -> example; None if there is nothing to draw.
+    space:     shape and conditions of an example. Of stored latents the shape is that of the latents.
+    scale:     of latents, as their autoencoder was trained for; the codec must have it. None if it is not known.
     """
 
     source: Any
     transform: Any
-    shape: tuple[int, int, int]
-    num_classes: int
+    space: Space
     scale: float | None = None
 
 
-def make(name: str, split: str, **options) -> Dataset:
-    """The data set `name`, split `train` or `test`; the options are the keywords of `data.<name>.make`."""
-    return registry.make("data", name, split, **options)
+# make(name, split, **options): the data set `name`, split `train` or `test`; the options are the keywords of
+# `data.<name>.make`.
+make = partial(registry.make, "data")
 
 
 def local_path(what: str, given: str | Path) -> Path:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 
+from diversedit_jax.api import Conditions, Space
 from diversedit_jax.data import Dataset, local_path
 from diversedit_jax.errors import ConfigError, DataError
 
@@ -133,4 +134,4 @@ def make(split: str, *, data_dir: str | None = None, dequantize: bool = True) ->
     images, labels = levels(split, data_dir)
     x = images.astype(np.float32) / (MAX_LEVEL / 2) - 1
     source = [{"x": image, "y": label} for image, label in zip(x, labels, strict=True)]
-    return Dataset(source, spread if dequantize else None, SHAPE, NUM_CLASSES)
+    return Dataset(source, spread if dequantize else None, Space(SHAPE, Conditions.labels(NUM_CLASSES)))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from diversedit_jax.api import Conditions, Space
 from diversedit_jax.data import Dataset, image_collections
 from diversedit_jax.data.latents import chosen, flip
 from diversedit_jax.errors import ConfigError, DataError
@@ -111,7 +112,8 @@ def dataset(
         raise DataError(f"{name}: moments of shape {list(moments.shape)}: wanted [h w 2k]" + (", twice" * mirror))
     *_, h, w, channels = moments.shape
     source = replace(source, shape=(h, w, channels))
-    return Dataset(source, flip if mirror else None, (h, w, channels // 2), num_classes, scale)
+    space = Space((h, w, channels // 2), Conditions.labels(num_classes))
+    return Dataset(source, flip if mirror else None, space, scale)
 
 
 def no_mirror(name: str, mirror: bool) -> None:

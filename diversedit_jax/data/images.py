@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from diversedit_jax.api import Conditions, Space
 from diversedit_jax.data import Dataset, image_collections
 from diversedit_jax.data.image_collections import ImageFiles
 from diversedit_jax.errors import ConfigError
@@ -46,4 +47,5 @@ def make(
     if size < 1:
         raise ConfigError(f"images: size = {size}: must be positive")
     images = image_collections.open_images(data_dir, kind, split, unconditional)
-    return Dataset(Pixels(images, size), flip if mirror else None, (size, size, 3), len(images.classes))
+    space = Space((size, size, 3), Conditions.labels(len(images.classes)))
+    return Dataset(Pixels(images, size), flip if mirror else None, space)

@@ -36,6 +36,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
+from diversedit_jax.api import Conditions, Space
 from diversedit_jax.data import Dataset, local_path
 from diversedit_jax.errors import ConfigError, DataError
 
@@ -250,7 +251,8 @@ def make(
         (file.filename, file.examples_in_shard if file.take == -1 else file.take, file.skip) for file in files
     )
     source = Moments(records, f"{data_dir}, split {split}", num_classes, decoders, shards, mirror)
-    return Dataset(source, flip if mirror else None, shape, num_classes, says.get("vae", {}).get("scale"))
+    space = Space(shape, Conditions.labels(num_classes))
+    return Dataset(source, flip if mirror else None, space, says.get("vae", {}).get("scale"))
 
 
 def _shape(info: tfds.core.DatasetInfo) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from absl import flags
 
 from diversedit_jax.data import Dataset
 from diversedit_jax.errors import ConfigError, DataError
+from diversedit_jax.registry import in_range
 
 Bad = dict[int, str]  # a record that cannot be read, and why
 
@@ -62,8 +63,16 @@ class HostBatches(grain.MapDataset):
         if self.dataset.transform is not None:
             draws = (generator(self.seed, position) for position in self.positions(index))
             examples = [self.dataset.transform(example, rng) for example, rng in zip(examples, draws, strict=True)]
-        batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
-        return batch | {"y": np.asarray(batch["y"], np.int32)}, bad
+        return stacked(examples), bad
+
+
+def stacked(examples: Sequence[Any]) -> Any:
+    """Examples as one batch: arrays in dicts, however deep, get a leading axis. 64-bit numbers become 32-bit."""
+    if isinstance(examples[0], Mapping):
+        return {name: stacked([example[name] for example in examples]) for name in examples[0]}
+    array = np.stack(examples)
+    narrow = {"int64": np.int32, "float64": np.float32}.get(array.dtype.name)
+    return array if narrow is None else array.astype(narrow)
 
 
 def generator(seed: int, position: int) -> np.random.Generator:
@@ -111,12 +120,10 @@ def _one(source: Any, record: int) -> dict:
 
 def check(dataset: Dataset, batch_size: int, start: int, rows: Sequence[int]) -> None:
     """Raise ConfigError or DataError for what could not give batches."""
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be positive, given {batch_size}")
+    in_range("batch_size", batch_size, 1)
+    in_range("start", start, 0)
     if not rows or not 0 <= min(rows) <= max(rows) < batch_size:
         raise ConfigError(f"rows = {list(rows)}: wanted some of 0 .. {batch_size - 1}")
-    if start < 0:
-        raise ConfigError(f"start must be a number of batches, given {start}")
     if len(dataset.source) == 0:
         raise DataError("the data set is empty")
 
@@ -153,11 +160,10 @@ def batches(
     """
     rows = range(batch_size) if rows is None else rows
     check(dataset, batch_size, start, rows)
-    for option, value in (("num_threads", num_threads), ("num_workers", num_workers), ("timeout", timeout)):
-        if value < 0:
-            raise ConfigError(f"{option} = {value}: must not be negative")
-    if max_bad_records < 0:
-        raise ConfigError(f"max_bad_records = {max_bad_records}: must not be negative")
+    in_range("num_threads", num_threads, 0)
+    in_range("num_workers", num_workers, 0)
+    in_range("timeout", timeout, 0)
+    in_range("max_bad_records", max_bad_records, 0)
     order = grain.MapDataset.range(len(dataset.source)).seed(seed).shuffle().repeat()
     first = start * batch_size
     ready = HostBatches(order, dataset, seed, first=first, rows=rows, stride=batch_size, replace=max_bad_records)

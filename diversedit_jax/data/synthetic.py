@@ -4,17 +4,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from diversedit_jax.api import Conditions, Space
 from diversedit_jax.data import Dataset
-from diversedit_jax.errors import ConfigError
+from diversedit_jax.registry import in_range, one_of
 
-POOL = 256  # distinct images; labels are drawn for every example
+POOL = 256  # distinct examples; labels are drawn for every example
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Examples by index: `x` float32 [h w c] from a small pool, and a label of its own."""
+    """Examples by index: `x` float32 [*s c] from a small pool, and a label of its own."""
 
-    pool: np.ndarray  # [p h w c]
+    pool: np.ndarray  # [p *s c]
     labels: np.ndarray  # [n]
 
     def __len__(self) -> int:
@@ -27,20 +28,21 @@ class Noise:
 def make(
     split: str,
     *,
-    shape: tuple[int, int, int] = (32, 32, 4),
+    shape: tuple[int, ...] = (32, 32, 4),
     num_classes: int = 1000,
     size: int = 65_536,
     seed: int = 0,
 ) -> Dataset:
-    """`size` examples: `x` float32 standard normal of the given shape, `y` uniform over the classes, 0 without any.
+    """`size` examples: `x` float32 standard normal, `y` uniform over the classes, 0 without any.
 
-    The same arguments give the same examples; `train` and `test` differ. Only 256 images are distinct.
+    shape: (*spatial, channels): (h, w, c) of an image, (f, h, w, c) of a video, (d, h, w, c) of a volume.
+    The same arguments give the same examples; `train` and `test` differ. Only 256 examples are distinct.
     """
-    if split not in ("train", "test"):
-        raise ConfigError(f"synthetic: split must be one of train, test, given {split!r}")
-    if len(shape) != 3 or min(*shape, num_classes + 1, size) < 1:
-        raise ConfigError(f"synthetic: not a data set: shape={shape}, num_classes={num_classes}, size={size}")
+    one_of("synthetic: split", split, ("train", "test"))
+    in_range("synthetic: num_classes", num_classes, 0)
+    in_range("synthetic: size", size, 1)
+    in_range("synthetic: shape", min(shape, default=0), 1)
     rng = np.random.default_rng([seed, split == "test"])
     pool = rng.standard_normal((min(POOL, size), *shape), dtype=np.float32)
     labels = rng.integers(max(num_classes, 1), size=size, dtype=np.int32)
-    return Dataset(Noise(pool, labels), None, tuple(shape), num_classes)
+    return Dataset(Noise(pool, labels), None, Space(tuple(shape), Conditions.labels(num_classes)))

@@ -16,10 +16,10 @@ from diversedit_jax.diffusion import discrete
 from diversedit_jax.diffusion.discrete import Schedule, at
 from diversedit_jax.diffusion.guidance import Velocity
 from diversedit_jax.diffusion.solvers import Noise
-from diversedit_jax.errors import ConfigError
+from diversedit_jax.registry import in_range
 
 
-def ddpm(predict: Velocity, x: Float[Array, "b h w c"], schedule: Schedule, noise: Noise) -> Float[Array, "b h w c"]:
+def ddpm(predict: Velocity, x: Float[Array, "b *s c"], schedule: Schedule, noise: Noise) -> Float[Array, "b *s c"]:
     """Ancestral sampling (DDPM, Algorithm 2), with the variance that the network predicts, or beta; no noise at last.
 
     `schedule` may be respaced. `noise` gives the draw of each step, counted from the first one taken.
@@ -33,11 +33,10 @@ def ddpm(predict: Velocity, x: Float[Array, "b h w c"], schedule: Schedule, nois
 
 
 def ddim(
-    predict: Velocity, x: Float[Array, "b h w c"], schedule: Schedule, noise: Noise, eta: float = 0.0
-) -> Float[Array, "b h w c"]:
+    predict: Velocity, x: Float[Array, "b *s c"], schedule: Schedule, noise: Noise, eta: float = 0.0
+) -> Float[Array, "b *s c"]:
     """DDIM (Eq. 12): deterministic for eta = 0, of the posterior's variance for eta = 1; a learned one is not used."""
-    if not 0 <= eta <= 1:
-        raise ConfigError(f"eta = {eta}: must be from 0 (deterministic) to 1")
+    in_range("eta", eta, 0, 1)
     before = schedule.alphas_bar_prev
     sigma = eta * np.sqrt(discrete.posterior_variance(schedule))  # Eq. 16; 0 in the first step
     direction = np.sqrt(1 - before - sigma**2)
@@ -45,18 +44,16 @@ def ddim(
     def step(x, i, output, draw):
         predicted, _ = discrete.split(output, x.shape[-1])
         data = discrete.data_from_noise(schedule, predicted, x, i)
-        return at(np.sqrt(before), i) * data + at(direction, i) * predicted + at(sigma, i) * draw
+        return at(np.sqrt(before), i, x) * data + at(direction, i, x) * predicted + at(sigma, i, x) * draw
 
     return _loop(step, predict, x, schedule, noise)
 
 
 def _loop(
-    step: Callable, predict: Velocity, x: Float[Array, "b h w c"], schedule: Schedule, noise: Noise
-) -> Float[Array, "b h w c"]:
+    step: Callable, predict: Velocity, x: Float[Array, "b *s c"], schedule: Schedule, noise: Noise
+) -> Float[Array, "b *s c"]:
     """`step` (x, i, output, draw) -> x for i from the last step of the schedule to 0."""
-    count = len(schedule.timesteps)
-    if count < 2:
-        raise ConfigError(f"a discrete diffusion is sampled in at least 2 steps, given {count}")
+    count = in_range("steps", len(schedule.timesteps), 2)
 
     def body(x, at_step):
         taken, i, timestep = at_step

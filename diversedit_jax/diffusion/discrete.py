@@ -1,7 +1,7 @@
 """The discrete diffusion of DDPM: its noise schedule, posterior and respacing (arXiv 2006.11239, 2102.09672).
 
 Step i = 0 is the least noisy, as t = 0 is data on paths: x_i = sqrt(alpha_bar_i) x + sqrt(1 - alpha_bar_i) noise.
-Coefficients are float64 numpy arrays, rounded to float32 where they meet an image.
+Coefficients are float64 numpy arrays. They are rounded to float32 where they multiply an example.
 """
 
 from collections.abc import Sequence
@@ -12,23 +12,32 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from diversedit_jax.diffusion.paths import over, per_example
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.registry import in_range
 
 Index = Int[Array, ""] | Int[Array, " b"]  # one step for all images, or one for each
 
 
 class Schedule(NamedTuple):
-    """A diffusion of n steps, of which `timesteps` are the steps of the trained one: what the network is given."""
+    """A diffusion of n steps. They may be some of the steps of the trained diffusion.
 
-    num_timesteps: int  # of the trained diffusion
-    timesteps: np.ndarray  # [n] integers, increasing
-    betas: np.ndarray  # [n]
-    alphas_bar: np.ndarray  # [n], the cumulative products of 1 - beta
-    alphas_bar_prev: np.ndarray  # [n], of the step before; 1 for the first
+    num_timesteps:   of the trained diffusion.
+    timesteps:       [n], increasing: the steps of the trained diffusion that are visited. The network is given them.
+    betas:           [n].
+    alphas_bar:      [n], the cumulative products of 1 - beta.
+    alphas_bar_prev: [n], those of the step before; 1 for the first.
+    """
+
+    num_timesteps: int
+    timesteps: np.ndarray
+    betas: np.ndarray
+    alphas_bar: np.ndarray
+    alphas_bar_prev: np.ndarray
 
 
 class Gaussian(NamedTuple):
-    """A normal distribution of images, independent in each pixel."""
+    """Normal distributions, independent for each element of an example."""
 
     mean: Array
     log_variance: Array
@@ -42,25 +51,24 @@ def from_betas(betas: np.ndarray, num_timesteps: int, timesteps: np.ndarray) -> 
 
 def linear(num_timesteps: int) -> Schedule:
     """DDPM's schedule, beta from 1e-4 to 0.02 in 1000 steps; for another number, scaled to the same total noise."""
-    if num_timesteps < 21:  # below, the last beta is 1 or more
-        raise ConfigError(f"num_timesteps = {num_timesteps}: the linear schedule needs at least 21 steps")
+    in_range("num_timesteps", num_timesteps, 21)  # with fewer, the last beta is 1 or more
     scale = 1000 / num_timesteps
     betas = np.linspace(scale * 1e-4, scale * 0.02, num_timesteps)
     return from_betas(betas, num_timesteps, np.arange(num_timesteps))
 
 
 def spaced(num_timesteps: int, section_counts: Sequence[int]) -> np.ndarray:
-    """The steps to keep: so many from each of equal sections, evenly from its first to its last (arXiv 2102.09672).
+    """The steps to keep: a number from each of equal sections, spread from its first to its last (arXiv 2102.09672).
 
-    [250] of 1000 are 0, 4, 8, 12, 16, 20, ..., 999. The first num_timesteps mod len(section_counts) sections are longer
-    by one.
+    [250] of 1000 are 0, 4, 8, 12, 16, 20, ..., 999. The first num_timesteps mod len(section_counts) sections have one
+    step more.
     """
     size, longer = divmod(num_timesteps, len(section_counts))
     begin, kept = 0, []
     for section, count in enumerate(section_counts):
         length = size + (section < longer)
         if not 1 <= count <= length:
-            raise ConfigError(f"{count} steps of a section of {length} steps: must be 1 to {length}")
+            raise ConfigError(f"a section of {length} steps cannot keep {count}: wanted 1 to {length}")
         stride = (length - 1) / (count - 1) if count > 1 else 1
         place = 0.0
         for _ in range(count):  # summed, not multiplied: the reference rounds the running sum
@@ -93,63 +101,65 @@ def fixed_log_variance(schedule: Schedule) -> np.ndarray:
     return np.log(np.append(posterior_variance(schedule)[1], schedule.betas[1:]))
 
 
-def at(values: np.ndarray, i: Index) -> Array:
-    """The coefficients of steps i, with the axes to multiply images."""
-    return jnp.asarray(values, jnp.float32)[i][..., None, None, None]
+def at(values: np.ndarray, i: Index, x: Array) -> Array:
+    """The coefficients of steps i, with the axes to multiply x."""
+    found = jnp.asarray(values, jnp.float32)[i]
+    return over(found, x) if found.ndim else found
 
 
 def diffuse(
-    schedule: Schedule, x: Float[Array, "b h w c"], noise: Float[Array, "b h w c"], i: Index
-) -> Float[Array, "b h w c"]:
+    schedule: Schedule, x: Float[Array, "b *s c"], noise: Float[Array, "b *s c"], i: Index
+) -> Float[Array, "b *s c"]:
     """x_i, a draw of q(x_i | x) (DDPM, Eq. 4)."""
-    return at(np.sqrt(schedule.alphas_bar), i) * x + at(np.sqrt(1 - schedule.alphas_bar), i) * noise
+    return at(np.sqrt(schedule.alphas_bar), i, x) * x + at(np.sqrt(1 - schedule.alphas_bar), i, x) * noise
 
 
 def data_from_noise(
-    schedule: Schedule, noise: Float[Array, "b h w c"], x_i: Float[Array, "b h w c"], i: Index
-) -> Float[Array, "b h w c"]:
+    schedule: Schedule, noise: Float[Array, "b *s c"], x_i: Float[Array, "b *s c"], i: Index
+) -> Float[Array, "b *s c"]:
     """x from x_i and its noise."""
-    return at(np.sqrt(1 / schedule.alphas_bar), i) * x_i - at(np.sqrt(1 / schedule.alphas_bar - 1), i) * noise
+    of_x, of_noise = np.sqrt(1 / schedule.alphas_bar), np.sqrt(1 / schedule.alphas_bar - 1)
+    return at(of_x, i, x_i) * x_i - at(of_noise, i, x_i) * noise
 
 
-def posterior(schedule: Schedule, x: Float[Array, "b h w c"], x_i: Float[Array, "b h w c"], i: Index) -> Gaussian:
+def posterior(schedule: Schedule, x: Float[Array, "b *s c"], x_i: Float[Array, "b *s c"], i: Index) -> Gaussian:
     """q(x_{i-1} | x_i, x) (DDPM, Eq. 6)."""
     betas, alphas_bar, before = schedule.betas, schedule.alphas_bar, schedule.alphas_bar_prev
     of_x = betas * np.sqrt(before) / (1 - alphas_bar)
     of_x_i = (1 - before) * np.sqrt(1 - betas) / (1 - alphas_bar)
-    return Gaussian(at(of_x, i) * x + at(of_x_i, i) * x_i, at(posterior_log_variance(schedule), i))
+    return Gaussian(at(of_x, i, x) * x + at(of_x_i, i, x) * x_i, at(posterior_log_variance(schedule), i, x))
 
 
-def split(output: Float[Array, "b h w k"], channels: int) -> tuple[Float[Array, "b h w c"], Array | None]:
+def split(output: Float[Array, "b *s k"], channels: int) -> tuple[Float[Array, "b *s c"], Array | None]:
     """A network's output as (noise, v): v holds the variances, and is None if the output has only the noise."""
     if output.shape[-1] not in (channels, 2 * channels):
         raise ConfigError(
-            f"the network predicts {output.shape[-1]} channels: needed are {channels} (noise) or {2 * channels} (noise "
-            f"and variance); set model.out_channels"
+            f"the network predicts {output.shape[-1]} channels, wanted {channels} (noise) or {2 * channels} (noise and "
+            "variance): set model.out_channels"
         )
     return output[..., :channels], output[..., channels:] if output.shape[-1] > channels else None
 
 
-def reverse(schedule: Schedule, output: Float[Array, "b h w k"], x_i: Float[Array, "b h w c"], i: Index) -> Gaussian:
+def reverse(schedule: Schedule, output: Float[Array, "b *s k"], x_i: Float[Array, "b *s c"], i: Index) -> Gaussian:
     """p(x_{i-1} | x_i) of a network's output; its variance, if learned, lies between the posterior's (v = -1) and beta
     (v = 1) on a logarithmic scale (arXiv 2102.09672, Eq. 15)."""
     noise, v = split(output, x_i.shape[-1])
     mean = posterior(schedule, data_from_noise(schedule, noise, x_i, i), x_i, i).mean
     if v is None:
-        return Gaussian(mean, at(fixed_log_variance(schedule), i))
-    low, high = at(posterior_log_variance(schedule), i), at(np.log(schedule.betas), i)
+        return Gaussian(mean, at(fixed_log_variance(schedule), i, x_i))
+    low, high = (at(v, i, x_i) for v in (posterior_log_variance(schedule), np.log(schedule.betas)))
     fraction = (v + 1) / 2
     return Gaussian(mean, fraction * high + (1 - fraction) * low)
 
 
 def kl(p: Gaussian, q: Gaussian) -> Array:
-    """KL(p || q) of each pixel, in nats."""
+    """KL(p || q) of each element, in nats."""
     spread = jnp.exp(p.log_variance - q.log_variance) + (p.mean - q.mean) ** 2 * jnp.exp(-q.log_variance)
     return 0.5 * (q.log_variance - p.log_variance + spread - 1)
 
 
 def discretized_log_likelihood(p: Gaussian, x: Array) -> Array:
-    """log p of each pixel's bin of width 2/255, the outermost open (DDPM, Eq. 13), for x in [-1, 1]."""
+    """log p of the bin of width 2/255 around each element; the outermost bins are open (DDPM, Eq. 13). x in [-1, 1]."""
     inverse = jnp.exp(-p.log_variance / 2)
     upper = _normal_cdf(inverse * (x - p.mean + 1 / 255))
     lower = _normal_cdf(inverse * (x - p.mean - 1 / 255))
@@ -164,16 +174,18 @@ def _normal_cdf(x: Array) -> Array:
 
 def bound(
     schedule: Schedule,
-    output: Float[Array, "b h w k"],
-    x: Float[Array, "b h w c"],
-    x_i: Float[Array, "b h w c"],
+    output: Float[Array, "b *s k"],
+    x: Float[Array, "b *s c"],
+    x_i: Float[Array, "b *s c"],
     i: Int[Array, " b"],
 ) -> Float[Array, " b"]:
-    """The term of the variational bound at step i, in bits per element (DDPM, Eq. 5); its gradient leaves the predicted
-    noise alone and trains the variance (arXiv 2102.09672, section 3.1)."""
+    """The term of the variational bound at step i, in bits per element (DDPM, Eq. 5).
+
+    Its gradient trains the variance and not the predicted noise (arXiv 2102.09672, section 3.1).
+    """
     noise, v = split(output, x.shape[-1])
     noise = jax.lax.stop_gradient(noise)
     p = reverse(schedule, noise if v is None else jnp.concatenate([noise, v], axis=-1), x_i, i)
     later = kl(posterior(schedule, x, x_i, i), p)
     first = -discretized_log_likelihood(p, x)
-    return jnp.where(i == 0, first.mean(axis=(1, 2, 3)), later.mean(axis=(1, 2, 3))) / np.log(2)
+    return jnp.where(i == 0, first.mean(axis=per_example(x)), later.mean(axis=per_example(x))) / np.log(2)

@@ -1,7 +1,7 @@
-"""Interpolants x_t = alpha(t) x + sigma(t) noise, from data at t = 0 to noise at t = 1 (SiT, arXiv 2401.08740), and
-what a network may predict on them: velocity dx_t/dt, noise, or score grad log p_t(x_t).
+"""Interpolants x_t = alpha(t) x + sigma(t) noise, from data at t = 0 to noise at t = 1 (SiT, arXiv 2401.08740).
 
-The official SiT runs time the other way; `models.official_sit` turns it round.
+A network on a path predicts the velocity dx_t/dt, the noise, the score grad log p_t(x_t), or the data. Each determines
+the others. The official SiT runs time the other way; `models.official_sit` turns it round.
 """
 
 from collections.abc import Callable
@@ -11,19 +11,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from diversedit_jax.api import Network
-from diversedit_jax.errors import ConfigError
-from diversedit_jax.registry import suggestion
+from diversedit_jax.registry import one_of
 
 Curve = Callable[[Array], Array]
 
 
 class Path(NamedTuple):
-    """The coefficients of an interpolant and their derivatives in t."""
+    """The coefficients of an interpolant and their derivatives in t. steep: d_sigma is infinite at t = 0."""
 
     alpha: Curve
     sigma: Curve
     d_alpha: Curve
     d_sigma: Curve
+    steep: bool = False
 
 
 PATHS = {
@@ -33,7 +33,7 @@ PATHS = {
         d_alpha=lambda t: -jnp.ones_like(t),
         d_sigma=lambda t: jnp.ones_like(t),
     ),
-    # SiT's GVP: alpha^2 + sigma^2 = 1. The cosine as a sine of 1 - t, which is exact where the cosine vanishes.
+    # SiT's GVP: alpha^2 + sigma^2 = 1. The cosine as a sine of 1 - t is exact where the cosine vanishes.
     "cosine": Path(
         alpha=lambda t: jnp.sin((1 - t) * jnp.pi / 2),
         sigma=lambda t: jnp.sin(t * jnp.pi / 2),
@@ -41,16 +41,17 @@ PATHS = {
         d_sigma=lambda t: jnp.sin((1 - t) * jnp.pi / 2) * jnp.pi / 2,
     ),
     # The variance-preserving diffusion of Song et al. (arXiv 2011.13456, appendix C), beta from 0.1 to 20.
-    # alpha(1) is 0.0066 and not 0; d_sigma is infinite at t = 0.
+    # alpha(1) is 0.0066, not 0.
     "vp": Path(
         alpha=lambda t: jnp.exp(_vp_log_alpha(t)),
         sigma=lambda t: jnp.sqrt(-jnp.expm1(2 * _vp_log_alpha(t))),
         d_alpha=lambda t: -_vp_beta(t) / 2 * jnp.exp(_vp_log_alpha(t)),
         d_sigma=lambda t: _vp_beta(t) / 2 * jnp.exp(2 * _vp_log_alpha(t)) / jnp.sqrt(-jnp.expm1(2 * _vp_log_alpha(t))),
+        steep=True,
     ),
 }
 
-PREDICTIONS = ("velocity", "noise", "score")
+PREDICTIONS = ("velocity", "noise", "score", "data")
 
 
 def _vp_beta(t: Array) -> Array:
@@ -64,54 +65,56 @@ def _vp_log_alpha(t: Array) -> Array:
 
 def make(name: str) -> Path:
     """The path `name`: `linear`, `cosine` (SiT's GVP) or `vp`."""
-    if name not in PATHS:
-        hint = f"SiT's GVP is 'cosine'; known: {', '.join(PATHS)}" if name.lower() == "gvp" else suggestion(name, PATHS)
-        raise ConfigError(f"unknown path {name!r}; {hint}")
-    return PATHS[name]
+    return PATHS[one_of("path", name, PATHS)]
 
 
-def over_image(t: Float[Array, " b"]) -> Float[Array, "b 1 1 1"]:
-    """Times with the axes to multiply images."""
-    return t[:, None, None, None]
+def over(t: Float[Array, " b"], x: Float[Array, "b *s c"]) -> Float[Array, "b ..."]:
+    """Times [b] with axes of length 1 behind, so that they multiply x."""
+    return t.reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def per_example(x: Float[Array, "b *s c"]) -> tuple[int, ...]:
+    """The axes of x that belong to one example: all but the first."""
+    return tuple(range(1, x.ndim))
 
 
 def interpolate(
-    path: Path, x: Float[Array, "b h w c"], noise: Float[Array, "b h w c"], t: Float[Array, " b"]
-) -> Float[Array, "b h w c"]:
+    path: Path, x: Float[Array, "b *s c"], noise: Float[Array, "b *s c"], t: Float[Array, " b"]
+) -> Float[Array, "b *s c"]:
     """x_t, the point at time t between data and noise."""
-    t = over_image(t)
+    t = over(t, x)
     return path.alpha(t) * x + path.sigma(t) * noise
 
 
 def velocity(
-    path: Path, x: Float[Array, "b h w c"], noise: Float[Array, "b h w c"], t: Float[Array, " b"]
-) -> Float[Array, "b h w c"]:
+    path: Path, x: Float[Array, "b *s c"], noise: Float[Array, "b *s c"], t: Float[Array, " b"]
+) -> Float[Array, "b *s c"]:
     """dx_t / dt, what a velocity network regresses."""
-    t = over_image(t)
+    t = over(t, x)
     return path.d_alpha(t) * x + path.d_sigma(t) * noise
 
 
-def training_times(path: str, prediction: str) -> tuple[float, float]:
+def training_times(path: Path, prediction: str) -> tuple[float, float]:
     """The interval of training times of SiT: all of [0, 1] where the regression is finite there."""
-    if path == "vp":
+    if path.steep:
         return 1e-5, 1.0
-    return (0.0, 1.0) if prediction == "velocity" else (1e-3, 1 - 1e-3)
+    return (0.0, 1.0) if prediction in ("velocity", "data") else (1e-3, 1 - 1e-3)
 
 
-def sampling_times(path: str, prediction: str) -> tuple[float, float]:
-    """The interval of times that SiT's samplers evaluate a network at."""
-    if path == "vp":
+def sampling_times(path: Path, prediction: str) -> tuple[float, float]:
+    """The interval of times at which SiT's samplers evaluate a network."""
+    if path.steep or prediction == "data":  # the velocity of a data prediction is divided by sigma
         return 1e-3, 1.0
     return training_times(path, prediction)
 
 
 # Conversions. With D = alpha sigma' - alpha' sigma > 0, x_t and v determine noise = (alpha v - alpha' x_t) / D and
-# x = (sigma' x_t - sigma v) / D; score = -noise / sigma. Times are scalars, or have the axes to multiply images.
+# x = (sigma' x_t - sigma v) / D; score = -noise / sigma. Times are scalars, or have the axes to multiply x.
 
 
 def wronskian(path: Path, t: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """D(t) = alpha sigma' - alpha' sigma: 1 for the linear path, pi / 2 for the cosine."""
-    alpha, sigma, d_alpha, d_sigma = (curve(t) for curve in path)
+    alpha, sigma, d_alpha, d_sigma = (curve(t) for curve in path[:4])
     return alpha * d_sigma - d_alpha * sigma
 
 
@@ -120,6 +123,13 @@ def data_from_velocity(
 ) -> Float[Array, "*shape"]:
     """E[x | x_t] from the velocity at x_t: Tweedie's estimate, without its division by alpha."""
     return (path.d_sigma(t) * x - path.sigma(t) * v) / wronskian(path, t)
+
+
+def velocity_from_data(
+    path: Path, data: Float[Array, "*shape"], x: Float[Array, "*shape"], t: Float[Array, "*#shape"]
+) -> Float[Array, "*shape"]:
+    """The velocity at x_t from E[x | x_t], where sigma(t) > 0."""
+    return (path.d_sigma(t) * x - wronskian(path, t) * data) / path.sigma(t)
 
 
 def noise_from_velocity(
@@ -160,21 +170,17 @@ def velocity_from_score(
     return velocity_from_noise(path, noise_from_score(path, score, t), x, t)
 
 
+TO_VELOCITY = {"noise": velocity_from_noise, "score": velocity_from_score, "data": velocity_from_data}
+
+
 def as_velocity(network: Network, path: Path, prediction: str) -> Network:
     """A network that predicts the velocity, from one that predicts `prediction`, a name of PREDICTIONS."""
-    check_prediction(prediction)
-    if prediction == "velocity":
+    if one_of("prediction", prediction, PREDICTIONS) == "velocity":
         return network
-    convert = velocity_from_noise if prediction == "noise" else velocity_from_score
 
     def velocity_network(x, t, y):
         predicted, features = network(x, t, y)
-        return convert(path, predicted.astype(x.dtype), x, over_image(t).astype(x.dtype)), features
+        v = TO_VELOCITY[prediction](path, predicted.astype(x.dtype), x, over(t, x).astype(x.dtype))
+        return v, features
 
     return velocity_network
-
-
-def check_prediction(prediction: str) -> None:
-    """ConfigError for what is not a name of PREDICTIONS."""
-    if prediction not in PREDICTIONS:
-        raise ConfigError(f"unknown prediction {prediction!r}; {suggestion(prediction, PREDICTIONS)}")

@@ -14,44 +14,38 @@ from jaxtyping import Array, Float
 from diversedit_jax.diffusion import paths
 from diversedit_jax.diffusion.guidance import Velocity
 from diversedit_jax.diffusion.paths import PATHS, Path
-from diversedit_jax.errors import ConfigError
-from diversedit_jax.registry import suggestion
+from diversedit_jax.registry import in_range, one_of
 
-Noise = Callable[[Array], Array]  # step index -> standard normal [b h w c]
+Noise = Callable[[Array], Array]  # step index -> standard normal [b *s c]
 
 
 def uniform_times(steps: int, first: float = 1.0, last: float = 0.0) -> np.ndarray:
     """steps + 1 equidistant times from `first` to `last`."""
-    if steps < 1:
-        raise ConfigError(f"a sampler needs at least 1 step, given {steps}")
-    return np.linspace(first, last, steps + 1)
+    return np.linspace(first, last, in_range("steps", steps, 1) + 1)
 
 
 def last_step_times(steps: int, last: float = 0.04, first: float = 1.0) -> np.ndarray:
     """`steps` equidistant times from `first` to `last`, then 0: the grid of REPA's and SiT's SDE samplers."""
-    if steps < 2:
-        raise ConfigError(f"the stochastic sampler needs at least 2 steps, given {steps}")
-    if not 0 < last < 1:
-        raise ConfigError(f"the last step must begin between 0 and 1, given {last}")
-    return np.append(np.linspace(first, last, steps), 0.0)
+    in_range("last_step", last, above=0, below=1)
+    return np.append(np.linspace(first, last, in_range("steps", steps, 2)), 0.0)
 
 
-def sde_times(steps: int, path: str, prediction: str, diffusion: str, last: str, last_step: float) -> np.ndarray:
-    """SiT's times for `steps` steps of a stochastic solver, the last of kind `last` and from time `last_step`.
+def sde_times(steps: int, path: Path, prediction: str, diffusion: str, last: str, last_step: float) -> np.ndarray:
+    """SiT's times for `steps` steps of a stochastic solver, with a last step of kind `last` from time `last_step`.
 
-    They stay 1e-3 away from where the form `sbdm` is infinite (t = 1) and, without a last step, from where the score is
-    (t = 0). SiT's own count for `none` is one step less.
+    They stay 1e-3 away from t = 1 where the form `sbdm` is infinite there, and, without a last step, from t = 0, where
+    the score is infinite. SiT counts one step less for `none`.
     """
-    check_last_step(last)
+    one_of("last_step_kind", last, LAST_STEPS)
     end, first = paths.sampling_times(path, prediction)
-    if diffusion == "sbdm" and path != "vp":
+    if diffusion == "sbdm" and path.alpha(np.float32(1)) < 1e-6:  # it divides by alpha
         first = min(first, 1 - 1e-3)
     if last == "none":
         return uniform_times(steps, first, max(end, 1e-3))
     return last_step_times(steps, last_step, first)
 
 
-def euler(velocity: Velocity, x: Float[Array, "b h w c"], times: Float[np.ndarray, " s"]) -> Float[Array, "b h w c"]:
+def euler(velocity: Velocity, x: Float[Array, "b *s c"], times: Float[np.ndarray, " s"]) -> Float[Array, "b *s c"]:
     """Euler's method along decreasing times: first order, one evaluation a step."""
 
     def step(x, span):
@@ -61,7 +55,7 @@ def euler(velocity: Velocity, x: Float[Array, "b h w c"], times: Float[np.ndarra
     return jax.lax.scan(step, x, _spans(times, x))[0]
 
 
-def heun(velocity: Velocity, x: Float[Array, "b h w c"], times: Float[np.ndarray, " s"]) -> Float[Array, "b h w c"]:
+def heun(velocity: Velocity, x: Float[Array, "b *s c"], times: Float[np.ndarray, " s"]) -> Float[Array, "b *s c"]:
     """Heun's method: second order, two evaluations a step and one in the last, an Euler step (as in EDM and REPA)."""
 
     def step(x, span):
@@ -75,8 +69,8 @@ def heun(velocity: Velocity, x: Float[Array, "b h w c"], times: Float[np.ndarray
 
 
 def mean_flow(
-    average: Callable[[Array, Array, Array], Array], x: Float[Array, "b h w c"], times: Float[np.ndarray, " s"]
-) -> Float[Array, "b h w c"]:
+    average: Callable[[Array, Array, Array], Array], x: Float[Array, "b *s c"], times: Float[np.ndarray, " s"]
+) -> Float[Array, "b *s c"]:
     """MeanFlow's sampler along decreasing times: x_r = x_t - (t - r) u (arXiv 2505.13447), one evaluation a step.
 
     average: (x, t, span) -> u, the average velocity between t - span and t. With the true u it is exact in any steps.
@@ -91,14 +85,14 @@ def mean_flow(
 
 def dopri5(
     velocity: Velocity,
-    x: Float[Array, "b h w c"],
+    x: Float[Array, "b *s c"],
     first: float = 1.0,
     last: float = 0.0,
     *,
     rtol: float = 1e-3,
     atol: float = 1e-6,
     max_steps: int = 1000,
-) -> Float[Array, "b h w c"]:
+) -> Float[Array, "b *s c"]:
     """Dormand and Prince's fifth-order method with steps to a tolerance, SiT's default, through diffrax.
 
     The steps are chosen for the batch as a whole, by the error's root mean square. A guidance interval is tested at the
@@ -135,29 +129,22 @@ DIFFUSIONS = {
 
 def diffusion(name: str, path: Path, norm: float = 1.0) -> Callable[[Array], Array]:
     """w(t) = 2 D(t) for `euler_maruyama` and `sde_heun`: the form `name` of DIFFUSIONS, of magnitude `norm`."""
-    if name not in DIFFUSIONS:
-        raise ConfigError(f"unknown diffusion {name!r}; {suggestion(name, DIFFUSIONS)}")
-    return lambda t: 2 * DIFFUSIONS[name](path, t, norm)
+    form = DIFFUSIONS[one_of("diffusion", name, DIFFUSIONS)]
+    return lambda t: 2 * form(path, t, norm)
 
 
 LAST_STEPS = ("none", "mean", "tweedie", "euler")
 
 
-def check_last_step(last: str) -> None:
-    """ConfigError for what is not a name of LAST_STEPS."""
-    if last not in LAST_STEPS:
-        raise ConfigError(f"unknown last step {last!r}; {suggestion(last, LAST_STEPS)}")
-
-
 def euler_maruyama(
     velocity: Velocity,
-    x: Float[Array, "b h w c"],
+    x: Float[Array, "b *s c"],
     times: Float[np.ndarray, " s"],
     noise: Noise,
     path: Path = PATHS["linear"],
     diffusion: Callable[[Array], Array] | None = None,
     last: str = "mean",
-) -> Float[Array, "b h w c"]:
+) -> Float[Array, "b *s c"]:
     """Euler-Maruyama for dx = (v - w/2 score) dt + sqrt(w) dW, whose marginals are the path's for every w(t) >= 0.
 
     `diffusion` is w; by default 2 sigma(t), as in REPA's code. `noise` gives the draw of step i. `last` is the last
@@ -175,13 +162,13 @@ def euler_maruyama(
 
 def sde_heun(
     velocity: Velocity,
-    x: Float[Array, "b h w c"],
+    x: Float[Array, "b *s c"],
     times: Float[np.ndarray, " s"],
     noise: Noise,
     path: Path = PATHS["linear"],
     diffusion: Callable[[Array], Array] | None = None,
     last: str = "mean",
-) -> Float[Array, "b h w c"]:
+) -> Float[Array, "b *s c"]:
     """SiT's Heun method for the same SDE: a step adds its noise first, then takes Heun's step along the drift.
 
     Two evaluations a step, second order for w = 0. The arguments are those of `euler_maruyama`.
@@ -224,7 +211,7 @@ def _stochastic(
     last: str,
 ) -> Array:
     """`step` (x, t, t_next, draw) -> x over all spans of `times` but the last, which is taken as `last` says."""
-    check_last_step(last)
+    one_of("last_step_kind", last, LAST_STEPS)
 
     def body(x, span):
         i, (t, t_next) = span

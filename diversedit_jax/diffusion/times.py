@@ -5,8 +5,7 @@ from functools import partial
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diversedit_jax.errors import ConfigError
-from diversedit_jax.registry import suggestion
+from diversedit_jax.registry import in_range, one_of
 
 
 def uniform(key: PRNGKeyArray, n: int) -> Float[Array, " n"]:
@@ -20,10 +19,7 @@ def logit_normal(key: PRNGKeyArray, n: int, *, mean: float, std: float) -> Float
 
 
 def make(name: str, *, mean: float, std: float):
-    """The distribution `name`, `uniform` or `logit_normal`, as a function (key, n) -> t; uniform has no parameters."""
+    """The distribution `name`, `uniform` or `logit_normal`, as a function (key, n) -> t. Uniform has no parameters."""
     known = {"uniform": uniform, "logit_normal": partial(logit_normal, mean=mean, std=std)}
-    if name not in known:
-        raise ConfigError(f"unknown distribution of times {name!r}; {suggestion(name, known)}")
-    if not std > 0:
-        raise ConfigError(f"the standard deviation of the times' logit must be positive, given {std}")
-    return known[name]
+    in_range("time_std", std, above=0)
+    return known[one_of("time", name, known)]

@@ -1,32 +1,50 @@
-"""Evaluators, each a function that judges a run as it is, at its own interval.
+"""Evaluators: functions that judge a run as it is, each at its own interval.
 
-A factory takes what the samples are and gives `run(current) -> (name, value) pairs`: see `Current`. A value is a number
-or an image, uint8 [h w c]. The trainer writes it as LABEL/name, with the evaluator's label in the config.
+A factory takes a `SampleSpec` and gives `run(current) -> (name, value) pairs`, see `Current`. A value is a number, or
+an image, uint8 [h w c]. The trainer writes it as LABEL/name, with the evaluator's label in the config.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from diversedit_jax import registry
-from diversedit_jax.api import Params
-from diversedit_jax.sampling.sampler import Drawn
+from diversedit_jax.api import Condition
+from diversedit_jax.data import Dataset
+from diversedit_jax.runs.build import Experiment
+
+
+class SampleSpec(NamedTuple):
+    """What the samples of a run are, and what made them.
+
+    shape:      of an image; None where samples are latents. batch: how many are drawn at a time.
+    conditions: (rule of `conditioning.RULES` or None, num, seed) -> the stored conditions of `num` samples.
+    experiment: the components of the run, for evaluators that look at the network. data: split -> data set.
+    """
+
+    shape: tuple[int, ...] | None
+    batch: int
+    conditions: Callable[[str | None, int, int], Condition]
+    experiment: Experiment
+    data: Callable[[str], Dataset]
 
 
 class Current(NamedTuple):
-    """A run at this step. current(labels [n], first=0) draws the images number first .. first + n - 1, uint8 [n h w c].
+    """A run at this step. current(conditions [n], first=0) draws the images number first .. first + n - 1.
 
-    params: the EMA, which they are drawn from.
+    learned: `params`, the EMA that they are drawn from, and `losses`, `objective` and `memory` as in the state.
+    frozen:  weights of the codec.
     """
 
-    params: Params
+    learned: dict[str, Any]
+    frozen: Any
     draw: Callable[..., np.ndarray]
 
-    def __call__(self, labels: np.ndarray, first: int = 0) -> np.ndarray:
-        return self.draw(labels, first=first)
+    def __call__(self, conditions: Condition, first: int = 0) -> np.ndarray:
+        return self.draw(conditions, first=first)
 
 
-def make(name: str, drawn: Drawn, **options):
-    """The evaluator `name`; the options are the keywords of `evaluators.<name>.make`."""
-    return registry.make("evaluators", name, drawn, **options)
+# make(name, spec, **options): the evaluator `name`; the options are the keywords of `evaluators.<name>.make`.
+make = partial(registry.make, "evaluators")

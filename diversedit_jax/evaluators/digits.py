@@ -8,8 +8,9 @@ from sklearn.svm import SVC
 
 from diversedit_jax.data import digits
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.evaluators import SampleSpec
 from diversedit_jax.metrics.frechet import frechet_distance, moments
-from diversedit_jax.sampling.sampler import Drawn
+from diversedit_jax.registry import in_range
 
 # int32 labels [n] -> uint8 images [n 8 8 1]
 Sample = Callable[[np.ndarray], np.ndarray]
@@ -32,7 +33,7 @@ def flat(levels: np.ndarray) -> np.ndarray:
 
 
 def make(
-    drawn: Drawn, *, num: int = 1000, data_dir: str | None = None
+    spec: SampleSpec, *, num: int = 1000, data_dir: str | None = None
 ) -> Callable[[Sample], Iterable[tuple[str, float]]]:
     """The evaluator: `run(sample)` draws `num` images with balanced labels and yields names and values.
 
@@ -42,10 +43,9 @@ def make(
     frechet_floor: that of training and held-out digits, about 0.41.
     `run` raises ValueError if `sample` does not return uint8 images [num 8 8 1]. data_dir: as in `data.digits`.
     """
-    if drawn.shape != digits.SHAPE:
-        raise ConfigError(f"digits: the samples must be images {digits.SHAPE}, and are {drawn.shape or 'latents'}")
-    if num < 2:
-        raise ConfigError(f"digits: num must be at least 2, given {num}")
+    if spec.shape != digits.SHAPE:
+        raise ConfigError(f"digits: the samples must be images {digits.SHAPE}, and are {spec.shape or 'latents'}")
+    in_range("digits: num", num, 2)
 
     @functools.cache  # fitted at the first run, once
     def judge():

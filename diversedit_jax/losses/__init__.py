@@ -1,8 +1,8 @@
-"""Auxiliary losses on the features of a network's blocks, one published loss per file: jax only."""
+"""Auxiliary losses on the features of a network's blocks, one published loss per file. They need jax alone."""
+
+from functools import partial
 
 from diversedit_jax import registry
 
-
-def make(name: str, **options):
-    """The auxiliary loss `name` as an `AuxLoss`; the options are the keywords of `losses.<name>.make`."""
-    return registry.make("losses", name, **options)
+# make(name, **options): the auxiliary loss `name`; the options are the keywords of `losses.<name>.make`.
+make = partial(registry.make, "losses")

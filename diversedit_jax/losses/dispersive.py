@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from diversedit_jax.api import AuxLoss
+from diversedit_jax.api import AuxLoss, Term
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.losses.repa import unit
-from diversedit_jax.registry import suggestion
+from diversedit_jax.registry import in_range, one_of
 
 FORMS = ("infonce_l2", "infonce_cosine", "hinge", "covariance")
 
@@ -70,7 +70,7 @@ def dispersive_loss(
     groups: int = 1,
 ) -> Float[Array, ""]:
     """The loss of a batch of features; see `make` for the options."""
-    _known_form(form)
+    one_of("dispersive: form", form, FORMS)
     z = jnp.asarray(features)
     z = z.astype(jnp.promote_types(z.dtype, jnp.float32)).reshape(len(z), -1)
     if groups < 1 or len(z) % groups:
@@ -119,23 +119,14 @@ def make(
     are not published; ours are our choice: a margin of 1, and for the covariance features of length 1, whose
     covariances are means over the examples.
     """
-    _known_form(form)
+    one_of("dispersive: form", form, FORMS)
+    in_range("dispersive: tau", tau, above=0)
     if not blocks:
         raise ConfigError("dispersive: blocks is empty: name at least one")
-    if not tau > 0:
-        raise ConfigError(f"dispersive: tau must be positive, given {tau}")
 
-    def init(key, forward, batch):
-        return {}
-
-    def apply(params, forward, batch, teacher, step, key):
+    def apply(forward, batch, context):
         options = {"tau": tau, "margin": margin, "diagonal": diagonal, "per_element": per_element, "groups": groups}
         loss = sum(dispersive_loss(forward.features[k], form, **options) for k in blocks) / len(blocks)
-        return coefficient * loss, {"loss": loss}
+        return Term(coefficient * loss, {"loss": loss})
 
-    return AuxLoss(init, apply, tuple(blocks))
-
-
-def _known_form(form: str) -> None:
-    if form not in FORMS:
-        raise ConfigError(f"dispersive: unknown form {form!r}; {suggestion(form, FORMS)}")
+    return AuxLoss(apply, blocks=tuple(blocks))

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diversedit_jax.api import AuxLoss
+from diversedit_jax.api import AuxLoss, Term
+from diversedit_jax.errors import ConfigError
+from diversedit_jax.registry import one_of
 
 EPS = 1e-8
 
@@ -323,28 +325,21 @@ def make(
     random pair rules where `redraw` is off. The other options: `Settings`, `diversity_loss` and `select_pairs`.
     """
     given = locals()
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
-    changes = {field: given[field] for field in Settings._fields if given[field] is not None}
-    settings = PRESETS[preset]._replace(**changes)
-    for field, choices in CHOICES.items():
-        value = detach if field == "detach" else getattr(settings, field)
-        if value not in choices:
-            raise ValueError(f"diversity: {field} = {value!r}; known: {', '.join(map(str, choices))}")
+    one_of("diversity: preset", preset, PRESETS)
+    settings = PRESETS[preset]._replace(**{name: given[name] for name in Settings._fields if given[name] is not None})
+    for option, choices in CHOICES.items():
+        one_of(f"diversity: {option}", detach if option == "detach" else getattr(settings, option), choices)
     if len(settings.weights) != 3:
-        raise ValueError(f"diversity: weights are three, of L_orth, L_MI and L_disp; given {settings.weights}")
+        raise ConfigError(f"diversity: weights = {settings.weights}: wanted three, of L_orth, L_MI and L_disp")
 
-    def init(key, forward, batch):
-        return {}
+    def apply(forward, batch, context):
+        draw = {"aligned": aligned, "key": context.key, "seed": seed}
+        loss, metrics = diversity_loss(forward.features[1:], settings=settings, **draw, groups=groups, detach=detach)
+        ramp = jnp.minimum(1.0, context.step / warmup_steps) if warmup_steps else 1.0
+        metrics |= {"weight": ramp * metrics["weight"]}
+        return Term(ramp * loss, metrics, full=settings.coefficient * metrics["loss"])
 
-    def apply(params, forward, batch, teacher, step, key):
-        blocks = forward.features[1:]
-        draw = {"aligned": aligned, "key": key, "seed": seed}
-        loss, metrics = diversity_loss(blocks, settings=settings, **draw, groups=groups, detach=detach)
-        ramp = jnp.minimum(1.0, step / warmup_steps) if warmup_steps else 1.0
-        return ramp * loss, metrics | {"weight": ramp * metrics["weight"]}
-
-    return AuxLoss(init, apply)
+    return AuxLoss(apply)
 
 
 CHOICES = {

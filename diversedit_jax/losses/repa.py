@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diversedit_jax.api import AuxLoss, Batch, Params
+from diversedit_jax.api import AuxLoss, Batch, Params, Term
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.losses import _projector as projector
-from diversedit_jax.registry import suggestion
+from diversedit_jax.registry import in_range, one_of
 
 SIMILARITIES = ("cosine", "nt_xent")
 EPS = 1e-12  # the smallest length that is divided by, torch's default
@@ -38,8 +38,7 @@ def alignment(
     targets: [b n k], as z. similarity: `cosine`: minus the cosine of each token and its target, REPA's loss; `nt_xent`:
     the cross-entropy by which a token finds its target among all of its image, at temperature tau.
     """
-    if similarity not in SIMILARITIES:
-        raise ConfigError(f"repa: unknown similarity {similarity!r}; {suggestion(similarity, SIMILARITIES)}")
+    one_of("repa: similarity", similarity, SIMILARITIES)
     if z.shape != targets.shape:
         raise ConfigError(
             f"the projected features are {_axes(z)}, the targets {_axes(targets)}: the encoder must give one token for "
@@ -72,16 +71,21 @@ def weight_at(
     return weight
 
 
+def names(encoder: str, class_token: bool = False) -> tuple[str, ...]:
+    """Where an encoder's tokens are in a batch: its class token, if asked for, and its patch tokens."""
+    return (f"token/{encoder}",) * class_token + (f"features/{encoder}",)
+
+
 def targets_of(batch: Batch, encoder: str, class_token: bool = False) -> Float[Array, "b n k"]:
-    """The encoder's patch tokens in the batch, its class token before them if asked for."""
-    keys = [f"token/{encoder}"] * class_token + [f"features/{encoder}"]
-    for key in keys:
-        if key not in batch:
+    """The encoder's patch tokens in the batch, behind its class token if asked for."""
+    tokens = []
+    for name in names(encoder, class_token):
+        if name not in batch:
             raise ConfigError(
-                f"repa: the batch has no {key!r} (it has {', '.join(sorted(batch))}): configure config.encoders."
-                f"{encoder}, or store these features with the data"
+                f"repa: the batch has {', '.join(sorted(batch))}, and not {name}: configure config.encoders.{encoder}, "
+                "or store these features with the data"
             )
-    tokens = [batch[key] if key.startswith("features/") else batch[key][:, None] for key in keys]
+        tokens.append(batch[name] if name.startswith("features/") else batch[name][:, None])
     return jnp.concatenate(tokens, axis=1)
 
 
@@ -113,29 +117,26 @@ def make(
     Several alignments (encoder, block, weight) are several labels in `config.losses`. The released code averages over
     encoders: with m of them, 0.5 / m each.
     """
-    if warmup_steps < 0 or decay_steps < 0:
-        raise ConfigError(f"repa: negative warmup_steps = {warmup_steps} or decay_steps = {decay_steps}")
+    in_range("repa: warmup_steps", warmup_steps, 0)
+    in_range("repa: decay_steps", decay_steps, 0)
+    in_range("repa: width", width, 1)
+    in_range("repa: tau", tau, above=0)
+    one_of("repa: similarity", similarity, SIMILARITIES)
     if decay_steps and until is None:
         raise ConfigError(f"repa: decay_steps = {decay_steps} end at `until`, which is not set")
-    if width < 1:
-        raise ConfigError(f"repa: width = {width}: must be positive")
-    if similarity not in SIMILARITIES:
-        raise ConfigError(f"repa: unknown similarity {similarity!r}; {suggestion(similarity, SIMILARITIES)}")
-    if not tau > 0:
-        raise ConfigError(f"repa: tau must be positive, given {tau}")
     compute = jnp.dtype(dtype)
 
     def init(key, forward, batch):
         targets = targets_of(batch, encoder, class_token)
         return init_projector(key, forward.features[block].shape[-1], width, targets.shape[-1])
 
-    def apply(params, forward, batch, teacher, step, key):
-        z = project(params, forward.features[block], compute)
+    def apply(forward, batch, context):
+        z = project(context.params, forward.features[block], compute)
         loss = alignment(z, targets_of(batch, encoder, class_token), similarity, tau).mean()
-        weight = weight_at(step, coefficient, warmup_steps, until, decay_steps)
-        return weight * loss, {"loss": loss, "weight": weight}
+        weight = weight_at(context.step, coefficient, warmup_steps, until, decay_steps)
+        return Term(weight * loss, {"loss": loss, "weight": weight}, full=coefficient * loss)
 
-    return AuxLoss(init, apply, blocks=(block,))
+    return AuxLoss(apply, init, blocks=(block,), reads=names(encoder, class_token))
 
 
 def _axes(x: Array) -> str:

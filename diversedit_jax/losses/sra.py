@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diversedit_jax.api import AuxLoss, Params
+from diversedit_jax.api import AuxLoss, Params, Term
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.losses import _projector as projector
 from diversedit_jax.losses.repa import unit
-from diversedit_jax.registry import suggestion
+from diversedit_jax.registry import in_range, one_of
 
 BETA = 0.05  # of smooth L1: below it the error is quadratic
 
@@ -110,25 +110,24 @@ def make(
         decay_epochs epochs of steps_per_epoch steps; None: constant. At 512 pixels 99 and 800.
     dtype: of the head's matmuls.
     """
-    if distance not in DISTANCES:
-        raise ConfigError(f"sra: unknown distance {distance!r}; {suggestion(distance, DISTANCES)}")
-    if not 0 <= t_max <= 1:
-        raise ConfigError(f"sra: t_max is a part of the times 0 to 1, given {t_max}")
+    one_of("sra: distance", distance, DISTANCES)
+    in_range("sra: t_max", t_max, 0, 1)
+    in_range("sra: steps_per_epoch", steps_per_epoch, 1)
+    in_range("sra: decay_epochs", 1 if decay_epochs is None else decay_epochs, 1)
     if num_timesteps is not None and t_max * num_timesteps < 1:
         raise ConfigError(f"sra: t_max = {t_max} of num_timesteps = {num_timesteps} is less than one step")
-    if steps_per_epoch < 1 or (decay_epochs is not None and decay_epochs < 1):
-        raise ConfigError(f"sra: steps_per_epoch = {steps_per_epoch}, decay_epochs = {decay_epochs}: must be positive")
     compute = jnp.dtype(dtype)
 
     def init(key, forward, batch):
         return init_head(key, forward.features[block].shape[-1])
 
-    def apply(params, forward, batch, teacher, step, key):
-        t = earlier(key, forward.t, t_max, num_timesteps)
-        _, seen = forward.rerun(teacher, t)
-        student = projector.apply(params, forward.features[block], compute)
+    def apply(forward, batch, context):
+        t = earlier(context.key, forward.t, t_max, num_timesteps)
+        _, seen = forward.rerun(context.teacher, t)
+        student = projector.apply(context.params, forward.features[block], compute)
         loss = mean_distance(student, seen[teacher_block], distance).mean()
-        weight = weight_at(step, coefficient, decay_from_epoch, decay_epochs, steps_per_epoch)
-        return weight * loss, {"distance": loss, "weight": weight, "lag": (forward.t - t).mean()}
+        weight = weight_at(context.step, coefficient, decay_from_epoch, decay_epochs, steps_per_epoch)
+        metrics = {"distance": loss, "weight": weight, "lag": (forward.t - t).mean()}
+        return Term(weight * loss, metrics, full=coefficient * loss)
 
-    return AuxLoss(init, apply, blocks=(block, teacher_block))
+    return AuxLoss(apply, init, blocks=(block, teacher_block))

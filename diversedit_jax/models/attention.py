@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from diversedit_jax import sharding
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.registry import suggestion
+from diversedit_jax.registry import one_of
 
 KERNELS = ("xla", "cudnn", "splash")
 ATTENDED = "attn"  # the name of what attention gives, for rematerialisation
@@ -23,15 +23,15 @@ LANES = 128  # splash takes tokens in multiples of it
 LARGEST = 512  # tokens of a block of splash
 
 
-def choose(attention: str, dtype: str, second_time: bool = False, tokens: int = LANES, width: int = 64) -> str:
-    """One of KERNELS: as asked for, or for `auto` cuDNN's where it can run; ConfigError for what cannot.
+def choose(attention: str, dtype: str, forward_mode: bool = False, tokens: int = LANES, width: int = 64) -> str:
+    """One of KERNELS: the one asked for, or for `auto` cuDNN's where it can run. ConfigError for one that cannot run.
 
-    width: of a head. The platform is that of the mesh that is set, else of this process.
+    forward_mode: the network is differentiated in forward mode (MeanFlow). width: of a head.
+    The platform is that of the mesh that is set, else that of this process.
     """
-    if attention not in (choices := ("auto", *KERNELS)):
-        raise ConfigError(f"model.attention = {attention!r} is unknown; {suggestion(attention, choices)}")
+    one_of("model.attention", attention, ("auto", *KERNELS))
     platform = sharding.platform()
-    forward = "model.second_time: MeanFlow differentiates in forward mode, which this kernel cannot"
+    forward = "the objective differentiates the network in forward mode, which this kernel cannot"
     obstacles = {
         "xla": {},
         "cudnn": {
@@ -40,12 +40,12 @@ def choose(attention: str, dtype: str, second_time: bool = False, tokens: int = 
             f"a head is {width} wide, not a multiple of 8 up to 128": width % 8 != 0 or width > 128,
             # jax 0.10 takes the empty bias that it makes itself for one, and with a bias cuDNN's gradient wants this
             f"the network has {tokens} tokens, an odd number": tokens % 2 != 0,
-            forward: second_time,
+            forward: forward_mode,
         },
         "splash": {
             f"the device is a {platform}, not a TPU": platform != "tpu",
             f"the network has {tokens} tokens, not a multiple of {LANES}": tokens % LANES != 0,
-            forward: second_time,
+            forward: forward_mode,
         },
     }
     if attention == "auto":

@@ -1,15 +1,14 @@
 """The diffusion transformer of DiT and SiT (arXiv 2212.09748, 2401.08740), with the long residual connections of
 DiverseDiT (arXiv 2603.04239, Eq. 8).
 
-Blocks are stacked: each parameter of all blocks of one half is one array with a leading layer axis, and each half is
-one `lax.scan`, or, with `unroll`, one block after another. The first half emits its outputs; the second consumes them
-in reverse order.
+The blocks are two stacks, `shallow` and `deep` (see `stack`). The shallow half hands its outputs on; the deep half
+merges them in reverse order. Tokens are patches of an image, a video or a volume.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Mapping
 from functools import partial
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +18,26 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from diversedit_jax import sharding
+from diversedit_jax.api import Model, Params, Skips, Space
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.models import Model, functional
+from diversedit_jax.models import check_inputs, functional
 from diversedit_jax.models.attention import ATTENDED, attend, choose, kept
-from diversedit_jax.registry import suggestion
+from diversedit_jax.models.stack import Stack, each, part, stacked, unstack
+from diversedit_jax.registry import in_range, one_of
 
 EPS = 1e-6  # of every LayerNorm
+HALVES = ("shallow", "deep")
+
+# How parameters are split over devices, see `sharding.RULES`: heads and hidden units over `tensor`, the rest over
+# `fsdp`. The leading layer axis is never split.
+RULES = (
+    (r"\b(shallow|deep)/qkv/kernel$", "- * - tensor -"),
+    (r"\b(shallow|deep)/qkv/bias$", "- - tensor -"),
+    (r"\b(shallow|deep)/fc1/kernel$", "- * tensor"),
+    (r"\b(shallow|deep)/fc1/bias$", "- tensor"),
+    (r"\b(shallow|deep)/(proj|fc2)/kernel$", "- tensor *"),
+    (r"\b(shallow|deep|merges)/", "- * ..."),
+)
 
 
 class Size(NamedTuple):
@@ -173,11 +186,11 @@ class TimeEmbedding(nnx.Module):
 
 
 class DiT(nnx.Module):
-    """(x_t, t, y, **conditions) -> (prediction, features); see `make` for its options."""
+    """(x_t, t, y, **inputs) -> (prediction, features); see `make` for its options."""
 
     def __init__(
         self,
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         num_classes: int,
         size: Size,
         patch: int,
@@ -186,73 +199,91 @@ class DiT(nnx.Module):
         skip: Skip | None,
         dtype,
         stream_dtype,
-        policy: Callable | None,
         capture: str,
-        cuts: tuple[int, ...],
         out_channels: int,
         second_time: bool,
         attention: str,
         token_width: int | None,
-        unroll: bool,
+        stack: Stack,
         *,
         rngs: nnx.Rngs,
     ):
         depth, width, heads = size
         half = depth // 2
 
-        def stack(build: Callable[[nnx.Rngs], nnx.Module], n: int) -> nnx.Module:
-            return jax.vmap(lambda key: build(nnx.Rngs(key)))(jax.random.split(rngs.params(), n))
-
         def block(rngs: nnx.Rngs) -> Block:
             return Block(width, heads, mlp_ratio, qk_norm, dtype, attention, rngs=rngs)
 
+        def merge(rngs: nnx.Rngs) -> Merge:
+            return Merge(width, skip.norm, skip.init, dtype, rngs=rngs)
+
+        numbers = patch ** (len(shape) - 1)  # elements of a patch, for each channel
         linear = partial(nnx.Linear, dtype=dtype, kernel_init=KERNELS["xavier"], rngs=rngs)
-        self.patch_embed = linear(patch * patch * shape[-1], width)
+        self.patch_embed = linear(numbers * shape[-1], width)
         self.time_embed = TimeEmbedding(width, rngs=rngs)
         self.span_embed = TimeEmbedding(width, rngs=rngs) if second_time else None
         self.label_embed = nnx.Embed(num_classes + 1, width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs)
-        self.shallow = stack(block, half)
-        self.deep = stack(block, depth - half)
-        self.merges = skip and stack(lambda rngs: Merge(width, skip.norm, skip.init, dtype, rngs=rngs), half)
+        self.shallow = stacked(block, half, rngs)
+        self.deep = stacked(block, depth - half, rngs)
+        self.merges = skip and stacked(merge, half, rngs)
         self.final_ada = linear(width, 2 * width, kernel_init=nnx.initializers.zeros)
-        self.final = linear(width, patch * patch * out_channels, kernel_init=nnx.initializers.zeros)
-        self.token_width = token_width
+        self.final = linear(width, numbers * out_channels, kernel_init=nnx.initializers.zeros)
         if token_width is not None:
             self.token_embed = linear(token_width, width)
             self.token_norm = nnx.LayerNorm(width, epsilon=EPS, dtype=jnp.float32, rngs=rngs)
             self.token_final = linear(width, token_width, kernel_init=nnx.initializers.zeros)
-        self.shape, self.patch, self.depth, self.width = shape, patch, depth, width
-        self.out_shape = (*shape[:-1], out_channels)
-        self.skip, self.policy, self.capture, self.cuts = skip, policy, capture, cuts
-        self.dtype, self.stream_dtype, self.unroll = dtype, stream_dtype, unroll
+        self.shape, self.out_shape, self.patch, self.depth = shape, (*shape[:-1], out_channels), patch, depth
+        self.inputs = frozenset(["span"] * second_time + ["token"] * (token_width is not None))
+        self.skip, self.capture, self.stack = skip, capture, stack
+        self.dtype, self.stream_dtype = dtype, stream_dtype
 
     def __call__(
         self,
-        x_t: Float[Array, "b h w c"],
+        x_t: Float[Array, "b *s c"],
         t: Float[Array, " b"],
         y: Int[Array, " b"],
         *,
         span: Float[Array, " b"] | None = None,
         token: Float[Array, "b k"] | None = None,
     ) -> tuple[
-        Float[Array, "b h w o"] | tuple[Float[Array, "b h w o"], Float[Array, "b k"]], tuple[Float[Array, "b n d"], ...]
+        Float[Array, "b *s o"] | tuple[Float[Array, "b *s o"], Float[Array, "b k"]], tuple[Float[Array, "b n d"], ...]
     ]:
         if x_t.shape[1:] != self.shape:
-            raise ValueError(f"the network takes images of shape {self.shape}, given {x_t.shape[1:]}")
+            raise ValueError(f"the network takes examples of shape {self.shape}, given {x_t.shape[1:]}")
+        given = {name for name, value in {"span": span, "token": token}.items() if value is not None}
+        if given != self.inputs:
+            takes, found = (", ".join(sorted(names)) or "no further input" for names in (self.inputs, given))
+            raise ValueError(f"the network takes {takes}, given {found}")
+        x = self._embedded(x_t, token)
+        c = self.time_embed(t) + self.label_embed(y)
+        c = c if span is None else c + self.span_embed(span)
+        x, features = self._blocks(x, c)
+        return self._output(x, c, token is not None), features
+
+    def _embedded(self, x_t: Float[Array, "b *s c"], token: Float[Array, "b k"] | None) -> Float[Array, "b n d"]:
+        """The patches with their positions, behind the class token if there is one, which has position 0."""
         x = self.patch_embed(patchify(x_t, self.patch).astype(self.dtype)).astype(jnp.float32)
-        x = x + position_table(self.shape, self.patch, self.width)
-        if (given := None if token is None else token.shape[1]) != self.token_width:
-            takes, found = ("no token" if k is None else f"a token of width {k}" for k in (self.token_width, given))
-            raise ValueError(f"the network takes {takes} (model.token_width), given {found}")
-        if token is not None:  # at position embedding 0
+        x = x + position_table(tuple(side // self.patch for side in self.shape[:-1]), x.shape[-1])
+        if token is not None:
             first = self.token_norm(self.token_embed(token.astype(self.dtype)))
             x = jnp.concatenate([first[:, None], x], axis=1)
-        x = sharding.kept_over_batch(x.astype(self.stream_dtype))
-        c = self.time_embed(t) + self.label_embed(y)
-        if (span is None) != (self.span_embed is None):
-            raise ValueError(f"this network takes {'one time' if span is not None else 'two times: t and t - r'}")
-        c = c if span is None else c + self.span_embed(span)
-        features = [x]
+        return sharding.kept_over_batch(x.astype(self.stream_dtype))
+
+    def _output(self, x: Float[Array, "b n d"], c: Float[Array, "b d"], token: bool):
+        """The prediction: adaLN, a Linear, the patches put together; with a class token the pair."""
+        shift, scale = jnp.split(self.final_ada(jax.nn.silu(c)).astype(jnp.float32), 2, axis=-1)
+        x = modulate(x, shift, scale).astype(self.dtype)
+        out = self.final(x[:, 1:] if token else x).astype(jnp.float32)
+        image = unpatchify(out, self.out_shape, self.patch)
+        return (image, self.token_final(x[:, 0]).astype(jnp.float32)) if token else image
+
+    def _blocks(self, x: Float[Array, "b n d"], c: Float[Array, "b d"]):
+        """All blocks: the last stream and the features. Long residual connections follow Eq. 8 of DiverseDiT:
+
+            x_j <- Linear(LayerNorm([x_j, x_i])),  i = L - 1 - j,  for every deep block j (blocks counted from 0)
+
+        applied after block j (`post`, as released) or to its input (`pre`, as the paper writes it).
+        """
 
         def plain(x: Array, layer: tuple[Block]):
             (block,) = layer
@@ -273,124 +304,74 @@ class DiT(nnx.Module):
             block, merge, skip = layer
             return plain(merge(x, skip), (block,))
 
-        half = self.depth // 2
-        x, outputs, emitted = self._run(plain, x, (self.shallow,), range(half))
+        half, middle = self.depth // 2, self.depth % 2  # with an odd depth the middle block has no partner
+        features = [x]
+        x, outputs, emitted = self.stack.run(plain, x, (self.shallow,), 0)
         if self.skip is None:
+            x, deep, _ = self.stack.run(plain, x, (self.deep,), half)
+            return x, (*features, *outputs, *deep)
+        skips, outputs = self._skips(emitted, outputs)
+        features += outputs
+        if middle:
+            x, outputs, _ = self.stack.run(plain, x, (part(self.deep, 0, 1),), half)
             features += outputs
-            x, outputs, _ = self._run(plain, x, (self.deep,), range(half, self.depth))
-            features += outputs
-        else:
-            if self.unroll:
-                skips = emitted[::-1]
-                features += outputs
-            else:
-                skips = jnp.flip(emitted, axis=0)
-                # Of the stacks of these blocks, that one is kept for the backward pass anyway.
-                mirrored = reversed(_unstack(skips))
-                features += [
-                    own if k in self.cuts else m for k, (own, m) in enumerate(zip(outputs, mirrored, strict=True), 1)
-                ]
-            middle = self.depth % 2  # with an odd depth the middle block has no partner
-            if middle:
-                x, outputs, _ = self._run(plain, x, (_slice(self.deep, 0, 1),), range(half, half + 1))
-                features += outputs
-            layers = (_slice(self.deep, middle, None), self.merges, skips)
-            blocks = range(half + middle, self.depth)
-            if self.skip.merge == "pre":
-                x, outputs, _ = self._run(merged_before, x, layers, blocks)
-            elif self.capture == "merged":
-                x, outputs, _ = self._run(merged_after, x, layers, blocks)
-            else:
-                (x, _), outputs, _ = self._run(merged_after_capture, (x, x), layers, blocks)
-            features += outputs
+        layers = (part(self.deep, middle), self.merges, skips)
+        body, carry = merged_after, x
+        if self.skip.merge == "pre":
+            body = merged_before
+        elif self.capture == "block":
+            body, carry = merged_after_capture, (x, x)
+        x, deep, _ = self.stack.run(body, carry, layers, half + middle)
+        return (x[0] if body is merged_after_capture else x), (*features, *deep)
 
-        shift, scale = jnp.split(self.final_ada(jax.nn.silu(c)).astype(jnp.float32), 2, axis=-1)
-        x = modulate(x, shift, scale).astype(self.dtype)
-        out = self.final(x if token is None else x[:, 1:]).astype(jnp.float32)
-        image = unpatchify(out, self.out_shape, self.patch)
-        prediction = image if token is None else (image, self.token_final(x[:, 0]).astype(jnp.float32))
-        return prediction, tuple(features)
+    def _skips(self, emitted: Array | list[Array], outputs: list[Array]) -> tuple[Array | list[Array], list[Array]]:
+        """What the deep blocks merge, the last shallow block's output first; and the features of the shallow half.
 
-    def _run(self, body: Callable, carry, layers: tuple, blocks: range) -> tuple[Any, list[Array], Any]:
-        """Apply `body` over the layers of `blocks`; returns the last carry, what each block emits, and that stacked.
-
-        With `unroll` nothing is stacked: what would be is a list.
+        A loop keeps the reversed stack for the backward pass anyway, so the features are read from it.
         """
-        if not self.unroll:
-            return self._scan(body, carry, layers, blocks)
-        step = body if self.policy is None else jax.checkpoint(body, policy=self.policy)
-        outputs = []
-        for layer in zip(*map(_each, layers), strict=True):
-            carry, emitted = step(carry, layer)
-            outputs.append(emitted)
-        return carry, outputs, outputs
-
-    def _scan(self, body: Callable, carry, layers: tuple, blocks: range) -> tuple[Any, list[Array], Array]:
-        """`_run` as a scan.
-
-        It is cut after the blocks in `cuts`: their output is then the carry, or its last part, and does not keep the
-        stack alive.
-        """
-        ends = [k - blocks.start for k in self.cuts if blocks.start < k < blocks.stop]
-        outputs, stacks = [], []
-        for begin, end in pairwise([0, *ends, len(blocks)]):
-            step = body
-            if self.policy is not None:  # XLA inlines a loop of one turn, and would then merge what is computed twice
-                step = jax.checkpoint(body, policy=self.policy, prevent_cse=end - begin == 1)
-            carry, emitted = jax.lax.scan(step, carry, _slice(layers, begin, end))
-            outputs += _unstack(emitted)
-            outputs[-1] = jax.tree.leaves(carry)[-1]
-            stacks.append(emitted)
-        return carry, outputs, stacks[0] if len(stacks) == 1 else jnp.concatenate(stacks)
+        if self.stack.unroll:
+            return emitted[::-1], outputs
+        skips = jnp.flip(emitted, axis=0)
+        mirrored = unstack(skips)[::-1]
+        cuts = self.stack.cuts
+        return skips, [own if k in cuts else m for k, (own, m) in enumerate(zip(outputs, mirrored, strict=True), 1)]
 
 
-def _each(layers) -> list:
-    """The layers of a stack, or of a list of them."""
-    if isinstance(layers, list):
-        return layers
-    leaves, structure = jax.tree.flatten(layers)
-    return [structure.unflatten(layer) for layer in zip(*map(_unstack, leaves), strict=True)]
+def patchify(x: Float[Array, "b *s c"], patch: int) -> Float[Array, "b n p"]:
+    """Patches of side `patch` in row-major order, each flattened as (place in the patch, channel)."""
+    b, *sides, c = x.shape
+    axes = len(sides)
+    x = x.reshape(b, *(n for side in sides for n in (side // patch, patch)), c)
+    x = x.transpose(0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1)
+    return x.reshape(b, math.prod(side // patch for side in sides), patch**axes * c)
 
 
-def _slice(layers, begin: int, end: int | None):
-    return jax.tree.map(lambda p: p if (begin, end) in ((0, None), (0, len(p))) else p[begin:end], layers)
+def unpatchify(x: Float[Array, "b n p"], shape: tuple[int, ...], patch: int) -> Float[Array, "b *s c"]:
+    """The inverse of `patchify`, for examples of `shape` (*s, c)."""
+    *sides, c = shape
+    axes = len(sides)
+    x = x.reshape(-1, *(side // patch for side in sides), *(patch,) * axes, c)
+    x = x.transpose(0, *(i for axis in range(axes) for i in (1 + axis, 1 + axes + axis)), 2 * axes + 1)
+    return x.reshape(-1, *shape)
 
 
-def _unstack(stack: Float[Array, "l ..."]) -> list[Float[Array, "..."]]:
-    """The arrays of a stack, in one operation whose gradient is one concatenation."""
-    return [part[0] for part in jax.lax.split(stack, (1,) * len(stack), axis=0)]
+def position_table(grid: tuple[int, ...], width: int) -> np.ndarray:
+    """The fixed sin-cos table [n d] of DiT, for a grid of patches with any number of axes.
 
-
-def patchify(x: Float[Array, "b h w c"], patch: int) -> Float[Array, "b n p"]:
-    """Non-overlapping patches in row-major order, each flattened as (row, column, channel)."""
-    b, h, w, c = x.shape
-    x = x.reshape(b, h // patch, patch, w // patch, patch, c)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, (h // patch) * (w // patch), patch * patch * c)
-
-
-def unpatchify(x: Float[Array, "b n p"], shape: tuple[int, int, int], patch: int) -> Float[Array, "b h w c"]:
-    """The inverse of `patchify`."""
-    h, w, c = shape
-    x = x.reshape(-1, h // patch, w // patch, patch, patch, c)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, h, w, c)
-
-
-def position_table(shape: tuple[int, int, int], patch: int, width: int) -> np.ndarray:
-    """The fixed 2-D sin-cos table [n d] of DiT: half of the channels encode the column, the others the row."""
-    rows, columns = np.meshgrid(np.arange(shape[0] // patch), np.arange(shape[1] // patch), indexing="ij")
-    frequencies = 10000.0 ** -(np.arange(width // 4) / (width // 4))
-
-    def encode(position: np.ndarray) -> np.ndarray:
-        angles = position.reshape(-1, 1) * frequencies
-        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-
-    return np.concatenate([encode(columns), encode(rows)], axis=1).astype(np.float32)
+    The channels are divided evenly among the axes, the last axis first: of an image, half encode the column, the others
+    the row.
+    """
+    per_axis = width // (2 * len(grid))
+    frequencies = 10000.0 ** -(np.arange(per_axis) / per_axis)
+    places = np.meshgrid(*map(np.arange, grid), indexing="ij")
+    angles = [place.reshape(-1, 1) * frequencies for place in reversed(places)]
+    return np.concatenate([f(angle) for angle in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
 
 
 def make(
-    shape: tuple[int, int, int],
-    num_classes: int,
-    cuts: Sequence[int] = (),
+    space: Space,
+    inputs: Mapping[str, tuple[int, ...]],
+    cuts: tuple[int, ...] = (),
     *,
     size: str = "B",
     patch: int = 2,
@@ -406,74 +387,75 @@ def make(
     remat: str = "named",
     capture: str = "merged",
     out_channels: int | None = None,
-    second_time: bool = False,
     attention: str = "auto",
-    token_width: int | None = None,
     unroll: bool | None = None,
 ) -> Model:
-    """A SiT or DiT for images or latents of `shape` (h, w, c) and labels 0 .. num_classes, the last the null label.
+    """A SiT or DiT for examples of `space`, whose conditions are labels.
 
-    size: `S`, `B`, `L` or `XL`, of which depth, width and heads may be changed one by one.
-    patch: side of a patch, in pixels of the input.
+    inputs: `span` = t - r (), embedded as t is (MeanFlow, arXiv 2505.13447); `token` (k,), a noised class token before
+        the patches (REG, arXiv 2507.01467): the network then predicts the pair (that of x, that of the token).
+    cuts: the features that losses read one at a time.
+
+    size: `S`, `B`, `L` or `XL`; depth, width and heads may be changed one by one.
+    patch: side of a patch along each spatial axis, in elements of x.
     qk_norm: LayerNorm on queries and on keys, each with its own parameters.
     skip: long residual connections: `none`, `release`, `paper`, `skip_dit` or `uvit`; see SKIPS.
-    skip_init: of the merging Linear: `xavier`, `torch`, `trunc_normal` or `identity` (None: as `skip` has it).
-    dtype: of matmuls. stream_dtype: of the residual stream and the features. Parameters, norms, softmax, embeddings and
-        the output are float32 always, the products of the time embedding also on TPUs. Other products in float32 are as
-        precise as jax's default there, which rounds operands to bfloat16 (JAX_DEFAULT_MATMUL_PRECISION=highest: none
-        does). In bfloat16, a weight's gradient is rounded to it before it is summed over devices.
+    skip_init: of the merging Linear: `xavier`, `torch`, `trunc_normal` or `identity`. None: as `skip` has it.
+    dtype: of matmuls. Parameters, norms, softmax, embeddings and the output are always float32; so are the products of
+        the time embedding, on TPUs too. Other products in float32 are as precise as jax's default, which on TPUs rounds
+        operands to bfloat16 (JAX_DEFAULT_MATMUL_PRECISION=highest prevents it). In bfloat16 the gradient of a weight is
+        rounded to bfloat16 before it is summed over devices.
+    stream_dtype: of the residual stream and the features.
     remat: what the backward pass keeps: `named` (the output of each matmul), `dots`, `full` (nothing), `none` (all).
     capture: features are taken after the merge (`merged`, as the released loss does) or before it (`block`).
-    out_channels: of the prediction (None: as the input; DiT, which predicts noise and variance, has twice as many).
-    second_time: the network also takes `span` = t - r, embedded like t, as MeanFlow's does (arXiv 2505.13447).
-    attention: `xla`, `cudnn` or `splash`, all with the softmax in float32, see `models.attention`; `auto` takes cuDNN's
-        kernel on a GPU in half precision, but not with second_time: it cannot be differentiated in forward mode; nor
-        for an odd number of tokens, or heads whose width is not a multiple of 8.
-    token_width: the network also takes `token` [b token_width], a noised class token that stands before the patches,
-        and predicts the pair (image's, token's), as REG's does (arXiv 2507.01467).
-    unroll: the program has block after block instead of two loops over blocks (None: on TPUs). What a loop hands on, to
-        its backward pass or to the other half, lies in stacks, which are filled with zeros, written and read: on a TPU
-        a quarter of a training step (estimated). A loop compiles some times as fast; on a CPU it is also faster, and
-        needs little more than half of the memory.
+    out_channels: of the prediction. None: as the input. DiT predicts noise and variance and has twice as many.
+    attention: `xla`, `cudnn` or `splash`, all with a float32 softmax (see `attention`). `auto`: cuDNN's kernel on a
+        GPU in half precision where it can run, else `xla`.
+    unroll: one block after another in the program instead of two loops over blocks. None: on TPUs. A loop passes stacks
+        on to its backward pass and to the other half. They are filled with zeros, written and read, on a TPU in a
+        quarter of the time of a training step (estimated). A loop compiles several times as fast; on a CPU it is also
+        faster, and needs little more than half of the memory.
     """
-    _known("size", size, SIZES)
-    _known("skip", skip, SKIPS)
-    _known("remat", remat, REMAT)
-    _known("capture", capture, ("merged", "block"))
-    _known("dtype", dtype, ("float32", "bfloat16", "float16"))
-    _known("stream_dtype", stream_dtype, ("float32", "bfloat16", "float16"))
+    check_inputs("dit", inputs, ("span", "token"))
+    shape, classes = tuple(space.shape), space.conditions.classes
+    if classes is None:
+        raise ConfigError("model dit takes labels, and the conditions of these data are not labels: use another model")
+    one_of("model.size", size, SIZES)
+    one_of("model.skip", skip, SKIPS)
+    one_of("model.remat", remat, REMAT)
+    one_of("model.capture", capture, ("merged", "block"))
+    one_of("model.dtype", dtype, ("float32", "bfloat16", "float16"))
+    one_of("model.stream_dtype", stream_dtype, ("float32", "bfloat16", "float16"))
     given = {"depth": depth, "width": width, "heads": heads}
     dims = SIZES[size]._replace(**{name: value for name, value in given.items() if value is not None})
-    for name, value in dims._asdict().items():
-        if value < 1:
-            raise ConfigError(f"model.{name} = {value}: must be positive")
-    if dims.depth < 2:
-        raise ConfigError(f"model.depth = {dims.depth}: two halves need at least 2 blocks")
-    if patch < 1 or shape[0] % patch or shape[1] % patch:
-        raise ConfigError(f"model.patch = {patch} does not divide the image of {shape[0]} x {shape[1]}")
+    in_range("model.depth", dims.depth, 2)
+    in_range("model.width", dims.width, 1)
+    in_range("model.heads", dims.heads, 1)
+    in_range("model.patch", patch, 1)
+    out_channels = in_range("model.out_channels", shape[-1] if out_channels is None else out_channels, 1)
+    if len(shape) < 2 or any(side % patch for side in shape[:-1]):
+        raise ConfigError(f"model.patch = {patch} does not divide {' x '.join(map(str, shape[:-1]))}")
     if dims.width % dims.heads:
         raise ConfigError(f"model.heads = {dims.heads} does not divide the width {dims.width}")
-    if dims.width % 4:
-        raise ConfigError(f"model.width = {dims.width}: the 2-D position table needs a multiple of 4")
-    out_channels = shape[-1] if out_channels is None else out_channels
-    if out_channels < 1:
-        raise ConfigError(f"model.out_channels = {out_channels}: must be positive")
-    if token_width is not None and token_width < 1:
-        raise ConfigError(f"model.token_width = {token_width}: must be positive")
+    if dims.width % (parts := 2 * (len(shape) - 1)):
+        raise ConfigError(f"model.width = {dims.width}: the position table needs a multiple of {parts}")
     for cut in cuts:
         if not 0 <= cut <= dims.depth:
             raise ConfigError(f"a loss reads block {cut}, but the model has {dims.depth} blocks")
     form = SKIPS[skip]
     if skip_init is not None:
-        _known("skip_init", skip_init, KERNELS)
+        one_of("model.skip_init", skip_init, KERNELS)
         if form is None:
             raise ConfigError(f"model.skip_init = {skip_init!r} has no effect while model.skip is 'none'")
         form = form._replace(init=skip_init)
-    tokens = shape[0] * shape[1] // patch**2 + (token_width is not None)
+    grid, prefix = tuple(side // patch for side in shape[:-1]), int("token" in inputs)
+    forward_mode = "span" in inputs
+    kernel = choose(attention, dtype, forward_mode, math.prod(grid) + prefix, dims.width // dims.heads)
+    unroll = sharding.platform() == "tpu" if unroll is None else unroll
     build = partial(
         DiT,
         shape,
-        num_classes,
+        classes,
         dims,
         patch,
         mlp_ratio,
@@ -481,18 +463,42 @@ def make(
         form,
         jnp.dtype(dtype),
         jnp.dtype(stream_dtype),
-        REMAT[remat],
         capture,
-        tuple(sorted(set(cuts))),
         out_channels,
-        second_time,
-        choose(attention, dtype, second_time, tokens, dims.width // dims.heads),
-        token_width,
-        sharding.platform() == "tpu" if unroll is None else unroll,
+        forward_mode,
+        kernel,
+        inputs["token"][0] if prefix else None,
+        Stack(tuple(sorted(set(cuts))), REMAT[remat], unroll),
     )
-    return functional(lambda rngs: build(rngs=rngs))._replace(token_width=token_width)
+    model = functional(lambda rngs: build(rngs=rngs))
+    return model._replace(
+        blocks=blocks, rules=RULES, fresh=("merges",), skips=form and skips(dims.depth), grid=grid, prefix=prefix
+    )
 
 
-def _known(option: str, value: str, choices) -> None:
-    if value not in choices:
-        raise ConfigError(f"model.{option} = {value!r} is unknown; {suggestion(value, choices)}")
+def blocks(params: Params) -> list[Params]:
+    """The parameters of each block, in order."""
+    return [block for half in HALVES for block in each(params[half])]
+
+
+def skips(depth: int) -> Skips:
+    """The long residual connections of a network, the innermost first."""
+    count = depth // 2
+    pairs = tuple((count - i, depth - count + i + 1) for i in range(count))
+
+    def norms(params: Params) -> tuple[Array, Array]:
+        """Of the two halves of every Linear, [m 2d d], its inputs scaled as the norm before it does."""
+        merges = params["merges"]
+        kernel = merges["linear"]["kernel"]
+        weights = kernel if "norm" not in merges else kernel * merges["norm"]["scale"][..., None]
+        current, skip = (jnp.linalg.norm(h.reshape(count, -1), axis=1) for h in jnp.split(weights, 2, axis=1))
+        return current, skip
+
+    def cut(params: Params, keep: Float[Array, " m"]) -> Params:
+        """The Linear reads keep[i] times the skip; the LayerNorm before it stays as it is."""
+        merges = params["merges"]
+        kernel = merges["linear"]["kernel"]
+        kernel = kernel.at[:, kernel.shape[1] // 2 :].multiply(keep[:, None, None])
+        return params | {"merges": merges | {"linear": merges["linear"] | {"kernel": kernel}}}
+
+    return Skips(pairs, norms, cut)

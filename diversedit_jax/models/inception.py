@@ -18,7 +18,8 @@ from jaxtyping import Array, Float
 
 from diversedit_jax.api import Params
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.models import bicubic, check_precision, functional
+from diversedit_jax.models import PRECISIONS, bicubic, functional
+from diversedit_jax.registry import one_of
 
 SIDE = 299  # pixels of the images that the network sees
 WIDTH, CLASSES = 2048, 1008
@@ -236,7 +237,7 @@ def network(precision: str = "highest") -> Inception:
 
     Raises ConfigError for another precision, or images that `apply` cannot take.
     """
-    check_precision("inception", precision)
+    one_of("inception: precision", precision, PRECISIONS)
     model = functional(partial(Network, precision))
 
     def apply(params: Params, images: Array) -> Features:

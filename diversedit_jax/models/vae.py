@@ -16,7 +16,8 @@ from jaxtyping import Array, Float
 
 from diversedit_jax.api import Params
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.models import check_precision, functional
+from diversedit_jax.models import PRECISIONS, functional
+from diversedit_jax.registry import one_of
 
 LOGVAR = (-30.0, 20.0)  # to which the log variance is clipped, as published
 
@@ -208,7 +209,7 @@ def network(arch: Architecture, precision: str = "highest") -> VAE:
 
     Raises ConfigError for what is no autoencoder, or images that `encode` cannot take.
     """
-    check_precision("vae", precision)
+    one_of("vae: precision", precision, PRECISIONS)
     sizes = (arch.channels, arch.latent_channels, arch.layers, arch.groups, len(arch.widths), *arch.widths)
     if min(sizes) < 1:
         raise ConfigError(f"vae: not an architecture: {arch}")

@@ -1,8 +1,8 @@
 """What a network regresses, one objective per file."""
 
+from functools import partial
+
 from diversedit_jax import registry
 
-
-def make(name: str, num_classes: int, **options):
-    """The objective `name`; the options are the keywords of `objectives.<name>.make`."""
-    return registry.make("objectives", name, num_classes, **options)
+# make(name, **options): the objective `name`; the options are the keywords of `objectives.<name>.make`.
+make = partial(registry.make, "objectives")

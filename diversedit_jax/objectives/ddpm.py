@@ -8,24 +8,27 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
-from diversedit_jax.api import Batch, Forward, Network, Objective
+from diversedit_jax import conditioning
+from diversedit_jax.api import Batch, Condition, Context, Forward, Network, Objective
 from diversedit_jax.diffusion import discrete
 from diversedit_jax.diffusion.discrete import Schedule
+from diversedit_jax.diffusion.paths import per_example
+from diversedit_jax.diffusion.predictions import Diffusion
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.objectives.flow_matching import drop_labels
+from diversedit_jax.registry import in_range
 
 
 def regress(
     network: Network,
     schedule: Schedule,
-    x: Float[Array, "b h w c"],
-    noise: Float[Array, "b h w c"],
+    x: Float[Array, "b *s c"],
+    noise: Float[Array, "b *s c"],
     t: Int[Array, " b"],
-    y: Int[Array, " b"],
+    y: Condition,
 ) -> Forward:
-    """The squared error of the predicted noise and, if the network predicts variances too, the bound's term at step t.
+    """The squared error of the predicted noise and, if the network predicts variances, the bound's term at step t.
 
-    schedule: not respaced. The network is given the step itself, 0 .. num_timesteps - 1, as a float; so is Forward.t.
+    schedule: not respaced. The network gets the step itself, 0 .. num_timesteps - 1, as a float; so does Forward.t.
     """
     x_t = discrete.diffuse(schedule, x, noise, t)
     step = t.astype(jnp.float32)
@@ -33,7 +36,7 @@ def regress(
     output, features = rerun(network, step)
     output = output.astype(jnp.float32)
     predicted, v = discrete.split(output, x.shape[-1])
-    loss = jnp.mean((predicted - noise) ** 2, axis=(1, 2, 3))
+    loss = jnp.mean((predicted - noise) ** 2, axis=per_example(x))
     metrics = {"mse": loss.mean()}
     if v is not None:
         vb = discrete.bound(schedule, output, x, x_t, t)
@@ -42,26 +45,23 @@ def regress(
     return Forward(loss, x, noise, step, x_t, y, features, metrics, rerun)
 
 
-def run_at(schedule: Schedule, x: Array, noise: Array, y: Array, network: Network, step: Float[Array, " b"]):
+def run_at(schedule: Schedule, x: Array, noise: Array, y: Condition, network: Network, step: Float[Array, " b"]):
     """The network's output at steps, as floats, of the diffusion of x by noise (see `Forward.rerun`)."""
     return network(discrete.diffuse(schedule, x, noise, step.astype(jnp.int32)), step, y)
 
 
-def make(
-    num_classes: int, *, num_timesteps: int = 1000, label_drop: float = 0.1, learn_sigma: bool = True
-) -> Objective:
+def make(*, num_timesteps: int = 1000, condition_drop: float = 0.1, learn_sigma: bool = True) -> Objective:
     """The objective of DiT, with its defaults.
 
-    num_timesteps: of the diffusion, betas linear from 1e-4 to 0.02 (at 1000). learn_sigma: the network has twice the
-    channels (`model.out_channels`), the second half for the variance. label_drop: the probability with which a label
-    becomes the null label, `num_classes`.
+    num_timesteps:  of the diffusion, betas linear from 1e-4 to 0.02 (at 1000).
+    condition_drop: the probability with which a condition becomes the null condition.
+    learn_sigma:    the network has twice the channels (`model.out_channels`), the second half for the variance.
     """
-    if not 0 <= label_drop <= 1:
-        raise ConfigError(f"label_drop must be a probability, given {label_drop}")
+    in_range("condition_drop", condition_drop, 0, 1)
     schedule = discrete.linear(num_timesteps)
 
-    def objective(network: Network, batch: Batch, key: Array) -> Forward:
-        key_t, key_noise, key_drop = jax.random.split(key, 3)
+    def apply(network: Network, batch: Batch, context: Context) -> Forward:
+        key_t, key_noise, key_drop = jax.random.split(context.key, 3)
         x = batch["x"]
 
         def checked(x_t, t, y):
@@ -76,7 +76,7 @@ def make(
 
         t = jax.random.randint(key_t, (len(x),), 0, num_timesteps)
         noise = jax.random.normal(key_noise, x.shape)
-        y = drop_labels(key_drop, batch["y"], label_drop, null=num_classes)
+        y = conditioning.drop(key_drop, batch, context, condition_drop)
         return regress(checked, schedule, x, noise, t, y)
 
-    return objective
+    return Objective(apply, predicts=Diffusion(schedule))

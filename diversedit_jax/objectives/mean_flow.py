@@ -6,22 +6,24 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
-from diversedit_jax.api import Batch, Forward, Network, Objective
+from diversedit_jax.api import Batch, Condition, Context, Forward, Network, Objective
+from diversedit_jax.conditioning import nulls, select
 from diversedit_jax.diffusion import paths, times
-from diversedit_jax.diffusion.paths import PATHS
+from diversedit_jax.diffusion.paths import PATHS, over, per_example
+from diversedit_jax.diffusion.predictions import AverageVelocity
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.registry import suggestion
+from diversedit_jax.registry import in_range, one_of
 
 
 def regress(
     network: Network,
-    x: Float[Array, "b h w c"],
-    noise: Float[Array, "b h w c"],
+    x: Float[Array, "b *s c"],
+    noise: Float[Array, "b *s c"],
     t: Float[Array, " b"],
     r: Float[Array, " b"],
-    y: Int[Array, " b"],
+    y: Condition,
     dropped: Bool[Array, " b"],
-    null: int,
+    null: Condition,
     *,
     omega: float = 1.0,
     kappa: float = 0.5,
@@ -31,12 +33,13 @@ def regress(
 ) -> Forward:
     """The squared error of the average velocity from t back to r <= t, summed over each example's elements, in float32.
 
-    The target is v - (t - r) du/dt, the MeanFlow identity (section 4.1), with du/dt along the flow and v guided where
-    the label is kept (see `guided_velocity`); no gradient passes through it. The loss is e / (e + eps)^power, its
-    denominator a constant (section 4.3); power 0 leaves the error as it is. Features are those of the primal pass.
+    The target is v - (t - r) du/dt, the MeanFlow identity (section 4.1). du/dt is taken along the flow, and v is guided
+    where the condition is kept (see `guided_velocity`). No gradient passes through the target. The loss is
+    e / (e + eps)^power, its denominator a constant (section 4.3); power 0 leaves the error e as it is.
 
-    y: labels of all examples; where `dropped`, the network is given `null` in their place, and v is not guided.
-    Metrics: `raw`, the mean of e; `v_loss`, the mean squared distance to the velocity, summed over elements as well.
+    y: conditions of all examples. Where `dropped`, the network gets `null` instead, and v is not guided.
+    Features are those of the primal pass. Metrics: `raw`, the mean of e; `v_loss`, the mean squared distance to the
+    velocity, also summed over elements.
     """
     path = PATHS["linear"]
 
@@ -48,13 +51,13 @@ def regress(
 
     x_t, v = paths.interpolate(path, x, noise, t), paths.velocity(path, x, noise, t)
     guided = guided_velocity(predict, x_t, v, t, y, null, omega, kappa, interval)
-    guided = jnp.where(dropped[:, None, None, None], v, guided)
-    y = jnp.where(dropped, null, y)
+    guided = jnp.where(over(dropped, x), v, guided)
+    y = select(dropped, null, y)
 
     # r stays where it is: the span grows with t.
     moving = guided, jnp.ones_like(t), jnp.ones_like(t)
     u, du_dt, features = jax.jvp(lambda x_t, t, span: predict(x_t, t, y, span), (x_t, t, t - r), moving, has_aux=True)
-    target = jax.lax.stop_gradient(guided - paths.over_image(jnp.clip(t - r, 0, 1)) * du_dt)
+    target = jax.lax.stop_gradient(guided - over(jnp.clip(t - r, 0, 1), x) * du_dt)
     error = _squared(u - target)
     loss = error / jax.lax.stop_gradient((error + eps) ** power)
     metrics = {"raw": error.mean(), "v_loss": _squared(u - v).mean()}
@@ -63,36 +66,36 @@ def regress(
 
 def guided_velocity(
     network: Network,
-    x_t: Float[Array, "b h w c"],
-    v: Float[Array, "b h w c"],
+    x_t: Float[Array, "b *s c"],
+    v: Float[Array, "b *s c"],
     t: Float[Array, " b"],
-    y: Int[Array, " b"],
-    null: int,
+    y: Condition,
+    null: Condition,
     omega: float,
     kappa: float,
     interval: tuple[float, float],
-) -> Float[Array, "b h w c"]:
+) -> Float[Array, "b *s c"]:
     """omega v + (1 - omega - kappa) u(null) + kappa u(y) while lo <= t <= hi, else v; a constant.
 
-    u is the network's own velocity, at span 0. The guidance that a sampler would give at a scale of omega / (1 - kappa)
-    is thus learned (section 4.2 and the appendix). A pass that would count nothing is not made.
+    u is the network's own velocity, at span 0. The network so learns the guidance that a sampler would give at a scale
+    of omega / (1 - kappa) (section 4.2 and the appendix). A pass with weight 0 is not made.
     """
     low, high = interval
     total = omega * v
-    for weight, labels in ((1 - omega - kappa, jnp.full_like(y, null)), (kappa, y)):
+    for weight, given in ((1 - omega - kappa, nulls(null, len(x_t))), (kappa, y)):
         if weight:
-            total += weight * network(x_t, t, labels, span=jnp.zeros_like(t))[0]
+            total += weight * network(x_t, t, given, span=jnp.zeros_like(t))[0]
     inside = (low <= t) & (t <= high)
-    return jax.lax.stop_gradient(jnp.where(inside[:, None, None, None], total, v))
+    return jax.lax.stop_gradient(jnp.where(over(inside, v), total, v))
 
 
-def run_at(x: Array, noise: Array, r: Array, y: Array, network: Network, t: Float[Array, " b"]):
-    """The network's output at other times t, the end r of the span where it was, if not after t (`Forward.rerun`)."""
+def run_at(x: Array, noise: Array, r: Array, y: Condition, network: Network, t: Float[Array, " b"]):
+    """The network's output at other times t, with the same end r of the span, or t if r > t (`Forward.rerun`)."""
     return network(paths.interpolate(PATHS["linear"], x, noise, t), t, y, span=jnp.maximum(t - r, 0))
 
 
-def _squared(error: Float[Array, "b h w c"]) -> Float[Array, " b"]:
-    return jnp.sum(error**2, axis=(1, 2, 3))
+def _squared(error: Float[Array, "b *s c"]) -> Float[Array, " b"]:
+    return jnp.sum(error**2, axis=per_example(error))
 
 
 def first(number: Int[Array, " g"] | int, b: int, groups: int) -> Bool[Array, " b"]:
@@ -102,11 +105,10 @@ def first(number: Int[Array, " g"] | int, b: int, groups: int) -> Bool[Array, " 
 
 
 def make(
-    num_classes: int,
     *,
     equal: float = 0.75,
     positional: bool = True,
-    label_drop: float = 0.1,
+    condition_drop: float = 0.1,
     drop: str = "first",
     groups: int = 1,
     omega: float = 1.0,
@@ -118,49 +120,43 @@ def make(
     time_mean: float = -0.4,
     time_std: float = 1.0,
 ) -> Objective:
-    """The objective of MeanFlow, by default as its authors train the size B; of a model with `second_time`.
+    """The objective of MeanFlow, by default as its authors train the size B.
 
     equal: the portion of examples with r = t, whose target is the velocity itself: the first of the batch (positional)
-        or each example with this probability. For the others t and r are the later and earlier of two draws.
-    label_drop: the probability with which a label becomes the null label, `num_classes`: drop = `independent`, or
-        `first`, which draws their number alike and drops those of the first examples. Then, with `positional`, the
-        network hardly sees the null label with r < t, and `cfg_scale` has nothing to hold on to in long steps.
+        or each example with this probability. For the others t and r are the later and the earlier of two draws.
+    condition_drop: the probability with which a condition becomes the null condition. drop = `independent`: of each
+        example. drop = `first`: their number is drawn alike, and the first examples lose theirs. Then, with
+        `positional`, the network hardly sees the null condition with r < t, and `cfg_scale` cannot guide long steps.
     groups: parts of the batch in which the first are counted: its authors' devices.
     omega, kappa, guidance_interval: see `guided_velocity`. 1 and 0: no guidance, and no passes for it.
     power, eps: of the loss's weight, see `regress`.
     time, time_mean, time_std: of both draws, see `times.make`.
     """
-    for name, value in (("equal", equal), ("label_drop", label_drop)):
-        if not 0 <= value <= 1:
-            raise ConfigError(f"{name} must be a probability, given {value}")
-    if drop not in ("first", "independent"):
-        raise ConfigError(f"unknown drop {drop!r}; {suggestion(drop, ('first', 'independent'))}")
-    if groups < 1:
-        raise ConfigError(f"groups = {groups}: must be positive")
     low, high = guidance_interval
-    if not 0 <= low <= high <= 1:
-        raise ConfigError(f"guidance_interval = {low}, {high}: must be two times with 0 <= lo <= hi <= 1")
-    if not 0 <= kappa < 1:
-        raise ConfigError(f"kappa = {kappa}: must be in [0, 1), the scale of guidance is omega / (1 - kappa)")
-    if power < 0 or eps <= 0:
-        raise ConfigError(f"power = {power}, eps = {eps}: must not be negative, and eps must be positive")
+    in_range("equal", equal, 0, 1)
+    in_range("condition_drop", condition_drop, 0, 1)
+    one_of("drop", drop, ("first", "independent"))
+    in_range("groups", groups, 1)
+    in_range("guidance_interval[0]", low, 0, high)
+    in_range("guidance_interval[1]", high, low, 1)
+    in_range("kappa", kappa, 0, below=1)  # the scale of guidance is omega / (1 - kappa)
+    in_range("power", power, 0)
+    in_range("eps", eps, above=0)
     draw_times = times.make(time, mean=time_mean, std=time_std)
     options = {"omega": omega, "kappa": kappa, "interval": (low, high), "power": power, "eps": eps}
 
-    def objective(network: Network, batch: Batch, key: Array) -> Forward:
-        keys = jax.random.split(key, 5)
-        x, y = batch["x"], batch["y"]
-        b = len(x)
-        if b % groups:
-            raise ConfigError(f"a batch of {b} is not divisible by groups = {groups}")
+    def apply(network: Network, batch: Batch, context: Context) -> Forward:
+        keys = jax.random.split(context.key, 5)
+        x, b = batch["x"], len(batch["x"])
+        parts = groups if context.training else 1
+        if b % parts:
+            raise ConfigError(f"a batch of {b} is not divisible by groups = {parts}")
         t, r = (pick(draw_times(keys[0], b), draw_times(keys[1], b)) for pick in (jnp.maximum, jnp.minimum))
-        same = (
-            first(int(equal * (b // groups)), b, groups) if positional else jax.random.bernoulli(keys[2], equal, (b,))
-        )
+        same = first(int(equal * (b // parts)), b, parts) if positional else jax.random.bernoulli(keys[2], equal, (b,))
         noise = jax.random.normal(keys[3], x.shape)
-        dropped = jax.random.bernoulli(keys[4], label_drop, (b,))
+        dropped = jax.random.bernoulli(keys[4], condition_drop if context.training else 0.0, (b,))
         if drop == "first":
-            dropped = first(dropped.reshape(groups, -1).sum(axis=1), b, groups)
-        return regress(network, x, noise, t, jnp.where(same, t, r), y, dropped, num_classes, **options)
+            dropped = first(dropped.reshape(parts, -1).sum(axis=1), b, parts)
+        return regress(network, x, noise, t, jnp.where(same, t, r), batch["y"], dropped, context.null, **options)
 
-    return objective
+    return Objective(apply, predicts=AverageVelocity(), inputs={"span": ()})

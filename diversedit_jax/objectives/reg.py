@@ -1,5 +1,6 @@
-"""REG: flow matching of an image together with the class token of a frozen encoder, which the network denoises as one
-more token (arXiv 2507.01467).
+"""REG: flow matching of an example together with the class token of a frozen encoder (arXiv 2507.01467).
+
+The network denoises the class token as one more token.
 """
 
 from collections.abc import Callable, Sequence
@@ -8,31 +9,34 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from diversedit_jax.api import Batch, Forward, Network, Objective
+from diversedit_jax import conditioning
+from diversedit_jax.api import Batch, Condition, Context, Forward, Network, Objective
 from diversedit_jax.diffusion import paths, times
-from diversedit_jax.diffusion.paths import Path
+from diversedit_jax.diffusion.paths import Path, per_example
+from diversedit_jax.diffusion.predictions import Flow
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.objectives.flow_matching import drop_labels, velocity_error
+from diversedit_jax.objectives.flow_matching import velocity_error
+from diversedit_jax.registry import in_range
 
 
 def regress(
     network: Network,
     path: Path,
-    x: Float[Array, "b h w c"],
-    noise: Float[Array, "b h w c"],
+    x: Float[Array, "b *s c"],
+    noise: Float[Array, "b *s c"],
     token: Float[Array, "b k"],
     token_noise: Float[Array, "b k"],
     t: Float[Array, " b"],
-    y: Int[Array, " b"],
+    y: Condition,
     token_weight: float = 0.03,
 ) -> Forward:
-    """The squared error of the image's velocity, a mean over its elements, + token_weight x that of the token's.
+    """The squared error of the velocity of x, a mean over its elements, + token_weight times that of the token.
 
-    Image and token are at the same time t of the path, under noises of their own. Metrics: `image` and `token`, the two
+    x and token are at the same time t of the path, each under its own noise. Metrics: `image` and `token`, the two
     errors without the weight. In the result, features have 1 + n tokens, the class token's first; x, noise and x_t are
-    the image's.
+    without the token.
     """
     rerun = Partial(along(path), x, noise, token, token_noise, y)
     (image, cls), features = rerun(network, t)
@@ -44,9 +48,9 @@ def regress(
 
     def squared(prediction: Array, x: Array, noise: Array) -> Float[Array, " b"]:
         error = velocity_error(path, prediction.astype(jnp.float32), x, noise, t)
-        return jnp.mean(error**2, axis=(1, 2, 3))
+        return jnp.mean(error**2, axis=per_example(x))
 
-    errors = {"image": squared(image, x, noise), "token": squared(*map(_as_image, (cls, token, token_noise)))}
+    errors = {"image": squared(image, x, noise), "token": squared(cls, token, token_noise)}
     loss = errors["image"] + token_weight * errors["token"]
     metrics = {name: error.mean() for name, error in errors.items()}
     return Forward(loss, x, noise, t, paths.interpolate(path, x, noise, t), y, features, metrics, rerun)
@@ -54,7 +58,7 @@ def regress(
 
 @cache
 def along(path: Path) -> Callable[..., tuple[tuple[Array, Array], Sequence[Array]]]:
-    """`run_at` on a path; the same function at every call, so that two `Forward.rerun` are of one structure."""
+    """`run_at` on a path: the same function at every call, so that two `Forward.rerun` have one tree structure."""
     return partial(run_at, path)
 
 
@@ -64,54 +68,55 @@ def run_at(
     noise: Array,
     token: Array,
     token_noise: Array,
-    y: Array,
+    y: Condition,
     network: Network,
     t: Float[Array, " b"],
 ):
-    """The network's output where image and token are at times t of the path to their noises (see `Forward.rerun`)."""
-    c_t = paths.interpolate(path, _as_image(token), _as_image(token_noise), t)[:, 0, 0]
+    """The network's output where x and token are at times t of the path to their noises (see `Forward.rerun`)."""
+    c_t = paths.interpolate(path, token, token_noise, t)
     return network(paths.interpolate(path, x, noise, t), t, y, token=c_t)
 
 
-def _as_image(token: Float[Array, "b k"]) -> Float[Array, "b 1 1 k"]:
-    return token[:, None, None]
-
-
 def make(
-    num_classes: int,
     *,
     encoder: str = "dinov2",
+    width: int = 768,
     token_weight: float = 0.03,
     path: str = "linear",
     time: str = "uniform",
     time_mean: float = 0.0,
     time_std: float = 1.0,
-    label_drop: float = 0.1,
+    condition_drop: float = 0.1,
 ) -> Objective:
-    """The objective of REG, with its defaults; the network is one with `model.token_width`.
+    """The objective of REG, with its defaults.
 
-    encoder: the class tokens are batch[`token/<encoder>`] [b k]. token_weight: of the token's error beside the image's.
-    path, time, time_mean, time_std, label_drop: as those of `flow_matching`.
+    encoder:      the class tokens are batch[`token/<encoder>`] [b width].
+    width:        of the class tokens; 768 for DINOv2-B. The model is built for it.
+    token_weight: of the token's error beside that of the image.
+    path, time, time_mean, time_std, condition_drop: as those of `flow_matching`.
     """
-    if not 0 <= label_drop <= 1:
-        raise ConfigError(f"label_drop must be a probability, given {label_drop}")
-    if not 0 <= token_weight < float("inf"):
-        raise ConfigError(f"token_weight = {token_weight}: must be finite and not negative")
-    curve = paths.make(path)
+    in_range("width", width, 1)
+    in_range("condition_drop", condition_drop, 0, 1)
+    in_range("token_weight", token_weight, 0)
+    curve, name = paths.make(path), f"token/{encoder}"
     draw_times = times.make(time, mean=time_mean, std=time_std)
-    low, high = paths.training_times(path, "velocity")
+    low, high = paths.training_times(curve, "velocity")
 
-    def objective(network: Network, batch: Batch, key: Array) -> Forward:
-        if f"token/{encoder}" not in batch:
+    def apply(network: Network, batch: Batch, context: Context) -> Forward:
+        if name not in batch:
             raise ConfigError(
-                f"objective reg needs the class tokens token/{encoder}, the batch has {', '.join(sorted(batch))}: "
+                f"objective reg needs the class tokens {name}, the batch has {', '.join(sorted(batch))}: "
                 f"configure config.encoders.{encoder}"
             )
-        key_t, key_noise, key_token, key_drop = jax.random.split(key, 4)
-        x, token = batch["x"], batch[f"token/{encoder}"].astype(jnp.float32)
+        key_t, key_noise, key_token, key_drop = jax.random.split(context.key, 4)
+        x, token = batch["x"], batch[name].astype(jnp.float32)
+        if token.shape[1] != width:
+            raise ConfigError(
+                f"the class tokens {name} are {token.shape[1]} wide: set config.objective.width = {token.shape[1]}"
+            )
         t = low + (high - low) * draw_times(key_t, len(x))
         noise, token_noise = jax.random.normal(key_noise, x.shape), jax.random.normal(key_token, token.shape)
-        y = drop_labels(key_drop, batch["y"], label_drop, null=num_classes)
+        y = conditioning.drop(key_drop, batch, context, condition_drop)
         return regress(network, curve, x, noise, token, token_noise, t, y, token_weight)
 
-    return objective
+    return Objective(apply, predicts=Flow(curve, token=width), inputs={"token": (width,)}, reads=(name,))

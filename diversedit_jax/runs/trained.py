@@ -1,105 +1,167 @@
-"""What samples are drawn from: a trained run or the weights of a public release, with a sampler; and the flags for it.
+"""Trained networks: those of a run or of a public release, opened in one way for sampling, evaluation and analysis.
 
-    source = of_run("runs/mine", overrides={"cfg_scale": 1.8})
-    images = source.sample(source.params, source.frozen, labels, seed, source.weak)
-
-Where nothing else is said a run samples by its own sampler, a release by the papers' (SDE or DDPM, 250 steps; MeanFlow
-1 step).
+found = of_run("runs/mine")
+source = drawing(found, overrides={"cfg_scale": 1.8})
+images = source.sampler(source.params, source.frozen, source.conditions("balanced", 16, seed=0), seed=0)
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from absl import flags
+import jax
+import jax.numpy as jnp
+import optax
 from ml_collections import ConfigDict
 
-from diversedit_jax import codecs, models, registry, sharding
+from diversedit_jax import conditioning, sharding
 from diversedit_jax import config as configs
-from diversedit_jax.api import Params
-from diversedit_jax.codecs import pixels
-from diversedit_jax.diffusion import solvers
-from diversedit_jax.errors import ConfigError
-from diversedit_jax.runs import build as experiment
+from diversedit_jax.api import Condition, Params, Space
+from diversedit_jax.config import slot
+from diversedit_jax.data import Dataset
+from diversedit_jax.data.pipeline import stacked
+from diversedit_jax.diffusion import solve
+from diversedit_jax.errors import ConfigError, RunError
+from diversedit_jax.registry import one_of
+from diversedit_jax.runs.build import (
+    Experiment,
+    abstract_params,
+    build,
+    components_of,
+    from_json,
+    frozen_weights,
+    on_this_machine,
+    open_data,
+    sample_shape,
+)
 from diversedit_jax.sampling import sampler
+from diversedit_jax.sampling.sampler import Sampler
 from diversedit_jax.training.checkpoint import Checkpoints
 from diversedit_jax.training.checksums import by_path, checksums
+from diversedit_jax.training.step import initializer
 from diversedit_jax.weights import dit as releases
 from diversedit_jax.weights.vae import open_vae
 
-OVERRIDES = ("solver", "steps", "cfg_scale", "token_cfg_scale", "guidance_interval", "guidance_channels")
-OVERRIDES += ("diffusion", "last_step_kind", "last_step", "rtol", "atol", "eta", "batch_size")
+WEIGHTS = {"ema": "ema", "online": "params"}  # which weights, and their entry in a checkpoint
 
 
-class Source(NamedTuple):
-    """What is sampled from, ready to sample.
+class Trained(NamedTuple):
+    """A trained network at one checkpoint or several, and what it was trained with.
 
-    make:    sampler options -> Sample, as `sampling.make` of this network. options: the sampler's, all of them.
-    shape:   (h, w, c) of the images, None where samples stay latents.
-    frozen:  weights of the decoder. weak: parameters to guide by (autoguidance), or None.
-    name:    for people. folder: where samples go if nobody says. about: what this is, for a record of scores.
+    label:      for people; in an analysis those of the same label are seeds of one setting.
+    experiment: its components, on the devices of this machine.
+    steps:      of its checkpoints, in order; (0,) of a release.
+    load:       (step, weights of WEIGHTS) -> parameters of the network.
+    trained:    step -> {"losses", "objective", "memory"}: what the losses and the objective have learned.
+    data:       split -> data set.
+    workdir:    of a run; None for a release.
+    folder:     where samples and reports go if nobody says.
+    about:      what it is, for records.
+    notes:      what could not be had, in words.
     """
 
-    make: Callable[..., sampler.Sample]
-    options: dict[str, Any]
-    sample: sampler.Sample
-    params: Params
-    weak: Params | None
-    frozen: Any
-    shape: tuple[int, int, int] | None
-    num_classes: int
-    name: str
+    label: str
+    experiment: Experiment
+    steps: tuple[int, ...]
+    load: Callable[[int, str], Params]
+    trained: Callable[[int], dict[str, Any]]
+    data: Callable[[str], Dataset]
+    workdir: Path | None
     folder: Path
     about: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def space(self) -> Space:
+        """Where its stored examples live."""
+        return self.experiment.space
+
+    def conditions(self, rule: str | None, num: int, seed: int) -> Condition:
+        """The conditions of `num` samples, by a rule of `conditioning.RULES`."""
+        return conditioning.chosen(rule, num, self.space.conditions, seed, partial(held_out, self.data))
+
+
+def held_out(data: Callable[[str], Dataset], num: int) -> Condition:
+    """The conditions of the first `num` held-out examples, in turn if there are fewer; of training ones without a test
+    split."""
+    try:
+        source = data("test").source
+    except RunError:
+        source = data("train").source
+    return stacked([source[number % len(source)]["y"] for number in range(num)])
 
 
 def of_run(
     workdir: str | Path,
-    step: int | None = None,
-    weak_step: int | None = None,
-    overrides: Mapping[str, Any] | None = None,
+    *,
+    data: Mapping[str, Any] | None = None,
     vae: str | None = None,
     rounding: str | None = None,
-) -> Source:
-    """The EMA of the run in `workdir` at `step`, by default the last. overrides: of `config.sampler`.
+    model: Mapping[str, Any] | None = None,
+    encoders: bool = False,
+) -> Trained:
+    """The run in `workdir`.
 
-    vae: in place of config.codec.vae, where latents are decoded. rounding: in place of config.codec.rounding.
-    weak_step: guide by the run's own weights at this earlier step, with cfg_scale (autoguidance, arXiv 2406.02507).
+    data:     a slot of `data` instead of config.data.
+    vae, rounding: of config.codec, where latents are decoded.
+    model:    options to change in config.model, where it has them.
+    encoders: also open frozen encoders, for losses that read them. If a file is missing, those losses are left out.
     """
     workdir = Path(workdir).expanduser().absolute()
-    config = experiment.elsewhere(configs.load(workdir))
-    config.sampler.update(overrides or {})
-    if vae is not None:
-        if config.codec.name != "vae":
-            raise ConfigError(f"--vae={vae}: the run trains on {config.codec.name}, not on latents")
-        config.codec.vae = vae
-    if rounding is not None:
-        config.codec.rounding = rounding
-    config.encoders = ConfigDict()  # only losses read their features: sampling works without their files
+    config = on_this_machine(configs.load(workdir))
+    if data is not None:
+        config.data = ConfigDict(data)
+    for option, value in (("vae", vae), ("rounding", rounding)):
+        if value is not None:
+            if option not in config.codec:
+                raise ConfigError(f"--{option}={value}: the codec {config.codec.name} of {workdir} has no such option")
+            config.codec[option] = value
+    config.model.update({option: value for option, value in (model or {}).items() if option in config.model})
     checkpoints = Checkpoints(workdir / "checkpoints")
-    meta = checkpoints.meta(step)
-    step = checkpoints.latest() if step is None else step
-    layout, parts, sample, _ = experiment.build(config, tuple(meta["shape"]), meta["num_classes"])
-    make = experiment.sampler(config, layout, parts, tuple(meta["shape"]), meta["num_classes"])
-    target = experiment.abstract_params(parts.model, layout)
-    params, _ = checkpoints.restore_part(target, "ema", step)
-    weak = None if weak_step is None else checkpoints.restore_part(target, "ema", weak_step)[0]
-    frozen = experiment.prepared(parts.codec, layout)
-    options = configs.keywords(config.sampler, "config.sampler", sampler.make)
-    about = {
-        "kind": "run",
-        "step": step,
-        "weights": {"digest": digest(params), "ema_decay": config.ema_decay},
-        "model": config.model.to_dict(),
-        "weak": None if weak is None else {"step": weak_step, "digest": digest(weak)},
-        "decoder": _decoder(config.codec.to_dict()),
-    }
-    folder = workdir / f"samples_{step}"
-    shape = experiment.image_shape(parts.codec, tuple(meta["shape"]))
-    name = f"{workdir.name}, step {step}"
-    return Source(make, options, sample, params, weak, frozen, shape, meta["num_classes"], name, folder, about)
+    space, notes = from_json(checkpoints.meta()), []
+    try:
+        experiment = build(config if encoders else without_encoders(config), space)
+    except RunError as error:
+        if not (encoders and config.encoders):
+            raise
+        experiment = build(without_encoders(config), space)
+        if experiment.components.objective.reads:
+            raise
+        notes.append(f"its encoders are left out ({error}), and with them the losses that read them")
+    parts, layout = experiment.components, experiment.layout
+    opened = partial(open_data, config)
+
+    def load(step: int, weights: str = "ema") -> Params:
+        entry = WEIGHTS[one_of("weights", weights, WEIGHTS)]
+        return checkpoints.restore_part(abstract_params(parts.model, layout), entry, step)[0]
+
+    def trained(step: int) -> dict[str, Any]:
+        example = jax.tree.map(jnp.asarray, stacked([opened("train").source[0]]))
+        state = jax.eval_shape(initializer(parts, example), jax.random.key(0))
+        found = {}
+        for entry in ("losses", "objective", "memory"):
+            wanted = sharding.placed(state[entry], sharding.shardings(state[entry], layout))
+            known = jax.tree.leaves(wanted)
+            found[entry] = checkpoints.restore_part(wanted, entry, step)[0] if known else wanted
+        return found
+
+    about = {"kind": "run", "model": config.model.to_dict(), "losses": config.losses.to_dict()}
+    about |= {"weights": {"ema_decay": config.ema_decay}}
+    steps = tuple(checkpoints.steps())
+    return Trained(workdir.name, experiment, steps, load, trained, opened, workdir, workdir, about, tuple(notes))
+
+
+def without_encoders(config: ConfigDict) -> ConfigDict:
+    """A copy of a config without its frozen encoders and the losses that read them."""
+    config = configs.copied(config)
+    given = {f"{kind}/{label}" for label in config.encoders for kind in ("features", "token")}
+    reads = {label: configs.make("losses", c, f"config.losses.{label}").reads for label, c in config.losses.items()}
+    config.losses = ConfigDict({label: c for label, c in config.losses.items() if not given & set(reads[label])})
+    config.encoders = ConfigDict()
+    return config
 
 
 def of_release(
@@ -108,76 +170,137 @@ def of_release(
     heads: int | None = None,
     weights: str | None = None,
     side: int | None = None,
-    overrides: Mapping[str, Any] | None = None,
+    *,
+    data: Mapping[str, Any] | None = None,
     vae: str | None = None,
     rounding: str | None = None,
-) -> Source:
-    """The release in a weight file (see `weights.dit.open_release`). side: of its latents, where it stores none.
+    model: Mapping[str, Any] | None = None,
+) -> Trained:
+    """The release in a weight file, see `weights.dit.open_release`.
 
-    overrides: of the sampler: options of `sampling.make`. vae: the autoencoder that decodes its latents; rounding: of
-    the decoded images, as in `codecs.vae`.
+    side: of its latents, where it does not store it. data: a slot of `data` to show it, for analysis.
+    vae: the autoencoder that decodes its latents. rounding: of the decoded images. model: options to change in it.
     """
     file = Path(file).expanduser().absolute()
-    release, shape = opened_release(file, family, heads, weights, side)
-    arch, family, name = release.arch, release.family, release_model(release)
-    chosen = releases.model_options(arch)
-    model = models.make(name, shape, arch.num_classes, **chosen)
-    options = _defaults(sampler.make) | dict(overrides or {})
-    if family in ("official_dit", "diffusers_dit"):
-        trained, options = sampler.Diffusion(), options | {"solver": (overrides or {}).get("solver", "ddpm")}
-    elif arch.second_time:
-        trained = sampler.AverageVelocity()
-        if (overrides or {}).get("solver", "mean_flow") == "mean_flow":
-            options |= {"solver": "mean_flow", "steps": (overrides or {}).get("steps", 1)}
-    else:
-        trained = sampler.Flow()
-    layout = sharding.make()
-    params = placed(release.params, layout)
-    decoding = {"vae": vae, "rounding": rounding or pixels.ROUNDING}
-    latents = codecs.make("vae", **decoding)
-
-    def make(**options: Any) -> sampler.Sample:
-        return sampler.make(model, latents, shape, arch.num_classes, trained, layout, **options)
-
-    sample = make(**options)
-    folder = file.with_name(f"samples_{file.stem}")
-    frozen = experiment.prepared(latents, layout)
-    about = {
-        "kind": "release",
-        "family": family,
-        "file": file.name,
-        "weights": {"digest": digest(params), "entry": weights},
-        "model": {"name": name} | _defaults(registry.factory("models", "dit")) | chosen,
-        "weak": None,
-        "decoder": _decoder({"name": "vae"} | _defaults(registry.factory("codecs", "vae")) | decoding),
-    }
-    decoded = experiment.image_shape(latents, shape)
-    return Source(make, options, sample, params, None, frozen, decoded, arch.num_classes, file.name, folder, about)
-
-
-def opened_release(
-    file: Path, family: str | None, heads: int | None, weights: str | None, side: int | None
-) -> tuple[releases.Release, tuple[int, int, int]]:
-    """The release in a file, and the shape (h, w, c) of what its network takes; ConfigError where that is not known."""
     release, _ = releases.open_release(file, family, heads, weights)
     side = side or release.side
     if side is None:
         raise ConfigError(f"{file} does not store the side of its latents: give it with --side=N")
-    return release, (side, side, release.arch.channels)
+    given = {name: value for name, value in (("vae", vae), ("rounding", rounding)) if value is not None}
+    codec = slot("codecs", "vae", **given)
+    if data is not None and data["name"] in ("digits", "images", "synthetic"):  # pixels
+        codec = slot("codecs", "pixels", **{name: value for name, value in given.items() if name == "rounding"})
+    config = ConfigDict(
+        {
+            "data": ConfigDict(data or {}),
+            "codec": codec,
+            "encoders": ConfigDict(),
+            "model": slot("models", **release.model | dict(model or {})),
+            "objective": slot("objectives", **release.objective),
+            "losses": ConfigDict(),
+            "ema_decay": 0.0,
+            "accumulate": 1,
+        }
+    )
+    layout, space = sharding.make(), release.space(side)
+    components = components_of(config, space, layout, optax.identity())
+    config.sampler = configs.options(sampler.make)
+    layout = layout.with_rules(components.model.rules)
+    experiment = Experiment(config, space, layout, components, {})
+    kind = release.family
+    del release  # its parameters are read again when they are used
+
+    def load(step: int, weights_of: str = "ema") -> Params:
+        params = releases.open_release(file, family, heads, weights)[0].params
+        return sharding.put(params, sharding.shardings(params, layout))
+
+    def opened(split: str) -> Dataset:
+        if data is None:
+            raise ConfigError(
+                f"{file.name} comes without data: say what to show it with --data=NAME=DIR, such as --data=latents=DIR"
+            )
+        dataset = open_data(config, split)
+        if dataset.space.shape != space.shape:
+            wanted = f"the network takes {space.shape}"
+            raise ConfigError(f"--data={config.data.name}: its shape is {dataset.space.shape}, {wanted}")
+        return dataset
+
+    about = {"kind": "release", "family": kind, "file": file.name, "model": config.model.to_dict()}
+    about |= {"weights": {"entry": weights}}
+    folder = file.with_name(file.stem)
+    return Trained(file.name, experiment, (0,), load, lambda step: {}, opened, None, folder, about)
 
 
-def release_model(release: releases.Release) -> str:
-    """The model, in `models`, whose parameters a release has."""
-    return "official_sit" if release.family == "official_sit" else "dit"
+class Source(NamedTuple):
+    """A trained network at one step, ready to draw samples.
+
+    sampler:  its sampler. make: options -> another sampler of it. options: of `sampler`, all of them.
+    params, weak: of the network, and of a weaker one to guide by (autoguidance), or None. frozen: of the codec.
+    shape:    of an image; None where samples stay latents.
+    folder:   where samples go if nobody says.
+    about:    what this is, for a record of scores.
+    """
+
+    name: str
+    sampler: Sampler
+    make: Callable[..., Sampler]
+    options: dict[str, Any]
+    params: Params
+    weak: Params | None
+    frozen: Any
+    space: Space
+    shape: tuple[int, ...] | None
+    conditions: Callable[[str | None, int, int], Condition]
+    folder: Path
+    about: dict[str, Any]
 
 
-def placed(params: Params, layout: sharding.Layout) -> Params:
-    """Parameters from the host, put where they live."""
-    return sharding.put(params, sharding.shardings(params, layout))
+def drawing(
+    found: Trained,
+    step: int | None = None,
+    weak_step: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Source:
+    """A trained network, made ready to draw samples with its EMA weights.
 
-
-def _defaults(build: Callable) -> dict[str, Any]:
-    return {name: p.default for name, p in registry.options(build).items()}
+    step: of the checkpoint, by default the last. overrides: of the sampler's options.
+    weak_step: guide by the run's own weights at this earlier step, with cfg_scale (autoguidance, arXiv 2406.02507).
+    """
+    experiment, overrides = found.experiment, dict(overrides or {})
+    parts, layout = experiment.components, experiment.layout
+    chosen = configs.copied(experiment.config.sampler)
+    default = solve.DEFAULTS.get(type(parts.objective.predicts), {})
+    if found.workdir is None and overrides.get("solver") in (None, default.get("solver")):
+        chosen.update(default)  # a release is sampled as its paper does
+    chosen.update(overrides)
+    options = configs.keywords(chosen, "config.sampler", sampler.make)
+    step = found.steps[-1] if step is None and found.steps else step
+    params = found.load(step, "ema")
+    weak = None if weak_step is None else found.load(weak_step, "ema")
+    shape = sample_shape(parts.codec, parts.codec.shape(found.space.shape))
+    about = {name: value for name, value in found.about.items() if name != "losses"}
+    about["weights"] = {"digest": digest(params)} | about["weights"]
+    about["weak"] = None if weak is None else {"step": weak_step, "digest": digest(weak)}
+    about["decoder"] = _decoder(experiment.config.codec.to_dict())
+    if found.workdir is None:
+        name, folder = found.label, found.folder.with_name(f"samples_{found.folder.name}")
+    else:
+        name, folder, about["step"] = f"{found.label}, step {step}", found.folder / f"samples_{step}", step
+    make = partial(sampler.make, *experiment.sampled())
+    return Source(
+        name,
+        make(**options),
+        make,
+        options,
+        params,
+        weak,
+        frozen_weights(parts.codec, layout),
+        found.space,
+        shape,
+        found.conditions,
+        folder,
+        about,
+    )
 
 
 def digest(params: Params) -> str:
@@ -186,77 +309,10 @@ def digest(params: Params) -> str:
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
 
 
-def _decoder(prepared: Mapping[str, Any]) -> dict[str, Any]:
-    """What turns samples into images, as far as it moves a score."""
-    kept = {key: prepared[key] for key in ("name", "vae", "scale", "precision", "rounding") if key in prepared}
+def _decoder(codec: Mapping[str, Any]) -> dict[str, Any]:
+    """What turns samples into images, as far as it changes a score."""
+    kept = {key: codec[key] for key in ("name", "vae", "scale", "precision", "rounding") if key in codec}
     if kept.get("vae") is not None:
         release = open_vae(kept["vae"])
         kept["vae"] = {"name": release.name, "sha256": release.digest}
     return kept
-
-
-def define_release_flags() -> None:
-    """The flags that name a release, all but `side` as `releases.open_release` takes them."""
-    flags.DEFINE_string(
-        "checkpoint", None, "Weights of a public release: .safetensors, .pt, .pth, or as flax and orbax write."
-    )
-    flags.DEFINE_enum("family", None, list(releases.FAMILIES), "What the release is, where its arrays do not tell.")
-    flags.DEFINE_integer("heads", None, "Attention heads of the release, for a width that no published size has.")
-    flags.DEFINE_string("weights", None, "Entry of the release's file: by default its EMA.")
-    flags.DEFINE_integer("side", None, "Side of the release's latents, where it stores none.")
-
-
-def define_flags() -> None:
-    """The flags that `from_flags` reads."""
-    define_release_flags()
-    flags.DEFINE_string("workdir", None, "Directory of a run.")
-    flags.DEFINE_string("vae", None, "Autoencoder that decodes latents: a folder as diffusers writes it, or a file.")
-    flags.DEFINE_enum(
-        "rounding",
-        None,
-        list(pixels.ROUNDINGS),
-        f"Of images to 256 levels; by default the run's, or {pixels.ROUNDING}.",
-    )
-    flags.DEFINE_integer("step", None, "Step of the checkpoint; by default the last.")
-    flags.DEFINE_integer("weak_step", None, "Guide by the checkpoint of this earlier step, with cfg_scale.")
-    flags.DEFINE_string("solver", None, f"One of {', '.join(sampler.SOLVERS)}.")
-    flags.DEFINE_integer("steps", None, "Steps of the solver.")
-    flags.DEFINE_float("cfg_scale", None, "Scale of classifier-free guidance; 1: none.")
-    flags.DEFINE_float("token_cfg_scale", None, "That of REG's class token; by default cfg_scale, <= 0: not guided.")
-    flags.DEFINE_list("guidance_interval", None, "lo,hi: guide while lo <= t <= hi; t = 1 is noise.")
-    flags.DEFINE_integer("guidance_channels", None, "Guide the first so many channels only.")
-    flags.DEFINE_string("diffusion", None, f"Of stochastic solvers, one of {', '.join(solvers.DIFFUSIONS)}.")
-    flags.DEFINE_string("last_step_kind", None, f"Of stochastic solvers, one of {', '.join(solvers.LAST_STEPS)}.")
-    flags.DEFINE_float("last_step", None, "Of stochastic solvers: the time at which the last step begins.")
-    flags.DEFINE_float("rtol", None, "Of dopri5: the relative tolerance.")
-    flags.DEFINE_float("atol", None, "Of dopri5: the absolute tolerance.")
-    flags.DEFINE_float("eta", None, "Of ddim: 0 is deterministic, 1 has the posterior's variance.")
-    flags.DEFINE_integer("batch_size", None, "Samples at a time, over all devices.")
-
-
-def from_flags(defaults: Mapping[str, Any] | None = None) -> Source:
-    """The source that the flags name. defaults: of the sampler's options, and `rounding`, where no flag is given."""
-    given = {name: flags.FLAGS[name].value for name in OVERRIDES if flags.FLAGS[name].value is not None}
-    if "guidance_interval" in given:
-        given["guidance_interval"] = numbers("guidance_interval", given["guidance_interval"], float, 2)
-    overrides = dict(defaults or {}) | given
-    rounding = overrides.pop("rounding", None)
-    rounding = flags.FLAGS.rounding if flags.FLAGS.rounding is not None else rounding
-    chosen = flags.FLAGS
-    if (chosen.workdir is None) == (chosen.checkpoint is None):
-        raise ConfigError("give --workdir=DIR of a run or --checkpoint=FILE of a release")
-    if chosen.workdir is not None:
-        return of_run(chosen.workdir, chosen.step, chosen.weak_step, overrides, chosen.vae, rounding)
-    about = (chosen.checkpoint, chosen.family, chosen.heads, chosen.weights, chosen.side)
-    return of_release(*about, overrides, chosen.vae, rounding)
-
-
-def numbers(name: str, texts: list[str], kind: type, count: int | None = None) -> tuple:
-    """The values of a list flag; ConfigError if they are not numbers, or not `count` of them."""
-    try:
-        found = tuple(kind(text) for text in texts)
-    except ValueError:
-        raise ConfigError(f"--{name}={','.join(texts)}: must be numbers separated by commas") from None
-    if count is not None and len(found) != count:
-        raise ConfigError(f"--{name}={','.join(texts)}: must be {count} numbers")
-    return found

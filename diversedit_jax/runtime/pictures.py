@@ -37,6 +37,19 @@ def image_grid(
     return grid
 
 
+def as_pictures(samples: UInt8[Pixels, "n *s c"]) -> UInt8[np.ndarray, "n h w c"]:
+    """Samples of any shape as images that can be looked at.
+
+    Frames of a video and slices of a volume stand side by side. Of more than three channels the first three are shown,
+    of two the first.
+    """
+    images = np.asarray(samples)
+    images = images.reshape(len(images), *(1,) * (4 - images.ndim), *images.shape[1:])
+    while images.ndim > 4:  # the first spatial axis goes along the width
+        images = np.concatenate(list(np.moveaxis(images, 1, 0)), axis=-2)
+    return images[..., : 3 if images.shape[-1] >= 3 else 1]
+
+
 def to_uint8(image: Num[Pixels, "..."]) -> UInt8[np.ndarray, "..."]:
     """Floats in [0, 1] as bytes; bytes as they are."""
     image = np.asarray(image)

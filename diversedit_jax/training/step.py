@@ -1,7 +1,14 @@
-"""The state of a run, one pytree, and the training step, one pure function of it.
+"""The state of a run, one pytree, and the training step, one function of it.
 
-State: {step, params, ema, losses, opt}. `losses` holds the parameters of auxiliary losses (projector heads), which are
-trained beside the model and not part of it. No random state: step i draws from fold_in(key of the run, i).
+State: {step, params, ema, losses, objective, memory, ema_memory, opt}.
+
+params, ema        of the network, and their exponential moving average.
+losses, objective  parameters of auxiliary losses (projectors) and of the objective, trained beside the network.
+memory             what losses and the objective remember from step to step, without gradients: statistics, averages.
+ema_memory         the moving average of `memory`.
+opt                of the optimizer.
+
+It holds no random state: step i draws from fold_in(key of the run, i).
 """
 
 from collections.abc import Callable, Mapping
@@ -14,14 +21,19 @@ import optax
 from jaxtyping import Array
 
 from diversedit_jax import sharding
-from diversedit_jax.api import AuxLoss, Batch, Codec, Forward, Metrics, Objective, Params
-from diversedit_jax.models import Model
+from diversedit_jax.api import AuxLoss, Batch, Codec, Condition, Context, Forward, Metrics, Model, Objective, Params
+from diversedit_jax.codecs import encoded, null_condition
+from diversedit_jax.errors import ConfigError
 
 State = dict[str, Any]
+TRAINED = ("params", "losses", "objective")
 
 
-class Parts(NamedTuple):
-    """All that a training step is made of; none of it knows the others' names."""
+class Components(NamedTuple):
+    """All that a training step is made of. None of them knows the names of the others.
+
+    null: the stored null condition. optimizer: of the trained parameters, a dict with the entries TRAINED.
+    """
 
     model: Model
     codec: Codec
@@ -30,34 +42,52 @@ class Parts(NamedTuple):
     optimizer: optax.GradientTransformation
     ema_decay: float
     accumulate: int = 1
+    null: Condition = None
 
 
-def initializer(parts: Parts, batch: Batch) -> Callable[[Array], State]:
+def initializer(components: Components, batch: Batch) -> Callable[[Array], State]:
     """key -> the state at step 0. `batch` gives the shapes of a stored batch; its values are not used."""
+    objective, losses = components.objective, components.losses
 
     def init(key: Array) -> State:
         key_model, key_losses = jax.random.split(key)
-        params = parts.model.init(key_model)
+        params = components.model.init(key_model)
 
-        def run(frozen: Any, batch: Batch) -> tuple[Batch, Forward]:
-            prepared = parts.codec.encode(frozen, batch, key)
-            return prepared, parts.objective(parts.model.network(params), prepared, key)
+        def prepare(frozen: Any, batch: Batch) -> Batch:
+            return encoded(components.codec, frozen, batch, key)
 
-        shapes = jax.eval_shape(run, jax.eval_shape(parts.codec.init), batch)
-        prepared, forward = _zeros(shapes)  # heads take the shapes, and nothing is computed
+        frozen = jax.eval_shape(components.codec.init)
+        prepared = _zeros(jax.eval_shape(prepare, frozen, batch))
+        own = objective.init(jax.random.fold_in(key_losses, len(losses)), prepared) if objective.init else {}
+        memory = {"objective": objective.memory(prepared)} if objective.memory else {}
+
+        def run(frozen: Any, prepared: Batch) -> Forward:
+            null = null_condition(components.codec, frozen, components.null)
+            context = Context(key, null, params=own, memory=memory.get("objective"))
+            return objective.apply(components.model.network(params), prepared, context)
+
+        forward = _zeros(jax.eval_shape(run, frozen, prepared))  # losses take the shapes, and nothing is computed
         heads = {
-            label: aux.init(jax.random.fold_in(key_losses, i), forward, prepared)
-            for i, (label, aux) in enumerate(parts.losses.items())
+            label: aux.init(jax.random.fold_in(key_losses, i), forward, prepared) if aux.init else {}
+            for i, (label, aux) in enumerate(losses.items())
         }
-        trained = {"params": params, "losses": heads}
-        ema = jax.tree.map(jnp.copy, params)  # a copy, not zeros: no bias to correct
-        return {"step": jnp.int32(0), "ema": ema, "opt": parts.optimizer.init(trained), **trained}
+        memories = {label: aux.memory(forward, prepared) for label, aux in losses.items() if aux.memory}
+        memory |= {"losses": memories} if memories else {}
+        trained = {"params": params, "losses": heads, "objective": own}
+        return {
+            "step": jnp.int32(0),
+            "ema": jax.tree.map(jnp.copy, params),  # a copy, not zeros: no bias to correct
+            "memory": memory,
+            "ema_memory": jax.tree.map(jnp.copy, memory),
+            "opt": components.optimizer.init(trained),
+            **trained,
+        }
 
     return init
 
 
 def started_from(state: State, given: Params) -> State:
-    """A new state with the parameters in `given`, EMA a copy; what `given` lacks keeps its new values."""
+    """A new state with the parameters in `given`, EMA a copy. What `given` lacks keeps its new values."""
     params = {
         name: sharding.put(given[name], jax.tree.map(lambda leaf: leaf.sharding, old)) if name in given else old
         for name, old in state["params"].items()
@@ -65,51 +95,85 @@ def started_from(state: State, given: Params) -> State:
     return state | {"params": params, "ema": jax.tree.map(jnp.copy, params)}
 
 
-def train_step(parts: Parts, state: State, frozen: Any, batch: Batch, run_key: Array) -> tuple[State, Metrics]:
+def total_loss(
+    components: Components, trained: State, memory: State, state: State, batch: Batch, null: Condition, key: Array
+) -> tuple[Array, tuple[Metrics, State]]:
+    """The objective plus all auxiliary losses on an encoded batch; its metrics and the new memory."""
+    key_objective, key_losses = jax.random.split(key)
+    context = Context(key_objective, null, state["step"], teacher=components.model.network(state["ema"]))
+    own = context._replace(params=trained["objective"], memory=memory.get("objective"))
+    forward = components.objective.apply(components.model.network(trained["params"]), batch, own)
+    terms, metrics = {"objective": forward.loss.mean()}, dict(forward.metrics)
+    after = {} if forward.memory is None else {"objective": forward.memory}
+    of_losses = dict(memory.get("losses", {}))
+    for i, (label, aux) in enumerate(components.losses.items()):
+        own = {"params": trained["losses"][label], "memory": of_losses.get(label)}
+        term = aux.apply(forward, batch, context._replace(key=jax.random.fold_in(key_losses, i), **own))
+        terms[label] = term.loss
+        metrics |= {f"{label}/{name}": value for name, value in term.metrics.items()}
+        of_losses |= {} if term.memory is None else {label: term.memory}
+    total = sum(terms.values())
+    metrics |= {f"loss/{name}": term for name, term in (terms | {"total": total}).items()}
+    after = memory | after | ({"losses": of_losses} if of_losses else {})
+    if _shapes(after) != _shapes(memory):
+        raise ConfigError("an objective or a loss returns a memory of other shapes than those that it began with")
+    return total, (metrics, after)
+
+
+def train_step(
+    components: Components, state: State, frozen: Any, batch: Batch, run_key: Array
+) -> tuple[State, Metrics]:
     """One update. Metrics: `loss/total`, `loss/objective`, `loss/<label>`, `<label>/<part>`, `grad_norm`.
 
-    Where a loss or the gradient is not finite, the state stays as it was, but for its step: the batch is skipped.
+    Where a loss or the gradient is not finite, the state stays as it was, except for its step: the batch is skipped.
 
     With `accumulate` = k the batch is cut into k parts, whose gradients are averaged: the same update in 1/k of the
-    memory, but losses that couple examples see b/k of them at a time.
+    memory, but losses that couple examples see b/k of them at a time. The parts follow each other, so that each finds
+    the `memory` that the part before left.
     """
-    step = state["step"]
-    trained = {"params": state["params"], "losses": state["losses"]}
-    teacher = parts.model.network(state["ema"])
+    trained = {name: state[name] for name in TRAINED}
 
-    def loss_of(trained: State, batch: Batch, key: Array) -> tuple[Array, Metrics]:
-        key_objective, key_losses = jax.random.split(key)
-        forward = parts.objective(parts.model.network(trained["params"]), batch, key_objective)
-        terms, metrics = {"objective": forward.loss.mean()}, dict(forward.metrics)
-        for i, (label, aux) in enumerate(parts.losses.items()):
-            key_loss = jax.random.fold_in(key_losses, i)
-            value, details = aux.apply(trained["losses"][label], forward, batch, teacher, step, key_loss)
-            terms[label] = value
-            metrics |= {f"{label}/{name}": detail for name, detail in details.items()}
-        total = sum(terms.values())
-        return total, metrics | {f"loss/{name}": term for name, term in (terms | {"total": total}).items()}
+    def gradient(memory: State, batch: Batch, key: Array) -> tuple[State, tuple[State, Metrics]]:
+        key_codec, key_loss = jax.random.split(key)
+        prepared = encoded(components.codec, frozen, batch, key_codec)
+        null = null_condition(components.codec, frozen, components.null)
 
-    def gradient(batch: Batch, key: Array) -> tuple[State, Metrics]:
-        key_prepare, key_loss = jax.random.split(key)
-        prepared = parts.codec.encode(frozen, batch, key_prepare)
-        grads, metrics = jax.grad(loss_of, has_aux=True)(trained, prepared, key_loss)
-        return grads, metrics
+        def loss(trained: State) -> tuple[Array, tuple[Metrics, State]]:
+            return total_loss(components, trained, memory, state, prepared, null, key_loss)
 
-    key = jax.random.fold_in(run_key, step)
-    if parts.accumulate == 1:
-        grads, metrics = gradient(batch, key)
+        grads, (metrics, after) = jax.grad(loss, has_aux=True)(trained)
+        return after, (grads, metrics)
+
+    key = jax.random.fold_in(run_key, state["step"])
+    if components.accumulate == 1:
+        memory, (grads, metrics) = gradient(state["memory"], batch, key)
     else:
-        grads, metrics = _accumulated(gradient, batch, key, parts.accumulate)
+        memory, (grads, metrics) = _accumulated(gradient, state["memory"], batch, key, components.accumulate)
 
-    updates, opt = parts.optimizer.update(grads, state["opt"], trained)
+    updates, opt = components.optimizer.update(grads, state["opt"], trained)
     trained = optax.apply_updates(trained, updates)
-    ema = optax.incremental_update(trained["params"], state["ema"], 1 - parts.ema_decay)
+    after = {
+        "ema": _averaged(trained["params"], state["ema"], components.ema_decay),
+        "memory": memory,
+        "ema_memory": _averaged(memory, state["ema_memory"], components.ema_decay),
+        "opt": opt,
+        **trained,
+    }
     metrics["grad_norm"] = optax.tree.norm(grads)
     decisive = [value for name, value in metrics.items() if not_finite_ends(name)]
     finite = jnp.isfinite(jnp.stack(decisive)).all()
-    before = {name: value for name, value in state.items() if name != "step"}
-    after = jax.tree.map(partial(jax.lax.select, finite), {"ema": ema, "opt": opt, **trained}, before)
-    return {"step": step + 1, **after}, metrics
+    before = {name: state[name] for name in after}
+    after = jax.tree.map(partial(jax.lax.select, finite), after, before)
+    return {"step": state["step"] + 1, **after}, metrics
+
+
+def _averaged(new: Any, old: Any, decay: float) -> Any:
+    """The moving average of a pytree: of its numbers with a fraction; counters are taken as they are."""
+
+    def leaf(new: Array, old: Array) -> Array:
+        return optax.incremental_update(new, old, 1 - decay) if jnp.issubdtype(new.dtype, jnp.inexact) else new
+
+    return jax.tree.map(leaf, new, old)
 
 
 def not_finite_ends(metric: str) -> bool:
@@ -117,20 +181,29 @@ def not_finite_ends(metric: str) -> bool:
     return metric.startswith("loss/") or metric == "grad_norm"
 
 
-def _accumulated(gradient: Callable, batch: Batch, key: Array, parts: int) -> tuple[State, Metrics]:
-    """The mean of `gradient` over equal parts of the batch, one after another."""
+def _accumulated(
+    gradient: Callable, memory: State, batch: Batch, key: Array, parts: int
+) -> tuple[State, tuple[State, Metrics]]:
+    """The mean of `gradient` over equal parts of the batch, one after another; and the last memory."""
     # part i takes every parts-th example from i on, so that a sharded batch stays where it is
     split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
     keys = jax.random.split(key, parts)
-    shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], split), keys[0])
+    _, shapes = jax.eval_shape(gradient, memory, jax.tree.map(lambda x: x[0], split), keys[0])
 
-    def add(total, part):
-        return jax.tree.map(jnp.add, total, gradient(*part)), None
+    def add(carry, part):
+        memory, total = carry
+        memory, found = gradient(memory, *part)
+        return (memory, jax.tree.map(jnp.add, total, found)), None
 
-    total, _ = jax.lax.scan(add, _zeros(shapes), (split, keys))
-    return jax.tree.map(lambda x: x / parts, total)
+    (memory, total), _ = jax.lax.scan(add, (memory, _zeros(shapes)), (split, keys))
+    return memory, jax.tree.map(lambda x: x / parts, total)
 
 
 def _zeros(tree):
     """Zeros of the shapes of a pytree."""
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+
+
+def _shapes(tree) -> Any:
+    """A pytree with the shape and dtype of each array in its place, to compare."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), tree)

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from diversedit_jax.api import Params
+from diversedit_jax.api import Conditions, Params, Space
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import dit
-from diversedit_jax.registry import suggestion
+from diversedit_jax.registry import one_of
 from diversedit_jax.weights import dit_names, mapping
 from diversedit_jax.weights.dit_names import Architecture, Entry
 from diversedit_jax.weights.formats import orbax_folder
@@ -25,43 +25,72 @@ from diversedit_jax.weights.mapping import Arrays
 
 
 class Family(NamedTuple):
-    """How a kind of release is written.
+    """How a kind of release is written, and what trained it.
 
-    entries:  its arrays, for an architecture.
-    aside:    beginnings of names that it holds beside the network: tables that are computed here, heads of losses.
-    double:   whether the output has 2 c channels.
-    about:    what it is, in a line.
+    about:     what it is, in a line.
+    entries:   its arrays, for an architecture.
+    aside:     beginnings of names that it holds besides the network: tables that are computed here, heads of losses.
+    double:    whether the output has 2 c channels.
+    model:     whose parameters they are, a name of `models`.
+    objective: what trained it, a name of `objectives`.
     """
 
+    about: str
     entries: Callable[[Architecture], list[Entry]]
     aside: tuple[str, ...]
-    double: bool
-    about: str
+    double: bool = False
+    model: str = "dit"
+    objective: str = "flow_matching"
 
 
 # Of training files: PyTorch's, then those of the official MeanFlow, which saves one device's copy of its state.
 ENTRIES = ("ema", "model", "ema_params", "params")
 HEADS = ("pos_embed", "projectors.", "ap_head.")
+TORCH = dit_names.torch_names
 FAMILIES = {
-    "sit": Family(dit_names.torch_names, HEADS, False, "SiT of REPA, SRA and DiverseDiT: t = 1 is noise"),
-    "reg": Family(dit_names.torch_names, HEADS, False, "REG: a SiT of REPA with a class token beside the image"),
-    "official_sit": Family(dit_names.torch_names, HEADS, True, "official SiT: t = 0 is noise, 2 c channels"),
-    "official_dit": Family(dit_names.torch_names, HEADS, True, "official DiT: noise and variance, 1000 steps"),
-    "diffusers_dit": Family(
-        dit_names.diffusers_names, ("pos_embed.pos_embed",), True, "DiT in the layout of diffusers"
+    "sit": Family("SiT of REPA, SRA and DiverseDiT: t = 1 is noise", TORCH, HEADS),
+    "reg": Family("REG: a SiT of REPA with a class token beside the image", TORCH, HEADS, objective="reg"),
+    "official_sit": Family(
+        "official SiT: t = 0 is noise, 2 c channels", TORCH, HEADS, double=True, model="official_sit"
     ),
-    "meanflow": Family(dit_names.meanflow_names, ("net/pos_embed",), False, "official MeanFlow in JAX"),
-    "meanflow_torch": Family(dit_names.torch_names, HEADS, False, "MeanFlow's port to torch (zhuyu-cs)"),
+    "official_dit": Family("official DiT: noise and variance, 1000 steps", TORCH, HEADS, double=True, objective="ddpm"),
+    "diffusers_dit": Family(
+        "DiT in the layout of diffusers",
+        dit_names.diffusers_names,
+        ("pos_embed.pos_embed",),
+        double=True,
+        objective="ddpm",
+    ),
+    "meanflow": Family("official MeanFlow in JAX", dit_names.meanflow_names, ("net/pos_embed",), objective="mean_flow"),
+    "meanflow_torch": Family("MeanFlow's port to torch (zhuyu-cs)", TORCH, HEADS, objective="mean_flow"),
 }
 
 
 class Release(NamedTuple):
-    """A release as parameters of `models.dit`: float32 arrays on the host."""
+    """A release as parameters of our model: float32 arrays on the host.
+
+    side: of the image or latent, where the release stores its position table; else None.
+    """
 
     family: str
     arch: Architecture
-    side: int | None  # of the image or latent, where the release stores its position table
+    side: int | None
     params: Params
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The model: its name and options, as a slot of a config has them."""
+        return {"name": FAMILIES[self.family].model, **model_options(self.arch)}
+
+    @property
+    def objective(self) -> dict[str, Any]:
+        """What trained it: name and options, as a slot of a config has them."""
+        width = {} if self.arch.token_width is None else {"width": self.arch.token_width}
+        return {"name": FAMILIES[self.family].objective, **width}
+
+    def space(self, side: int) -> Space:
+        """Where its examples live: squares of this side."""
+        return Space((side, side, self.arch.channels), Conditions.labels(self.arch.num_classes))
 
 
 def recognise(shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -142,14 +171,19 @@ def architecture(family: str, shapes: Mapping[str, tuple[int, ...]], heads: int 
 def model_options(arch: Architecture) -> dict[str, Any]:
     """The options of `models.dit.make` for an architecture."""
     options = {name: getattr(arch, name) for name in ("depth", "width", "heads", "patch", "mlp_ratio", "qk_norm")}
-    options |= {"skip": "release" if arch.skip else "none", "out_channels": arch.out_channels}
-    options |= {"second_time": True} if arch.second_time else {}
-    return options | ({} if arch.token_width is None else {"token_width": arch.token_width})
+    return options | {"skip": "release" if arch.skip else "none", "out_channels": arch.out_channels}
+
+
+def inputs(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """What a network of an architecture takes besides x_t, t and y."""
+    span = {"span": ()} if arch.second_time else {}
+    return span | ({} if arch.token_width is None else {"token": (arch.token_width,)})
 
 
 def abstract(arch: Architecture) -> Params:
-    """Our parameters of an architecture as shapes. (Those of the position table's image do not depend on its side.)"""
-    model = dit.make((arch.patch, arch.patch, arch.channels), arch.num_classes, **model_options(arch))
+    """Our parameters of an architecture, as shapes. They do not depend on the side of the image."""
+    space = Space((arch.patch, arch.patch, arch.channels), Conditions.labels(arch.num_classes))
+    model = dit.make(space, inputs(arch), **model_options(arch))
     return jax.eval_shape(model.init, jax.random.key(0))
 
 
@@ -163,9 +197,7 @@ def load(
 
     Every array must be there, fit, and be known: ConfigError names the first that is missing, misshapen or left over.
     """
-    family = family or recognise(shapes)
-    if family not in FAMILIES:
-        raise ConfigError(f"unknown family {family!r}; {suggestion(family, FAMILIES)}")
+    family = one_of("family", family or recognise(shapes), FAMILIES)
     arch = architecture(family, shapes, heads)
     if FAMILIES[family].double != (arch.out_channels == 2 * arch.channels):
         wanted = (1 + FAMILIES[family].double) * arch.channels
@@ -182,8 +214,7 @@ def load(
 
 def export(params: Params, family: str, arch: Architecture, side: int | None = None) -> dict[str, np.ndarray]:
     """Our parameters under the names of a family, C-contiguous float32; with `side`, the position table it stores."""
-    if family not in FAMILIES:
-        raise ConfigError(f"unknown family {family!r}; {suggestion(family, FAMILIES)}")
+    one_of("family", family, FAMILIES)
     if FAMILIES[family].double != (arch.out_channels == 2 * arch.channels):
         raise ConfigError(f"{family} cannot hold a network of {arch.channels} to {arch.out_channels} channels")
     if FAMILIES[family].entries is not dit_names.torch_names and (arch.skip or arch.qk_norm):
@@ -195,7 +226,7 @@ def export(params: Params, family: str, arch: Architecture, side: int | None = N
             raise ConfigError(f"{family} cannot hold a network {'with' if has[part] else 'without'} {part}")
     arrays = mapping.written(FAMILIES[family].entries(arch), params)
     if side is not None and FAMILIES[family].entries is dit_names.torch_names:
-        table = dit.position_table((side, side, arch.channels), arch.patch, arch.width)
+        table = dit.position_table((side // arch.patch,) * 2, arch.width)
         first = 1 if family == "reg" else 0  # the class token's row
         arrays["pos_embed"] = np.pad(table, ((first, 0), (0, 0)))[None]
     return arrays

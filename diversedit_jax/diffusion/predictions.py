@@ -1,0 +1,37 @@
+"""What a trained network predicts: `Objective.predicts`, by which the sampler knows what to do with the network."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from diversedit_jax.diffusion.discrete import Schedule
+from diversedit_jax.diffusion.paths import PATHS, Path
+
+
+class Flow(NamedTuple):
+    """A point on a path, from its velocity, noise, score or data.
+
+    path:       the interpolant between data and noise.
+    prediction: of `paths.PREDICTIONS`.
+    token:      width of a class token that the network denoises together with x; None: there is none.
+    """
+
+    path: Path = PATHS["linear"]
+    prediction: str = "velocity"
+    token: int | None = None
+
+
+class Diffusion(NamedTuple):
+    """The noise, and perhaps the variance, of a discrete diffusion. schedule: of training, all of its steps."""
+
+    schedule: Schedule
+
+
+class AverageVelocity(NamedTuple):
+    """The average velocity over a span of times on the linear path (MeanFlow, arXiv 2505.13447)."""
+
+
+def network_time(predicts: Any, t: Array) -> Array:
+    """t in [0, 1] as the network takes it: the step of a discrete diffusion, else t itself."""
+    return jnp.round(t * (predicts.schedule.num_timesteps - 1)) if isinstance(predicts, Diffusion) else t

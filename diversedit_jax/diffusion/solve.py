@@ -1,0 +1,141 @@
+"""Solvers by name: from what a network predicts and the options of a sampler to a function from noise to data."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from jaxtyping import Array
+
+from diversedit_jax.api import Network
+from diversedit_jax.diffusion import ddpm_solvers, discrete, paths, solvers
+from diversedit_jax.diffusion.guidance import Velocity, over_span
+from diversedit_jax.diffusion.predictions import AverageVelocity, Diffusion, Flow
+from diversedit_jax.diffusion.solvers import Noise
+from diversedit_jax.errors import ConfigError
+from diversedit_jax.registry import in_range, one_of
+
+Convert = Callable[[Network], Network]  # the network as a solver takes it
+# (guided, x, noise) -> x at the end. `guided` gives the guided velocity of the converted network.
+Solve = Callable[[Callable[[Convert], Velocity], Array, Noise], Array]
+
+
+class Options(NamedTuple):
+    """The options of solvers; `sampling.sampler.make` says which solver reads which."""
+
+    steps: int = 250
+    diffusion: str = "sigma"
+    diffusion_norm: float = 1.0
+    last_step_kind: str = "mean"
+    last_step: float = 0.04
+    rtol: float = 1e-3
+    atol: float = 1e-6
+    eta: float = 0.0
+
+
+def ordinary(name: str, predicts: Flow, given: Options) -> Solve:
+    """A solver of the flow's ODE: `euler`, `heun` or `dopri5`."""
+    last, first = paths.sampling_times(predicts.path, predicts.prediction)
+    times = solvers.uniform_times(given.steps, first, last)
+    in_range("rtol", given.rtol, above=0)
+    in_range("atol", given.atol, above=0)
+
+    def solve(guided, x, noise):
+        velocity = guided(lambda network: paths.as_velocity(network, predicts.path, predicts.prediction))
+        if name == "dopri5":
+            return solvers.dopri5(velocity, x, first, last, rtol=given.rtol, atol=given.atol, max_steps=given.steps)
+        return getattr(solvers, name)(velocity, x, times)
+
+    return solve
+
+
+def stochastic(name: str, predicts: Flow, given: Options) -> Solve:
+    """A solver of the SDE with the flow's marginals: `euler_maruyama` or `sde_heun`."""
+    path = predicts.path
+    w = solvers.diffusion(given.diffusion, path, in_range("diffusion_norm", given.diffusion_norm, 0))
+    kind = given.last_step_kind
+    times = solvers.sde_times(given.steps, path, predicts.prediction, given.diffusion, kind, given.last_step)
+
+    def solve(guided, x, noise):
+        velocity = guided(lambda network: paths.as_velocity(network, path, predicts.prediction))
+        return getattr(solvers, name)(velocity, x, times, noise, path, w, kind)
+
+    return solve
+
+
+def averaged(name: str, predicts: AverageVelocity, given: Options) -> Solve:
+    """MeanFlow's sampler: steps as long as one likes."""
+    times = solvers.uniform_times(given.steps)
+
+    def solve(guided, x, noise):
+        def average(x, t, span):
+            return guided(lambda network: over_span(network, span))(x, t, t)
+
+        return solvers.mean_flow(average, x, times)
+
+    return solve
+
+
+def instantaneous(build: Callable[[str, Flow, Options], Solve]) -> Callable[[str, AverageVelocity, Options], Solve]:
+    """A solver of flows for a network of average velocities, by its velocity: the average over no time."""
+
+    def built(name: str, predicts: AverageVelocity, given: Options) -> Solve:
+        solve = build(name, Flow(), given)
+        return lambda guided, x, noise: solve(
+            lambda convert: guided(lambda network: convert(over_span(network, 0.0))), x, noise
+        )
+
+    return built
+
+
+def ancestral(name: str, predicts: Diffusion, given: Options) -> Solve:
+    """A sampler of the discrete diffusion on `steps` of its steps: `ddpm` or `ddim`."""
+    in_range("steps", given.steps, 2)
+    in_range("eta", given.eta, 0, 1)
+    kept = discrete.spaced(predicts.schedule.num_timesteps, [given.steps])
+    schedule = discrete.respace(predicts.schedule, kept)
+    options = {"eta": given.eta} if name == "ddim" else {}
+
+    def solve(guided, x, noise):
+        return getattr(ddpm_solvers, name)(guided(lambda network: network), x, schedule, noise, **options)
+
+    return solve
+
+
+FLOW = dict.fromkeys(("euler", "heun", "dopri5"), ordinary) | dict.fromkeys(("euler_maruyama", "sde_heun"), stochastic)
+# By what a network predicts: its solvers, and the options of the first, which its papers sample by.
+SOLVERS: Mapping[type, Mapping[str, Callable[..., Solve]]] = {
+    Flow: FLOW,
+    AverageVelocity: {"mean_flow": averaged} | {name: instantaneous(build) for name, build in FLOW.items()},
+    Diffusion: dict.fromkeys(("ddpm", "ddim"), ancestral),
+}
+DEFAULTS: Mapping[type, Mapping[str, Any]] = {
+    Flow: {"solver": "euler_maruyama"},
+    AverageVelocity: {"solver": "mean_flow", "steps": 1},
+    Diffusion: {"solver": "ddpm"},
+}
+NAMES = tuple(dict.fromkeys(name for known in SOLVERS.values() for name in known))
+
+
+def make(name: str, predicts: Any, options: Options) -> Solve:
+    """The solver `name` for a network that predicts this. ConfigError for one that cannot solve it."""
+    one_of("solver", name, NAMES)
+    if predicts is None:
+        raise ConfigError("the objective does not say how to sample from its network (Objective.predicts is None)")
+    if type(predicts) not in SOLVERS:
+        kinds = ", ".join(kind.__name__ for kind in SOLVERS)
+        raise ConfigError(f"the sampler does not know {type(predicts).__name__} (Objective.predicts); known: {kinds}")
+    known = SOLVERS[type(predicts)]
+    if name not in known:
+        kind = type(predicts).__name__
+        raise ConfigError(
+            f"solver = {name!r} cannot solve what this network predicts ({kind}); one of: {', '.join(known)}"
+        )
+    return known[name](name, predicts, options)
+
+
+def evaluations(name: str, steps: int, last_step_kind: str) -> int | None:
+    """Evaluations of the network for one example, guidance not counted. None: the solver chooses its steps."""
+    if name == "dopri5":
+        return None
+    if name == "sde_heun" and last_step_kind == "none":
+        return 2 * steps
+    return 2 * steps - 1 if name in ("heun", "sde_heun") else steps
