@@ -31,7 +31,6 @@ from diversedit_jax.evaluators import Current, SampleSpec
 from diversedit_jax.registry import suggestion
 from diversedit_jax.runs import build
 from diversedit_jax.runs.build import Experiment
-from diversedit_jax.runs.trained import held_out
 from diversedit_jax.runtime import cli, flops, processes, workdir_lock
 from diversedit_jax.runtime.files import writable_folder
 from diversedit_jax.runtime.metric_writer import MetricWriter
@@ -80,8 +79,7 @@ def start(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> "Tr
     conditioning.check_guidance(config.sampler.cfg_scale, dataset.space.conditions)
     windows(config.profile)
     sampler, judge = experiment.sampler(), build.best_by(config)
-    conditions = partial(chosen, partial(build.open_data, config), dataset)
-    spec = sample_spec(experiment, conditions)
+    spec = SampleSpec.of(experiment)
     evaluators = {
         label: configs.make("evaluators", slot, f"config.evaluators.{label}", spec)
         for label, slot in config.evaluators.items()
@@ -132,23 +130,10 @@ def start(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> "Tr
     report.note(f"compiled the training step in {time.monotonic() - clock:.1f} s")
     finite = Finite(config.max_skipped, skipped, checkpoints, report.note)
     parts = {"config": config, "workdir": workdir, "experiment": experiment, "feed": feed, "checkpoints": checkpoints}
-    parts |= {"evaluators": evaluators, "judge": judge, "sampler": sampler, "conditions": conditions, "work": work}
+    parts |= {"evaluators": evaluators, "judge": judge, "sampler": sampler, "work": work}
     return Trainer(
         **parts, compiled=compiled, frozen=frozen, key=key_run, report=report, finite=finite, state=state, begin=begin
     )
-
-
-def chosen(data: Callable[[str], Dataset], dataset: Dataset, rule: str | None, num: int, seed: int) -> Condition:
-    """The conditions of `num` samples, by a rule; of held-out data where they are no labels."""
-    return conditioning.chosen(rule, num, dataset.space.conditions, seed, partial(held_out, data))
-
-
-def sample_spec(experiment: Experiment, conditions: Callable[[str | None, int, int], Condition]) -> SampleSpec:
-    """What evaluators get to know of the samples of a run."""
-    codec, config = experiment.components.codec, experiment.config
-    shape = build.sample_shape(codec, codec.shape(experiment.space.shape))
-    batch = sharding.filled(config.sampler.batch_size)
-    return SampleSpec(shape, batch, conditions, experiment, partial(build.open_data, config))
 
 
 class Feed:
@@ -239,7 +224,6 @@ class Trainer:
     evaluators: Mapping[str, Callable]
     judge: str | None  # the evaluator by which checkpoints are kept
     sampler: Sampler
-    conditions: Callable[[str | None, int, int], Condition]
     work: int  # FLOPs of a step
     compiled: jax.stages.Compiled
     frozen: Any
@@ -333,7 +317,9 @@ class Trainer:
 
     def show(self, step: int, path: Path) -> None:
         """Draw and write a grid of samples."""
-        self.report.samples(step, path, self.draw(self.conditions(None, self.config.samples.num, self.config.seed)))
+        self.report.samples(
+            step, path, self.draw(self.experiment.conditions(None, self.config.samples.num, self.config.seed))
+        )
 
     def evaluate(self, step: int, label: str) -> None:
         """Run an evaluator, and write what it finds."""

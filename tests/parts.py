@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diversedit_jax.api import AuxLoss
+from diversedit_jax.api import AuxLoss, Term
 
 
-def terminate(drawn, *, marker: str):
+def terminate(spec, *, marker: str):
     """An evaluator that asks the program to stop, once: the first time it runs."""
 
     def run(sample):
@@ -24,7 +24,7 @@ def terminate(drawn, *, marker: str):
     return run
 
 
-def full(drawn, *, limit: int):
+def full(spec, *, limit: int):
     """An evaluator after which no file of this process can grow beyond `limit` bytes, as on a full disk."""
 
     def run(current):
@@ -34,17 +34,17 @@ def full(drawn, *, limit: int):
     return run
 
 
-def rated(drawn, *, values: tuple[float, ...]):
+def rated(spec, *, values: tuple[float, ...]):
     """An evaluator whose `value` at each run is the next of these; no sample is drawn."""
     left = iter(values)
     return lambda sample: [("value", next(left))]
 
 
-def pictured(drawn, *, side: int):
+def pictured(spec, *, side: int):
     """An evaluator that looks at the network: the number of its parameters, and a picture."""
 
     def run(current):
-        yield "parameters", float(sum(x.size for x in jax.tree.leaves(current.params)))
+        yield "parameters", float(sum(x.size for x in jax.tree.leaves(current.learned["params"])))
         yield "picture", np.full((side, side, 3), 7, np.uint8)
 
     return run
@@ -53,35 +53,36 @@ def pictured(drawn, *, side: int):
 def poisoned(*, at: int, last: int = 10**9):
     """An auxiliary loss that is NaN from step `at` to step `last` (steps counted from 1)."""
 
-    def apply(params, forward, batch, teacher, step, key):
-        return jnp.where((step + 1 >= at) & (step + 1 <= last), jnp.nan, 0.0), {}
+    def apply(forward, batch, context):
+        number = context.step + 1
+        return Term(jnp.where((number >= at) & (number <= last), jnp.nan, 0.0))
 
-    return AuxLoss(init=lambda key, forward, batch: {}, apply=apply)
+    return AuxLoss(apply)
 
 
 def aligned(*, label: str):
     """An auxiliary loss that reads the features of a frozen encoder."""
 
-    def apply(params, forward, batch, teacher, step, key):
+    def apply(forward, batch, context):
         features, token = batch[f"features/{label}"], batch[f"token/{label}"]
-        return jnp.mean(forward.features[1]) * jnp.mean(features * token[:, None]), {}
+        return Term(jnp.mean(forward.features[1]) * jnp.mean(features * token[:, None]))
 
-    return AuxLoss(init=lambda key, forward, batch: {}, apply=apply, blocks=(1,))
+    return AuxLoss(apply, blocks=(1,), reads=(f"features/{label}", f"token/{label}"))
 
 
 def since(*, at: int):
     """An auxiliary loss that is the objective from step `at` on, and 0 before."""
 
-    def apply(params, forward, batch, teacher, step, key):
-        return jnp.where(step >= at, 1.0, 0.0) * forward.loss.mean(), {}
+    def apply(forward, batch, context):
+        return Term(jnp.where(context.step >= at, 1.0, 0.0) * forward.loss.mean())
 
-    return AuxLoss(init=lambda key, forward, batch: {}, apply=apply)
+    return AuxLoss(apply)
 
 
 def twice(*, sign: float = 1.0):
     """An auxiliary loss that is the objective itself, twice, or its opposite."""
 
-    def apply(params, forward, batch, teacher, step, key):
-        return 2 * sign * forward.loss.mean(), {}
+    def apply(forward, batch, context):
+        return Term(2 * sign * forward.loss.mean())
 
-    return AuxLoss(init=lambda key, forward, batch: {}, apply=apply)
+    return AuxLoss(apply)

@@ -9,12 +9,14 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from diversedit_jax import models
+from diversedit_jax.api import Conditions, Model, Space
 from diversedit_jax.weights import dit as releases
 
 DATA = Path(__file__).parent / "data"
 CONFIG = json.loads((DATA / "sit_config.json").read_text())
 SHAPE = (CONFIG["input_size"], CONFIG["input_size"], CONFIG["in_channels"])
 NULL = CONFIG["num_classes"]
+SPACE = Space(SHAPE, Conditions.labels(NULL))
 OFFICIAL = json.loads((DATA / "official_config.json").read_text())
 
 
@@ -43,10 +45,10 @@ def params(name: str):
     return released(name, "sit", CONFIG["num_heads"])
 
 
-def model(skip: str, **options) -> models.Model:
+def model(skip: str, **options) -> Model:
     """Our model of the references' size; `skip` is `none` for sit_plain, `release` for sit_diversedit."""
     dims = {"depth": CONFIG["depth"], "width": CONFIG["hidden_size"], "heads": CONFIG["num_heads"]}
-    return models.make("dit", SHAPE, NULL, skip=skip, patch=CONFIG["patch_size"], **dims, **options)
+    return models.make("dit", SPACE, skip=skip, patch=CONFIG["patch_size"], **dims, **options)
 
 
 def official_numbers(name: str) -> dict[str, np.ndarray]:
@@ -60,10 +62,10 @@ def official_params(name: str):
     return released(name, name, OFFICIAL["num_heads"])
 
 
-def official_model() -> models.Model:
+def official_model() -> Model:
     """Our model of the official ones' size, with their 2 c output channels."""
     config = OFFICIAL
     dims = {"depth": config["depth"], "width": config["hidden_size"], "heads": config["num_heads"]}
     shape = (config["input_size"], config["input_size"], config["in_channels"])
     options = {"patch": config["patch_size"], "out_channels": 2 * config["in_channels"], **dims}
-    return models.make("dit", shape, config["num_classes"], **options)
+    return models.make("dit", Space(shape, Conditions.labels(config["num_classes"])), **options)

@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diversedit_jax import config as configs
+from diversedit_jax.api import Conditions, Space
 from diversedit_jax.data.digits import NUM_CLASSES, SHAPE
 from diversedit_jax.runs import build
 from diversedit_jax.training.checkpoint import Checkpoints
@@ -24,9 +25,10 @@ def randomly(shapes: Any, seed: int, scale: float) -> Any:
 def leave(workdir: Path, config: ConfigDict, steps: Mapping[int, Iterable[str]], scale: float) -> None:
     """A run of digits in `workdir`. steps: for each checkpoint the copies of parameters in it, such as `ema`."""
     configs.claim(workdir, config)
-    model = build.build(config, SHAPE, NUM_CLASSES).parts.model
+    space = Space(SHAPE, Conditions.labels(NUM_CLASSES))
+    model = build.build(config, space).components.model
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         for step, entries in steps.items():
             state = {entry: randomly(shapes, step + number, scale) for number, entry in enumerate(entries)}
-            checkpoints.save(step, state, {"shape": list(SHAPE), "num_classes": NUM_CLASSES})
+            checkpoints.save(step, state, build.to_json(space))

@@ -17,10 +17,9 @@ from absl import flags
 from diversedit_jax import config as configs
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models.dit import SIZES
-from diversedit_jax.runs import build
+from diversedit_jax.runs import trained
 from diversedit_jax.runtime import cli
 from diversedit_jax.runtime.versions import parameter_overview
-from diversedit_jax.training.checkpoint import Checkpoints
 from diversedit_jax.weights import dit as releases
 from diversedit_jax.weights.dit import FAMILIES
 from diversedit_jax.weights.formats.weights_file import write_safetensors
@@ -46,16 +45,14 @@ def describe(release: releases.Release, entries: dict[str, int]) -> str:
 
 def of_run(workdir: Path) -> tuple[releases.Release, dict[str, int]]:
     """The EMA weights of the last checkpoint of one of our runs."""
-    config = configs.load(workdir)
-    options = config.model
+    found = trained.of_run(workdir)
+    options, space = found.experiment.config.model, found.space
     size = SIZES[options.size]
     if options.skip not in ("none", "release") or (options.skip == "release" and options.skip_init == "identity"):
         raise ConfigError(f"no release has skips of the form {options.skip!r} with skip_init = {options.skip_init!r}")
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    meta = checkpoints.meta()
-    layout, parts, _, _ = build.build(config, tuple(meta["shape"]), meta["num_classes"])
-    params, _ = checkpoints.restore_part(build.abstract_params(parts.model, layout), "ema")
-    side, _, channels = meta["shape"]
+    params = found.load(found.steps[-1], "ema")
+    side, _, channels = space.shape
+    inputs = found.experiment.components.objective.inputs
     arch = releases.Architecture(
         depth=options.depth or size.depth,
         width=options.width or size.width,
@@ -63,12 +60,12 @@ def of_run(workdir: Path) -> tuple[releases.Release, dict[str, int]]:
         patch=options.patch,
         channels=channels,
         out_channels=2 * channels if options.name == "official_sit" else options.out_channels or channels,
-        num_classes=meta["num_classes"],
+        num_classes=space.conditions.classes,
         mlp_ratio=options.mlp_ratio,
         qk_norm=options.qk_norm,
         skip=options.skip == "release",
-        second_time=options.second_time,
-        token_width=options.token_width,
+        second_time="span" in inputs,
+        token_width=inputs.get("token", (None,))[0],
     )
     double = "official_sit" if options.name == "official_sit" else "official_dit"
     single = "meanflow_torch" if arch.second_time else "reg" if arch.token_width else "sit"

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diversedit_jax import registry
+from diversedit_jax import registry, sharding
 from diversedit_jax.api import Condition
 from diversedit_jax.data import Dataset
-from diversedit_jax.runs.build import Experiment
+from diversedit_jax.runs.build import Experiment, open_data, sample_shape
 
 
 class SampleSpec(NamedTuple):
@@ -29,6 +29,14 @@ class SampleSpec(NamedTuple):
     conditions: Callable[[str | None, int, int], Condition]
     experiment: Experiment
     data: Callable[[str], Dataset]
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> "SampleSpec":
+        """Of the samples of a run."""
+        codec, config = experiment.components.codec, experiment.config
+        shape = sample_shape(codec, codec.shape(experiment.space.shape))
+        batch = sharding.filled(config.sampler.batch_size)
+        return cls(shape, batch, experiment.conditions, experiment, partial(open_data, config))
 
 
 class Current(NamedTuple):

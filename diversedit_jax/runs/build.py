@@ -1,7 +1,7 @@
 """From a config to the components of a run. What a config can have wrong is found here, before anything compiles."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,12 +11,13 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from diversedit_jax import conditioning, sharding
 from diversedit_jax import config as configs
-from diversedit_jax import sharding
-from diversedit_jax.api import Codec, Conditions, Model, Params, Space
+from diversedit_jax.api import Codec, Condition, Conditions, Model, Params, Space
 from diversedit_jax.codecs import network_space, with_encoders
 from diversedit_jax.data import Dataset
-from diversedit_jax.errors import ConfigError
+from diversedit_jax.data.pipeline import stacked
+from diversedit_jax.errors import ConfigError, RunError
 from diversedit_jax.registry import in_range
 from diversedit_jax.runtime import flops
 from diversedit_jax.sampling import sampler
@@ -39,6 +40,11 @@ class Experiment(NamedTuple):
         options = configs.keywords(self.config.sampler, "config.sampler", sampler.make)
         return sampler.make(*self.sampled(), **options)
 
+    def conditions(self, rule: str | None, num: int, seed: int) -> Condition:
+        """The stored conditions of `num` samples, by a rule of `conditioning.RULES`."""
+        held = partial(held_out, partial(open_data, self.config))
+        return conditioning.chosen(rule, num, self.space.conditions, seed, held)
+
     def sampled(self) -> tuple:
         """What `sampler.make` needs besides its options."""
         parts = self.components
@@ -55,6 +61,18 @@ def open_data(config: ConfigDict, split: str = "train") -> Dataset:
             f"set --config.codec.scale={dataset.scale}"
         )
     return dataset
+
+
+def held_out(data: Callable[[str], Dataset], num: int) -> Condition:
+    """The conditions of the first `num` held-out examples, in turn if there are fewer.
+
+    data: split -> data set. Without a test split training examples are taken.
+    """
+    try:
+        source = data("test").source
+    except RunError:
+        source = data("train").source
+    return stacked([source[number % len(source)]["y"] for number in range(num)])
 
 
 def build(config: ConfigDict, space: Space, devices: Sequence[jax.Device] | None = None) -> Experiment:

@@ -33,6 +33,7 @@ from diversedit_jax.runs.build import (
     components_of,
     from_json,
     frozen_weights,
+    held_out,
     on_this_machine,
     open_data,
     sample_shape,
@@ -82,16 +83,6 @@ class Trained(NamedTuple):
     def conditions(self, rule: str | None, num: int, seed: int) -> Condition:
         """The conditions of `num` samples, by a rule of `conditioning.RULES`."""
         return conditioning.chosen(rule, num, self.space.conditions, seed, partial(held_out, self.data))
-
-
-def held_out(data: Callable[[str], Dataset], num: int) -> Condition:
-    """The conditions of the first `num` held-out examples, in turn if there are fewer; of training ones without a test
-    split."""
-    try:
-        source = data("test").source
-    except RunError:
-        source = data("train").source
-    return stacked([source[number % len(source)]["y"] for number in range(num)])
 
 
 def of_run(

@@ -20,10 +20,11 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from diversedit_jax.analysis import measure, study
-from diversedit_jax.analysis import subject as subjects
 from diversedit_jax.analysis.measure import TOKENS, Estimator, Settings
 from diversedit_jax.config import slot
 from diversedit_jax.metrics import similarity
+from diversedit_jax.runs import build
+from diversedit_jax.runs.build import Experiment
 from diversedit_jax.runtime import cli
 from diversedit_jax.runtime.cli import silence
 from diversedit_jax.runtime.versions import versions
@@ -38,18 +39,18 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
 
 
-def subject_of(config: ConfigDict) -> tuple[subjects.Subject, dict]:
+def subject_of(config: ConfigDict) -> tuple[Experiment, dict]:
     """The network of a config and random parameters for it."""
     config.data, config.codec = slot("data", "synthetic"), slot("codecs", "pixels")
     config.encoders, config.losses = ConfigDict(), ConfigDict()
-    subject = subjects.of_config(config, (32, 32, 4), 1000)
+    experiment = build.build(build.on_this_machine(config), build.open_data(config).space)
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(subject.parts.model.init, jax.random.key(0))
+    shapes = jax.eval_shape(experiment.components.model.init, jax.random.key(0))
 
     def random(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         return jnp.asarray(rng.standard_normal(leaf.shape, np.float32) * np.float32(0.02))
 
-    return subject, jax.tree.map(random, shapes)
+    return experiment, {"params": jax.tree.map(random, shapes)}
 
 
 def main() -> None:
@@ -57,16 +58,16 @@ def main() -> None:
     given = flags.FLAGS
     silence()
     with given.config.unlocked():
-        subject, params = subject_of(given.config)
+        experiment, learned = subject_of(given.config)
     settings = Settings(num=given.count, batch=given.batch)
     with_weights = peak()
-    shown = measure.batches(subject.data("test"), settings, subject.layout)
-    ready = measure.compiled(subject, settings._replace(num=given.num))  # keeps as few tokens of each as for all
+    shown = measure.batches(build.open_data(experiment.config, "test"), settings, experiment.layout)
+    ready = measure.compiled(experiment, settings._replace(num=given.num))  # keeps as few tokens of each as for all
     begin = time.perf_counter()
-    measure.measure(ready, params, shown[:1], 0.05)
+    measure.measure(ready, learned, {}, shown[:1], 0.05)
     compiled = time.perf_counter() - begin
     begin = time.perf_counter()
-    found = measure.measure(ready, params, shown, 0.05)
+    found = measure.measure(ready, learned, {}, shown, 0.05)
     seconds = (time.perf_counter() - begin) / len(shown)
     passing = peak()
     print(f"{given.count} images: peak {passing:.2f} GB, {seconds:.1f} s for a batch of {given.batch}", flush=True)
@@ -95,7 +96,7 @@ def main() -> None:
             "blocks": blocks,
             "width": width,
             "tokens": 256,
-            "parameters": sum(x.size for x in jax.tree.leaves(params)),
+            "parameters": sum(x.size for x in jax.tree.leaves(learned)),
         },
         "measured": {
             "images": given.count,

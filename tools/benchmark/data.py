@@ -47,7 +47,7 @@ AMOUNTS = {"latents": (256, 64), "crops": (16, 32), "config.data": (256, 64)}
 
 def need(config: ConfigDict, pod: tpu.Slice, mfu: float) -> float:
     """Images that a host must read in a second, while the chips train a config at this part of their peak."""
-    work = random_run.build(config).work() / config.batch_size
+    work = random_run.make(config).work() / config.batch_size
     return pod.peak * mfu / work / pod.hosts
 
 

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diversedit_jax.api import AuxLoss
+from diversedit_jax.api import AuxLoss, Context
+from diversedit_jax.codecs import encoded, null_condition
 from diversedit_jax.errors import ConfigError
 from tools.benchmark import random_run, timing, variants
 from tools.benchmark.timing import spread_of
@@ -24,17 +25,20 @@ AT_LEAST = 0.2  # seconds that a timing takes
 
 def inputs(run: random_run.Run) -> tuple[Any, Any]:
     """What a loss reads, random: the batch as the network gets it, and the result of the objective."""
-    parts, key = run.experiment.parts, jax.random.key(0)
+    parts, key = run.experiment.components, jax.random.key(0)
 
     def forward(params: Any, frozen: Any, batch: Any) -> tuple[Any, Any]:
-        prepared = parts.codec.encode(frozen, batch, key)
-        return prepared, parts.objective(parts.model.network(params), prepared, key)
+        prepared = encoded(parts.codec, frozen, batch, key)
+        null = null_condition(parts.codec, frozen, parts.null)
+        return prepared, parts.objective.apply(parts.model.network(params), prepared, Context(key, null))
 
     rng = np.random.default_rng(0)
 
     def random(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jnp.integer):
-            return jnp.asarray(rng.integers(max(run.num_classes, 1), size=leaf.shape), leaf.dtype)
+            return jnp.asarray(
+                rng.integers(max(run.experiment.space.conditions.classes or 1, 1), size=leaf.shape), leaf.dtype
+            )
         return jnp.asarray(rng.standard_normal(leaf.shape, np.float32), leaf.dtype)
 
     params = jax.eval_shape(parts.model.init, key)
@@ -45,12 +49,13 @@ def inputs(run: random_run.Run) -> tuple[Any, Any]:
 def subject(run: random_run.Run, aux: AuxLoss, prepared: Any, forward: Any, steps: int | None) -> timing.Subject:
     """A loss, compiled with its gradient with respect to the features and its own parameters."""
     key = jax.random.key(1)
-    heads = aux.init(key, forward, prepared)
+    heads = aux.init(key, forward, prepared) if aux.init else {}
     weights = run.params()  # of a teacher, where there is one
 
     def value(features: Any, heads: Any, forward: Any, prepared: Any, weights: Any) -> jax.Array:
-        teacher = run.experiment.parts.model.network(weights)
-        return aux.apply(heads, forward._replace(features=features), prepared, teacher, jnp.int32(0), key)[0]
+        teacher = run.experiment.components.model.network(weights)
+        context = Context(key, step=jnp.int32(0), params=heads, teacher=teacher)
+        return aux.apply(forward._replace(features=features), prepared, context).loss
 
     given = (forward.features, heads, forward, prepared, weights)
     begin = time.monotonic()
@@ -87,9 +92,9 @@ def main(given: Any) -> tuple[dict[str, Any], str]:
     """The figures of a benchmark with these flags, and their table."""
     subjects: dict[str, timing.Subject] = {}
     for name, config in variants.of_flags().items():
-        run = random_run.build(config)
+        run = random_run.make(config)
         prepared, forward = inputs(run)
-        for label, aux in run.experiment.parts.losses.items():
+        for label, aux in run.experiment.components.losses.items():
             timing.say(f"compiling {label} of {name}")
             with random_run.traced():
                 subjects[f"{name}: {label}"] = subject(run, aux, prepared, forward, given.steps)

@@ -20,8 +20,9 @@ from ml_collections import ConfigDict
 from diversedit_jax import config as configs
 from diversedit_jax import sharding
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.runs import build as experiment
-from diversedit_jax.training.step import State, initializer
+from diversedit_jax.runs import build
+from diversedit_jax.runs.build import Experiment
+from diversedit_jax.training.step import TRAINED, State, initializer
 from tools.benchmark import stand_ins, torch_twin
 from tools.benchmark.timing import say
 
@@ -31,13 +32,15 @@ NOISE = 0.02  # standard deviation of what is added to each weight
 class Run(NamedTuple):
     """A config, built on the devices of this machine."""
 
-    config: ConfigDict
-    shape: tuple[int, int, int]
-    num_classes: int
-    experiment: experiment.Experiment
+    experiment: Experiment
     init: Callable[[jax.Array], State]
     frozen: Any
     batch: dict[str, jax.Array]
+
+    @property
+    def config(self) -> ConfigDict:
+        """What was built."""
+        return self.experiment.config
 
     @property
     def shardings(self) -> Any:
@@ -46,9 +49,8 @@ class Run(NamedTuple):
 
     def work(self) -> int:
         """The FLOPs of a training step. ConfigError where it cannot be traced."""
-        parts, abstract = self.experiment.parts, jax.eval_shape(self.init, jax.random.key(0))
         with traced():
-            return experiment.work(self.config, parts, self.shape, self.num_classes, abstract, self.batch)
+            return build.work(self.experiment, jax.eval_shape(self.init, jax.random.key(0)), self.batch)
 
     def state(self) -> State:
         """A training state, made anew at each call."""
@@ -68,23 +70,23 @@ def traced() -> Iterator[None]:
         raise ConfigError(f"the config cannot be traced: {error}") from error
 
 
-def build(config: ConfigDict) -> Run:
+def make(config: ConfigDict) -> Run:
     """The run of a config; ConfigError for what cannot work."""
     config = configs.copied(config)
-    shape, num_classes = stand_ins.shapes(config)
+    space = stand_ins.space(config)
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         fill = partial(_noise, rng)
         stand_ins.take_their_places(config, Path(folder), say, fill)
-        built = experiment.build(config, shape, num_classes)
-        frozen = experiment.prepared(built.parts.codec, built.layout)
-    stored = {name: _values(rng, name, x, num_classes) for name, x in stand_ins.stored(config, shape).items()}
+        built = build.build(config, space)
+        frozen = build.frozen_weights(built.components.codec, built.layout)
+    stored = jax.tree.map(partial(_values, rng, space.conditions.classes), stand_ins.stored(config, space))
     batch = jax.device_put(stored, sharding.over_batch(built.layout))
-    new = initializer(built.parts, batch)
+    new = initializer(built.components, batch)
 
     def init(key: jax.Array) -> State:
         state = new(key)
-        trained = {"params": state["params"], "losses": state["losses"]}
+        trained = {name: state[name] for name in TRAINED}
         leaves, structure = jax.tree.flatten(trained)
         noisy = [
             leaf + NOISE * jax.random.normal(jax.random.fold_in(key, i), leaf.shape, leaf.dtype)
@@ -93,17 +95,17 @@ def build(config: ConfigDict) -> Run:
         trained = jax.tree.unflatten(structure, noisy)
         return state | trained | {"ema": jax.tree.map(jnp.copy, trained["params"])}
 
-    return Run(config, shape, num_classes, built, init, frozen, batch)
+    return Run(built, init, frozen, batch)
 
 
 def _noise(rng: np.random.Generator, shape: tuple[int, ...], dtype) -> np.ndarray:
     return (NOISE * rng.standard_normal(shape, np.float32)).astype(dtype)
 
 
-def _values(rng: np.random.Generator, name: str, like: jax.ShapeDtypeStruct, num_classes: int) -> np.ndarray:
+def _values(rng: np.random.Generator, classes: int | None, like: jax.ShapeDtypeStruct) -> np.ndarray:
     """Random values for an array of a stored batch: labels, bytes of images, moments (standard deviations too) or x."""
-    if name == "y":
-        return rng.integers(max(num_classes, 1), size=like.shape, dtype=like.dtype)
+    if like.dtype == np.int32:
+        return rng.integers(max(classes or 1, 1), size=like.shape, dtype=like.dtype)
     if like.dtype == np.uint8:
         return rng.integers(256, size=like.shape, dtype=like.dtype)
     return np.abs(rng.standard_normal(like.shape, np.float32)).astype(like.dtype)
@@ -115,9 +117,7 @@ def in_torch(run: Run, kind: str, batch: Mapping[str, Any]) -> torch_twin.Twin:
     say("compiling PyTorch's")
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     batch = {name: np.asarray(values) for name, values in batch.items()}
-    job = torch_twin.job_of(
-        run.config, run.shape, run.num_classes, run.params(), batch, kind, device=device, threads=os.cpu_count()
-    )
+    job = torch_twin.job_of(run.experiment, run.params(), batch, kind, device=device, threads=os.cpu_count())
     twin = torch_twin.Twin(job)
     if not twin.facts["compile"]:
         say(f"torch.compile does not work here: {twin.facts['why_not']}")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from diversedit_jax.sampling import sampler
+from diversedit_jax import conditioning
 from tools.benchmark import random_run, timing, variants
 from tools.benchmark.timing import spread_of
 
@@ -20,7 +20,7 @@ from tools.benchmark.timing import spread_of
 def subject(run: random_run.Run) -> timing.Subject:
     """The sampler of a run, after its first batch."""
     labels = labels_of(run)
-    work = partial(run.experiment.sample, run.params(), run.frozen, labels, 0)
+    work = partial(run.experiment.sampler(), run.params(), run.frozen, labels, 0)
     begin = time.perf_counter()
     work()
     facts = {"first_s": time.perf_counter() - begin}
@@ -29,7 +29,7 @@ def subject(run: random_run.Run) -> timing.Subject:
 
 def labels_of(run: random_run.Run) -> np.ndarray:
     """The labels of a batch."""
-    return sampler.labels_by("balanced", run.config.sampler.batch_size, run.num_classes, 0)
+    return conditioning.labels("balanced", run.config.sampler.batch_size, run.experiment.space.conditions.classes, 0)
 
 
 def torch_subject(run: random_run.Run, stack: contextlib.ExitStack) -> tuple[str, timing.Subject]:
@@ -62,7 +62,7 @@ def main(given: Any) -> tuple[dict[str, Any], str]:
     with contextlib.ExitStack() as stack:
         for name, config in variants.of_flags().items():
             timing.say(f"first batch of {name}")
-            run = random_run.build(config)
+            run = random_run.make(config)
             subjects[name] = subject(run)
             if given.vs and len(subjects) == 1:
                 theirs, one = torch_subject(run, stack)

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from diversedit_jax import registry
+from diversedit_jax.api import Conditions, Space
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import vit
 from diversedit_jax.runs import build
@@ -26,25 +28,25 @@ ENCODERS = {
 }
 
 
-def shapes(config: ConfigDict) -> tuple[tuple[int, int, int], int]:
-    """The shape of a sample and the number of classes; where data cannot be made here those of ImageNet's latents."""
+def space(config: ConfigDict) -> Space:
+    """Where the examples of a config live; where its data cannot be opened here, that of ImageNet's latents."""
     options = registry.options(registry.factory("data", config.data.name)).values()
     if all(option.default is not option.empty for option in options):
-        dataset = build.open_data(config)
-        return dataset.shape, dataset.num_classes
-    return tuple(config.data.get("shape") or (32, 32, 4)), config.data.get("num_classes") or 1000
+        return build.open_data(config).space
+    classes = config.data.get("num_classes") or 1000
+    return Space(tuple(config.data.get("shape") or (32, 32, 4)), Conditions.labels(classes))
 
 
-def stored(config: ConfigDict, shape: tuple[int, int, int]) -> dict[str, jax.ShapeDtypeStruct]:
+def stored(config: ConfigDict, space: Space) -> dict[str, Any]:
     """A batch as the data of the config would give it, without its values."""
-    h, w, c = shape
+    *sides, c = space.shape
     if config.data.get("cached"):
         raise ConfigError("config.data.cached: the shapes of stored features are not known without the data")
     moments = config.codec.name == "vae"
-    values = {"moments": ((h, w, 2 * c), np.float16)} if moments else {"x": (shape, np.float32)}
-    values |= {"image": ((8 * h, 8 * w, 3), np.uint8)} if config.data.get("image") else {}
-    values["y"] = ((), np.int32)
-    return {name: jax.ShapeDtypeStruct((config.batch_size, *of), dtype) for name, (of, dtype) in values.items()}
+    one = {"moments": np.empty((*sides, 2 * c), np.float16)} if moments else {"x": np.empty(space.shape, np.float32)}
+    one |= {"image": np.empty((*(8 * side for side in sides), 3), np.uint8)} if config.data.get("image") else {}
+    one |= {"y": space.conditions.null}
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((config.batch_size, *np.shape(x)), np.asarray(x).dtype), one)
 
 
 def take_their_places(

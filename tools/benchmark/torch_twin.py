@@ -1,6 +1,6 @@
 """Our training step and our sampler in PyTorch, in a process of its own, for a benchmark that times both in turn.
 
-    with Twin(job_of(config, shape, num_classes, params, batch, "train")) as twin:
+    with Twin(job_of(experiment, params, batch, "train")) as twin:
         seconds = twin.run(10)
 
 The process runs `torch_sit`, which says how its step is written. This one never imports torch: its CUDA libraries and
@@ -26,9 +26,11 @@ from ml_collections import ConfigDict
 
 from diversedit_jax.api import Params
 from diversedit_jax.diffusion import solvers
+from diversedit_jax.diffusion.paths import PATHS
 from diversedit_jax.errors import ConfigError, RunError
 from diversedit_jax.losses import diversity
 from diversedit_jax.models import dit
+from diversedit_jax.runs.build import Experiment
 from diversedit_jax.weights import dit as releases
 from diversedit_jax.weights.dit_names import Architecture
 
@@ -47,8 +49,6 @@ KNOWN = {
     "model.dtype": ("float32", "bfloat16"),
     "model.stream_dtype": ("float32", "bfloat16"),
     "model.capture": ("merged",),
-    "model.second_time": (False,),
-    "model.token_width": (None,),
     "objective.name": ("flow_matching",),
     "objective.path": ("linear",),
     "objective.prediction": ("velocity",),
@@ -163,9 +163,7 @@ class Twin:
 
 
 def job_of(
-    config: ConfigDict,
-    shape: tuple[int, int, int],
-    num_classes: int,
+    experiment: Experiment,
     params: Params,
     batch: Mapping[str, np.ndarray],
     kind: str,
@@ -176,10 +174,11 @@ def job_of(
 ) -> dict[str, Any]:
     """What a config does, as plain data for `Twin`; ConfigError names what it cannot do.
 
-    shape, num_classes: as `experiment.build` takes them. params: of our model. batch: for kind `train` `moments`
-    [b h w 2c] or `x` [b h w c], and `y`; for `sample` the labels `y`. device: `cpu` or `cuda`. threads: of PyTorch on
-    the CPU, by default as many as it takes. compile: by torch.compile.
+    params: of our model. batch: for kind `train` `moments` [b h w 2c] or `x` [b h w c], and `y`; for `sample` the
+    labels `y`. device: `cpu` or `cuda`. threads: of PyTorch on the CPU, by default as many as it takes. compile: by
+    torch.compile.
     """
+    config, (shape, conditions) = experiment.config, experiment.space
     if kind not in ("train", "sample"):
         raise ConfigError(f"kind = {kind!r}: must be train or sample")
     _check(config, "", KNOWN | (KNOWN_TRAINING if kind == "train" else KNOWN_SAMPLING))
@@ -201,7 +200,7 @@ def job_of(
         patch,
         channels=shape[-1],
         out_channels=shape[-1],
-        num_classes=num_classes,
+        num_classes=conditions.classes,
         mlp_ratio=config.model.mlp_ratio,
         qk_norm=config.model.qk_norm,
         skip=config.model.skip == "release",
@@ -215,7 +214,7 @@ def job_of(
         "network": {
             "grid": (shape[0] // patch, shape[1] // patch),
             "channels": shape[-1],
-            "classes": num_classes,
+            "classes": conditions.classes,
             "depth": depth,
             "width": width,
             "heads": heads,
@@ -225,7 +224,7 @@ def job_of(
             "skip": arch.skip,
             "stream_dtype": config.model.stream_dtype,
         },
-        "positions": dit.position_table(shape, patch, width),
+        "positions": dit.position_table((shape[0] // patch, shape[1] // patch), width),
         "params": releases.export(jax.device_get(params), "sit", arch),
         "batch": {name: np.asarray(batch[name]) for name in inputs},
     }
@@ -243,7 +242,7 @@ def _training(config: ConfigDict, depth: int) -> dict[str, Any]:
         },
         "clip": inf if optim.clip is None else optim.clip,
         "ema_decay": config.ema_decay,
-        "label_drop": config.objective.label_drop,
+        "label_drop": config.objective.condition_drop,
         "scale": config.codec.get("scale", 1.0),
         "bias": config.codec.get("bias", 0.0),
         "diversity": _diversity(config.losses, depth),
@@ -280,7 +279,7 @@ def _diversity(losses: ConfigDict, depth: int) -> dict[str, Any] | None:
 def _sampling(config: ConfigDict) -> dict[str, Any]:
     """The part of a job that is about sampling alone; times and interval as our sampler compares them, in float32."""
     options = config.sampler
-    times = solvers.sde_times(options.steps, "linear", "velocity", "sigma", "mean", options.last_step)
+    times = solvers.sde_times(options.steps, PATHS["linear"], "velocity", "sigma", "mean", options.last_step)
     interval = np.asarray(options.guidance_interval, np.float32).tolist()
     times = times.astype(np.float32).tolist()
     return {"sampler": {"times": times, "cfg_scale": float(options.cfg_scale), "interval": interval}}

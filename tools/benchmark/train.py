@@ -28,7 +28,7 @@ AT_LEAST = 0.5  # seconds that a timing takes
 
 def subject(run: random_run.Run, steps: int | None) -> timing.Subject:
     """The compiled step of a run and its state. steps: in one timing; None: as many as take half a second."""
-    parts, layout = run.experiment.parts, run.experiment.layout
+    parts, layout = run.experiment.components, run.experiment.layout
     outputs = (run.shardings, sharding.replicated(layout))
     key = jax.device_put(jax.random.key(1), sharding.replicated(layout))
     work, state = run.work(), run.state()
@@ -103,7 +103,7 @@ def main(given: Any) -> tuple[dict[str, Any], str]:
     with contextlib.ExitStack() as stack:
         for name, config in variants.of_flags().items():
             timing.say(f"compiling {name}")
-            run = random_run.build(config)
+            run = random_run.make(config)
             subjects[name] = subject(run, given.steps)
             if given.vs and len(subjects) == 1:
                 twin = stack.enter_context(random_run.in_torch(run, "train", run.batch))

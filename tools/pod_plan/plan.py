@@ -105,24 +105,26 @@ def compiled(plan: Plan, programs: Sequence[str], say: Callable[[str], None]) ->
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except Exception as error:  # of no one kind
         raise ConfigError(f"--topology={name}: the compiler refuses it: {error}".splitlines()[0]) from error
-    shape, num_classes = stand_ins.shapes(config)
+    space = stand_ins.space(config)
     with tempfile.TemporaryDirectory() as folder:
         stand_ins.take_their_places(config, Path(folder), say)
-        layout, parts, sample, _ = build.build(config, shape, num_classes, devices=devices)
-        frozen = jax.eval_shape(parts.codec.init)
+        experiment = build.build(config, space, devices=devices)
+        frozen = jax.eval_shape(experiment.components.codec.init)
+    layout, parts = experiment.layout, experiment.components
     parts = parts._replace(codec=parts.codec._replace(init=lambda: frozen))
+    experiment = experiment._replace(components=parts)
     frozen = sharding.placed(frozen, sharding.shardings(frozen, layout))
-    batch = {
-        key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.over_batch(layout))
-        for key, x in stand_ins.stored(config, shape).items()
-    }
+    over_batch = sharding.over_batch(layout)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=over_batch), stand_ins.stored(config, space)
+    )
     key = jax.eval_shape(jax.random.key, 0)
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(layout))
     init = initializer(parts, batch)
     abstract = jax.eval_shape(init, key)
     where = sharding.shardings(abstract, layout)
     state = sharding.placed(abstract, where)
-    count = partial(build.work, config, parts, shape, num_classes, abstract, batch)
+    count = partial(build.work, experiment, abstract, batch)
     found = {
         "device_kind": devices[0].device_kind,
         "mesh": {axis: size for axis, size in layout.mesh.shape.items() if size > 1},
@@ -142,7 +144,7 @@ def compiled(plan: Plan, programs: Sequence[str], say: Callable[[str], None]) ->
     lowered = {
         "train": train,
         "init": lambda: jax.jit(init, out_shardings=where).lower(key),
-        "sample": lambda: sample.lower(state["ema"], frozen),
+        "sample": lambda: experiment.sampler().lower(state["ema"], frozen),
         "checksum": lambda: checksums.checksum.lower(max(jax.tree.leaves(state), key=lambda leaf: leaf.size)),
     }
     for name in programs:

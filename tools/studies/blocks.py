@@ -18,10 +18,10 @@ from ml_collections import ConfigDict
 
 from configs import digits
 from diversedit_jax import analyze, train
-from diversedit_jax.analysis import subject
 from diversedit_jax.analysis.measure import Settings
 from diversedit_jax.config import slot
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.runs import trained
 from diversedit_jax.runtime import cli
 from diversedit_jax.runtime.progress import duration
 
@@ -87,7 +87,7 @@ def main() -> None:
             workdir = out / "runs" / f"{name}_{seed}"
             print(f"--- {label}, seed {seed}", flush=True)
             train.run(config_of(change, seed), workdir)
-            found.append(subject.of_run(workdir, label))
+            found.append(trained.of_run(workdir)._replace(label=label))
     analyze.run(found, out, Settings())
     print(f"done in {duration(time.monotonic() - started)}")
 

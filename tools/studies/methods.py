@@ -25,16 +25,20 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from configs import digits as digits_config
+from diversedit_jax import config as configs
 from diversedit_jax import sharding
+from diversedit_jax.analysis.features import features
 from diversedit_jax.config import slot
 from diversedit_jax.data import digits, pipeline
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.evaluators import SampleSpec
 from diversedit_jax.metrics.similarity import cka, off_diagonal_mean
-from diversedit_jax.registry import suggestion
+from diversedit_jax.registry import one_of
 from diversedit_jax.runs import build
 from diversedit_jax.runtime import cli
 from diversedit_jax.runtime.cli import silence
 from diversedit_jax.runtime.versions import versions
+from diversedit_jax.sampling.sampler import Sampler
 from diversedit_jax.training.step import initializer, train_step
 from tools.studies import digits_encoder
 
@@ -87,14 +91,12 @@ def dispersive(config: ConfigDict) -> None:
 def reg(config: ConfigDict) -> None:
     """The class token of the small encoder beside the image, and the alignment to it."""
     encoder(config)
-    config.model.token_width = digits_encoder.WIDTH
-    config.objective = slot("objectives", "reg", time="logit_normal")
+    config.objective = slot("objectives", "reg", width=digits_encoder.WIDTH, time="logit_normal")
     config.losses.repa = slot("losses", "repa", block=2, width=128, class_token=True)
 
 
 def mean_flow(config: ConfigDict) -> None:
     """One step of sampling, guidance trained in."""
-    config.model.second_time = True
     config.objective = slot("objectives", "mean_flow", kappa=1 / 3)  # a scale of 1.5, as the others sample with
     config.sampler.update({"solver": "mean_flow", "steps": 1, "cfg_scale": 1.0})
 
@@ -130,8 +132,8 @@ COLUMNS = {  # of the table: (title, digits)
 class Method(NamedTuple):
     """A row, compiled once for all seeds."""
 
-    config: ConfigDict
     built: build.Experiment
+    sampler: Sampler
     frozen: Any
     init: Callable
     step: Callable
@@ -146,12 +148,13 @@ def prepare(changes: tuple[Callable[[ConfigDict], None], ...]) -> Method:
     config.total_steps, config.batch_size = STEPS.value, BATCH.value
     for change in changes:
         change(config)
-    built = build.build(config, digits.SHAPE, digits.NUM_CLASSES)
+    built = build.build(config, build.open_data(config).space)
     batch = next(batches(config, 0))
-    init = jax.jit(initializer(built.parts, batch), compiler_options=ONCE)
-    step = jax.jit(partial(train_step, built.parts), donate_argnums=0)
-    judge = build.evaluators(config, built.parts, digits.SHAPE, digits.NUM_CLASSES)["digits"]
-    return Method(config, built, build.prepared(built.parts.codec, built.layout), init, step, judge)
+    init = jax.jit(initializer(built.components, batch), compiler_options=ONCE)
+    step = jax.jit(partial(train_step, built.components), donate_argnums=0)
+    judge = configs.make("evaluators", config.evaluators.digits, "config.evaluators.digits", SampleSpec.of(built))
+    frozen = build.frozen_weights(built.components.codec, built.layout)
+    return Method(built, built.sampler(), frozen, init, step, judge)
 
 
 def batches(config: ConfigDict, seed: int):
@@ -171,20 +174,16 @@ def velocity_error(metrics: dict[str, jax.Array]) -> float:
 
 def similarity(method: Method, params: Any) -> float:
     """The mean linear CKA of two different blocks: tokens of 64 held-out digits at t = 1/4, 1/2 and 3/4."""
-    test = build.open_data(method.config, "test")
-    examples = [test.source[i] for i in range(64)]
-    batch = {key: jnp.stack([example[key] for example in examples]) for key in examples[0]}
+    test = build.open_data(method.built.config, "test")
+    batch = pipeline.stacked([test.source[i] for i in range(64)])
     key = jax.random.key(0)
 
     @partial(jax.jit, compiler_options=ONCE)
     def mean(params, frozen):
-        network = method.built.parts.model.network(params)
-        prepared = method.built.parts.codec.encode(frozen, batch, key)
-        forward = method.built.parts.objective(network, prepared, key)
         found = []
         for t in (0.25, 0.5, 0.75):
-            _, features = forward.rerun(network, jnp.full(len(batch["y"]), t))
-            found.append(off_diagonal_mean(cka([f.reshape(-1, f.shape[-1]) for f in features[1:]])))
+            stack = features(method.built, {"params": params}, frozen, batch, t, key, False)
+            found.append(off_diagonal_mean(cka([block.reshape(-1, block.shape[-1]) for block in stack])))
         return jnp.mean(jnp.stack(found))
 
     return float(mean(params, method.frozen))
@@ -193,7 +192,7 @@ def similarity(method: Method, params: Any) -> float:
 def train(methods: dict[str, Method], seed: int) -> dict[str, dict[str, float]]:
     """Train all rows with one seed, in turn, and judge them."""
     key_init, key_run = jax.random.split(jax.random.key(seed))
-    loaders = {name: batches(method.config, seed) for name, method in methods.items()}
+    loaders = {name: batches(method.built.config, seed) for name, method in methods.items()}
     states = {name: method.init(key_init) for name, method in methods.items()}
     errors, seconds = {name: [] for name in methods}, {name: [] for name in methods}
     for begin in range(0, STEPS.value, CHUNK.value):
@@ -213,7 +212,7 @@ def train(methods: dict[str, Method], seed: int) -> dict[str, dict[str, float]]:
     for name, method in methods.items():
 
         def generate(labels: np.ndarray, method=method, ema=states[name]["ema"]) -> np.ndarray:
-            return method.built.sample(ema, method.frozen, labels, seed)
+            return method.sampler(ema, method.frozen, labels, seed)
 
         scores = dict(method.judge(generate))
         results[name] = {
@@ -254,8 +253,7 @@ def main() -> None:
     if stored["flags"] != asked:
         raise ConfigError(f"{out} holds another comparison ({stored['flags']}): remove it, or give its flags")
     for name in names:
-        if name not in ROWS:
-            raise ConfigError(f"unknown row {name!r}; {suggestion(name, ROWS)}")
+        one_of("--only", name, ROWS)
     todo = [seed for seed in range(SEEDS.value) if str(seed) not in stored["seeds"]]
     with tempfile.TemporaryDirectory() as folder:
         ENCODER["file"] = f"{folder}/encoder.safetensors"
