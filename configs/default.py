@@ -64,6 +64,6 @@ def get_config() -> ConfigDict:
         }
     )
     config.sampler = options(sampler.make)  # of the images below, of evaluators, and the default of sample.py
-    config.samples = ConfigDict({"every": 10_000, "num": 64})  # a grid of images; every = 0: at the end only
+    config.samples = ConfigDict({"every": 10_000, "num": 64})  # a grid of images; every = 0: at the end; num = 0: none
     config.evaluators = ConfigDict()  # label -> slot("evaluators", name), each with its own `every`
     return config

@@ -23,7 +23,7 @@ Examples:
   bash launch/gke.sh create --dry_run
   bash launch/gke.sh image && bash launch/gke.sh run -- --config.total_steps=400_000
   NUM_SLICES=2 bash launch/gke.sh run -- --config.mesh.data=2 --config.mesh.fsdp=-1
-  WORKLOAD=sit-b2 WORKDIR=runs/sit_b2 bash launch/gke.sh run -- configs/sit_b2.py
+  WORKLOAD=sit-b2 WORKDIR=runs/sit_b2 bash launch/gke.sh run -- configs/sit.py:b2
 USAGE
 }
 

@@ -16,7 +16,7 @@ FLAGS go to diversedit_jax.train. A relative WORKDIR lies in the checkout.
 
 Examples:
   bash launch/gpu_node.sh run -- --config.data.data_dir=/data/latents
-  tmux new -d -s train bash launch/gpu_node.sh run -- configs/sit_b2.py --workdir=/data/runs/sit_b2
+  tmux new -d -s train bash launch/gpu_node.sh run -- configs/sit.py:b2 --workdir=/data/runs/sit_b2
   CUDA_VISIBLE_DEVICES=0 bash launch/gpu_node.sh run -- configs/digits.py --workdir=runs/digits
 USAGE
 }

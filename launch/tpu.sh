@@ -29,7 +29,7 @@ unless they are among them. --dry_run prints every command and runs none.
 Examples:
   bash launch/tpu.sh up -- --config.total_steps=400_000
   bash launch/tpu.sh up --dry_run
-  WORKDIR=runs/sit_b2 bash launch/tpu.sh run -- configs/sit_b2.py --config.batch_size=512
+  WORKDIR=runs/sit_b2 bash launch/tpu.sh run -- configs/sit.py:b2 --config.batch_size=512
   bash launch/tpu.sh logs --worker=all
   bash launch/tpu.sh stop && bash launch/tpu.sh delete
 USAGE

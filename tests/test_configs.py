@@ -16,36 +16,44 @@ from configs import default
 from diversedit_jax import config as configs
 from diversedit_jax.data import pipeline
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.runs import build as experiment
+from diversedit_jax.runs import build
+from diversedit_jax.runtime.files import flat
 from diversedit_jax.sampling import sampler
-from diversedit_jax.training import optimizer as optim
+from diversedit_jax.training import optimizer
 from diversedit_jax.training.step import initializer, train_step
 from tests import ROOT
 from tests.data.test_latents import write
 from tests.reference import DATA
 
-NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
-# By default one size of a recipe, at one resolution, and of each kind the largest: tracing takes seconds. What a recipe
-# holds alone, that with DiverseDiT holds too.
-LARGE = [("diversedit_xl2", "512"), ("dit_xl2", None)]
-ALONE = ("default", "repa_b2", "repa_multi_b2", "sra_b2", "disp_b2", "disp_diversedit_b2", "mean_flow_b2")
-VARIANTS = [
-    pytest.param(
-        name,
-        variant,
-        marks=[pytest.mark.slow]
-        * (((variant is not None or size in ("l2", "xl2")) and (name, variant) not in LARGE) or name in ALONE),
-    )
-    for name, size in ((name, name.split("_")[-1]) for name in NAMES)
-    for variant in (None, "512")
-    if variant is None or name not in ("default", "digits", "photos", "repa_multi_b2")
+NAMES = sorted({path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__", "variants"})
+RECIPES = ("sit", "diversedit", "repa", "sra", "disp", "mean_flow")  # in all sizes
+# By default the largest of each kind; the others differ in a size or lack a loss. Tracing takes seconds.
+CHOSEN = ["diversedit:xl2,512", "dit:", "sit:b2", "diversedit:b2", "repa:l2,diversedit", "repa:dinov2@5,mae@10"]
+CHOSEN += [
+    "disp:b2,diversedit,sra",
+    "disp:xl2",
+    "sra:xl2,512",
+    "mean_flow:xl2,diversedit",
+    "reg:b2",
+    "digits:",
+    "photos:",
 ]
-VARIANTS += [("repa_multi_b2", "dinov2@5,mae@10")]
-MILLIONS = {"sit_b2": 130.30, "sit_l2": 457.82, "sit_xl2": 674.82}
-MILLIONS["dit_xl2"] = 674.83  # its authors count the position table too: 675.13
-MILLIONS |= {"diversedit_b2": 137.40, "diversedit_l2": 483.05, "diversedit_xl2": 712.06}
-MILLIONS |= {"mean_flow_xl2": 676.44, "mean_flow_diversedit_xl2": 713.68}
-MILLIONS |= {"reg_b2": 131.49, "reg_xl2": 676.59, "reg_diversedit_xl2": 713.83}
+OTHERS = ["default:", "dit:512", "reg:xl2", "reg:xl2,diversedit", "reg:b2,512"]
+OTHERS += [f"{name}:{size},{side}" for name in RECIPES for size in ("b2", "l2", "xl2") for side in (256, 512)]
+OTHERS += [f"{name}:{size},diversedit" for name in RECIPES[2:] for size in ("b2", "l2", "xl2")]
+VARIANTS = CHOSEN + [pytest.param(name, marks=pytest.mark.slow) for name in OTHERS if name not in CHOSEN]
+MILLIONS = {"sit:b2": 130.30, "sit:l2": 457.82, "sit:xl2": 674.82}
+MILLIONS["dit:"] = 674.83  # its authors count the position table too: 675.13
+MILLIONS |= {"diversedit:b2": 137.40, "diversedit:l2": 483.05, "diversedit:xl2": 712.06}
+MILLIONS |= {"mean_flow:xl2": 676.44, "mean_flow:xl2,diversedit": 713.68}
+MILLIONS |= {"reg:b2": 131.49, "reg:xl2": 676.59, "reg:xl2,diversedit": 713.83}
+
+
+def recipe(name: str):
+    """The config that `configs/FILE.py:VARIANT` names, given as `FILE:VARIANT`."""
+    file, _, variant = name.partition(":")
+    build = importlib.import_module(f"configs.{file}").get_config
+    return build(variant) if variant else build()
 
 
 @pytest.fixture(scope="module")
@@ -62,26 +70,25 @@ def latents(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize(("name", "variant"), VARIANTS)
-def test_one_step_traces_at_full_size(name, variant, latents):
-    module = importlib.import_module(f"configs.{name}")
-    config = module.get_config(variant) if variant else module.get_config()
+@pytest.mark.parametrize("name", VARIANTS)
+def test_one_step_traces_at_full_size(name, latents):
+    config = recipe(name)
+    side = 8 if name == "digits:" else 64 if "512" in name else 32
     if config.data.name == "latents":
-        config.data.data_dir = latents[64 if variant == "512" else 32]
+        config.data.data_dir = latents[side]
     for encoder in config.encoders.values():  # a small DINOv2 stands for any, which has the file's names
         encoder.update({"name": "dinov2", "file": str(DATA / "dinov2.safetensors"), "heads": 4})
     if "vae" in config.codec:
         config.codec.vae = None  # decoding has tests of its own
-    shape = config.data.get("shape", (8, 8, 1)) or (32, 32, 4)  # None: as the data have it
-    model = configs.make("models", config.model, "config.model", shape, 1000)
-    count = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0))))
-    if name in MILLIONS:
-        assert count / 1e6 == pytest.approx(MILLIONS[name], abs=0.01)
-    if config.model.token_width is not None:
-        config.model.token_width = 48  # of that small one
-    dataset = experiment.open_data(config)
-    assert dataset.shape[0] == (64 if variant == "512" else 8 if name == "digits" else 32)
-    _, parts, _, _ = experiment.build(config, dataset.shape, dataset.num_classes)
+    if "width" in config.objective:
+        config.objective.width = 48  # of that small one
+    dataset = build.open_data(config)
+    assert dataset.space.shape[0] == side
+    parts = build.build(config, dataset.space).components
+    count = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(parts.model.init, jax.random.key(0))))
+    wanted = MILLIONS.get(name.removesuffix(",256").replace("512", "256").removesuffix(",256"))
+    if wanted is not None:
+        assert count / 1e6 == pytest.approx(wanted, abs=0.01)
     loader = pipeline.batches(dataset, config.batch_size, seed=config.seed, num_threads=0)
     batch = jax.tree.map(jnp.asarray, next(loader))
     loader.close()
@@ -92,17 +99,17 @@ def test_one_step_traces_at_full_size(name, variant, latents):
     assert [leaf.shape for leaf in jax.tree.leaves(after)] == [leaf.shape for leaf in jax.tree.leaves(state)]
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves((state["params"], state["ema"])))
     assert {"loss/total", "loss/objective", "grad_norm"} <= metrics.keys()
-    assert ("loss/diversity" in metrics) == ("diversedit" in name or name in ("digits", "photos"))
-    kinds = set(name.split("_")) | ({"repa"} if name.startswith("reg_") else set())
-    for part, loss in {"repa": "repa", "sra": "sra", "disp": "dispersive"}.items():
-        assert any(key.startswith(f"loss/{loss}") for key in metrics) == (part in kinds)
+    assert ("loss/diversity" in metrics) == ("diversedit" in name or name in ("digits:", "photos:"))
+    words = name.replace("reg:", "repa:").replace(":", ",").split(",")
+    for word, loss in {"repa": "repa", "sra": "sra", "disp": "dispersive"}.items():
+        assert any(key.startswith(f"loss/{loss}") for key in metrics) == (word in words)
 
 
 def test_the_training_step_lowers_for_tpus():
     """Without one, and without libtpu: the rules that turn each operation into what a TPU runs. It is not compiled."""
-    config = importlib.import_module("configs.digits").get_config()
-    dataset = experiment.open_data(config)
-    _, parts, _, _ = experiment.build(config, dataset.shape, dataset.num_classes)
+    config = recipe("digits:")
+    dataset = build.open_data(config)
+    parts = build.build(config, dataset.space).components
     with contextlib.closing(pipeline.batches(dataset, config.batch_size, seed=0, num_threads=0)) as batches:
         batch = jax.tree.map(jnp.asarray, next(batches))
     key = jax.random.key(0)
@@ -112,19 +119,24 @@ def test_the_training_step_lowers_for_tpus():
     assert lowered.count("stablehlo.dot_general") > 50
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "default"])
 def test_a_config_says_its_command_hardware_and_expected_numbers(name):
     text = importlib.import_module(f"configs.{name}").__doc__
-    if name != "default":
-        assert f"python -m diversedit_jax.train --config=configs/{name}.py" in text
-        assert "Hardware" in text
-        assert "Expected" in text
+    assert f"python -m diversedit_jax.train --config=configs/{name}.py" in text
+    assert "Hardware: " in text
+    assert "Expected" in text
+    command = re.search(rf"--config=configs/({name}).py:?([\w,]*)", text)
+    recipe(f"{command[1]}:{command[2]}")
+    for row in re.findall(r"^    \|(.*)\|$", text, re.MULTILINE):  # each variant in a table is one
+        for cell in (cell.strip() for cell in row.split("|")):
+            if re.fullmatch(r"(b2|l2|xl2|\w+@\d+)(,\S+)*", cell):
+                recipe(f"{name}:{cell}")
 
 
 def test_default_holds_every_option_at_the_signatures_default():
     config = default.get_config()
-    for held, build in [(config.optim, optim.make), (config.sampler, sampler.make)]:
-        given = {name: parameter.default for name, parameter in inspect.signature(build).parameters.items()}
+    for held, make in [(config.optim, optimizer.make), (config.sampler, sampler.make)]:
+        given = {name: parameter.default for name, parameter in inspect.signature(make).parameters.items()}
         for name, value in held.to_dict().items():
             assert value == given[name], name
 
@@ -146,7 +158,7 @@ def test_a_config_survives_its_file(tmp_path):
     config.sampler.guidance_interval = (0.0, 0.7)
     assert configs.claim(tmp_path, config) == []
     assert configs.claim(tmp_path, config) == [], "tuples and lists are the same in JSON"
-    assert configs.flat(configs.load(tmp_path).to_dict()) == configs.flat(config.to_dict())
+    assert flat(configs.load(tmp_path).to_dict()) == flat(config.to_dict())
     config.log_every = 7
     assert configs.claim(tmp_path, config) == ["config.log_every: 100 -> 7"]
     config.objective.path = "cosine"
@@ -174,7 +186,7 @@ def test_a_config_survives_its_file(tmp_path):
 def test_a_run_goes_on_with_the_same_training_and_other_reports(key, value, message, tmp_path):
     config = default.get_config()
     configs.claim(tmp_path, config)
-    old = configs.flat(config.to_dict())[key]
+    old = flat(config.to_dict())[key]
     config.update_from_flattened_dict({key: value})
     if message is None:
         assert configs.claim(tmp_path, config) == [f"config.{key}: {old!r} -> {value!r}"]
@@ -190,18 +202,31 @@ def test_a_damaged_config_file_is_named(tmp_path):
 
 
 def test_several_alignments_share_the_coefficient():
-    module = importlib.import_module("configs.repa_multi_b2")
-    config = module.get_config("dinov2@5,mae@10")
+    config = recipe("repa:dinov2@5,mae@10")
     assert set(config.encoders) == {"dinov2", "mae"}
     assert {(c.encoder, c.block, c.coefficient) for c in config.losses.values()} == {
         ("dinov2", 5, 0.25),
         ("mae", 10, 0.25),
     }
-    with pytest.raises(ValueError, match=r"wanted encoder@block.*, given 'dinov2_5'"):
-        module.get_config("dinov2_5")
 
 
-@pytest.mark.parametrize("size", ["b2", "l2", "xl2"])
-def test_with_repa_the_diversity_loss_knows_the_aligned_block(size):
-    config = importlib.import_module(f"configs.repa_diversedit_{size}").get_config()
-    assert config.losses.diversity.aligned == config.losses.repa.block == (5 if size == "b2" else 8)
+@pytest.mark.parametrize(("size", "block"), [("b2", 5), ("l2", 8), ("xl2", 8)])
+def test_with_repa_the_diversity_loss_knows_the_aligned_block(size, block):
+    config = recipe(f"repa:{size},diversedit")
+    assert config.losses.diversity.aligned == config.losses.repa.block == block
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("sit:xl", "variant = 'xl' is unknown; did you mean 'xl2'? known: b2, l2, xl2, 256, 512"),
+        ("sit:diversedit", "variant = 'diversedit' is unknown; known: b2, l2, xl2, 256, 512"),
+        ("dit:b2", "variant = 'b2' is unknown; "),
+        ("repa:b2,256,xl2", "variant 'b2,256,xl2': give one of b2, xl2"),
+        ("sra:256,512", "variant '256,512': give one of 256, 512"),
+        ("repa:dinov2@x", "variant 'dinov2@x': an alignment is encoder@block, such as dinov2@5"),
+    ],
+)
+def test_a_variant_that_does_not_exist_is_named(name, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        recipe(name)

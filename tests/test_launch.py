@@ -483,7 +483,7 @@ def test_up_runs_to_the_end(cloud):
     remote = f"{cloud.path}/node1/%d/remote"
     for worker in range(2):
         assert cloud.started(worker) == [
-            f"-m diversedit_jax.train --config=configs/diversedit_xl2.py --workdir={remote}/bucket/runs/diversedit_xl2 "
+            f"-m diversedit_jax.train --config=configs/diversedit.py:xl2 --workdir={remote}/bucket/runs/diversedit_xl2 "
             f"--config.data.data_dir={remote}/data/latents {' '.join(FLAGS)}" % (worker, worker)
         ]
         code = cloud.path / f"node1/{worker}/remote/run/exit_code"
@@ -676,7 +676,7 @@ def test_gke_starts_a_job_that_restarts(cloud):
         *["workload", "create", "--workload=diversedit", "--tpu-type=v5litepod-16", "--num-slices=1"],
         *["--docker-image=images/diversedit", "--max-restarts=50", "--termination-grace-period-seconds=120"],
         *["--storage=diversedit-bucket", "--env=JAX_COMPILATION_CACHE_DIR=/tmp/xla-cache"],
-        "--command=python -m diversedit_jax.train --config=configs/diversedit_xl2.py "
+        "--command=python -m diversedit_jax.train --config=configs/diversedit.py:xl2 "
         "--workdir=/bucket/runs/diversedit_xl2 --config.data.data_dir=/bucket/latents --config.total_steps=10 "
         "'--config.note=it'\\''s a $HOME'",
         *["--cluster=diversedit", "--project=research", "--zone=us-west4-a"],
@@ -706,7 +706,7 @@ def test_slurm_submits_one_task_a_node(cloud):
     assert {"--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=8", "--signal=TERM@120", "--requeue"} <= set(call)
     assert call[position - 2 : position] == ["--partition=gpu", "--account=me"]
     assert call[position + 1 :] == [
-        *["job", "--", "--config=configs/diversedit_xl2.py", f"--workdir={cloud.repository}/runs/diversedit_xl2"],
+        *["job", "--", "--config=configs/diversedit.py:xl2", f"--workdir={cloud.repository}/runs/diversedit_xl2"],
         *FLAGS,
     ]
 
@@ -746,10 +746,10 @@ def test_a_slurm_job_is_queued_again_when_that_helps(cloud, ends, restarts, stop
 
 def test_a_gpu_node_restarts_and_stops_by_exit_code(cloud):
     cloud.ends(42, 137, 70, 0)
-    process = cloud.run("gpu_node.sh", "run", "--", "configs/sit_b2.py", *FLAGS, DETERMINISTIC="1")
+    process = cloud.run("gpu_node.sh", "run", "--", "configs/sit.py:b2", *FLAGS, DETERMINISTIC="1")
     assert process.returncode == 70
     assert "not finite" in last_line(process)
-    line = f"-m diversedit_jax.train --workdir={cloud.repository}/runs/diversedit_xl2 --config=configs/sit_b2.py"
+    line = f"-m diversedit_jax.train --workdir={cloud.repository}/runs/diversedit_xl2 --config=configs/sit.py:b2"
     assert cloud.started() == [f"{line} {' '.join(FLAGS)}"] * 3
     assert "--xla_gpu_deterministic_ops=true" in (cloud.path / "environment-0").read_text()
     cloud.ends(*[137] * 9)
