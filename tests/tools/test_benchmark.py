@@ -9,12 +9,13 @@ import jax
 import numpy as np
 import pytest
 
-from configs import digits, diversedit_b2, repa_b2
+from configs import digits, diversedit, repa
+from diversedit_jax.api import Context
 from diversedit_jax.config import slot
 from diversedit_jax.errors import ConfigError
 from tests import ROOT
 from tools.benchmark import loss as benchmark_loss
-from tools.benchmark import page, random_run, timing, variants
+from tools.benchmark import random_run, timing, variants
 from tools.benchmark import run as benchmark
 from tools.pod_plan import tpu
 
@@ -71,7 +72,7 @@ def test_the_command_is_as_one_types_it(monkeypatch):
 
 def test_another_config_file_keeps_what_the_command_line_changed():
     config = digits.get_config()
-    words = f"config={ROOT}/configs/sit_b2.py:512 ema_decay=0.5"
+    words = f"config={ROOT}/configs/sit.py:b2,512 ema_decay=0.5"
     found, _ = variants.varied(config, words, overrides={"batch_size": 8, "model.size": "S"})
     assert (found.batch_size, found.model.size, found.ema_decay) == (8, "S", 0.5)
     assert tuple(found.data.shape) == (64, 64, 4)
@@ -84,7 +85,7 @@ def test_another_config_file_keeps_what_the_command_line_changed():
         with pytest.raises(ConfigError, match=message):
             variants.varied(config, wrong)
     with pytest.raises(ConfigError, match=r"losses\.diversity\.groups is not in this config"):
-        variants.varied(config, f"config={ROOT}/configs/sit_b2.py", overrides={"losses.diversity.groups": 1})
+        variants.varied(config, f"config={ROOT}/configs/sit.py", overrides={"losses.diversity.groups": 1})
 
 
 def small(config):
@@ -96,17 +97,18 @@ def small(config):
 
 def test_weights_and_data_are_random_and_no_gradient_is_zero():
     """A benchmark of zeros measures another thing: adaLN-Zero starts with gates of zero."""
-    run = random_run.build(_without_losses())
+    run = random_run.make(_without_losses())
     moments = np.asarray(run.batch["moments"], np.float32)
     assert moments.shape == (8, 8, 8, 8)
     assert moments.std() > 0.3
     assert moments.min() >= 0, "standard deviations"
     assert len(np.unique(run.batch["y"])) > 1
-    parts, params = run.experiment.parts, run.params()
+    parts, params = run.experiment.components, run.params()
+    context = Context(jax.random.key(0), parts.null)
 
     def loss(params):
         prepared = parts.codec.encode(run.frozen, run.batch, jax.random.key(0))
-        return parts.objective(parts.model.network(params), prepared, jax.random.key(0)).loss.mean()
+        return parts.objective.apply(parts.model.network(params), prepared, context).loss.mean()
 
     gradient = jax.jit(jax.grad(loss))(params)
     zero = [jax.tree_util.keystr(path) for path, leaf in jax.tree.leaves_with_path(gradient) if not np.any(leaf)]
@@ -114,24 +116,24 @@ def test_weights_and_data_are_random_and_no_gradient_is_zero():
 
 
 def _without_losses():
-    config = small(diversedit_b2.get_config())
+    config = small(diversedit.get_config())
     with config.unlocked():
         del config.losses.diversity
     return config
 
 
 def test_a_loss_reads_random_features_and_what_encoders_have_seen(monkeypatch):
-    config = small(repa_b2.get_config())
+    config = small(repa.get_config())
     config.losses.repa.block, config.encoders.dinov2.side = 1, 56  # 4 x 4 patches, as the latents have
     monkeypatch.setitem(random_run.stand_ins.ENCODERS, "dinov2", (1, 384, 14, 16))
     config.losses.diversity = slot("losses", "diversity", groups=2)
-    run = random_run.build(config)
+    run = random_run.make(config)
     prepared, forward = benchmark_loss.inputs(run)
     assert prepared["features/dinov2"].shape[-1] == 384
     assert len(forward.features) == 3
     assert all(np.std(np.asarray(f, np.float32)) > 0.9 for f in forward.features)
     assert 0 < float(forward.t.min()) < float(forward.t.max()) < 1
-    for label, aux in run.experiment.parts.losses.items():
+    for label, aux in run.experiment.components.losses.items():
         one = benchmark_loss.subject(run, aux, prepared, forward, 1)
         assert one.form() > 0, label
 
@@ -142,16 +144,6 @@ def test_a_loss_reads_random_features_and_what_encoders_have_seen(monkeypatch):
 def test_what_a_slice_is(name, hosts, peak):
     found = tpu.parse(name)
     assert (found.hosts, found.peak) == (hosts, pytest.approx(peak))
-
-
-# --- The page.
-
-
-def test_the_page_is_that_of_the_records():
-    found = (page.FOLDER / "README.md").read_text(encoding="utf-8")
-    assert page.page(page.FOLDER) == found, "run `python -m tools.benchmark.page`"
-    for section in page.SECTIONS:
-        assert (section.draw is None) or (page.FOLDER / f"{section.record}.png").exists()
 
 
 # --- The command.
@@ -214,7 +206,7 @@ def test_the_other_kinds_run(tmp_path):
     (row,) = started(tmp_path, "sample", DIGITS, *words)["rows"]
     assert row["images_per_s"] == pytest.approx(2 / row["s"]["median"])
     assert [row["name"] for row in started(tmp_path, "loss", DIGITS)["rows"]] == ["digits: diversity"]
-    found = started(tmp_path, "data", f"--config={ROOT}/configs/diversedit_b2.py")
+    found = started(tmp_path, "data", f"--config={ROOT}/configs/diversedit.py:b2")
     assert found["rows"][0]["per_s"]["median"] / found["need_per_host"] == pytest.approx(found["rows"][0]["of_need"])
     assert started(tmp_path, "eval", "--batch_size=16")["features_per_s"] > 0
 
@@ -222,7 +214,7 @@ def test_the_other_kinds_run(tmp_path):
 @pytest.mark.slow
 def test_pytorch_is_timed_in_the_same_run(tmp_path):
     pytest.importorskip("torch")
-    words = [f"--config={ROOT}/configs/diversedit_b2.py", "--vs=torch", "--config.batch_size=8"]
+    words = [f"--config={ROOT}/configs/diversedit.py:b2", "--vs=torch", "--config.batch_size=8"]
     words += [f"--config.model.{name}={value}" for name, value in SMALL.items()]
     ours, theirs = started(tmp_path, "train", *words)["rows"]
     assert theirs["name"].startswith("PyTorch")

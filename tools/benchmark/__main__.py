@@ -1,9 +1,9 @@
 """Benchmarks: forms of one thing timed in turn in one run, and compared as ratios.
 
-    python -m tools.benchmark train --config=configs/diversedit_b2.py --compare="config=configs/sit_b2.py" --vs=torch
-    python -m tools.benchmark sample --config=configs/diversedit_xl2.py --compare="sampler.guidance_interval=(0,1)"
-    python -m tools.benchmark loss --config=configs/diversedit_b2.py
-    python -m tools.benchmark data --config=configs/diversedit_xl2.py --pod=v5e-16
+    python -m tools.benchmark train --config=configs/diversedit.py:b2 --compare="config=configs/sit.py:b2" --vs=torch
+    python -m tools.benchmark sample --config=configs/diversedit.py:xl2 --compare="sampler.guidance_interval=(0,1)"
+    python -m tools.benchmark loss --config=configs/diversedit.py:b2
+    python -m tools.benchmark data --config=configs/diversedit.py:xl2 --pod=v5e-16
     python -m tools.benchmark eval --extractor=inception=FILE
 
 `train`: the training step. `sample`: images from noise. `loss`: each auxiliary loss with its gradient, on given

@@ -122,7 +122,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", "configs/diversedit_xl2.py", "Whose network is looked at.")
+    config_flags.DEFINE_config_file("config", "configs/diversedit.py:xl2", "Whose network is looked at.")
     flags.DEFINE_integer("count", 32, "Images that pass.")
     flags.DEFINE_integer("num", 2000, "Images that the result is for.")
     flags.DEFINE_integer("batch", 8, "Images at a time.")

@@ -13,6 +13,7 @@ from diversedit_jax import config as configs
 from diversedit_jax import registry
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.runtime import cli
+from diversedit_jax.runtime.files import flat
 
 
 def varied(
@@ -35,7 +36,7 @@ def varied(
                 config = from_file(text)
                 _update(config, overrides or {})
                 continue
-            known = {*configs.flat(config.to_dict()), *others}
+            known = {*flat(config.to_dict()), *others}
             if not given or key not in known:
                 wanted = registry.suggestion(key, sorted(known))
                 raise ConfigError(f"--compare={words}: {word!r}: wanted KEY=VALUE; {wanted}")
@@ -50,7 +51,7 @@ def varied(
 
 def _update(config: ConfigDict, values: Mapping[str, Any]) -> None:
     for key, value in values.items():
-        if key not in configs.flat(config.to_dict()):
+        if key not in flat(config.to_dict()):
             raise KeyError(f"{key} is not in this config")
         config.update_from_flattened_dict({key: value})
 

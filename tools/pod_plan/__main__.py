@@ -1,6 +1,6 @@
 """What a run takes on a TPU slice, without a TPU: does it fit, how fast may it be, how long does it take.
 
-    python -m tools.pod_plan --config=configs/diversedit_xl2.py --topology=v5e-16 --config.mesh.fsdp=16 \\
+    python -m tools.pod_plan --config=configs/diversedit.py:xl2 --topology=v5e-16 --config.mesh.fsdp=16 \\
         --compare="model.remat=full" --compare="topology=v5p-32 batch_size=512" --json=plan.json
 
 The programs of a run (training step, initialisation, sampling, the checksum of a save) are compiled for the slice by

@@ -21,7 +21,7 @@ from diversedit_jax.runtime import flops
 from diversedit_jax.runtime.versions import versions
 from diversedit_jax.training import checksums
 from diversedit_jax.training.step import initializer, train_step
-from tools.benchmark import stand_ins, variants
+from tools.benchmark import stand_ins, timing, variants
 from tools.benchmark.timing import say
 from tools.pod_plan import hlo, tpu
 
@@ -272,31 +272,23 @@ def row_of(plan: Plan, found: Mapping[str, Any], efficiency: float) -> dict[str,
 # --- What a person reads.
 
 
+ESTIMATES = {"step ms": ("step_ms", 0, 1), "img/s": ("images_per_sec", 0, 1), "MFU %": ("mfu", 0, 100)}
+ESTIMATES |= {"days": ("days", 1, 1), "chip-h": ("chip_hours", 0, 1)}
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows at a glance, one line each; estimates from the best to the worst."""
-    heads = ("slice", "mesh", "b/chip", "remat", "GiB/chip", "fits", "step ms", "img/s", "MFU %", "days", "chip-h")
-    lines = [heads]
+    """The rows at a glance, in Markdown; estimates from the best to the worst."""
+    lines = []
     for row in rows:
         mesh = " ".join(f"{axis} {size}" for axis, size in row["mesh"].items()) or "1"
         parts = f"/{row['accumulate']}" if row["accumulate"] > 1 else ""
         needs = f"{row['programs']['train']['needs_gib']:.2f}/{row['hbm_gib']:.2f}"
-        verdict = "yes" if row["fits"] else "NO"
-        cells = [row["slice"], mesh, f"{row['batch_per_chip']:g}{parts}", row["remat"], needs, verdict]
-        if "estimate" in row:
-            cells += [
-                span(row["estimate"], key, digits, factor)
-                for key, digits, factor in (
-                    ("step_ms", 0, 1),
-                    ("images_per_sec", 0, 1),
-                    ("mfu", 0, 100),
-                    ("days", 1, 1),
-                    ("chip_hours", 0, 1),
-                )
-            ]
-        lines.append((*cells, *[""] * (len(heads) - len(cells))))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+        shown = [word for word in row["setting"].split() if not word.startswith(("topology=", "slices=", "mesh."))]
+        cells = [" ".join(shown) or "the config", row["slice"], mesh, f"{row['batch_per_chip']:g}{parts}"]
+        cells += [row["remat"], needs, "yes" if row["fits"] else "NO"]
+        cells += [span(row["estimate"], *key) if "estimate" in row else "" for key in ESTIMATES.values()]
+        lines.append(cells)
+    return timing.table(("", "slice", "mesh", "b/chip", "remat", "GiB/chip", "fits", *ESTIMATES), lines)
 
 
 def span(guess: Mapping[str, Any], key: str, digits: int, factor: float = 1) -> str:
@@ -389,9 +381,19 @@ def _answer(pipe, plan: Plan, programs: Sequence[str]) -> None:
 def record(
     path: Path, command: str, rows: Sequence[Mapping[str, Any]], efficiency: float, hardware: Mapping[str, Any]
 ) -> None:
-    """Write the rows of a command into a file, beside those of other commands. hardware: of the compiler's machine."""
+    """Write the rows of a command into FILE.json, beside those of other commands, and all tables into FILE.md.
+
+    hardware: of the compiler's machine.
+    """
     held = json.loads(path.read_text()) if path.exists() else {}
     made = {"versions": versions(), "hardware": hardware, "rows": list(rows)}
     plans = held.get("plans", {}) | {command: made}
     text = {"sources": SOURCES, "efficiency": efficiency, "plans": plans}
     path.write_text(json.dumps(text, indent=1) + "\n")
+    path.with_suffix(".md").write_text(page(plans))
+
+
+def page(plans: Mapping[str, Any]) -> str:
+    """The tables of a record, each behind its command, in Markdown."""
+    heads = {command: timing.about({"command": command, **made}) for command, made in plans.items()}
+    return "\n".join(f"{heads[command]}\n\n{table(made['rows'])}\n" for command, made in plans.items())
