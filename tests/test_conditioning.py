@@ -1,0 +1,65 @@
+"""Conditions of any kind: dropped once per example, paired with the null condition, chosen for samples."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diversedit_jax import conditioning
+from diversedit_jax.api import Conditions, Context
+from diversedit_jax.errors import ConfigError
+
+B = 2000
+NULL = {"context": np.zeros((3, 2), np.float32), "mask": np.zeros(3, bool)}
+TEXT = {"context": jnp.ones((B, 3, 2)), "mask": jnp.ones((B, 3), bool)}
+
+
+def dropped(y, null, probability, **context):
+    batch = {"x": jnp.zeros((B, 1)), "y": y}
+    return conditioning.drop(jax.random.key(0), batch, Context(jax.random.key(1), null, **context), probability)
+
+
+def test_dropout_draws_once_for_all_arrays_of_an_example():
+    found = dropped(TEXT, NULL, 0.3)
+    context, mask = (np.asarray(leaf).reshape(B, -1) for leaf in (found["context"], found["mask"]))
+    whole = mask[:, 0]
+    assert (mask == whole[:, None]).all()
+    assert (context == whole[:, None]).all(), "what is dropped is null in every array"
+    assert 1 - whole.mean() == pytest.approx(0.3, abs=4 * np.sqrt(0.3 * 0.7 / B))
+    labels = np.asarray(dropped(jnp.arange(B), np.int32(-1), 0.3))
+    np.testing.assert_array_equal(labels, np.where(whole, np.arange(B), -1), "one draw, whatever a condition is")
+
+
+def test_nothing_is_dropped_where_nobody_learns():
+    assert dropped(TEXT, NULL, 1.0, training=False) is TEXT
+
+
+def test_the_null_condition_stands_beside_each_condition():
+    y = {"context": jnp.arange(12.0).reshape(2, 3, 2), "mask": jnp.ones((2, 3), bool)}
+    pairs = conditioning.paired(y, NULL)
+    nulls = conditioning.nulls(NULL, 2)
+    for name in y:
+        np.testing.assert_array_equal(pairs[name][0::2], y[name])
+        np.testing.assert_array_equal(pairs[name][1::2], nulls[name])
+        np.testing.assert_array_equal(nulls[name], np.zeros_like(y[name]))
+    np.testing.assert_array_equal(conditioning.paired(jnp.array([4, 5]), np.int32(9)), [4, 9, 5, 9])
+
+
+def test_samples_have_labels_or_the_conditions_of_held_out_examples():
+    def held_out(num):
+        return {"context": np.full((num, 3, 2), 7.0)}
+
+    def none_held_out(num):
+        raise AssertionError("labels need no data")
+
+    labels, text = Conditions.labels(3), Conditions(NULL)
+    np.testing.assert_array_equal(conditioning.chosen(None, 5, labels, 0, none_held_out), [0, 1, 2, 0, 1])
+    uniform = [conditioning.chosen("uniform", num, labels, 8, none_held_out) for num in (5, 50)]
+    np.testing.assert_array_equal(uniform[0], uniform[1][:5])
+    assert set(uniform[1]) == {0, 1, 2}
+    for rule, conditions in ((None, text), ("data", text), ("data", labels)):
+        assert conditioning.chosen(rule, 5, conditions, 0, held_out)["context"].shape == (5, 3, 2)
+    with pytest.raises(ConfigError, match=r"labels = 'balanced' is for labels, .* use 'data'"):
+        conditioning.chosen("balanced", 5, text, 0, held_out)
+    with pytest.raises(ConfigError, match="labels = 'balancd' is unknown; did you mean 'balanced'"):
+        conditioning.chosen("balancd", 5, labels, 0, held_out)
