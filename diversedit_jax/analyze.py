@@ -10,7 +10,6 @@ means and standard deviations are shown. Writes report.html, which holds everyth
 its numbers in a .csv; and analysis.json, with the settings.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from diversedit_jax.runs import trained
 from diversedit_jax.runs.trained import Trained
 from diversedit_jax.runtime import cli
 from diversedit_jax.runtime.cli import silence
-from diversedit_jax.runtime.files import replacing, writable_folder
+from diversedit_jax.runtime.files import writable_folder, write_json
 from diversedit_jax.runtime.versions import versions
 
 TIME, TIMES = 0.05, (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -202,8 +201,7 @@ def write_record(path: Path, settings: Settings, t: float, times: Sequence[float
         ],
         "versions": versions(),
     }
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+    write_json(path, record, default=str)
 
 
 def data_of(text: str | None) -> dict[str, Any] | None:

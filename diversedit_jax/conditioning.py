@@ -47,7 +47,7 @@ def drop(key: Array, batch: Batch, context: Context, probability: float) -> Cond
 def paired(y: Condition, null: Condition) -> Condition:
     """Each condition followed by the null condition, [2 b ...]: a sharded batch stays where it is."""
 
-    def leaf(a: Array, n: Array) -> Array:
+    def leaf(a: Array, n: Any) -> Array:
         return jnp.stack([a, jnp.broadcast_to(n, a.shape)], axis=1).reshape(-1, *a.shape[1:])
 
     return jax.tree.map(leaf, y, null)

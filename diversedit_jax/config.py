@@ -6,10 +6,9 @@ complete, and any option can be set on the command line (`--config.losses.divers
 
 import inspect
 import json
-import os
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from ml_collections import ConfigDict, config_dict
 
 from diversedit_jax import registry
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.runtime.files import check_same, differences, write_json
 
 FILE = "config.json"
 
@@ -95,35 +95,18 @@ def _plain(value: Any) -> Any:
     return tuple(_plain(part) for part in value) if isinstance(value, list | tuple) else value
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested config as {dotted name: value}, sequences as lists, as JSON has them."""
-    leaves = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            leaves |= flat(value, f"{prefix}{name}.")
-        else:
-            leaves[prefix + name] = list(value) if isinstance(value, tuple) else value
-    return leaves
-
-
 def claim(workdir: Path, config: ConfigDict) -> list[str]:
     """Store a run's config in its workdir, or compare it with the one that is stored there.
 
-    Returns a line for each difference that is allowed (FREE); any other is an error that names the keys.
+    Returns a line for each difference that is allowed (FREE). Any other is a ConfigError.
     """
-    new = flat(config.to_dict())
-    notes = []
+    notes, given = [], json.loads(json.dumps(config.to_dict()))
     if (workdir / FILE).exists():
-        old = flat(read(workdir))
-        changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-        refused = [key for key in changed if key.split(".")[0] not in FREE]
-        if refused:
-            lines = "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} given" for key in refused)
-            raise ConfigError(f"{workdir} holds a run with another config ({lines}). Use its values or a new workdir")
-        notes = [f"config.{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed]
-    partial = workdir / f"{FILE}.partial"
-    partial.write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
-    os.replace(partial, workdir / FILE)
+        stored = read(workdir)
+        kept = [{key: value for key, value in tree.items() if key not in FREE} for tree in (stored, given)]
+        check_same(f"{workdir} holds a run", *kept, remedy="use its values or a new workdir")
+        notes = [f"config.{key}: {old!r} -> {new!r}" for key, (old, new) in differences(stored, given).items()]
+    write_json(workdir / FILE, given, sort_keys=True)
     return notes
 
 

@@ -18,7 +18,6 @@ sweep.png.
 
 import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +39,7 @@ from diversedit_jax.evaluation.reference_statistics import Reference, open_refer
 from diversedit_jax.runs import flags as run_flags
 from diversedit_jax.runs.trained import Source
 from diversedit_jax.runtime import cli
-from diversedit_jax.runtime.files import replacing
+from diversedit_jax.runtime.files import check_same, write_json
 from diversedit_jax.runtime.pictures import save_png
 from diversedit_jax.runtime.progress import Ticker
 from diversedit_jax.runtime.versions import versions
@@ -93,10 +92,7 @@ def of_source(
     source: Source, varied: Mapping[str, Any], draw: Sampler, num: int, rule: str | None, seed: int
 ) -> Images:
     """`num` images to sample, of conditions by a rule of `conditioning.RULES`. varied: what a sweep changes."""
-    if source.shape is None:
-        raise ConfigError(f"{source.name} samples latents, and images are judged: give their decoder with --vae=FILE")
-    if len(source.shape) != 3:
-        raise ConfigError(f"{source.name} has samples of shape {source.shape}, and images [h w c] are judged")
+    scoring.check_images(source.name, source.shape)
     options = source.options | dict(varied)
     batch = sharding.filled(options["batch_size"])
     drawn = -(-num // batch) * batch  # whole batches, so that one program serves all; the last images are not judged
@@ -189,10 +185,7 @@ def evaluate(
             save_png(folder / "grid.png", tables.class_grid(shown, rows))
         if keep_samples:
             feature_cache.join_images(parts, firsts, images.num, images.labels, folder / SAMPLES)
-        with replacing(folder / SCORES) as partial, open(partial, "w", encoding="utf-8") as file:
-            file.write(json.dumps(record, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # the parts are removed next
+        write_json(folder / SCORES, record)
     except OSError as error:
         raise CheckpointError(
             f"{folder} cannot be written: {error.strerror}; the same command goes on later"
@@ -210,9 +203,7 @@ def finished(folder: Path, plan: Mapping[str, Any]) -> dict[str, float] | None:
         before, scores = record["plan"], record["scores"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder / SCORES} is damaged ({error}): remove it") from error
-    if found := feature_cache.difference(before, json.loads(json.dumps(plan))):
-        key, was, now = found
-        raise ConfigError(f"{folder} holds the scores of {key} = {was!r}, given {now!r}: choose another --out")
+    check_same(f"{folder} holds an evaluation", before, plan, "choose another --out")
     return scores
 
 

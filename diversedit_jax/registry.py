@@ -39,12 +39,12 @@ def one_of(option: str, value: Any, choices: Iterable[Any]) -> Any:
 
 def in_range(
     option: str,
-    value: float,
-    low: float = -math.inf,
-    high: float = math.inf,
+    value: int | float,
+    low: int | float = -math.inf,
+    high: int | float = math.inf,
     *,
-    above: float = -math.inf,
-    below=math.inf,
+    above: int | float = -math.inf,
+    below: int | float = math.inf,
 ) -> Any:
     """`value`, if low <= value <= high and above < value < below. ConfigError names `option` and the limits.
 

@@ -23,9 +23,10 @@ from diversedit_jax.registry import in_range
 from diversedit_jax.runs import flags as run_flags
 from diversedit_jax.runs.trained import Source
 from diversedit_jax.runtime import cli
-from diversedit_jax.runtime.files import replacing
+from diversedit_jax.runtime.files import write_npz
 from diversedit_jax.runtime.pictures import as_pictures, image_grid, save_png
 from diversedit_jax.runtime.progress import duration
+from diversedit_jax.sharding import by_name
 
 MOST_SHOWN = 256  # samples in the grid
 
@@ -47,8 +48,7 @@ def run(
     if jax.process_index() != 0:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "samples.npz") as partial, open(partial, "wb") as file:
-        np.savez(file, arr_0=images, **named(y))
+    write_npz(folder / "samples.npz", {"arr_0": images, **named(y)})
     took = f"{duration(seconds)} (compilation included)"
     print(f"{num} samples of {source.name} in {took}: {folder / 'samples.npz'}")
     if images.dtype == np.uint8:
@@ -73,8 +73,7 @@ def named(y: Condition) -> dict[str, np.ndarray]:
     """The conditions as arrays of an .npz: `labels`, or `condition/NAME` for each array."""
     if isinstance(y, np.ndarray):
         return {"labels": y}
-    leaves = jax.tree.leaves_with_path(y)
-    return {f"condition/{jax.tree_util.keystr(path, simple=True, separator='/')}": leaf for path, leaf in leaves}
+    return {f"condition/{name}": leaf for name, leaf in by_name(y).items()}
 
 
 if __name__ == "__main__":

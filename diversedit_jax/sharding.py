@@ -148,11 +148,21 @@ def kept_over_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH, *[None] * (x.ndim - 1)))
 
 
+def name_of(path: tuple) -> str:
+    """The name of an array in a pytree, such as `ema/blocks/kernel` or `opt/0/mu/blocks/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def by_name(tree: Any) -> dict[str, Any]:
+    """The arrays of a pytree by name."""
+    return {name_of(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
 def shardings(tree, layout: Layout):
     """The sharding of each array of a state, by the rules."""
 
     def sharding(path, leaf) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = name_of(path)
         axes = next(axes for pattern, axes in layout.rules if re.search(pattern, name))
         return NamedSharding(layout.mesh, _spec(name, tuple(leaf.shape), axes, dict(layout.mesh.shape)))
 

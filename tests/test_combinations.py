@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diversedit_jax import losses, models, objectives, sharding
-from diversedit_jax.api import Codec
-from diversedit_jax.training import optimizer as optim
-from diversedit_jax.training.step import Parts, initializer, train_step
-from tests.losses.test_conformance import LOSSES, OBJECTIVES
+from diversedit_jax import losses, models, objectives, registry, sharding
+from diversedit_jax.api import Codec, Conditions, Space
+from diversedit_jax.training import optimizer
+from diversedit_jax.training.step import Components, initializer, train_step
 
 SHAPE, CLASSES, BATCH, TOKENS, WIDTH, STEPS = (4, 4, 2), 5, 16, 4, 6, 20
 
-# What an objective needs of the model and of a loss, beside their defaults.
-MODEL = {"ddpm": {"out_channels": 4}, "mean_flow": {"second_time": True}, "reg": {"token_width": WIDTH}}
+# What an objective, the model for it, and a loss with it need beside their defaults.
+OBJECTIVE = {"reg": {"width": WIDTH}}
+MODEL = {"ddpm": {"out_channels": 4}}
 LOSS = {
     "repa": {"block": 2, "width": 16},
     "sra": {"block": 2, "teacher_block": 2},
@@ -25,6 +25,7 @@ LOSS = {
 }
 BOTH = {("ddpm", "sra"): {"num_timesteps": 1000}, ("reg", "repa"): {"class_token": True}}
 
+LOSSES, OBJECTIVES = registry.known("losses"), registry.known("objectives")
 DEFAULT = {"flow_matching": {"dispersive", "diversity"}}
 CHOICES = [chosen for n in range(4) for chosen in combinations(LOSSES, n)]
 
@@ -42,19 +43,22 @@ def stored() -> dict[str, jax.Array]:
     return jax.tree.map(jnp.asarray, batch | {"y": rng.integers(CLASSES, size=BATCH, dtype=np.int32)})
 
 
-def run_of(objective: str, chosen: tuple[str, ...]) -> Parts:
+def run_of(objective: str, chosen: tuple[str, ...]) -> Components:
     made = {name: losses.make(name, **LOSS.get(name, {}), **BOTH.get((objective, name), {})) for name in chosen}
+    conditions, trained = Conditions.labels(CLASSES), objectives.make(objective, **OBJECTIVE.get(objective, {}))
     cuts = [block for loss in made.values() for block in loss.blocks]
     dims = {"depth": 4, "width": 32, "heads": 2, "mlp_ratio": 2.0, "remat": "none"}
-    model = models.make("dit", SHAPE, CLASSES, cuts, skip="release", **dims, **MODEL.get(objective, {}))
-    optimizer, _ = optim.make(STEPS, learning_rate=1e-3)
+    dims |= MODEL.get(objective, {})
+    model = models.make("dit", Space(SHAPE, conditions), trained.inputs, cuts, skip="release", **dims)
+    transform, _ = optimizer.make(STEPS, learning_rate=1e-3)
     codec = Codec(dict, lambda frozen, batch, key: batch, None)
-    return Parts(model, codec, objectives.make(objective, CLASSES), made, optimizer, ema_decay=0.9)
+    return Components(model, codec, trained, made, transform, ema_decay=0.9, null=conditions.null)
 
 
 @pytest.mark.parametrize(("objective", "chosen"), [case(o, c) for o in OBJECTIVES for c in CHOICES])
 def test_it_trains(objective, chosen):
-    parts, layout = run_of(objective, chosen), sharding.make(data=2, fsdp=4)
+    parts = run_of(objective, chosen)
+    layout = sharding.make(data=2, fsdp=4).with_rules(parts.model.rules)
     batch = jax.device_put(stored(), sharding.over_batch(layout))
     init, key = initializer(parts, batch), jax.random.key(0)
     where = sharding.shardings(jax.eval_shape(init, key), layout)

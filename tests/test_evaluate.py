@@ -16,15 +16,15 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import digits
+from diversedit_jax import conditioning, evaluate, registry, sharding
 from diversedit_jax import config as configs
-from diversedit_jax import evaluate, registry, sharding
 from diversedit_jax.config import slot
-from diversedit_jax.data.digits import SHAPE
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.evaluate import Images
 from diversedit_jax.evaluation import presets, scoring, tables
+from diversedit_jax.evaluators import Current, SampleSpec
 from diversedit_jax.runs import build, trained
-from diversedit_jax.sampling import sampler as sampling
+from diversedit_jax.sampling import sampler
 from tests import ROOT, untrained
 
 NUM = 110  # more than the 96 features of the network for digits, and no multiple of the batch
@@ -44,7 +44,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def source(workdir):
-    return trained.of_run(workdir)
+    return trained.drawing(trained.of_run(workdir))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def judges(workdir):
 
 
 def drawn(source, num=NUM, seed=0, rule="balanced", **varied):
-    return evaluate.of_source(source, varied, source.sample, num, rule, seed)
+    return evaluate.of_source(source, varied, source.sampler, num, rule, seed)
 
 
 def scored(judges, images, folder, keep_samples=False):
@@ -107,7 +107,7 @@ def test_kept_samples_are_those_that_were_judged(undisturbed, source, judges, tm
 def test_images_do_not_depend_on_how_many_are_drawn_at_once(undisturbed, source):
     images, labels = kept(undisturbed[0])
     for first, count in ((0, 16), (48, 16), (96, 14)):
-        alone = source.sample(source.params, source.frozen, labels[first : first + count], 0, first=first)
+        alone = source.sampler(source.params, source.frozen, labels[first : first + count], 0, first=first)
         np.testing.assert_array_equal(alone, images[first : first + count])
     wide = source.make(**(source.options | {"batch_size": 40}))
     np.testing.assert_array_equal(wide(source.params, source.frozen, labels, 0), images)
@@ -126,7 +126,7 @@ def test_an_interrupted_evaluation_goes_on_and_ends_in_the_same_numbers(undistur
     with pytest.raises(KeyboardInterrupt):
         scored(judges, images._replace(read=stopping), tmp_path)
     assert not (tmp_path / "scores.json").exists()
-    with pytest.raises(ConfigError, match=r"unfinished evaluation with images.seed = 0, given 1: finish it"):
+    with pytest.raises(ConfigError, match=r"unfinished evaluation .*\(images.seed: 0 there, 1 given\): finish it"):
         scored(judges, drawn(source, seed=1), tmp_path)
 
     rest = []
@@ -148,7 +148,7 @@ def test_a_finished_evaluation_is_not_done_again_nor_overwritten(undisturbed, so
         raise AssertionError("sampled again")
 
     assert scored(judges, drawn(source)._replace(read=never), folder) == scores
-    with pytest.raises(ConfigError, match=r"holds the scores of images.labels = 'balanced', given 'uniform'"):
+    with pytest.raises(ConfigError, match=r"holds an evaluation .*images.labels: 'balanced' there, 'uniform' given"):
         scored(judges, drawn(source, rule="uniform"), folder)
 
 
@@ -161,7 +161,7 @@ def test_other_files_of_the_same_name_are_judged_anew(undisturbed, judges, tmp_p
     with pytest.raises(ConfigError, match=r"was done without --keep_samples"):
         scored(judges, evaluate.of_file(path, None), tmp_path / "scores", keep_samples=True)
     np.savez(path, arr_0=images[::-1])
-    with pytest.raises(ConfigError, match=r"holds the scores of images.sha256"):
+    with pytest.raises(ConfigError, match=r"holds an evaluation .*images.sha256: "):
         scored(judges, evaluate.of_file(path, None), tmp_path / "scores")
     with pytest.raises(ConfigError, match=r"--num=500: .*samples.npz has 110 images"):
         evaluate.of_file(path, 500)
@@ -228,33 +228,33 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_sampled(source, jud
     refused(large, r"wanted images \[b 8 8 1\], given \[1, 16, 16, 1\]")
     assert scored(judges._replace(few=True), drawn(source, num=32), tmp_path / "few")["fd_digits"] > 0
     latents = source._replace(shape=None)
-    with pytest.raises(ConfigError, match=r"samples latents, and images are judged: give their decoder with --vae"):
+    with pytest.raises(ConfigError, match=r"samples latents, and images are judged: give their decoder .*--vae=FILE"):
         drawn(latents)
     with pytest.raises(ConfigError, match=r"give a feature network: --extractor=inception=FILE"):
         evaluate.judges_of([], [], None)
     with pytest.raises(ConfigError, match=r"--extractor=digits: digits is given twice"):
         evaluate.judges_of(["digits", "digits"], [], None)
-    with pytest.raises(ConfigError, match=r"evaluation.extractors.inception: give its file"):
+    with pytest.raises(ConfigError, match=r"extractors.inception: give its file"):
         evaluate.judges_of(["inception"], [], None)
 
 
 @pytest.mark.parametrize("name", presets.PROTOCOLS)
 def test_protocols_are_options_of_the_sampler(name):
     protocol = presets.find(name)
-    known = registry.options(sampling.make)
+    known = registry.options(sampler.make)
     assert protocol.sampler.keys() <= known.keys()
     assert {"solver", "steps", "cfg_scale", "guidance_interval", "guidance_channels"} <= protocol.sampler.keys()
-    assert protocol.labels in sampling.LABELS
+    assert protocol.labels in conditioning.RULES
     assert protocol.rounding in ("nearest", "floor")
 
 
 def test_a_protocol_reaches_the_sampler(workdir):
     protocol = presets.find("repa")
-    source = trained.of_run(workdir, overrides=protocol.sampler, rounding=protocol.rounding)
-    images = evaluate.of_source(source, {}, source.sample, NUM, protocol.labels, 0)
-    sampler = images.about["sampler"]
-    assert (sampler["solver"], sampler["steps"], sampler["cfg_scale"]) == ("euler_maruyama", 250, 1.8)
-    assert tuple(sampler["guidance_interval"]) == (0.0, 0.7)
+    source = trained.drawing(trained.of_run(workdir, rounding=protocol.rounding), overrides=protocol.sampler)
+    images = evaluate.of_source(source, {}, source.sampler, NUM, protocol.labels, 0)
+    options = images.about["sampler"]
+    assert (options["solver"], options["steps"], options["cfg_scale"]) == ("euler_maruyama", 250, 1.8)
+    assert tuple(options["guidance_interval"]) == (0.0, 0.7)
     assert images.about["evaluations"] == 250
     assert images.about["decoder"]["rounding"] == "floor"
     with pytest.raises(ConfigError, match=r"unknown preset 'repo'; did you mean 'repa'"):
@@ -262,15 +262,15 @@ def test_a_protocol_reaches_the_sampler(workdir):
 
 
 def test_labels_by_rule():
-    balanced = sampling.labels_by("balanced", 25, 10, 0)
+    balanced = conditioning.labels("balanced", 25, 10, 0)
     np.testing.assert_array_equal(np.bincount(balanced), [3] * 5 + [2] * 5)
-    uniform = sampling.labels_by("uniform", 10_000, 10, 0)
+    uniform = conditioning.labels("uniform", 10_000, 10, 0)
     np.testing.assert_allclose(np.bincount(uniform) / 10_000, 0.1, atol=5 * 0.3 / 100)
-    np.testing.assert_array_equal(uniform[:7], sampling.labels_by("uniform", 7, 10, 0))
-    assert (uniform != sampling.labels_by("uniform", 10_000, 10, 1)).any()
-    assert not sampling.labels_by("uniform", 5, 0, 0).any(), "without classes the null label alone"
-    with pytest.raises(ConfigError, match=r"unknown rule of labels 'even'; known: balanced, uniform"):
-        sampling.labels_by("even", 5, 10, 0)
+    np.testing.assert_array_equal(uniform[:7], conditioning.labels("uniform", 7, 10, 0))
+    assert (uniform != conditioning.labels("uniform", 10_000, 10, 1)).any()
+    assert not conditioning.labels("uniform", 5, 0, 0).any(), "without classes the null label alone"
+    with pytest.raises(ConfigError, match=r"labels = 'even' is unknown; .*known: balanced, uniform"):
+        conditioning.labels("even", 5, 10, 0)
 
 
 def test_grids_show_classes_in_rows():
@@ -368,14 +368,14 @@ def test_kill_9_at_any_moment_ends_in_the_same_numbers(workdir, tmp_path):
 
 
 def test_the_evaluator_of_a_run_scores_as_the_program_does(workdir, source, undisturbed):
-    config = configs.load(workdir)
-    parts = build.build(config, SHAPE, 10).parts
-    evaluator = build.evaluators(config, parts, SHAPE, 10)["scores"]
+    built = build.build(configs.load(workdir), source.space)
+    judge = built.config.evaluators.scores
+    evaluator = configs.make("evaluators", judge, "config.evaluators.scores", SampleSpec.of(built))
 
     def sample(labels, first=0):
-        return source.sample(source.params, source.frozen, labels, 0, first=first)
+        return source.sampler(source.params, source.frozen, labels, 0, first=first)
 
-    assert dict(evaluator(sample)) == pytest.approx(undisturbed[1], rel=1e-6)
+    assert dict(evaluator(Current(None, None, sample))) == pytest.approx(undisturbed[1], rel=1e-6)
 
 
 def compiled(caplog, function):

@@ -48,7 +48,7 @@ def test_the_whole_chain_ends_in_pictures(latents, tmp_path):
     assert np.isfinite(losses).all()
     with Image.open(tmp_path / "samples.png") as grid:
         assert grid.mode == "RGB"
-    with np.load(sample.run(trained.of_run(tmp_path), num=16) / "samples.npz") as found:
+    with np.load(sample.run(trained.drawing(trained.of_run(tmp_path)), num=16) / "samples.npz") as found:
         pictures, labels = found["arr_0"], found["labels"]
     assert (pictures.shape, pictures.dtype) == ((16, 16, 16, 3), np.uint8)
     np.testing.assert_array_equal(labels, np.arange(16))
@@ -57,7 +57,9 @@ def test_the_whole_chain_ends_in_pictures(latents, tmp_path):
     stored = json.loads((tmp_path / "config.json").read_text())
     stored["codec"]["vae"] = None
     (tmp_path / "config.json").write_text(json.dumps(stored))
-    with np.load(sample.run(trained.of_run(tmp_path), num=16, out=tmp_path / "undecoded") / "samples.npz") as found:
+    with np.load(
+        sample.run(trained.drawing(trained.of_run(tmp_path)), num=16, out=tmp_path / "undecoded") / "samples.npz"
+    ) as found:
         x = found["arr_0"]
     assert (x.shape, x.dtype) == ((16, 4, 4, 4), np.float32)
     release = published.open_vae(latents / "vae")

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from configs import diversedit_xl2
+from configs import diversedit
 from diversedit_jax import sharding
+from diversedit_jax.api import Conditions, Space
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.models.dit import RULES
 from diversedit_jax.runs import build
 from diversedit_jax.training.checkpoint import Checkpoints
 from diversedit_jax.training.checksums import checksum
@@ -61,11 +63,11 @@ def test_meshes_that_cannot_be(sizes, message):
 
 
 def spec(name: str, shape: tuple[int, ...], layout: sharding.Layout) -> PartitionSpec:
-    """Where the rules put an array of this name and shape."""
+    """Where the rules, with those of dit, put an array of this name and shape."""
     tree = jax.ShapeDtypeStruct(shape, np.float32)
     for key in reversed(name.split("/")):
         tree = {key: tree}
-    return jax.tree.leaves(sharding.shardings(tree, layout))[0].spec
+    return jax.tree.leaves(sharding.shardings(tree, layout.with_rules(RULES)))[0].spec
 
 
 @pytest.mark.parametrize(
@@ -120,7 +122,7 @@ def test_what_a_rule_cannot_split_is_named(name, shape, message):
 
 
 def test_the_layers_of_a_state_are_never_split():
-    layout = sharding.make(data=2, fsdp=4)
+    layout = sharding.make(data=2, fsdp=4).with_rules(RULES)
     state = jax.eval_shape(initializer(full_parts(), batch()), KEY)
     where = sharding.shardings(state, layout)
     for half in ("shallow", "deep", "merges"):
@@ -162,15 +164,15 @@ def test_the_compiler_is_told_where_examples_lie_only_on_a_mesh():
 
 
 def xl_under_fsdp(**changes):
-    """The layout of DiverseDiT-XL/2's parts over 8 devices, how its state is made, and where that lives."""
-    config = diversedit_xl2.get_config()
+    """DiverseDiT-XL/2 over 8 devices: how its state is made, and where that lives."""
+    config = diversedit.get_config("xl2")
     config.mesh.update({"data": 1, "fsdp": 8})
     config.model.update(changes)
-    layout, parts, _, _ = build.build(config, (32, 32, 4), 1000)
+    experiment = build.build(config, Space((32, 32, 4), Conditions.labels(1000)))
     stored = {"moments": jnp.zeros((8, 32, 32, 8), jnp.float16), "y": jnp.zeros(8, jnp.int32)}
-    init = initializer(parts, stored)
+    init = initializer(experiment.components, stored)
     abstract = jax.eval_shape(init, KEY)
-    return init, sharding.placed(abstract, sharding.shardings(abstract, layout))
+    return init, sharding.placed(abstract, sharding.shardings(abstract, experiment.layout))
 
 
 def size(leaf: jax.ShapeDtypeStruct) -> int:

@@ -16,41 +16,41 @@ from tests import ROOT
 
 PACKAGE = ROOT / "diversedit_jax"
 
-# Floor: (the parts of the package that live there, the third-party packages that it adds to those of lower floors).
-# A part is a module or folder directly in diversedit_jax/; "" is the package itself.
+# The rooms from the ground up: a module or folder directly in diversedit_jax/ ("" is the package itself), and the
+# third-party packages that come in there. A room uses rooms below it, and packages that have come in.
 FLOORS = {
-    0: (
-        [
-            "",
-            "api",
-            "errors",
-            "registry",
-            "diffusion",
-            "sharding",
-            "losses",
-            "objectives",
-            "metrics",
-        ],
-        ["jax", "numpy", "jaxtyping"],
-    ),
-    1: (["models", "weights"], ["flax", "safetensors", "ml_dtypes"]),
-    2: (
-        [
-            "runtime",
-            "training",
-            "encoders",
-            "codecs",
-            "config",
-            "sampling",
-            "runs",
-            "evaluation",
-            "analysis",
-        ],
-        ["optax", "orbax", "clu", "tensorboardX", "tqdm", "PIL", "ml_collections", "absl", "matplotlib"],
-    ),
-    3: (["evaluators"], ["sklearn"]),
-    4: (["train", "sample", "evaluate", "analyze"], []),
+    "": "",
+    "errors": "",
+    "registry": "",
+    "api": "jax numpy jaxtyping",
+    "sharding": "",
+    "conditioning": "",
+    "metrics": "",
+    "diffusion": "",
+    "losses": "",
+    "objectives": "",
+    "runtime": "PIL absl tqdm tensorboardX clu",
+    "models": "flax",
+    "weights": "safetensors ml_dtypes",
+    "data": "grain tensorflow_datasets sklearn array_record",
+    "config": "ml_collections",
+    "encoders": "",
+    "codecs": "",
+    "training": "optax orbax",
+    "sampling": "",
+    "runs": "",
+    "evaluation": "matplotlib",
+    "analysis": "",
+    "evaluators": "",
+    "sample": "",
+    "evaluate": "",
+    "analyze": "",
+    "train": "",
 }
+ROOMS = list(FLOORS)
+JAX_ALONE = ROOMS[: ROOMS.index("runtime")]
+PROGRAMS = ROOMS[ROOMS.index("sample") :]
+GENERAL = {"train", "training", "sampling", "runs", "analysis"}  # rooms that serve every method
 # What single modules may import beside that, inside of the function that needs it.
 EXCEPTIONS = {
     "diversedit_jax.diffusion.solvers": {"diffrax"},
@@ -59,12 +59,10 @@ EXCEPTIONS = {
     "diversedit_jax.data.lightningdit": {"safetensors"},
     "diversedit_jax.data.meanflow_lmdb": {"lmdb"},
 }
-# Host data stands beside the floors: it never touches jax (though grain itself loads it), and floors 2 and up use it.
-DATA_MAY_IMPORT = {"PIL", "absl", "numpy", "grain", "tensorflow_datasets", "sklearn", "array_record"}
-DATA_MAY_USE = {"", "data", "errors", "registry"}
-# Layouts that are files of weights, or pickles: read by these, which are numpy alone.
+# Data sets are numpy on the host (though grain itself loads jax). Of weights they use the readers of files alone.
+DATA_NEVER = {"jax", "flax"}
+DATA_MAY_USE = {"", "errors", "registry", "api", "data", "weights"}
 FILES = [f"diversedit_jax.weights.formats.{name}" for name in ("weights_file", "numpy_pickle")]
-READS_WEIGHTS = {f"diversedit_jax.data.{name}" for name in ("meanflow_pt", "meanflow_lmdb", "lightningdit")}
 
 NEVER = {"configs", "launch", "tests", "tools", "tensorflow", "torch"}
 
@@ -105,15 +103,6 @@ def part(module: str) -> str:
     return [*module.split("."), ""][1]
 
 
-def floor(name: str) -> int | str:
-    """The floor of a part of the package."""
-    if name == "data":
-        return "data"
-    floors = [number for number, (parts, _) in FLOORS.items() if name in parts]
-    assert floors, f"diversedit_jax.{name} is not in the house yet: place it on a floor, in FLOORS of {__file__}"
-    return floors[0]
-
-
 @cache
 def imports(path: Path) -> frozenset[str]:
     """Dotted names that a file imports anywhere in it, also inside of functions."""
@@ -136,32 +125,40 @@ def third_party(path: Path) -> set[str]:
     return {name.partition(".")[0] for name in imports(path)} - sys.stdlib_module_names - {"diversedit_jax"}
 
 
-def allowed(where: int | str) -> tuple[set[str], set[str]]:
-    """The third-party packages that a floor may import, and the parts of the package that it may use."""
-    if where == "data":
-        return DATA_MAY_IMPORT, DATA_MAY_USE
-    below = [FLOORS[number] for number in range(where + 1)]
-    packages = {package for _, added in below for package in added}
-    parts = {name for names, _ in below for name in names}
-    return (packages | DATA_MAY_IMPORT, parts | {"data"}) if where >= 2 else (packages, parts)
-
-
-def imports_of_weights(path: Path) -> set[str]:
-    """The modules of weights/ that a file imports."""
-    return {name for name in imports(path) if name.startswith("diversedit_jax.weights")}
-
-
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
-def test_a_module_imports_its_own_and_lower_floors_only(path):
-    where = floor(part(dotted(path)))
-    packages, parts = allowed(where)
-    assert not (found := third_party(path) & NEVER), f"{dotted(path)} imports {found}: the package never does"
-    assert not (found := third_party(path) - packages - EXCEPTIONS.get(dotted(path), set())), (
-        f"{dotted(path)} (floor {where}) may not import {found}"
-    )
-    used = {part(name) for name in imports(path) if name.partition(".")[0] == "diversedit_jax"}
-    used -= {"weights"} if dotted(path) in READS_WEIGHTS and not imports_of_weights(path) - set(FILES) else set()
-    assert not (found := used - parts), f"{dotted(path)} (floor {where}) may not use diversedit_jax.{found}"
+def test_a_module_imports_its_own_and_lower_rooms_only(path):
+    name, room = dotted(path), part(dotted(path))
+    assert room in FLOORS, f"diversedit_jax.{room} is not in the house yet: place it in FLOORS of {__file__}"
+    below = ROOMS[: ROOMS.index(room) + 1]
+    packages = {package for lower in below for package in FLOORS[lower].split()} | EXCEPTIONS.get(name, set())
+    ours = {module for module in imports(path) if module.partition(".")[0] == "diversedit_jax"}
+    if room == "data":
+        packages -= DATA_NEVER
+        below = DATA_MAY_USE
+        assert not (found := {m for m in ours if part(m) == "weights"} - set(FILES)), f"{name} may not use {found}"
+    assert not (found := third_party(path) & NEVER), f"{name} imports {found}: the package never does"
+    assert not (found := third_party(path) - packages), f"{name} may not import {found}"
+    assert not (found := set(map(part, ours)) - set(below)), f"{name} may not use diversedit_jax.{found}"
+
+
+METHODS = (
+    r"\b(repa|reg|mean_flow|sra|dispersive|merges|shallow|ddpm|diversedit|second_time|token_width|num_timesteps)\b"
+)
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if part(dotted(path)) in GENERAL], ids=dotted)
+def test_what_serves_every_method_names_none(path):
+    found = re.findall(METHODS, path.read_text(encoding="utf-8"))
+    assert not found, f"{dotted(path)} names {found}: ask the contract (api.py) instead"
+
+
+@pytest.mark.parametrize("folder", ["diversedit_jax", "tools", "configs"])
+def test_no_function_is_longer_than_a_screen_or_two(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                assert lines <= 80, f"{path.relative_to(ROOT)}: {node.name} has {lines} lines"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
@@ -182,28 +179,21 @@ def test_readers_of_files_need_numpy_alone():
     assert not found, f"importing {FILES} loads {found}"
 
 
-def test_floor_0_needs_jax_alone():
+def test_the_lowest_rooms_need_jax_alone():
     """The losses run in anybody's training code, whatever its framework."""
-    modules = [dotted(path) for path in MODULES if part(dotted(path)) in FLOORS[0][0]]
+    modules = [dotted(path) for path in MODULES if part(dotted(path)) in JAX_ALONE]
     assert "diversedit_jax.losses" in modules
-    found = loaded_after_importing(modules) & {
-        "flax",
-        "optax",
-        "orbax",
-        "clu",
-        "grain",
-        "diffrax",
-        "tensorflow",
-        "torch",
-    }
-    assert not found, f"importing floor 0 loads {found}"
+    found = loaded_after_importing(modules) & {"flax", "optax", "orbax", "clu", "grain", "diffrax", "PIL", "absl"}
+    assert not found, f"importing the lowest rooms loads {found}"
 
 
 # Programs define the same flags, --config and --workdir, so no two of them fit into one process.
-PROGRAMS = [dotted(path) for path in MODULES if part(dotted(path)) in FLOORS[4][0]]
+PROGRAM_MODULES = [f"diversedit_jax.{name}" for name in PROGRAMS]
 
 
-@pytest.mark.parametrize("modules", [sorted(set(map(dotted, MODULES)) - set(PROGRAMS)), *([p] for p in PROGRAMS)])
+@pytest.mark.parametrize(
+    "modules", [sorted(set(map(dotted, MODULES)) - set(PROGRAM_MODULES)), *([p] for p in PROGRAM_MODULES)]
+)
 def test_neither_tensorflow_nor_torch_is_loaded(modules):
     found = loaded_after_importing(modules) & {"tensorflow", "torch"}
     assert not found, f"importing {modules} loads {found}"
@@ -255,7 +245,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     package = source / PACKAGE.name
-    wanted = {path.relative_to(source).as_posix() for path in package.rglob("*") if path.is_file()}
+    wanted = {path.relative_to(source).as_posix() for path in package.rglob("*") if path.is_file()} - {
+        "diversedit_jax/README.md"
+    }
     assert held == wanted, f"missing: {sorted(wanted - held)}; too many: {sorted(held - wanted)}"
 
 

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from configs import default, digits
 from diversedit_jax import sample, train
+from diversedit_jax.api import Conditions, Space
 from diversedit_jax.config import slot
 from diversedit_jax.data import Dataset
 from diversedit_jax.data import digits as digits_data
@@ -68,6 +69,11 @@ def records(workdir: Path) -> list[dict]:
 
 def losses(workdir: Path) -> dict[int, float]:
     return {record["step"]: record["loss/total"] for record in records(workdir) if "loss/total" in record}
+
+
+def source_of(workdir: Path, step: int | None = None, weak_step: int | None = None, **overrides) -> trained.Source:
+    """A run, ready to draw samples. overrides: of its sampler's options."""
+    return trained.drawing(trained.of_run(workdir), step, weak_step, overrides)
 
 
 def assert_same_bits(found, expected):
@@ -166,7 +172,7 @@ def test_the_best_checkpoints_are_kept(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("metric", "message"),
     [
-        (None, r"best = 2: wanted a count, and config.checkpoint.metric"),
+        (None, r"metric = None: wanted LABEL/NAME of config.evaluators, known: rated"),
         ("fid", r"metric = 'fid': wanted LABEL/NAME of config.evaluators, known: rated"),
         pytest.param(
             "rated/fid", r"metric = 'rated/fid' is not found; did you mean 'rated/value'", marks=pytest.mark.slow
@@ -209,16 +215,16 @@ def test_data_of_any_number_of_classes_train_and_are_sampled(num_classes, tmp_pa
     config.data = slot("data", "synthetic", shape=(8, 8, 1), num_classes=num_classes, size=64)
     state = train.run(config, tmp_path)
     assert state["params"]["label_embed"]["embedding"].shape == (num_classes + 1, 16)
-    source = trained.of_run(tmp_path)
+    source = source_of(tmp_path)
     with np.load(sample.run(source, num=4) / "samples.npz") as found:
         np.testing.assert_array_equal(found["labels"], [0, 0, 0, 0] if num_classes == 0 else [0, 1, 2, 0])
     with pytest.raises(ConfigError, match=rf"labels must be in 0 .. {max(num_classes - 1, 0)}, given 3"):
         sample.run(source, labels=[3])
     if num_classes == 0:
-        with pytest.raises(ConfigError, match=r"cfg_scale = 2.0: the data have no classes to guide to; it must be 1"):
-            sample.run(trained.of_run(tmp_path, overrides={"cfg_scale": 2.0}))
+        with pytest.raises(ConfigError, match=r"cfg_scale = 2.0: must be 1, the data have no classes to guide to"):
+            sample.run(source_of(tmp_path, cfg_scale=2.0))
         config.sampler.cfg_scale = 1.5
-        with pytest.raises(ConfigError, match=r"cfg_scale = 1.5: the data have no classes"):
+        with pytest.raises(ConfigError, match=r"cfg_scale = 1.5: must be 1, the data have no classes"):
             train.run(config, tmp_path / "guided")
 
 
@@ -247,7 +253,7 @@ class PartlyDamaged:
 
 
 def partly_damaged(split):
-    return Dataset(PartlyDamaged(), None, (8, 8, 1), 3)
+    return Dataset(PartlyDamaged(), None, Space((8, 8, 1), Conditions.labels(3)))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_by_name(tmp_path):
@@ -411,23 +417,23 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(straight, tmp
             r"batch_size = 20 is not divisible by 8 \(data x fsdp of config.mesh\); nearest: 16 or 24",
         ),
         ({"accumulate": 3}, r"not divisible by 8 \(.*\) x 3 accumulated parts; nearest: 24"),
-        ({"model__patch": 3}, r"model.patch = 3 does not divide the image of 8 x 8"),
+        ({"model__patch": 3}, r"model.patch = 3 does not divide 8 x 8"),
         ({"model__heads": 3}, r"model.heads = 3 does not divide the width 16"),
         ({"model__skip": "relase"}, r"model.skip = 'relase' is unknown; did you mean 'release'"),
         ({"losses__diversity__aligned": 5}, r"aligned block 5 is outside the network: it has blocks 1 to 4"),
         ({"losses__diversity__groups": 3}, r"a batch of 16 cannot be cut into 3 equal groups"),
         ({"losses__diversity__name": "diversty"}, r"losses: unknown name 'diversty'; did you mean 'diversity'"),
-        ({"losses__diversity__preset": "relase"}, r"unknown preset 'relase'"),
+        ({"losses__diversity__preset": "relase"}, r"preset = 'relase' is unknown; did you mean 'release'"),
         ({"data__name": "digit"}, r"data: unknown name 'digit'; did you mean 'digits'"),
-        ({"objective__path": "linaer"}, r"unknown path 'linaer'; did you mean 'linear'"),
-        ({"objective__label_drop": 1.5}, r"label_drop must be a probability, given 1.5"),
-        ({"optim__learning_rate": float("nan")}, r"config.optim.learning_rate = nan: must be a finite number > 0"),
-        ({"ema_decay": 7.0}, r"config.ema_decay = 7.0: must be in \[0, 1\)"),
-        ({"total_steps": 0}, r"config.total_steps = 0: must be positive"),
-        ({"max_skipped": -1}, r"config.max_skipped = -1: must not be negative"),
+        ({"objective__path": "linaer"}, r"path = 'linaer' is unknown; did you mean 'linear'"),
+        ({"objective__condition_drop": 1.5}, r"condition_drop = 1.5: must be at least 0 and at most 1"),
+        ({"optim__learning_rate": float("nan")}, r"optim.learning_rate = nan: must be more than 0"),
+        ({"ema_decay": 7.0}, r"config.ema_decay = 7.0: must be at least 0 and less than 1"),
+        ({"total_steps": 0}, r"config.total_steps = 0: must be at least 1"),
+        ({"max_skipped": -1}, r"config.max_skipped = -1: must be at least 0"),
         ({"profile": "5"}, r"config.profile = '5': wanted FIRST:LAST of steps"),
         ({"mesh__data": 3}, r"data 3 x fsdp 1 = 3 devices, but JAX sees 8"),
-        ({"sampler__solver": "hen"}, r"unknown solver 'hen'; did you mean 'heun'"),
+        ({"sampler__solver": "hen"}, r"solver = 'hen' is unknown; did you mean 'heun'"),
         ({"sampler__guidance_interval": (0.7, 0.2)}, r"guidance_interval = 0.7, 0.2"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -498,35 +504,28 @@ def test_data_that_do_not_fit_are_refused_before_anything_compiles(tmp_path, wri
 def test_samples_of_a_run(straight, tmp_path):
     _, workdir, _ = straight
     guided = {"cfg_scale": 1.8, "guidance_interval": (0.0, 0.7)}
-    folder = sample.run(trained.of_run(workdir, overrides=guided), num=12, out=tmp_path / "a")
+    folder = sample.run(source_of(workdir, **guided), num=12, out=tmp_path / "a")
     with np.load(folder / "samples.npz") as file:
         images, labels = file["arr_0"], file["labels"]
     assert images.shape == (12, 8, 8, 1)
     assert images.dtype == np.uint8
     assert labels.tolist() == [*range(10), 0, 1]
     assert (folder / "grid.png").exists()
-    again = sample.run(trained.of_run(workdir, overrides=guided | {"batch_size": 8}), num=12, out=tmp_path / "b")
+    again = sample.run(source_of(workdir, **guided, batch_size=8), num=12, out=tmp_path / "b")
     with np.load(again / "samples.npz") as file:
         difference = np.abs(file["arr_0"].astype(int) - images.astype(int)).max()
     assert difference <= 1, "samples depend on the batch size"  # 1: rounding at the boundary of two grey levels
-    seven = sample.run(
-        trained.of_run(workdir, 4, overrides={"solver": "euler_maruyama", "steps": 3}),
-        num=3,
-        labels=[7],
-        out=tmp_path / "c",
-    )
+    seven = source_of(workdir, 4, solver="euler_maruyama", steps=3)
+    seven = sample.run(seven, num=3, labels=[7], out=tmp_path / "c")
     with np.load(seven / "samples.npz") as file:
         assert file["labels"].tolist() == [7, 7, 7]
-    weak = sample.run(
-        trained.of_run(workdir, weak_step=4, overrides={"cfg_scale": 2.0, "solver": "dopri5", "steps": 100}),
-        num=2,
-        out=tmp_path / "d",
-    )
+    weak = source_of(workdir, weak_step=4, cfg_scale=2.0, solver="dopri5", steps=100)
+    weak = sample.run(weak, num=2, out=tmp_path / "d")
     assert (weak / "grid.png").exists()
     with pytest.raises(ConfigError, match=r"labels must be in 0 .. 9, given 10"):
-        sample.run(trained.of_run(workdir), labels=[10])
+        sample.run(source_of(workdir), labels=[10])
     with pytest.raises(CheckpointError, match="no step 3"):
-        trained.of_run(workdir, 3)
+        source_of(workdir, 3)
     with pytest.raises(ConfigError, match="holds no run"):
         trained.of_run(tmp_path)
 

@@ -1,8 +1,8 @@
 """Convert weights between public releases, or look into them; needs no torch, and runs nothing that a file holds.
 
-    python tools/convert_checkpoint.py SiT-XL-2-256.pt --inspect
-    python tools/convert_checkpoint.py repa.pt out.safetensors
-    python tools/convert_checkpoint.py DiT-XL-2-256.pt out.safetensors --family=official_dit --to=diffusers_dit
+    python -m tools.convert_checkpoint SiT-XL-2-256.pt --inspect
+    python -m tools.convert_checkpoint repa.pt out.safetensors
+    python -m tools.convert_checkpoint DiT-XL-2-256.pt out.safetensors --family=official_dit --to=diffusers_dit
 
 IN is a .safetensors or PyTorch file of a release, a checkpoint of flax or orbax, or the directory of one of our runs
 (its EMA weights). OUT is written as .safetensors under the names of the family `--to`, by default that of IN (of a run

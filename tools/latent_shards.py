@@ -10,12 +10,11 @@ same shard by mistake the first one ends with an error, and the shard is the oth
 import contextlib
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
@@ -23,6 +22,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from diversedit_jax.data import latents
 from diversedit_jax.errors import ConfigError, DataError
+from diversedit_jax.runtime.files import check_same, replacing, write_json
 
 NAME, SPLIT = "latents", "train"
 PLAN, WHOLE, NOTES = "plan.json", latents.ABOUT, "notes"
@@ -87,7 +87,7 @@ def collection_digest(keys: Sequence[str], labels: np.ndarray) -> str:
 def claim(folder: Path, plan: Plan) -> bool:
     """Make the folder of a set, or see that it holds one of the same plan, which may be whole: then it returns True.
 
-    ConfigError names what differs, or why the folder cannot be used.
+    ConfigError for one of another plan, or for a folder that cannot be used.
     """
     ours = plan.about | {"images": plan.count, "per_shard": plan.per_shard, "features": sorted(plan.features)}
     try:
@@ -95,12 +95,8 @@ def claim(folder: Path, plan: Plan) -> bool:
         for file in (WHOLE, PLAN):
             if (folder / file).exists():
                 theirs = json.loads((folder / file).read_text(encoding="utf-8"))
-                changed = [key for key in sorted(ours) if theirs.get(key) != ours[key]]
-                if changed:
-                    says = "; ".join(
-                        f"{key}: {brief(theirs.get(key))} there, {brief(ours[key])} now" for key in changed
-                    )
-                    raise ConfigError(f"{folder} holds another set ({says}): use its settings or another folder")
+                begun = {key: theirs.get(key) for key in ours}
+                check_same(f"{folder} holds a set", begun, ours, "use its settings or another folder")
                 return file == WHOLE
         write_json(folder / PLAN, ours)
     except (OSError, json.JSONDecodeError) as error:
@@ -108,27 +104,13 @@ def claim(folder: Path, plan: Plan) -> bool:
     return False
 
 
-def brief(value: Any) -> str:
-    """A value on one line, cut where it is long."""
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file whole or not at all; DataError if the disk does not take it."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with writing(path), open(partial, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-        os.replace(partial, path)
-
-
 @contextlib.contextmanager
 def writing(place: Path) -> Iterator[None]:
     """Within it, what the disk refuses is a DataError that names the file."""
     try:
         yield
+    except jax.errors.JaxRuntimeError:  # of the devices that compute what is written
+        raise
     except (OSError, RuntimeError) as error:  # RuntimeError: array_record
         raise DataError(f"{place} cannot be written: {str(error).partition(chr(10))[0]}") from error
 
@@ -148,28 +130,21 @@ def write_shard(
     records: the examples, in order; `skipped` is read when they are at an end: image -> why it is not among them.
     """
     place = folder / plan.file(shard)
-    partial = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
     checksum, count, size = hashlib.sha256(), 0, 0
-    with writing(place):
-        for left in folder.glob(f".{place.name}.*"):  # by one that was killed
-            left.unlink(missing_ok=True)
+    for left in folder.glob(f".{place.name}.*"):  # by one that was killed
+        left.unlink(missing_ok=True)
+    with writing(place), replacing(place) as partial:
         writer = array_record_module.ArrayRecordWriter(str(partial), OPTIONS)
-    try:
-        for example in records:  # what is raised here has nothing to do with the disk of `place`
-            content = serialize(plan.features, example)
-            with writing(place):
+        try:
+            for example in records:
+                content = serialize(plan.features, example)
                 writer.write(content)
-            checksum.update(content)
-            count, size = count + 1, size + len(content)
-    finally:
-        with writing(place):
+                checksum.update(content)
+                count, size = count + 1, size + len(content)
+        finally:
             writer.close()
-    if count + len(skipped) != len(plan.images(shard)):
-        raise DataError(f"{place}: {count} records and {len(skipped)} skipped of {len(plan.images(shard))} images")
-    with writing(place):
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, place)
+        if count + len(skipped) != len(plan.images(shard)):
+            raise DataError(f"{place}: {count} records and {len(skipped)} skipped of {len(plan.images(shard))} images")
     found = {"records": count, "bytes": size, "sha256": checksum.hexdigest(), "skipped": skipped}
     write_json(folder / NOTES / f"{shard:05d}.json", found)
     return size

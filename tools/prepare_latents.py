@@ -44,6 +44,7 @@ from diversedit_jax.models import PRECISIONS
 from diversedit_jax.models import vae as vae_model
 from diversedit_jax.runtime import cli
 from diversedit_jax.runtime.cli import silence
+from diversedit_jax.runtime.files import write_json
 from diversedit_jax.runtime.pictures import save_png
 from diversedit_jax.runtime.progress import Ticker, duration
 from diversedit_jax.weights import vae as vae_files
@@ -88,7 +89,7 @@ class Encoding(NamedTuple):
 
 
 def prepare(source: str | Path, out: str | Path, options: Options) -> None:
-    """Codec a set, or what is left of it."""
+    """Prepare a set, or what is left of it."""
     started = time.monotonic()
     images = image_collections.open_images(source, options.kind, options.split, options.unconditional)
     folder = local_path("OUT", out).absolute()
@@ -122,7 +123,7 @@ def prepare(source: str | Path, out: str | Path, options: Options) -> None:
         print(f"this process is done; {len(others)} of {plan.shards} shards are left to the others")
         return
     report = summary(folder, plan, images)
-    latent_shards.write_json(folder / "report.json", report | {"ignored": dict(images.ignored)})
+    write_json(folder / "report.json", report | {"ignored": dict(images.ignored)})
     about = latent_shards.finish(folder, plan)
     show(report, about, time.monotonic() - started, folder)
     mosaic(folder, images, release, options)
@@ -324,7 +325,7 @@ def reconstructed(dataset: Dataset, release: vae_files.Release, precision: str) 
     """What the decoder makes of the means of some records, uint8 [n size size 3]."""
     network, params = vae_model.network(release.arch, precision), release.read(("decoder",))
     decode = jax.jit(lambda params, z: pixels.decode({}, network.decode(params, z)))
-    means = [dataset.source[row]["moments"][..., : dataset.shape[-1]].astype(np.float32) for row in some(dataset)]
+    means = [dataset.source[row]["moments"][..., : dataset.space.shape[-1]].astype(np.float32) for row in some(dataset)]
     return np.concatenate([decode(params, jnp.asarray(mean[None])) for mean in means])
 
 

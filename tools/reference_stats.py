@@ -31,7 +31,7 @@ from diversedit_jax.errors import ConfigError, DataError
 from diversedit_jax.evaluation import extractors, image_files, reference_statistics, scoring
 from diversedit_jax.evaluation.extractors import Extractor
 from diversedit_jax.runtime import cli
-from diversedit_jax.runtime.files import replacing
+from diversedit_jax.runtime.files import write_npz
 from diversedit_jax.runtime.progress import Ticker
 
 AHEAD = 512  # crops that are decoded before they are needed
@@ -117,8 +117,7 @@ def compute(
 
 def write(out: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
     """The file, whole or not at all."""
-    with replacing(out) as partial, open(partial, "wb") as file:
-        np.savez(file, **arrays, **{reference_statistics.ABOUT: np.array(json.dumps(about))})
+    write_npz(out, {**arrays, reference_statistics.ABOUT: np.array(json.dumps(about))})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """How figures are drawn: each a PNG, an SVG and a CSV of one name, fit for a paper and for the colour-blind."""
 
 import contextlib
-import csv
 import io
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from diversedit_jax.runtime.files import replacing
+from diversedit_jax.runtime.files import replacing, write_csv
 
 STYLE = {
     "font.size": 8,
@@ -74,8 +73,7 @@ def drawing(folder: Path, name: str, header: Row, rows: Sequence[Row]) -> Iterat
             with replacing(folder / f"{name}{suffix}") as partial:
                 plain = {"metadata": {"Date": None}} if suffix == ".svg" else {}
                 figure.savefig(partial, format=suffix[1:], dpi=DPI, **plain)
-    with replacing(folder / f"{name}.csv") as partial, open(partial, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *rows])
+    write_csv(folder / f"{name}.csv", [header, *rows])
 
 
 def by_label(items: Sequence[Any]) -> dict[str, list[Any]]:

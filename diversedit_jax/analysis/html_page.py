@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from diversedit_jax.analysis.drawing import DPI, Plate
-from diversedit_jax.runtime.files import replacing
+from diversedit_jax.runtime.files import write_text
 
 PIXELS_PER_INCH = 140  # of a figure, on a wide page
 
@@ -60,8 +60,7 @@ def write(
         *(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in settings.items()),
         "</dl></body></html>",
     ]
-    with replacing(path) as partial:
-        partial.write_text("\n".join(parts) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(parts) + "\n")
 
 
 def _section(one: Plate) -> str:

@@ -7,7 +7,7 @@ from diversedit_jax.analysis import known_scores
 from diversedit_jax.analysis.drawing import WIDTH, Panel, Plate, by_label, drawing, entries, heatmaps, spaced
 from diversedit_jax.analysis.heatmaps import fid_line, mean_matrix, timesteps, where
 from diversedit_jax.analysis.study import Study
-from diversedit_jax.runtime.files import replacing
+from diversedit_jax.runtime.files import write_text
 
 
 def figure2(folder: Path, studies: Sequence[Study], scale: str) -> list[Plate]:
@@ -75,8 +75,7 @@ def table_a2(folder: Path, studies: Sequence[Study], scale: str) -> list[Plate]:
         ],
     }
     for suffix, written in texts.items():
-        with replacing(folder / f"table_a2{suffix}") as partial:
-            partial.write_text("\n".join(written) + "\n", encoding="utf-8")
+        write_text(folder / f"table_a2{suffix}", "\n".join(written) + "\n")
     with drawing(folder, "table_a2", header, rows) as figure:
         figure.set_size_inches(WIDTH, 0.3 + 0.24 * (len(rows) + 1))
         axes = figure.subplots()

@@ -1,8 +1,8 @@
-"""Samplers of the discrete diffusion, from its last step to its first in one `lax.scan`: DDPM's and DDIM's (arXiv
-2006.11239, 2010.02502), equal to those of DiT.
+"""Samplers of the discrete diffusion, equal to DiT's: DDPM's (arXiv 2006.11239) and DDIM's (arXiv 2010.02502).
 
-`predict` is a network under `guidance.guide`: (x, step, t) -> noise, or noise and variance; the step is that of the
-trained diffusion, as a float, and t in (0, 1] its place on the time axis of guidance intervals.
+Each runs from the last step to the first in one `lax.scan`. `predict` is a network under `guidance.guide`:
+(x, step, t) -> noise, or noise and variance. The step is that of training, as a float. t in (0, 1] is its place in a
+guidance interval. `noise` gives the draw of each step, counted from the first one taken.
 """
 
 from collections.abc import Callable
@@ -10,19 +10,19 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from diversedit_jax.diffusion import discrete
 from diversedit_jax.diffusion.discrete import Schedule, at
 from diversedit_jax.diffusion.guidance import Velocity
+from diversedit_jax.diffusion.paths import Examples
 from diversedit_jax.diffusion.solvers import Noise
 from diversedit_jax.registry import in_range
 
 
-def ddpm(predict: Velocity, x: Float[Array, "b *s c"], schedule: Schedule, noise: Noise) -> Float[Array, "b *s c"]:
-    """Ancestral sampling (DDPM, Algorithm 2), with the variance that the network predicts, or beta; no noise at last.
+def ddpm(predict: Velocity, x: Examples, schedule: Schedule, noise: Noise) -> Examples:
+    """Ancestral sampling (DDPM, Algorithm 2) with the variance that the network predicts, else beta.
 
-    `schedule` may be respaced. `noise` gives the draw of each step, counted from the first one taken.
+    The last step adds no noise. `schedule` may be respaced.
     """
 
     def step(x, i, output, draw):
@@ -32,10 +32,8 @@ def ddpm(predict: Velocity, x: Float[Array, "b *s c"], schedule: Schedule, noise
     return _loop(step, predict, x, schedule, noise)
 
 
-def ddim(
-    predict: Velocity, x: Float[Array, "b *s c"], schedule: Schedule, noise: Noise, eta: float = 0.0
-) -> Float[Array, "b *s c"]:
-    """DDIM (Eq. 12): deterministic for eta = 0, of the posterior's variance for eta = 1; a learned one is not used."""
+def ddim(predict: Velocity, x: Examples, schedule: Schedule, noise: Noise, eta: float = 0.0) -> Examples:
+    """DDIM (Eq. 12). eta = 0 is deterministic, eta = 1 has the posterior's variance. A learned variance is not used."""
     in_range("eta", eta, 0, 1)
     before = schedule.alphas_bar_prev
     sigma = eta * np.sqrt(discrete.posterior_variance(schedule))  # Eq. 16; 0 in the first step
@@ -49,9 +47,7 @@ def ddim(
     return _loop(step, predict, x, schedule, noise)
 
 
-def _loop(
-    step: Callable, predict: Velocity, x: Float[Array, "b *s c"], schedule: Schedule, noise: Noise
-) -> Float[Array, "b *s c"]:
+def _loop(step: Callable, predict: Velocity, x: Examples, schedule: Schedule, noise: Noise) -> Examples:
     """`step` (x, i, output, draw) -> x for i from the last step of the schedule to 0."""
     count = in_range("steps", len(schedule.timesteps), 2)
 

@@ -1,10 +1,11 @@
 """The discrete diffusion of DDPM: its noise schedule, posterior and respacing (arXiv 2006.11239, 2102.09672).
 
-Step i = 0 is the least noisy, as t = 0 is data on paths: x_i = sqrt(alpha_bar_i) x + sqrt(1 - alpha_bar_i) noise.
+x_i = sqrt(alpha_bar_i) x + sqrt(1 - alpha_bar_i) noise. Step i = 0 is the least noisy, as t = 0 is data on paths.
 Coefficients are float64 numpy arrays. They are rounded to float32 where they multiply an example.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate, repeat
 from typing import NamedTuple
 
 import jax
@@ -12,21 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from diversedit_jax.diffusion.paths import over, per_example
+from diversedit_jax.diffusion.paths import Examples, over, per_example
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.registry import in_range
 
-Index = Int[Array, ""] | Int[Array, " b"]  # one step for all images, or one for each
+Index = Int[Array, ""] | Int[Array, " b"]  # one step for all examples, or one for each
+Output = Float[Array, "b *s k"]  # of a network: k = c (noise) or 2 c (noise and variance)
 
 
 class Schedule(NamedTuple):
-    """A diffusion of n steps. They may be some of the steps of the trained diffusion.
+    """A diffusion of n steps: all steps of the diffusion that a network was trained with, or some of them.
 
-    num_timesteps:   of the trained diffusion.
-    timesteps:       [n], increasing: the steps of the trained diffusion that are visited. The network is given them.
+    num_timesteps:   the number of steps in training.
+    timesteps:       [n], increasing: the number of each step in training. The network is given it.
     betas:           [n].
     alphas_bar:      [n], the cumulative products of 1 - beta.
-    alphas_bar_prev: [n], those of the step before; 1 for the first.
+    alphas_bar_prev: [n], alphas_bar of the step before; 1 for the first.
     """
 
     num_timesteps: int
@@ -50,7 +52,7 @@ def from_betas(betas: np.ndarray, num_timesteps: int, timesteps: np.ndarray) -> 
 
 
 def linear(num_timesteps: int) -> Schedule:
-    """DDPM's schedule, beta from 1e-4 to 0.02 in 1000 steps; for another number, scaled to the same total noise."""
+    """DDPM's schedule: beta from 1e-4 to 0.02 in 1000 steps, or in other numbers scaled to the same total noise."""
     in_range("num_timesteps", num_timesteps, 21)  # with fewer, the last beta is 1 or more
     scale = 1000 / num_timesteps
     betas = np.linspace(scale * 1e-4, scale * 0.02, num_timesteps)
@@ -58,22 +60,19 @@ def linear(num_timesteps: int) -> Schedule:
 
 
 def spaced(num_timesteps: int, section_counts: Sequence[int]) -> np.ndarray:
-    """The steps to keep: a number from each of equal sections, spread from its first to its last (arXiv 2102.09672).
+    """The steps to keep: `section_counts[k]` steps of section k, spread from its first to its last (arXiv 2102.09672).
 
-    [250] of 1000 are 0, 4, 8, 12, 16, 20, ..., 999. The first num_timesteps mod len(section_counts) sections have one
-    step more.
+    Sections are equally long; the first num_timesteps mod len(section_counts) have one step more. [250] of 1000 keeps
+    0, 4, 8, 12, 16, 20, ..., 999.
     """
     size, longer = divmod(num_timesteps, len(section_counts))
     begin, kept = 0, []
     for section, count in enumerate(section_counts):
         length = size + (section < longer)
-        if not 1 <= count <= length:
-            raise ConfigError(f"a section of {length} steps cannot keep {count}: wanted 1 to {length}")
+        in_range("steps", count, 1, length)
         stride = (length - 1) / (count - 1) if count > 1 else 1
-        place = 0.0
-        for _ in range(count):  # summed, not multiplied: the reference rounds the running sum
-            kept.append(begin + round(place))
-            place += stride
+        places = accumulate(repeat(stride, count - 1), initial=0.0)  # a running sum: the reference rounds it so
+        kept += [begin + round(place) for place in places]
         begin += length
     return np.array(kept)
 
@@ -91,13 +90,13 @@ def posterior_variance(schedule: Schedule) -> np.ndarray:
 
 
 def posterior_log_variance(schedule: Schedule) -> np.ndarray:
-    """Its logarithm, the first step's replaced by the second's, as it would be -inf."""
+    """The logarithm of `posterior_variance`. The first step, else -inf, takes the value of the second."""
     variance = posterior_variance(schedule)
     return np.log(np.append(variance[1], variance[1:]))
 
 
 def fixed_log_variance(schedule: Schedule) -> np.ndarray:
-    """The variance beta of networks that do not learn it, in the first step the posterior's second."""
+    """The logarithm of the variance where it is not learned: beta, in the first step the posterior's of the second."""
     return np.log(np.append(posterior_variance(schedule)[1], schedule.betas[1:]))
 
 
@@ -107,22 +106,18 @@ def at(values: np.ndarray, i: Index, x: Array) -> Array:
     return over(found, x) if found.ndim else found
 
 
-def diffuse(
-    schedule: Schedule, x: Float[Array, "b *s c"], noise: Float[Array, "b *s c"], i: Index
-) -> Float[Array, "b *s c"]:
+def diffuse(schedule: Schedule, x: Examples, noise: Examples, i: Index) -> Examples:
     """x_i, a draw of q(x_i | x) (DDPM, Eq. 4)."""
     return at(np.sqrt(schedule.alphas_bar), i, x) * x + at(np.sqrt(1 - schedule.alphas_bar), i, x) * noise
 
 
-def data_from_noise(
-    schedule: Schedule, noise: Float[Array, "b *s c"], x_i: Float[Array, "b *s c"], i: Index
-) -> Float[Array, "b *s c"]:
+def data_from_noise(schedule: Schedule, noise: Examples, x_i: Examples, i: Index) -> Examples:
     """x from x_i and its noise."""
     of_x, of_noise = np.sqrt(1 / schedule.alphas_bar), np.sqrt(1 / schedule.alphas_bar - 1)
     return at(of_x, i, x_i) * x_i - at(of_noise, i, x_i) * noise
 
 
-def posterior(schedule: Schedule, x: Float[Array, "b *s c"], x_i: Float[Array, "b *s c"], i: Index) -> Gaussian:
+def posterior(schedule: Schedule, x: Examples, x_i: Examples, i: Index) -> Gaussian:
     """q(x_{i-1} | x_i, x) (DDPM, Eq. 6)."""
     betas, alphas_bar, before = schedule.betas, schedule.alphas_bar, schedule.alphas_bar_prev
     of_x = betas * np.sqrt(before) / (1 - alphas_bar)
@@ -130,19 +125,21 @@ def posterior(schedule: Schedule, x: Float[Array, "b *s c"], x_i: Float[Array, "
     return Gaussian(at(of_x, i, x) * x + at(of_x_i, i, x) * x_i, at(posterior_log_variance(schedule), i, x))
 
 
-def split(output: Float[Array, "b *s k"], channels: int) -> tuple[Float[Array, "b *s c"], Array | None]:
-    """A network's output as (noise, v): v holds the variances, and is None if the output has only the noise."""
+def split(output: Output, channels: int) -> tuple[Examples, Array | None]:
+    """A network's output as (noise, v). v gives the variance, see `reverse`; None if the output is the noise alone."""
     if output.shape[-1] not in (channels, 2 * channels):
         raise ConfigError(
-            f"the network predicts {output.shape[-1]} channels, wanted {channels} (noise) or {2 * channels} (noise and "
-            "variance): set model.out_channels"
+            f"the network predicts {output.shape[-1]} channels, wanted {channels} (noise) or {2 * channels} "
+            "(noise and variance): set config.model.out_channels"
         )
     return output[..., :channels], output[..., channels:] if output.shape[-1] > channels else None
 
 
-def reverse(schedule: Schedule, output: Float[Array, "b *s k"], x_i: Float[Array, "b *s c"], i: Index) -> Gaussian:
-    """p(x_{i-1} | x_i) of a network's output; its variance, if learned, lies between the posterior's (v = -1) and beta
-    (v = 1) on a logarithmic scale (arXiv 2102.09672, Eq. 15)."""
+def reverse(schedule: Schedule, output: Output, x_i: Examples, i: Index) -> Gaussian:
+    """p(x_{i-1} | x_i) by a network's output.
+
+    A learned variance lies between the posterior's (v = -1) and beta (v = 1), in logarithms (arXiv 2102.09672, Eq. 15).
+    """
     noise, v = split(output, x_i.shape[-1])
     mean = posterior(schedule, data_from_noise(schedule, noise, x_i, i), x_i, i).mean
     if v is None:
@@ -168,17 +165,11 @@ def discretized_log_likelihood(p: Gaussian, x: Array) -> Array:
 
 
 def _normal_cdf(x: Array) -> Array:
-    """The approximation by tanh that DDPM's code and DiT's use."""
+    """The approximation by tanh that the codes of DDPM and DiT use."""
     return 0.5 * (1 + jnp.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-def bound(
-    schedule: Schedule,
-    output: Float[Array, "b *s k"],
-    x: Float[Array, "b *s c"],
-    x_i: Float[Array, "b *s c"],
-    i: Int[Array, " b"],
-) -> Float[Array, " b"]:
+def bound(schedule: Schedule, output: Output, x: Examples, x_i: Examples, i: Int[Array, " b"]) -> Float[Array, " b"]:
     """The term of the variational bound at step i, in bits per element (DDPM, Eq. 5).
 
     Its gradient trains the variance and not the predicted noise (arXiv 2102.09672, section 3.1).

@@ -1,19 +1,22 @@
 """Interpolants x_t = alpha(t) x + sigma(t) noise, from data at t = 0 to noise at t = 1 (SiT, arXiv 2401.08740).
 
-A network on a path predicts the velocity dx_t/dt, the noise, the score grad log p_t(x_t), or the data. Each determines
-the others. The official SiT runs time the other way; `models.official_sit` turns it round.
+A network on a path predicts the velocity dx_t/dt, the noise, the score grad log p_t(x_t), or the data. Each of them
+gives the others. The official SiT runs time in the other direction; `models.official_sit` converts it.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from diversedit_jax.api import Network
+from diversedit_jax.errors import ConfigError
 from diversedit_jax.registry import one_of
 
-Curve = Callable[[Array], Array]
+Curve = Callable[[Array], Array]  # of t
+Examples = Float[Array, "b *s c"]
+Times = Float[Array, " b"]
 
 
 class Path(NamedTuple):
@@ -65,37 +68,35 @@ def _vp_log_alpha(t: Array) -> Array:
 
 def make(name: str) -> Path:
     """The path `name`: `linear`, `cosine` (SiT's GVP) or `vp`."""
+    if name == "gvp":  # the nearest name is that of another path
+        raise ConfigError(f"path = 'gvp' is unknown; SiT's GVP is 'cosine'; known: {', '.join(PATHS)}")
     return PATHS[one_of("path", name, PATHS)]
 
 
-def over(t: Float[Array, " b"], x: Float[Array, "b *s c"]) -> Float[Array, "b ..."]:
-    """Times [b] with axes of length 1 behind, so that they multiply x."""
+def over(t: Shaped[Array, " b"], x: Examples) -> Shaped[Array, "b ..."]:
+    """One number or boolean per example, such as a time, with axes of length 1 added so that it multiplies x."""
     return t.reshape(-1, *(1,) * (x.ndim - 1))
 
 
-def per_example(x: Float[Array, "b *s c"]) -> tuple[int, ...]:
+def per_example(x: Examples) -> tuple[int, ...]:
     """The axes of x that belong to one example: all but the first."""
     return tuple(range(1, x.ndim))
 
 
-def interpolate(
-    path: Path, x: Float[Array, "b *s c"], noise: Float[Array, "b *s c"], t: Float[Array, " b"]
-) -> Float[Array, "b *s c"]:
+def interpolate(path: Path, x: Examples, noise: Examples, t: Times) -> Examples:
     """x_t, the point at time t between data and noise."""
     t = over(t, x)
     return path.alpha(t) * x + path.sigma(t) * noise
 
 
-def velocity(
-    path: Path, x: Float[Array, "b *s c"], noise: Float[Array, "b *s c"], t: Float[Array, " b"]
-) -> Float[Array, "b *s c"]:
-    """dx_t / dt, what a velocity network regresses."""
+def velocity(path: Path, x: Examples, noise: Examples, t: Times) -> Examples:
+    """dx_t / dt, the target of a velocity network."""
     t = over(t, x)
     return path.d_alpha(t) * x + path.d_sigma(t) * noise
 
 
 def training_times(path: Path, prediction: str) -> tuple[float, float]:
-    """The interval of training times of SiT: all of [0, 1] where the regression is finite there."""
+    """SiT's interval of training times: all of [0, 1], except where the regression is infinite at an end."""
     if path.steep:
         return 1e-5, 1.0
     return (0.0, 1.0) if prediction in ("velocity", "data") else (1e-3, 1 - 1e-3)
@@ -103,70 +104,61 @@ def training_times(path: Path, prediction: str) -> tuple[float, float]:
 
 def sampling_times(path: Path, prediction: str) -> tuple[float, float]:
     """The interval of times at which SiT's samplers evaluate a network."""
+    one_of("prediction", prediction, PREDICTIONS)
     if path.steep or prediction == "data":  # the velocity of a data prediction is divided by sigma
         return 1e-3, 1.0
     return training_times(path, prediction)
 
 
-# Conversions. With D = alpha sigma' - alpha' sigma > 0, x_t and v determine noise = (alpha v - alpha' x_t) / D and
-# x = (sigma' x_t - sigma v) / D; score = -noise / sigma. Times are scalars, or have the axes to multiply x.
+# Conversions between predictions at x_t (the argument x). With D = alpha sigma' - alpha' sigma > 0:
+#     noise = (alpha v - alpha' x_t) / D,   data = (sigma' x_t - sigma v) / D,   score = -noise / sigma.
+Values = Float[Array, "*shape"]
+At = Float[Array, "*#shape"]  # a time for all, or times with the axes of `over`
 
 
-def wronskian(path: Path, t: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def wronskian(path: Path, t: Values) -> Values:
     """D(t) = alpha sigma' - alpha' sigma: 1 for the linear path, pi / 2 for the cosine."""
     alpha, sigma, d_alpha, d_sigma = (curve(t) for curve in path[:4])
     return alpha * d_sigma - d_alpha * sigma
 
 
-def data_from_velocity(
-    path: Path, v: Float[Array, "*shape"], x: Float[Array, "*shape"], t: Float[Array, "*#shape"]
-) -> Float[Array, "*shape"]:
-    """E[x | x_t] from the velocity at x_t: Tweedie's estimate, without its division by alpha."""
+def data_from_velocity(path: Path, v: Values, x: Values, t: At) -> Values:
+    """E[x | x_t] from the velocity: Tweedie's estimate, without its division by alpha."""
     return (path.d_sigma(t) * x - path.sigma(t) * v) / wronskian(path, t)
 
 
-def velocity_from_data(
-    path: Path, data: Float[Array, "*shape"], x: Float[Array, "*shape"], t: Float[Array, "*#shape"]
-) -> Float[Array, "*shape"]:
-    """The velocity at x_t from E[x | x_t], where sigma(t) > 0."""
+def velocity_from_data(path: Path, data: Values, x: Values, t: At) -> Values:
+    """The velocity from E[x | x_t], where sigma(t) > 0."""
     return (path.d_sigma(t) * x - wronskian(path, t) * data) / path.sigma(t)
 
 
-def noise_from_velocity(
-    path: Path, v: Float[Array, "*shape"], x: Float[Array, "*shape"], t: Float[Array, "*#shape"]
-) -> Float[Array, "*shape"]:
-    """E[noise | x_t] from the velocity at x_t."""
+def noise_from_velocity(path: Path, v: Values, x: Values, t: At) -> Values:
+    """E[noise | x_t] from the velocity."""
     return (path.alpha(t) * v - path.d_alpha(t) * x) / wronskian(path, t)
 
 
-def velocity_from_noise(
-    path: Path, noise: Float[Array, "*shape"], x: Float[Array, "*shape"], t: Float[Array, "*#shape"]
-) -> Float[Array, "*shape"]:
-    """The velocity at x_t from the noise, where alpha(t) > 0."""
+def velocity_from_noise(path: Path, noise: Values, x: Values, t: At) -> Values:
+    """The velocity from the noise, where alpha(t) > 0."""
     return (path.d_alpha(t) * x + wronskian(path, t) * noise) / path.alpha(t)
 
 
-def score_from_noise(path: Path, noise: Float[Array, "*shape"], t: Float[Array, "*#shape"]) -> Float[Array, "*shape"]:
-    """The score at x_t from the noise, where sigma(t) > 0."""
+def score_from_noise(path: Path, noise: Values, t: At) -> Values:
+    """The score from the noise, where sigma(t) > 0."""
     return -noise / path.sigma(t)
 
 
-def noise_from_score(path: Path, score: Float[Array, "*shape"], t: Float[Array, "*#shape"]) -> Float[Array, "*shape"]:
-    """The noise at x_t from the score."""
+def noise_from_score(path: Path, score: Values, t: At) -> Values:
+    """The noise from the score."""
     return -path.sigma(t) * score
 
 
-def score_from_velocity(
-    path: Path, v: Float[Array, "*shape"], x: Float[Array, "*shape"], t: Float[Array, "*#shape"]
-) -> Float[Array, "*shape"]:
-    """The score of the marginal at time t > 0 from its velocity (SiT, Eq. 9), written without alpha / alpha'."""
+def score_from_velocity(path: Path, v: Values, x: Values, t: At) -> Values:
+    """The score from the velocity, where sigma(t) > 0 (SiT, Eq. 9, written without alpha / alpha')."""
     return score_from_noise(path, noise_from_velocity(path, v, x, t), t)
 
 
-def velocity_from_score(
-    path: Path, score: Float[Array, "*shape"], x: Float[Array, "*shape"], t: Float[Array, "*#shape"]
-) -> Float[Array, "*shape"]:
-    """The velocity at x_t from the score, where alpha(t) > 0."""
+def velocity_from_score(path: Path, score: Values, x: Values, t: At) -> Values:
+    """The velocity from the score, where alpha(t) > 0."""
     return velocity_from_noise(path, noise_from_score(path, score, t), x, t)
 
 
@@ -174,13 +166,12 @@ TO_VELOCITY = {"noise": velocity_from_noise, "score": velocity_from_score, "data
 
 
 def as_velocity(network: Network, path: Path, prediction: str) -> Network:
-    """A network that predicts the velocity, from one that predicts `prediction`, a name of PREDICTIONS."""
+    """A network that predicts the velocity, from one that predicts `prediction` (one of PREDICTIONS)."""
     if one_of("prediction", prediction, PREDICTIONS) == "velocity":
         return network
 
     def velocity_network(x, t, y):
         predicted, features = network(x, t, y)
-        v = TO_VELOCITY[prediction](path, predicted.astype(x.dtype), x, over(t, x).astype(x.dtype))
-        return v, features
+        return TO_VELOCITY[prediction](path, predicted.astype(x.dtype), x, over(t, x).astype(x.dtype)), features
 
     return velocity_network

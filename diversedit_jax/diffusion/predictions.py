@@ -1,4 +1,4 @@
-"""What a trained network predicts: `Objective.predicts`, by which the sampler knows what to do with the network."""
+"""What a trained network predicts (`Objective.predicts`). The sampler reads it."""
 
 from typing import Any, NamedTuple
 
@@ -10,11 +10,11 @@ from diversedit_jax.diffusion.paths import PATHS, Path
 
 
 class Flow(NamedTuple):
-    """A point on a path, from its velocity, noise, score or data.
+    """The velocity, noise, score or data at a point of a path.
 
     path:       the interpolant between data and noise.
-    prediction: of `paths.PREDICTIONS`.
-    token:      width of a class token that the network denoises together with x; None: there is none.
+    prediction: one of `paths.PREDICTIONS`.
+    token:      width of the class token that the network denoises together with x. None: there is none.
     """
 
     path: Path = PATHS["linear"]
@@ -23,7 +23,7 @@ class Flow(NamedTuple):
 
 
 class Diffusion(NamedTuple):
-    """The noise, and perhaps the variance, of a discrete diffusion. schedule: of training, all of its steps."""
+    """The noise, and perhaps the variance, of a discrete diffusion. schedule: all steps of training."""
 
     schedule: Schedule
 

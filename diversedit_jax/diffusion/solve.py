@@ -1,4 +1,9 @@
-"""Solvers by name: from what a network predicts and the options of a sampler to a function from noise to data."""
+"""Solvers by name: from what a network predicts, and `Options`, to a function from noise to data.
+
+Flow             euler, heun, dopri5 (the ODE), euler_maruyama, sde_heun (the SDE)
+Diffusion        ddpm, ddim (steps of the discrete diffusion)
+AverageVelocity  mean_flow, and every solver of flows: the average over no time is the velocity
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -19,7 +24,19 @@ Solve = Callable[[Callable[[Convert], Velocity], Array, Noise], Array]
 
 
 class Options(NamedTuple):
-    """The options of solvers; `sampling.sampler.make` says which solver reads which."""
+    """The options of solvers, and which solver reads them.
+
+    steps:          all. `dopri5` takes at most so many.
+    diffusion:      euler_maruyama, sde_heun: form of the diffusion coefficient, see `solvers.DIFFUSIONS`.
+    diffusion_norm: euler_maruyama, sde_heun: its magnitude.
+    last_step_kind: euler_maruyama, sde_heun: `mean`, `euler`, `tweedie` or `none`, see `solvers.solve_sde`.
+    last_step:      euler_maruyama, sde_heun: the time at which the last step begins (not for `none`).
+    rtol, atol:     dopri5: tolerances.
+    eta:            ddim: 0 is deterministic, 1 has the posterior's variance.
+
+    Guidance in ddpm and ddim changes the noise, never the variance; its interval is one of (step + 1) / num_timesteps.
+    Guidance in mean_flow changes the average velocity, on top of any guidance that the objective has trained in.
+    """
 
     steps: int = 250
     diffusion: str = "sigma"
@@ -49,20 +66,20 @@ def ordinary(name: str, predicts: Flow, given: Options) -> Solve:
 
 def stochastic(name: str, predicts: Flow, given: Options) -> Solve:
     """A solver of the SDE with the flow's marginals: `euler_maruyama` or `sde_heun`."""
-    path = predicts.path
+    path, prediction, _ = predicts
     w = solvers.diffusion(given.diffusion, path, in_range("diffusion_norm", given.diffusion_norm, 0))
     kind = given.last_step_kind
-    times = solvers.sde_times(given.steps, path, predicts.prediction, given.diffusion, kind, given.last_step)
+    times = solvers.sde_times(given.steps, path, prediction, given.diffusion, kind, given.last_step)
 
     def solve(guided, x, noise):
-        velocity = guided(lambda network: paths.as_velocity(network, path, predicts.prediction))
+        velocity = guided(lambda network: paths.as_velocity(network, path, prediction))
         return getattr(solvers, name)(velocity, x, times, noise, path, w, kind)
 
     return solve
 
 
 def averaged(name: str, predicts: AverageVelocity, given: Options) -> Solve:
-    """MeanFlow's sampler: steps as long as one likes."""
+    """MeanFlow's sampler."""
     times = solvers.uniform_times(given.steps)
 
     def solve(guided, x, noise):
@@ -75,7 +92,7 @@ def averaged(name: str, predicts: AverageVelocity, given: Options) -> Solve:
 
 
 def instantaneous(build: Callable[[str, Flow, Options], Solve]) -> Callable[[str, AverageVelocity, Options], Solve]:
-    """A solver of flows for a network of average velocities, by its velocity: the average over no time."""
+    """A solver of flows for a network of average velocities: it takes the average over a span of 0."""
 
     def built(name: str, predicts: AverageVelocity, given: Options) -> Solve:
         solve = build(name, Flow(), given)
@@ -101,7 +118,7 @@ def ancestral(name: str, predicts: Diffusion, given: Options) -> Solve:
 
 
 FLOW = dict.fromkeys(("euler", "heun", "dopri5"), ordinary) | dict.fromkeys(("euler_maruyama", "sde_heun"), stochastic)
-# By what a network predicts: its solvers, and the options of the first, which its papers sample by.
+# For each kind of prediction: its solvers, and the options with which its papers sample.
 SOLVERS: Mapping[type, Mapping[str, Callable[..., Solve]]] = {
     Flow: FLOW,
     AverageVelocity: {"mean_flow": averaged} | {name: instantaneous(build) for name, build in FLOW.items()},
@@ -116,24 +133,26 @@ NAMES = tuple(dict.fromkeys(name for known in SOLVERS.values() for name in known
 
 
 def make(name: str, predicts: Any, options: Options) -> Solve:
-    """The solver `name` for a network that predicts this. ConfigError for one that cannot solve it."""
+    """The solver `name` for a network that predicts this. ConfigError if it cannot solve it."""
     one_of("solver", name, NAMES)
     if predicts is None:
-        raise ConfigError("the objective does not say how to sample from its network (Objective.predicts is None)")
-    if type(predicts) not in SOLVERS:
-        kinds = ", ".join(kind.__name__ for kind in SOLVERS)
-        raise ConfigError(f"the sampler does not know {type(predicts).__name__} (Objective.predicts); known: {kinds}")
-    known = SOLVERS[type(predicts)]
-    if name not in known:
-        kind = type(predicts).__name__
         raise ConfigError(
-            f"solver = {name!r} cannot solve what this network predicts ({kind}); one of: {', '.join(known)}"
+            "the objective does not say how to sample from its network (Objective.predicts is None); "
+            "to train without samples, set config.samples.num=0"
         )
-    return known[name](name, predicts, options)
+    kind = type(predicts).__name__
+    if type(predicts) not in SOLVERS:
+        known = ", ".join(known.__name__ for known in SOLVERS)
+        raise ConfigError(f"the sampler does not know {kind} (Objective.predicts); known: {known}")
+    build = SOLVERS[type(predicts)].get(name)
+    if build is None:
+        known = ", ".join(SOLVERS[type(predicts)])
+        raise ConfigError(f"solver = {name!r} cannot solve what this network predicts ({kind}); one of: {known}")
+    return build(name, predicts, options)
 
 
 def evaluations(name: str, steps: int, last_step_kind: str) -> int | None:
-    """Evaluations of the network for one example, guidance not counted. None: the solver chooses its steps."""
+    """Evaluations of the network per example, guidance not counted. None: the solver chooses its steps."""
     if name == "dopri5":
         return None
     if name == "sde_heun" and last_step_kind == "none":

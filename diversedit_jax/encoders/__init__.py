@@ -16,7 +16,8 @@ from diversedit_jax import registry
 from diversedit_jax.api import Params
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import bicubic, vit
-from diversedit_jax.weights.vit import Release
+from diversedit_jax.registry import in_range
+from diversedit_jax.weights.vit import Kind, open_encoder
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -59,28 +60,28 @@ def published_side(name: str, images: Array, patch: int, sizes: tuple[int, ...])
 
 
 def build(
-    name: str,
-    release: Release,
-    *,
+    kind: Kind,
+    file: str,
     side: int | None,
     mean: tuple[float, ...],
     std: tuple[float, ...],
-    position: str,
+    heads: int | None,
     dtype: str,
+    position: str = "repa",
     resize_first: bool = False,
     sizes: tuple[int, ...] = (256,),
 ) -> Encoder:
-    """The encoder of a release; see the options of `encoders.dinov2.make`.
+    """The encoder in a file; see the options of `encoders.dinov2.make`.
 
-    resize_first: images are resized before they are normalised, not after. sizes: of images with a published rule.
+    resize_first: resize images before they are normalised, not after. sizes: of images with a published rule.
     """
+    name, release = kind.name, open_encoder(kind, file, heads, position, dtype)
     arch = release.arch
     network = vit.network(arch, position, dtype)
     for option, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, arch.channels):
             raise ConfigError(f"{name}: {option} has {len(values)} values, the encoder {arch.channels} channels")
-    if min(std) <= 0:
-        raise ConfigError(f"{name}: std = {std}: must be positive")
+    in_range(f"{name}: std", min(std), above=0)
     if side is not None and (side < 1 or side % arch.patch):
         raise ConfigError(f"{name}: side = {side} is not a multiple of its patches of {arch.patch} pixels")
 
@@ -94,6 +95,28 @@ def build(
         return tokens.patches, tokens.class_token
 
     return Encoder(cache(release.read), apply, arch.width)
+
+
+def factory(
+    kind: Kind,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+    resize_first: bool = False,
+) -> Callable[..., Encoder]:
+    """The `make` of an encoder that has no options of its own. mean, std: what it was trained with."""
+
+    def make(
+        *,
+        file: str,
+        side: int | None = None,
+        mean: tuple[float, ...] = mean,
+        std: tuple[float, ...] = std,
+        heads: int | None = None,
+        dtype: str = "bfloat16",
+    ) -> Encoder:
+        return build(kind, file, side, mean, std, heads, dtype, resize_first=resize_first)
+
+    return make
 
 
 def sized(x: Float[Array, "b h w c"], side: int) -> Float[Array, "b side side c"]:

@@ -4,8 +4,8 @@ Features are the patch tokens that the last block gives, without the last norm a
 Images of 256 pixels are resized to 224 and then normalised, with CLIP's own statistics.
 """
 
-from diversedit_jax.encoders import CLIP_MEAN, CLIP_STD, Encoder, build
-from diversedit_jax.weights.vit import Kind, open_encoder
+from diversedit_jax.encoders import CLIP_MEAN, CLIP_STD, factory
+from diversedit_jax.weights.vit import Kind
 
 TEXT = ("text_model.", "transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")
 KIND = Kind(
@@ -18,19 +18,6 @@ KIND = Kind(
     eps=1e-5,
 )
 
-
-def make(
-    *,
-    file: str,
-    side: int | None = None,
-    mean: tuple[float, ...] = CLIP_MEAN,
-    std: tuple[float, ...] = CLIP_STD,
-    heads: int | None = None,
-    dtype: str = "bfloat16",
-) -> Encoder:
-    """CLIP from a file of Hugging Face, or a state dict under OpenAI's names; options as `dinov2`'s.
-
-    OpenAI's own files are programs (TorchScript) and are refused.
-    """
-    release = open_encoder(KIND, file, heads, dtype=dtype)
-    return build("clip", release, side=side, mean=mean, std=std, position="repa", dtype=dtype, resize_first=True)
+# From a file of Hugging Face, or a state dict under OpenAI's names. OpenAI's own files are programs (TorchScript) and
+# are refused.
+make = factory(KIND, CLIP_MEAN, CLIP_STD, resize_first=True)

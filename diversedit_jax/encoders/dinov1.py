@@ -3,21 +3,10 @@
 Features are the patch tokens after the last norm. Images of 256 pixels are normalised and not resized.
 """
 
-from diversedit_jax.encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder, build
-from diversedit_jax.weights.vit import HEADS, Kind, open_encoder
+from diversedit_jax.encoders import factory
+from diversedit_jax.weights.vit import HEADS, Kind
 
 KIND = Kind("dinov1", ("original", "hf_vit"), HEADS, aside=("pooler.",))
 
-
-def make(
-    *,
-    file: str,
-    side: int | None = None,
-    mean: tuple[float, ...] = IMAGENET_MEAN,
-    std: tuple[float, ...] = IMAGENET_STD,
-    heads: int | None = None,
-    dtype: str = "bfloat16",
-) -> Encoder:
-    """DINO from a backbone of its authors (`dino_vitbase16_pretrain.pth`) or of Hugging Face; options as `dinov2`'s."""
-    release = open_encoder(KIND, file, heads, dtype=dtype)
-    return build("dinov1", release, side=side, mean=mean, std=std, position="repa", dtype=dtype)
+# From a backbone of its authors (`dino_vitbase16_pretrain.pth`) or of Hugging Face.
+make = factory(KIND)

@@ -5,7 +5,7 @@ and 448, so that 16 x 16 and 32 x 32 patches remain: a token for each of SiT's.
 """
 
 from diversedit_jax.encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder, build
-from diversedit_jax.weights.vit import HEADS, Kind, open_encoder
+from diversedit_jax.weights.vit import HEADS, Kind
 
 KIND = Kind(
     "dinov2",
@@ -34,5 +34,4 @@ def make(
     mean, std: of the images, of each channel, divided by 255. heads: of a width that was not published.
     dtype: of matmuls and their weights, `bfloat16` or `float32`; all else is float32.
     """
-    release = open_encoder(KIND, file, heads, position, dtype)
-    return build("dinov2", release, side=side, mean=mean, std=std, position=position, dtype=dtype, sizes=(256, 512))
+    return build(KIND, file, side, mean, std, heads, dtype, position, sizes=(256, 512))

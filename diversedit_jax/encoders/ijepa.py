@@ -4,7 +4,7 @@ Features are the patch tokens after the last norm. Images of 256 pixels are norm
 """
 
 from diversedit_jax.encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder, build
-from diversedit_jax.weights.vit import HEADS, Kind, open_encoder
+from diversedit_jax.weights.vit import HEADS, Kind
 
 KIND = Kind("ijepa", ("original",), HEADS, entry="encoder", class_token=False)
 
@@ -23,5 +23,4 @@ def make(
 
     weights: the entry of the file: `encoder`, as REPA takes it, or `target_encoder`, its EMA, which I-JEPA evaluates.
     """
-    release = open_encoder(KIND._replace(entry=weights), file, heads, dtype=dtype)
-    return build("ijepa", release, side=side, mean=mean, std=std, position="repa", dtype=dtype)
+    return build(KIND._replace(entry=weights), file, side, mean, std, heads, dtype)

@@ -3,8 +3,8 @@
 Features are the patch tokens after the last norm. Images of 256 pixels are normalised and not resized.
 """
 
-from diversedit_jax.encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder, build
-from diversedit_jax.weights.vit import HEADS, Kind, open_encoder
+from diversedit_jax.encoders import factory
+from diversedit_jax.weights.vit import HEADS, Kind
 
 # The ViT-L that REPA reads has four misspelt modules.
 MISSPELT = {
@@ -32,16 +32,5 @@ KIND = Kind(
     rename=rename,
 )
 
-
-def make(
-    *,
-    file: str,
-    side: int | None = None,
-    mean: tuple[float, ...] = IMAGENET_MEAN,
-    std: tuple[float, ...] = IMAGENET_STD,
-    heads: int | None = None,
-    dtype: str = "bfloat16",
-) -> Encoder:
-    """MoCo v3 from a training file, of which `module.base_encoder` is taken without its head; options as `dinov2`'s."""
-    release = open_encoder(KIND, file, heads, dtype=dtype)
-    return build("moco_v3", release, side=side, mean=mean, std=std, position="repa", dtype=dtype)
+# From a training file: its `module.base_encoder`, without the head.
+make = factory(KIND)

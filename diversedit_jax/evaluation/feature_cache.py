@@ -5,7 +5,6 @@ file appears whole or not at all; one that cannot be read back is made again.
 """
 
 import json
-import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from diversedit_jax.errors import CheckpointError, ConfigError, DataError
+from diversedit_jax.errors import CheckpointError, DataError
 from diversedit_jax.evaluation.extractors import Features
 from diversedit_jax.evaluation.scoring import Found
-from diversedit_jax.runtime.files import replacing
+from diversedit_jax.runtime.files import check_same, replacing, write_json, write_npz
 
 PLAN = "plan.json"
 NAMES = "names"  # of the other arrays of a part: a damaged index of an .npz may leave one out
@@ -25,35 +24,18 @@ NAMES = "names"  # of the other arrays of a part: a damaged index of an .npz may
 def claim(folder: Path, plan: Mapping[str, Any]) -> bool:
     """Make the folder, or take one that the same plan has begun; returns whether it had begun.
 
-    ConfigError, naming the first difference, for one of another plan.
+    ConfigError for one of another plan.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    plan = json.loads(json.dumps(plan))
     try:
         begun = json.loads((folder / PLAN).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        with replacing(folder / PLAN) as partial:
-            partial.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / PLAN, plan)
         return False
     except (OSError, ValueError) as error:
         raise DataError(f"{folder / PLAN} cannot be read: {error}") from error
-    if found := difference(begun, plan):
-        key, before, now = found
-        raise ConfigError(
-            f"{folder} holds an unfinished evaluation with {key} = {before!r}, given {now!r}: finish it, remove it, "
-            "or choose another --out"
-        )
+    check_same(f"{folder} holds an unfinished evaluation", begun, plan, "finish it, remove it, or choose another --out")
     return True
-
-
-def difference(before: Any, now: Any, place: str = "") -> tuple[str, Any, Any] | None:
-    """The first key, dotted, at which two plans differ, and both values; None if they are equal."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted(before.keys() | now.keys()):
-            if found := difference(before.get(key), now.get(key), f"{place}.{key}" if place else key):
-                return found
-        return None
-    return None if before == now else (place, before, now)
 
 
 def place(folder: Path, first: int) -> Path:
@@ -74,10 +56,7 @@ def write(folder: Path, first: int, found: Found, images: np.ndarray, shown: Map
     arrays[NAMES] = np.array(sorted(arrays))
     path = place(folder, first)
     try:
-        with replacing(path) as partial, open(partial, "wb") as file:
-            np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
+        write_npz(path, arrays)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror}; the same command goes on later") from error
 
@@ -119,7 +98,7 @@ def shown(folder: Path, firsts: list[int]) -> dict[int, np.ndarray]:
 def join_images(folder: Path, firsts: list[int], num: int, labels: np.ndarray | None, out: Path) -> None:
     """Write the kept images of all parts as an .npz that the script of ADM reads: `arr_0`, and `labels`.
 
-    It is on the disk when this returns, since the parts are removed then. Raises CheckpointError where it cannot be.
+    Raises CheckpointError where the disk does not take it.
     """
     try:
         with replacing(out) as partial:
@@ -131,25 +110,22 @@ def join_images(folder: Path, firsts: list[int], num: int, labels: np.ndarray | 
 def _write_joined(folder: Path, firsts: list[int], num: int, labels: np.ndarray | None, out: Path) -> None:
     with np.load(place(folder, firsts[0]), allow_pickle=False) as file:
         shape = (num, *file["images"].shape[1:])
-    with open(out, "wb") as written:
-        with zipfile.ZipFile(written, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(member, header)
-                for first in firsts:
-                    with np.load(place(folder, first), allow_pickle=False) as file:
-                        member.write(np.ascontiguousarray(file["images"][: num - first]).tobytes())
-            if labels is not None:
-                with archive.open("labels.npy", "w") as member:
-                    np.lib.format.write_array(member, np.asarray(labels, np.int32), allow_pickle=False)
-        written.flush()
-        os.fsync(written.fileno())
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(member, header)
+            for first in firsts:
+                with np.load(place(folder, first), allow_pickle=False) as file:
+                    member.write(np.ascontiguousarray(file["images"][: num - first]).tobytes())
+        if labels is not None:
+            with archive.open("labels.npy", "w") as member:
+                np.lib.format.write_array(member, np.asarray(labels, np.int32), allow_pickle=False)
 
 
 def remove(folder: Path, firsts: list[int]) -> None:
     """Remove a finished evaluation's parts and plan, and the folder where nothing else is in it.
 
-    With each goes what a process that was killed while it wrote it has left, see `logs.replacing`.
+    With each goes what a process that was killed while it wrote it has left, see `runtime.files.replacing`.
     """
     for path in [*(place(folder, first) for first in firsts), folder / PLAN]:
         path.unlink(missing_ok=True)

@@ -126,6 +126,16 @@ def _check_statistics(one: Extractor, reference: Reference, features: Features) 
         raise ConfigError(f"the reference was made with images resized for {one.name} {theirs}, given {ours}")
 
 
+def check_images(what: str, shape: tuple[int, ...] | None) -> None:
+    """Raise ConfigError for samples that cannot be judged. shape: of a decoded sample, None for latents."""
+    if shape is None:
+        raise ConfigError(
+            f"{what} samples latents, and images are judged: give their decoder (config.codec.vae or --vae=FILE)"
+        )
+    if len(shape) != 3:
+        raise ConfigError(f"{what} has samples of shape {shape}, and images [h w c] are judged")
+
+
 def check_count(num: int, features: Mapping[str, Features], few: bool) -> None:
     """Raise ConfigError for fewer samples than a covariance of full rank needs; with `few`, than any covariance.
 

@@ -1,6 +1,5 @@
 """What an evaluation leaves for people: a table, a CSV, a plot of a sweep, a grid of classes."""
 
-import csv
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from diversedit_jax.runtime.files import replacing
+from diversedit_jax.runtime import files
 from diversedit_jax.runtime.pictures import image_grid
 
 # One row of a sweep: what was varied, in words, and the scores.
@@ -64,11 +63,8 @@ def spread(scores: Mapping[str, float], name: str) -> str:
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """One line for each point, with all digits; opens in any spreadsheet."""
-    with replacing(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([*rows[0][0], *rows[0][1]])
-        for varied, scores in rows:
-            writer.writerow([*map(said, varied.values()), *scores.values()])
+    lines = [[*map(said, varied.values()), *scores.values()] for varied, scores in rows]
+    files.write_csv(path, [[*rows[0][0], *rows[0][1]], *lines])
 
 
 def plot_sweep(path: Path, rows: Sequence[Row], title: str) -> None:
@@ -100,7 +96,7 @@ def plot_sweep(path: Path, rows: Sequence[Row], title: str) -> None:
     if len(lines) > 1:
         axes[0].legend(frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10)
-    with replacing(path) as partial:
+    with files.replacing(path) as partial:
         figure.savefig(partial, format=path.suffix[1:], dpi=160)
 
 

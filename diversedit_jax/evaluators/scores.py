@@ -7,7 +7,6 @@ import jax
 
 from diversedit_jax import sharding
 from diversedit_jax.api import Condition
-from diversedit_jax.errors import ConfigError
 from diversedit_jax.evaluation import extractors, scoring
 from diversedit_jax.evaluation.extractors import Features
 from diversedit_jax.evaluation.reference_statistics import Statistics, open_reference
@@ -32,8 +31,7 @@ def make(
 
     All that can be wrong with these is said now, not at the first evaluation.
     """
-    if spec.shape is None:
-        raise ConfigError("scores: the samples are latents, and images are judged: set config.codec.vae")
+    scoring.check_images("scores: the run", spec.shape)
     one = extractors.make(extractor, **({} if file is None else {"file": file}))
     references = [] if reference is None else [open_reference(reference)]
     scoring.check_count(num, scoring.features_of([one], spec.shape), few)

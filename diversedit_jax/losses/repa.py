@@ -21,7 +21,7 @@ EPS = 1e-12  # the smallest length that is divided by, torch's default
 
 
 def init_projector(key: PRNGKeyArray, d: int, width: int, k: int) -> Params:
-    """The projector's parameters: three linear layers, d -> width -> width -> k, as `heads.init` has them."""
+    """The projector's parameters: three linear layers, d -> width -> width -> k, as `_projector.init` has them."""
     return projector.init(key, (d, width, width, k))
 
 

@@ -19,7 +19,7 @@ BETA = 0.05  # of smooth L1: below it the error is quadratic
 
 
 def init_head(key: PRNGKeyArray, d: int) -> Params:
-    """The head's parameters: d -> 2 d -> d, as `heads.init` has them."""
+    """The head's parameters: d -> 2 d -> d, as `_projector.init` has them."""
     return projector.init(key, (d, 2 * d, d))
 
 

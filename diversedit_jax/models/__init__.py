@@ -1,4 +1,4 @@
-"""Networks in Flax NNX, one model per file. To the rest of the package a network is functions of its parameters."""
+"""Networks in Flax NNX, one file each. The rest of the package sees a network as functions of its parameters."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -10,11 +10,11 @@ from diversedit_jax.api import Model, Params, Space
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.registry import suggestion
 
-PRECISIONS = ("highest", "high", "default")  # of products, in jax's words; on a CPU all of them are float32
+PRECISIONS = ("highest", "high", "default")  # of matrix products, named as in jax; on a CPU all of them are float32
 
 
 def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
-    """The module that `build` makes, split once. jit then sees plain dicts, which dispatch fastest."""
+    """The module that `build` makes, as pure functions. jit then sees plain dicts, which dispatch fastest."""
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
 
     def init(key: Array) -> Params:
@@ -27,7 +27,7 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
 
 
 def check_inputs(model: str, inputs: Mapping[str, tuple[int, ...]], known: Sequence[str]) -> None:
-    """Raise ConfigError for an input of the objective (`Objective.inputs`) that this model does not take."""
+    """Raise ConfigError if the objective needs an input (`Objective.inputs`) that this model does not take."""
     for name in inputs:
         if name not in known:
             raise ConfigError(
@@ -39,12 +39,12 @@ def make(
     name: str,
     space: Space,
     inputs: Mapping[str, tuple[int, ...]] | None = None,
-    cuts: Sequence[int] = (),
+    read_blocks: Sequence[int] = (),
     **options,
 ) -> Model:
-    """The model `name` for examples of `space`; the options are the keywords of `models.<name>.make`.
+    """The model `name` for examples of `space`. The options are the keywords of `models.<name>.make`.
 
-    inputs: what it takes besides x_t, t and y (`Objective.inputs`).
-    cuts:   the features that losses read one at a time (`AuxLoss.blocks`).
+    inputs:      what the network takes besides x_t, t and y (`Objective.inputs`).
+    read_blocks: blocks whose features losses read one at a time (`AuxLoss.blocks`).
     """
-    return registry.make("models", name, space, dict(inputs or {}), tuple(cuts), **options)
+    return registry.make("models", name, space, dict(inputs or {}), tuple(read_blocks), **options)

@@ -1,12 +1,13 @@
 """The diffusion transformer of DiT and SiT (arXiv 2212.09748, 2401.08740), with the long residual connections of
 DiverseDiT (arXiv 2603.04239, Eq. 8).
 
-The blocks are two stacks, `shallow` and `deep` (see `stack`). The shallow half hands its outputs on; the deep half
-merges them in reverse order. Tokens are patches of an image, a video or a volume.
+The first half of the blocks is one stack, `shallow`, the second half another, `deep` (see `stack`). Each deep block is
+merged with the output of its shallow partner: the last with the first. Tokens are patches of an image, a video or a
+volume.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -22,11 +23,11 @@ from diversedit_jax.api import Model, Params, Skips, Space
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import check_inputs, functional
 from diversedit_jax.models.attention import ATTENDED, attend, choose, kept
-from diversedit_jax.models.stack import Stack, each, part, stacked, unstack
+from diversedit_jax.models.stack import Stack, each, part, stacked
 from diversedit_jax.registry import in_range, one_of
 
 EPS = 1e-6  # of every LayerNorm
-HALVES = ("shallow", "deep")
+FLOATS = ("float32", "bfloat16", "float16")
 
 # How parameters are split over devices, see `sharding.RULES`: heads and hidden units over `tensor`, the rest over
 # `fsdp`. The leading layer axis is never split.
@@ -72,7 +73,7 @@ SKIPS = {
 
 
 def _identity_on_current(key: Array, shape: tuple[int, int], dtype=jnp.float32) -> Array:
-    """Zero for the skip and the identity for the current stream."""
+    """The identity for the current stream, zero for the skip."""
     return jnp.eye(*shape, dtype=dtype)
 
 
@@ -83,11 +84,11 @@ KERNELS = {
     "identity": _identity_on_current,
 }
 
-# What the backward pass keeps of a block beside its input; the rest is computed again.
+# What the backward pass keeps of a block besides its input. Everything else is computed again.
 NAMES = ("ada", "qkv", ATTENDED, "proj", "fc1", "fc2", "moments")
 POLICIES = jax.checkpoint_policies
 REMAT = {
-    # the output of every matmul, and of every kernel of attention
+    # the output of every matmul, and of every attention kernel
     "named": POLICIES.save_from_both_policies(POLICIES.save_only_these_names(*NAMES), kept),
     "dots": POLICIES.dots_with_no_batch_dims_saveable,
     "full": POLICIES.nothing_saveable,
@@ -113,15 +114,12 @@ class Block(nnx.Module):
     def __init__(
         self, width: int, heads: int, mlp_ratio: float, qk_norm: bool, dtype, attention: str = "xla", *, rngs: nnx.Rngs
     ):
-        hidden = int(width * mlp_ratio)
+        hidden, head = int(width * mlp_ratio), width // heads
         linear = partial(nnx.Linear, dtype=dtype, kernel_init=KERNELS["xavier"], rngs=rngs)
+        norm = partial(nnx.LayerNorm, head, epsilon=EPS, dtype=jnp.float32, rngs=rngs)
         self.ada = linear(width, 6 * width, kernel_init=nnx.initializers.zeros)
-        self.qkv = nnx.LinearGeneral(
-            width, (3, heads, width // heads), dtype=dtype, kernel_init=KERNELS["xavier"], rngs=rngs
-        )
-        norm = partial(nnx.LayerNorm, width // heads, epsilon=EPS, dtype=jnp.float32, rngs=rngs)
-        self.q_norm = norm() if qk_norm else None
-        self.k_norm = norm() if qk_norm else None
+        self.qkv = nnx.LinearGeneral(width, (3, heads, head), dtype=dtype, kernel_init=KERNELS["xavier"], rngs=rngs)
+        self.q_norm, self.k_norm = (norm() if qk_norm else None for _ in range(2))
         self.proj = linear(width, width)
         self.fc1 = linear(width, hidden)
         self.fc2 = linear(hidden, width)
@@ -148,10 +146,10 @@ class Block(nnx.Module):
 
 
 class Merge(nnx.Module):
-    """A long residual connection: Linear(LayerNorm(concat[current, skip])), 2 d -> d, replacing the current stream.
+    """A long residual connection (Eq. 8): x <- Linear(LayerNorm(concatenate[x, skip])), from 2 d channels to d.
 
     With init `identity` it changes nothing at first, so that a trained network can be given connections. No kernel
-    undoes a norm: with one, the merge then adds to the current stream, from zero, instead of replacing it.
+    undoes a LayerNorm, so with one the Linear starts at zero and its output is added to x.
     """
 
     def __init__(self, width: int, norm: bool, init: str, dtype, *, rngs: nnx.Rngs):
@@ -159,7 +157,7 @@ class Merge(nnx.Module):
         self.adds = norm and init == "identity"
         kernel = nnx.initializers.zeros if self.adds else KERNELS[init]
         self.linear = nnx.Linear(2 * width, width, dtype=dtype, kernel_init=kernel, rngs=rngs)
-        if init == "torch":  # whose biases are as random as the weights
+        if init == "torch":  # torch's biases are as random as its kernels
             bound = (2 * width) ** -0.5
             self.linear.bias = nnx.Param(jax.random.uniform(rngs.params(), (width,), minval=-bound, maxval=bound))
 
@@ -186,55 +184,50 @@ class TimeEmbedding(nnx.Module):
 
 
 class DiT(nnx.Module):
-    """(x_t, t, y, **inputs) -> (prediction, features); see `make` for its options."""
+    """(x_t, t, y, **inputs) -> (prediction, features); see `make` for the options.
+
+    block, merge: build one Block and one Merge from `rngs`.
+    """
 
     def __init__(
         self,
         shape: tuple[int, ...],
         num_classes: int,
-        size: Size,
+        inputs: Mapping[str, tuple[int, ...]],
+        depth: int,
+        width: int,
         patch: int,
-        mlp_ratio: float,
-        qk_norm: bool,
+        out_channels: int,
+        block: Callable[..., Block],
+        merge: Callable[..., Merge],
         skip: Skip | None,
+        capture: str,
+        stack: Stack,
         dtype,
         stream_dtype,
-        capture: str,
-        out_channels: int,
-        second_time: bool,
-        attention: str,
-        token_width: int | None,
-        stack: Stack,
         *,
         rngs: nnx.Rngs,
     ):
-        depth, width, heads = size
         half = depth // 2
-
-        def block(rngs: nnx.Rngs) -> Block:
-            return Block(width, heads, mlp_ratio, qk_norm, dtype, attention, rngs=rngs)
-
-        def merge(rngs: nnx.Rngs) -> Merge:
-            return Merge(width, skip.norm, skip.init, dtype, rngs=rngs)
-
         numbers = patch ** (len(shape) - 1)  # elements of a patch, for each channel
         linear = partial(nnx.Linear, dtype=dtype, kernel_init=KERNELS["xavier"], rngs=rngs)
+        zeros = nnx.initializers.zeros
         self.patch_embed = linear(numbers * shape[-1], width)
         self.time_embed = TimeEmbedding(width, rngs=rngs)
-        self.span_embed = TimeEmbedding(width, rngs=rngs) if second_time else None
+        self.span_embed = TimeEmbedding(width, rngs=rngs) if "span" in inputs else None
         self.label_embed = nnx.Embed(num_classes + 1, width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs)
-        self.shallow = stacked(block, half, rngs)
-        self.deep = stacked(block, depth - half, rngs)
-        self.merges = skip and stacked(merge, half, rngs)
-        self.final_ada = linear(width, 2 * width, kernel_init=nnx.initializers.zeros)
-        self.final = linear(width, numbers * out_channels, kernel_init=nnx.initializers.zeros)
-        if token_width is not None:
+        self.shallow = stacked(lambda rngs: block(rngs=rngs), half, rngs)
+        self.deep = stacked(lambda rngs: block(rngs=rngs), depth - half, rngs)
+        self.merges = skip and stacked(lambda rngs: merge(rngs=rngs), half, rngs)
+        self.final_ada = linear(width, 2 * width, kernel_init=zeros)
+        self.final = linear(width, numbers * out_channels, kernel_init=zeros)
+        if "token" in inputs:
+            (token_width,) = inputs["token"]
             self.token_embed = linear(token_width, width)
             self.token_norm = nnx.LayerNorm(width, epsilon=EPS, dtype=jnp.float32, rngs=rngs)
-            self.token_final = linear(width, token_width, kernel_init=nnx.initializers.zeros)
+            self.token_final = linear(width, token_width, kernel_init=zeros)
         self.shape, self.out_shape, self.patch, self.depth = shape, (*shape[:-1], out_channels), patch, depth
-        self.inputs = frozenset(["span"] * second_time + ["token"] * (token_width is not None))
-        self.skip, self.capture, self.stack = skip, capture, stack
+        self.inputs, self.skip, self.capture, self.stack = frozenset(inputs), skip, capture, stack
         self.dtype, self.stream_dtype = dtype, stream_dtype
 
     def __call__(
@@ -248,93 +241,71 @@ class DiT(nnx.Module):
     ) -> tuple[
         Float[Array, "b *s o"] | tuple[Float[Array, "b *s o"], Float[Array, "b k"]], tuple[Float[Array, "b n d"], ...]
     ]:
+        self._check(x_t, span=span, token=token)
+        h = self._embed(x_t, token)
+        c = self.time_embed(t) + self.label_embed(y)
+        c = c if span is None else c + self.span_embed(span)
+
+        def plain(h: Array, layer: tuple[Block]):
+            (block,) = layer
+            h = block(h, c)
+            return h, h
+
+        def merged(h: Array, layer: tuple[Block, Merge, Array]):
+            """Deep block j with the output of its partner, block i = L - 1 - j, counted from 0. Eq. 8 of DiverseDiT:
+
+            h_j <- Linear(LayerNorm(concatenate[h_j, h_i])), where h_j is what block j gives (`post`) or takes (`pre`).
+            """
+            block, merge, skip = layer
+            if self.skip.merge == "pre":
+                h = block(merge(h, skip), c)
+                return h, h
+            before = block(h, c)
+            h = merge(before, skip)
+            return h, before if self.capture == "block" else h
+
+        run, half = self.stack.run, self.depth // 2
+        features = [h]
+        h, outputs, shallow = run(plain, h, (self.shallow,), 0)
+        if self.skip:
+            skips, outputs = self.stack.reverse(shallow, outputs)
+        features += outputs
+        alone = self.depth % 2 if self.skip else self.depth - half  # deep blocks without a partner
+        if alone:
+            h, outputs, _ = run(plain, h, (part(self.deep, 0, alone),), half)
+            features += outputs
+        if self.skip:
+            layers, separate = (part(self.deep, alone), self.merges, skips), (self.skip.merge, self.capture)
+            h, outputs, _ = run(merged, h, layers, half + alone, separate=separate == ("post", "block"))
+            features += outputs
+        return self._output(h, c), tuple(features)
+
+    def _check(self, x_t: Array, **inputs: Array | None) -> None:
+        """Raise ValueError for an example of another shape, and for an input that is missing or not taken."""
         if x_t.shape[1:] != self.shape:
             raise ValueError(f"the network takes examples of shape {self.shape}, given {x_t.shape[1:]}")
-        given = {name for name, value in {"span": span, "token": token}.items() if value is not None}
+        given = {name for name, value in inputs.items() if value is not None}
         if given != self.inputs:
             takes, found = (", ".join(sorted(names)) or "no further input" for names in (self.inputs, given))
             raise ValueError(f"the network takes {takes}, given {found}")
-        x = self._embedded(x_t, token)
-        c = self.time_embed(t) + self.label_embed(y)
-        c = c if span is None else c + self.span_embed(span)
-        x, features = self._blocks(x, c)
-        return self._output(x, c, token is not None), features
 
-    def _embedded(self, x_t: Float[Array, "b *s c"], token: Float[Array, "b k"] | None) -> Float[Array, "b n d"]:
-        """The patches with their positions, behind the class token if there is one, which has position 0."""
-        x = self.patch_embed(patchify(x_t, self.patch).astype(self.dtype)).astype(jnp.float32)
-        x = x + position_table(tuple(side // self.patch for side in self.shape[:-1]), x.shape[-1])
+    def _embed(self, x_t: Float[Array, "b *s c"], token: Float[Array, "b k"] | None) -> Float[Array, "b n d"]:
+        """The patches with their positions. A class token comes before them, without a position."""
+        h = self.patch_embed(patchify(x_t, self.patch).astype(self.dtype)).astype(jnp.float32)
+        h = h + position_table(tuple(side // self.patch for side in self.shape[:-1]), h.shape[-1])
         if token is not None:
             first = self.token_norm(self.token_embed(token.astype(self.dtype)))
-            x = jnp.concatenate([first[:, None], x], axis=1)
-        return sharding.kept_over_batch(x.astype(self.stream_dtype))
+            h = jnp.concatenate([first[:, None], h], axis=1)
+        return sharding.kept_over_batch(h.astype(self.stream_dtype))
 
-    def _output(self, x: Float[Array, "b n d"], c: Float[Array, "b d"], token: bool):
-        """The prediction: adaLN, a Linear, the patches put together; with a class token the pair."""
+    def _output(self, h: Float[Array, "b n d"], c: Float[Array, "b d"]):
+        """The prediction: adaLN, a Linear, patches put together. With a class token: (that of x, that of the token)."""
         shift, scale = jnp.split(self.final_ada(jax.nn.silu(c)).astype(jnp.float32), 2, axis=-1)
-        x = modulate(x, shift, scale).astype(self.dtype)
-        out = self.final(x[:, 1:] if token else x).astype(jnp.float32)
+        h = modulate(h, shift, scale).astype(self.dtype)
+        token = "token" in self.inputs
+        out = self.final(h[:, 1:] if token else h).astype(jnp.float32)
         image = unpatchify(out, self.out_shape, self.patch)
-        return (image, self.token_final(x[:, 0]).astype(jnp.float32)) if token else image
-
-    def _blocks(self, x: Float[Array, "b n d"], c: Float[Array, "b d"]):
-        """All blocks: the last stream and the features. Long residual connections follow Eq. 8 of DiverseDiT:
-
-            x_j <- Linear(LayerNorm([x_j, x_i])),  i = L - 1 - j,  for every deep block j (blocks counted from 0)
-
-        applied after block j (`post`, as released) or to its input (`pre`, as the paper writes it).
-        """
-
-        def plain(x: Array, layer: tuple[Block]):
-            (block,) = layer
-            x = block(x, c)
-            return x, x
-
-        def merged_after(x: Array, layer: tuple[Block, Merge, Array]):
-            block, merge, skip = layer
-            x = merge(block(x, c), skip)
-            return x, x
-
-        def merged_after_capture(streams: tuple[Array, Array], layer: tuple[Block, Merge, Array]):
-            block, merge, skip = layer
-            before = block(streams[0], c)
-            return (merge(before, skip), before), before
-
-        def merged_before(x: Array, layer: tuple[Block, Merge, Array]):
-            block, merge, skip = layer
-            return plain(merge(x, skip), (block,))
-
-        half, middle = self.depth // 2, self.depth % 2  # with an odd depth the middle block has no partner
-        features = [x]
-        x, outputs, emitted = self.stack.run(plain, x, (self.shallow,), 0)
-        if self.skip is None:
-            x, deep, _ = self.stack.run(plain, x, (self.deep,), half)
-            return x, (*features, *outputs, *deep)
-        skips, outputs = self._skips(emitted, outputs)
-        features += outputs
-        if middle:
-            x, outputs, _ = self.stack.run(plain, x, (part(self.deep, 0, 1),), half)
-            features += outputs
-        layers = (part(self.deep, middle), self.merges, skips)
-        body, carry = merged_after, x
-        if self.skip.merge == "pre":
-            body = merged_before
-        elif self.capture == "block":
-            body, carry = merged_after_capture, (x, x)
-        x, deep, _ = self.stack.run(body, carry, layers, half + middle)
-        return (x[0] if body is merged_after_capture else x), (*features, *deep)
-
-    def _skips(self, emitted: Array | list[Array], outputs: list[Array]) -> tuple[Array | list[Array], list[Array]]:
-        """What the deep blocks merge, the last shallow block's output first; and the features of the shallow half.
-
-        A loop keeps the reversed stack for the backward pass anyway, so the features are read from it.
-        """
-        if self.stack.unroll:
-            return emitted[::-1], outputs
-        skips = jnp.flip(emitted, axis=0)
-        mirrored = unstack(skips)[::-1]
-        cuts = self.stack.cuts
-        return skips, [own if k in cuts else m for k, (own, m) in enumerate(zip(outputs, mirrored, strict=True), 1)]
+        return (image, self.token_final(h[:, 0]).astype(jnp.float32)) if token else image
 
 
 def patchify(x: Float[Array, "b *s c"], patch: int) -> Float[Array, "b n p"]:
@@ -371,7 +342,7 @@ def position_table(grid: tuple[int, ...], width: int) -> np.ndarray:
 def make(
     space: Space,
     inputs: Mapping[str, tuple[int, ...]],
-    cuts: tuple[int, ...] = (),
+    read_blocks: tuple[int, ...] = (),
     *,
     size: str = "B",
     patch: int = 2,
@@ -394,91 +365,90 @@ def make(
 
     inputs: `span` = t - r (), embedded as t is (MeanFlow, arXiv 2505.13447); `token` (k,), a noised class token before
         the patches (REG, arXiv 2507.01467): the network then predicts the pair (that of x, that of the token).
-    cuts: the features that losses read one at a time.
+    read_blocks: blocks whose features losses read one at a time.
 
-    size: `S`, `B`, `L` or `XL`; depth, width and heads may be changed one by one.
+    size: `S`, `B`, `L` or `XL`. depth, width, heads: replace single numbers of it.
     patch: side of a patch along each spatial axis, in elements of x.
     qk_norm: LayerNorm on queries and on keys, each with its own parameters.
     skip: long residual connections: `none`, `release`, `paper`, `skip_dit` or `uvit`; see SKIPS.
     skip_init: of the merging Linear: `xavier`, `torch`, `trunc_normal` or `identity`. None: as `skip` has it.
-    dtype: of matmuls. Parameters, norms, softmax, embeddings and the output are always float32; so are the products of
-        the time embedding, on TPUs too. Other products in float32 are as precise as jax's default, which on TPUs rounds
-        operands to bfloat16 (JAX_DEFAULT_MATMUL_PRECISION=highest prevents it). In bfloat16 the gradient of a weight is
-        rounded to bfloat16 before it is summed over devices.
+    dtype: of matmuls. Parameters, norms, softmax, embeddings and the output are always float32. So is the time
+        embedding, on TPUs too. Other float32 matmuls have jax's default precision, which is bfloat16 on TPUs
+        (JAX_DEFAULT_MATMUL_PRECISION=highest changes it). In bfloat16 the gradient of a weight is rounded to bfloat16
+        before it is summed over devices.
     stream_dtype: of the residual stream and the features.
     remat: what the backward pass keeps: `named` (the output of each matmul), `dots`, `full` (nothing), `none` (all).
-    capture: features are taken after the merge (`merged`, as the released loss does) or before it (`block`).
-    out_channels: of the prediction. None: as the input. DiT predicts noise and variance and has twice as many.
+    capture: take features after the merge (`merged`, as the released loss does) or before it (`block`).
+    out_channels: of the prediction. None: as the input. A DiT predicts noise and variance and needs twice as many.
     attention: `xla`, `cudnn` or `splash`, all with a float32 softmax (see `attention`). `auto`: cuDNN's kernel on a
         GPU in half precision where it can run, else `xla`.
-    unroll: one block after another in the program instead of two loops over blocks. None: on TPUs. A loop passes stacks
-        on to its backward pass and to the other half. They are filled with zeros, written and read, on a TPU in a
-        quarter of the time of a training step (estimated). A loop compiles several times as fast; on a CPU it is also
-        faster, and needs little more than half of the memory.
+    unroll: True: one block after another in the program. False: two loops over blocks. None: True on TPUs, where the
+        stacks that loops fill and read take a quarter of a training step (estimated). Loops compile several times as
+        fast. On a CPU they also run faster and need little more than half of the memory.
     """
     check_inputs("dit", inputs, ("span", "token"))
     shape, classes = tuple(space.shape), space.conditions.classes
     if classes is None:
         raise ConfigError("model dit takes labels, and the conditions of these data are not labels: use another model")
-    one_of("model.size", size, SIZES)
-    one_of("model.skip", skip, SKIPS)
     one_of("model.remat", remat, REMAT)
     one_of("model.capture", capture, ("merged", "block"))
-    one_of("model.dtype", dtype, ("float32", "bfloat16", "float16"))
-    one_of("model.stream_dtype", stream_dtype, ("float32", "bfloat16", "float16"))
-    given = {"depth": depth, "width": width, "heads": heads}
-    dims = SIZES[size]._replace(**{name: value for name, value in given.items() if value is not None})
-    in_range("model.depth", dims.depth, 2)
-    in_range("model.width", dims.width, 1)
-    in_range("model.heads", dims.heads, 1)
-    in_range("model.patch", patch, 1)
+    one_of("model.dtype", dtype, FLOATS)
+    one_of("model.stream_dtype", stream_dtype, FLOATS)
+    depth, width, heads = _dimensions(size, depth=depth, width=width, heads=heads)
+    grid, prefix = _grid(shape, patch, width), int("token" in inputs)
     out_channels = in_range("model.out_channels", shape[-1] if out_channels is None else out_channels, 1)
-    if len(shape) < 2 or any(side % patch for side in shape[:-1]):
-        raise ConfigError(f"model.patch = {patch} does not divide {' x '.join(map(str, shape[:-1]))}")
-    if dims.width % dims.heads:
-        raise ConfigError(f"model.heads = {dims.heads} does not divide the width {dims.width}")
-    if dims.width % (parts := 2 * (len(shape) - 1)):
-        raise ConfigError(f"model.width = {dims.width}: the position table needs a multiple of {parts}")
-    for cut in cuts:
-        if not 0 <= cut <= dims.depth:
-            raise ConfigError(f"a loss reads block {cut}, but the model has {dims.depth} blocks")
-    form = SKIPS[skip]
-    if skip_init is not None:
-        one_of("model.skip_init", skip_init, KERNELS)
-        if form is None:
-            raise ConfigError(f"model.skip_init = {skip_init!r} has no effect while model.skip is 'none'")
-        form = form._replace(init=skip_init)
-    grid, prefix = tuple(side // patch for side in shape[:-1]), int("token" in inputs)
-    forward_mode = "span" in inputs
-    kernel = choose(attention, dtype, forward_mode, math.prod(grid) + prefix, dims.width // dims.heads)
+    for block in read_blocks:
+        in_range("the block that a loss reads", block, 0, depth)
+    form = _skip(skip, skip_init)
+    kernel = choose(attention, dtype, "span" in inputs, math.prod(grid) + prefix, width // heads)
     unroll = sharding.platform() == "tpu" if unroll is None else unroll
-    build = partial(
-        DiT,
-        shape,
-        classes,
-        dims,
-        patch,
-        mlp_ratio,
-        qk_norm,
-        form,
-        jnp.dtype(dtype),
-        jnp.dtype(stream_dtype),
-        capture,
-        out_channels,
-        forward_mode,
-        kernel,
-        inputs["token"][0] if prefix else None,
-        Stack(tuple(sorted(set(cuts))), REMAT[remat], unroll),
-    )
+    stack = Stack(tuple(sorted(set(read_blocks))), REMAT[remat], unroll)
+    block = partial(Block, width, heads, mlp_ratio, qk_norm, jnp.dtype(dtype), kernel)
+    merge = form and partial(Merge, width, form.norm, form.init, jnp.dtype(dtype))
+    dims, dtypes = (depth, width, patch, out_channels), (jnp.dtype(dtype), jnp.dtype(stream_dtype))
+    build = partial(DiT, shape, classes, inputs, *dims, block, merge, form, capture, stack, *dtypes)
     model = functional(lambda rngs: build(rngs=rngs))
     return model._replace(
-        blocks=blocks, rules=RULES, fresh=("merges",), skips=form and skips(dims.depth), grid=grid, prefix=prefix
+        blocks=blocks, rules=RULES, fresh=("merges",), skips=form and skips(depth), grid=grid, prefix=prefix
     )
+
+
+def _dimensions(size: str, **changes: int | None) -> Size:
+    """A published size with some of its numbers changed; None: unchanged."""
+    dims = SIZES[one_of("model.size", size, SIZES)]
+    dims = dims._replace(**{name: value for name, value in changes.items() if value is not None})
+    for name, least in {"depth": 2, "width": 1, "heads": 1}.items():
+        in_range(f"model.{name}", getattr(dims, name), least)
+    if dims.width % dims.heads:
+        raise ConfigError(f"model.heads = {dims.heads} does not divide the width {dims.width}")
+    return dims
+
+
+def _grid(shape: tuple[int, ...], patch: int, width: int) -> tuple[int, ...]:
+    """Patches along each spatial axis of examples of `shape` (*s, c)."""
+    *sides, _ = shape
+    in_range("model.patch", patch, 1)
+    if not sides or any(side % patch for side in sides):
+        raise ConfigError(f"model.patch = {patch} does not divide {' x '.join(map(str, sides))}")
+    if width % (parts := 2 * len(sides)):
+        raise ConfigError(f"model.width = {width}: the position table needs a multiple of {parts}")
+    return tuple(side // patch for side in sides)
+
+
+def _skip(skip: str, init: str | None) -> Skip | None:
+    """The form of long residual connections, with another initialisation unless `init` is None."""
+    form = SKIPS[one_of("model.skip", skip, SKIPS)]
+    if init is None:
+        return form
+    one_of("model.skip_init", init, KERNELS)
+    if form is None:
+        raise ConfigError(f"model.skip_init = {init!r} has no effect while model.skip is 'none'")
+    return form._replace(init=init)
 
 
 def blocks(params: Params) -> list[Params]:
     """The parameters of each block, in order."""
-    return [block for half in HALVES for block in each(params[half])]
+    return each(params["shallow"]) + each(params["deep"])
 
 
 def skips(depth: int) -> Skips:

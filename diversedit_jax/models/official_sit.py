@@ -1,7 +1,7 @@
-"""The official SiT (arXiv 2401.08740), seen from outside as any network of ours: t = 0 is data, c output channels.
+"""The official SiT (arXiv 2401.08740) with our conventions: t = 0 is data, and the output has c channels.
 
-Inside it is `models.dit` with the official parameters unchanged: time runs from noise (t = 0) to data (t = 1), and the
-second half of its 2 c output channels is not used.
+The network inside is `models.dit` with the official parameters. Its time runs from noise (t = 0) to data (t = 1), and
+the second half of its 2 c output channels is not used.
 """
 
 import functools
@@ -14,7 +14,7 @@ from diversedit_jax.models import check_inputs, dit
 
 
 def turned(model: Model) -> Model:
-    """The network of an official SiT in our time: v(x, t) = -v_official(x, 1 - t), of the first c channels."""
+    """The network of an official SiT in our time: v(x, t) = -v_official(x, 1 - t), first c channels only."""
 
     def apply(params: Params, x_t: Float[Array, "b *s c"], t: Float[Array, " b"], y: Condition):
         prediction, features = model.apply(params, x_t, 1 - t, y)
@@ -24,7 +24,7 @@ def turned(model: Model) -> Model:
 
 
 @functools.wraps(dit.make)
-def make(space: Space, inputs: Mapping[str, tuple[int, ...]], cuts: tuple[int, ...] = (), **options) -> Model:
+def make(space: Space, inputs: Mapping[str, tuple[int, ...]], read_blocks: tuple[int, ...] = (), **options) -> Model:
     """As `dit.make`, with the official output."""
     check_inputs("official_sit", inputs, ())
-    return turned(dit.make(space, inputs, cuts, **options | {"out_channels": 2 * space.shape[-1]}))
+    return turned(dit.make(space, inputs, read_blocks, **options | {"out_channels": 2 * space.shape[-1]}))

@@ -1,7 +1,6 @@
-"""A stack of blocks, run as one loop over their stacked parameters or as one block after another.
+"""A stack of blocks, run as one loop over stacked parameters or as one block after another.
 
-The parameters of all blocks are one tree, whose arrays have a leading layer axis. `Stack.run` applies a body to each
-layer in turn, as `jax.lax.scan` does.
+The parameters of all blocks are one tree. Its arrays have a leading layer axis.
 """
 
 from collections.abc import Callable
@@ -17,51 +16,70 @@ from jaxtyping import Array, Float
 class Stack(NamedTuple):
     """How a stack runs.
 
-    cuts:   blocks, counted from 1, after which a loop is split. Their outputs can be read without keeping all outputs.
-    policy: what the backward pass keeps, for `jax.checkpoint`; None: everything.
-    unroll: one block after another instead of a loop.
+    read_blocks: blocks, counted from 1, whose outputs losses read. A loop is split behind each of them, so that reading
+                 one output does not keep all outputs in memory.
+    policy:      what the backward pass keeps, for `jax.checkpoint`; None: everything.
+    unroll:      one block after another instead of a loop.
     """
 
-    cuts: tuple[int, ...]
+    read_blocks: tuple[int, ...]
     policy: Callable | None
     unroll: bool
 
-    def run(self, body: Callable, carry: Any, layers: tuple, first: int) -> tuple[Any, list[Array], Any]:
-        """Apply `body` (carry, layer) -> (carry, output) to all layers.
+    def run(
+        self, body: Callable, x: Array, layers: tuple, first: int, separate: bool = False
+    ) -> tuple[Array, list[Array], Array | list[Array]]:
+        """Apply `body`, (x, layer) -> (x, output), to all layers in turn, as `jax.lax.scan` does.
 
-        layers: trees with a leading layer axis, or lists of layers. first: how many blocks come before them.
-        Returns the last carry, the output of each block, and all outputs stacked; with `unroll` a list instead.
+        layers:   trees with a leading layer axis, or lists of layers.
+        first:    how many blocks come before them.
+        separate: the output of a block is not its x.
+        Returns the last x, the output of each block, and all outputs stacked (with `unroll` as a list).
         """
         count = len(layers[0]) if isinstance(layers[0], list) else len(jax.tree.leaves(layers[0])[0])
         if not self.unroll:
-            return self._loop(body, carry, layers, range(first, first + count))
+            return self._loop(body, x, layers, range(first, first + count), separate)
         step = body if self.policy is None else jax.checkpoint(body, policy=self.policy)
         outputs = []
         for layer in zip(*map(each, layers), strict=True):
-            carry, output = step(carry, layer)
+            x, output = step(x, layer)
             outputs.append(output)
-        return carry, outputs, outputs
+        return x, outputs, outputs
 
-    def _loop(self, body: Callable, carry: Any, layers: tuple, blocks: range) -> tuple[Any, list[Array], Array]:
-        """`run` as a scan, split after the blocks in `cuts`.
+    def _loop(self, body: Callable, x: Array, layers: tuple, blocks: range, separate: bool):
+        """`run` as a scan that is split behind `read_blocks`."""
 
-        The output of such a block is the carry, or its last part: reading it keeps no stack in memory.
-        """
-        ends = [k - blocks.start for k in self.cuts if blocks.start < k < blocks.stop]
+        def with_output(carry: tuple[Array, ...], layer: tuple):
+            x, output = body(carry[0], layer)
+            return ((x, output) if separate else (x,)), output
+
+        ends = [k - blocks.start for k in self.read_blocks if blocks.start < k < blocks.stop]
+        carry = (x, x) if separate else (x,)
         outputs, stacks = [], []
         for begin, end in pairwise([0, *ends, len(blocks)]):
-            step = body
-            if self.policy is not None:  # XLA inlines a loop of one turn, and would then merge what is computed twice
-                step = jax.checkpoint(body, policy=self.policy, prevent_cse=end - begin == 1)
-            carry, emitted = jax.lax.scan(step, carry, part(layers, begin, end))
-            outputs += unstack(emitted)
-            outputs[-1] = jax.tree.leaves(carry)[-1]
-            stacks.append(emitted)
-        return carry, outputs, stacks[0] if len(stacks) == 1 else jnp.concatenate(stacks)
+            step = with_output
+            if self.policy is not None:  # XLA inlines a loop of one turn, and would then merge the recomputation
+                step = jax.checkpoint(with_output, policy=self.policy, prevent_cse=end - begin == 1)
+            carry, stack = jax.lax.scan(step, carry, part(layers, begin, end))
+            outputs += unstack(stack)
+            outputs[-1] = carry[-1]  # the same array, but reading it keeps no stack in memory
+            stacks.append(stack)
+        return carry[0], outputs, stacks[0] if len(stacks) == 1 else jnp.concatenate(stacks)
+
+    def reverse(self, stack: Array | list[Array], outputs: list[Array]) -> tuple[Array | list[Array], list[Array]]:
+        """The outputs of `run` in reverse order, as layers of another `run`; and the outputs in order, for reading.
+
+        A loop keeps the reversed stack for its backward pass anyway. Outputs outside of `read_blocks` are read from it.
+        """
+        if self.unroll:
+            return stack[::-1], outputs
+        flipped = jnp.flip(stack, axis=0)
+        copies = zip(outputs, unstack(flipped)[::-1], strict=True)
+        return flipped, [own if k in self.read_blocks else copy for k, (own, copy) in enumerate(copies, 1)]
 
 
 def stacked(build: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
-    """`count` modules as one, each of its arrays with a leading layer axis."""
+    """`count` modules as one, whose arrays have a leading layer axis."""
     return jax.vmap(lambda key: build(nnx.Rngs(key)))(jax.random.split(rngs.params(), count))
 
 
@@ -71,7 +89,7 @@ def part(layers: Any, begin: int, end: int | None = None) -> Any:
 
 
 def each(layers: Any) -> list:
-    """The layers of a stack, one by one; a list of layers as it is."""
+    """The layers of a stack, one by one. A list of layers stays as it is."""
     if isinstance(layers, list):
         return layers
     leaves, structure = jax.tree.flatten(layers)
@@ -79,5 +97,5 @@ def each(layers: Any) -> list:
 
 
 def unstack(stack: Float[Array, "l ..."]) -> list[Float[Array, "..."]]:
-    """The arrays of a stack, in one operation whose gradient is one concatenation."""
+    """The arrays of a stack, in one operation. Its gradient is one concatenation."""
     return [layer[0] for layer in jax.lax.split(stack, (1,) * len(stack), axis=0)]

@@ -101,7 +101,7 @@ def components_of(
     inner = network_space(codec, space)
     encoders = {label: configs.make("encoders", c, f"config.encoders.{label}") for label, c in config.encoders.items()}
     codec = with_encoders(codec, encoders) if encoders else codec
-    cuts = sorted({block for aux in losses.values() for block in aux.blocks})
+    cuts = tuple(sorted({block for aux in losses.values() for block in aux.blocks}))
     with jax.set_mesh(layout.mesh):  # a network may ask where it will run
         model = configs.make("models", config.model, "config.model", inner, objective.inputs, cuts)
     null = space.conditions.null
@@ -140,7 +140,7 @@ def work(experiment: Experiment, state: Any, batch: Any, again: bool = False) ->
     parts = experiment.components
     with jax.set_mesh(experiment.layout.mesh):
         inner = network_space(parts.codec, experiment.space)
-        model = configs.make("models", config.model, "config.model", inner, parts.objective.inputs)
+        model = configs.make("models", config.model, "config.model", inner, parts.objective.inputs, ())
     step = partial(train_step, parts._replace(model=model))
     return flops.of(step, state, jax.eval_shape(parts.codec.init), batch, jax.eval_shape(jax.random.key, 0))
 
@@ -176,10 +176,10 @@ def starting_params(config: ConfigDict, model: Model, wanted: Params) -> Params 
     if source.file is None:
         return None
     release, _ = releases.open_release(Path(source.file), source.family, source.heads, source.weights)
-    given, needed = (configs.flat(params) for params in (release.params, wanted))
+    given, needed = (sharding.by_name(params) for params in (release.params, wanted))
     for name in sorted(given.keys() | needed.keys()):
         has, needs = (list(leaves[name].shape) if name in leaves else None for leaves in (given, needed))
-        if has != needs and (has is not None or name.partition(".")[0] not in model.fresh):
+        if has != needs and (has is not None or name.partition("/")[0] not in model.fresh):
             raise ConfigError(
                 f"config.init_from: {source.file} does not fit config.model: {name} is {has or 'missing'} there, "
                 f"{needs or 'unknown'} here"

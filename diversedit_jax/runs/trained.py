@@ -41,7 +41,7 @@ from diversedit_jax.runs.build import (
 from diversedit_jax.sampling import sampler
 from diversedit_jax.sampling.sampler import Sampler
 from diversedit_jax.training.checkpoint import Checkpoints
-from diversedit_jax.training.checksums import by_path, checksums
+from diversedit_jax.training.checksums import checksums
 from diversedit_jax.training.step import initializer
 from diversedit_jax.weights import dit as releases
 from diversedit_jax.weights.vae import open_vae
@@ -296,7 +296,7 @@ def drawing(
 
 def digest(params: Params) -> str:
     """A name for the values of parameters, 16 hex digits: the same on every mesh, for a run and a file alike."""
-    sums = sorted(checksums(by_path(params)).items())
+    sums = sorted(checksums(sharding.by_name(params)).items())
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
 
 

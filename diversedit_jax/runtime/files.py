@@ -1,23 +1,88 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and folders of work that a killed program goes on with."""
 
 import contextlib
+import csv
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from diversedit_jax.errors import ConfigError
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place once it is written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """A temporary name beside `path`. What is written there takes its place, and is on the disk, when this ends."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any, **options: Any) -> None:
+    """Write a JSON file, whole or not at all. options: of json.dumps."""
+    write_text(path, json.dumps(content, indent=2, **options) + "\n")
+
+
+def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
+    """Write a CSV file, whole or not at all."""
+    with replacing(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+
+
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write an .npz file, whole or not at all."""
+    with replacing(path) as partial, open(partial, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as {dotted name: value}, sequences as lists, as JSON has them."""
+    leaves = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            leaves |= flat(value, f"{prefix}{name}.")
+        else:
+            leaves[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return leaves
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The dotted names at which two trees differ, each with both values; None stands for what is missing."""
+    old, new = flat(before), flat(now)
+    return {key: (old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)}
+
+
+def check_same(what: str, before: Mapping[str, Any], now: Mapping[str, Any], remedy: str) -> None:
+    """Raise ConfigError, naming every difference, if work that was begun with `before` is not that of `now`.
+
+    what: the work, such as `DIR holds an evaluation`. remedy: what a person may do.
+    """
+    changed = differences(before, json.loads(json.dumps(now)))
+    if changed:
+        said = "; ".join(f"{key}: {_brief(old)} there, {_brief(new)} given" for key, (old, new) in changed.items())
+        raise ConfigError(f"{what} with other settings ({said}): {remedy}")
+
+
+def _brief(value: Any) -> str:
+    """A value on one line, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def writable_folder(path: str | os.PathLike, what: str = "workdir") -> Path:

@@ -16,7 +16,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from diversedit_jax.runtime.cli import silence
-from diversedit_jax.runtime.files import replacing
+from diversedit_jax.runtime.files import write_text
 from diversedit_jax.runtime.pictures import Pixels, image_grid, to_uint8
 
 FLUSHED = 120.0  # seconds between two writes of TensorBoard's file: in a mounted bucket each sends all of it
@@ -109,5 +109,4 @@ def keep_until(path: Path, step: int) -> None:
             return False
 
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    with replacing(path) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in lines if stays(line)), encoding="utf-8")
+    write_text(path, "".join(f"{line}\n" for line in lines if stays(line)))

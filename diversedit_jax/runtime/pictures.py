@@ -37,7 +37,7 @@ def image_grid(
     return grid
 
 
-def as_pictures(samples: UInt8[Pixels, "n *s c"]) -> UInt8[np.ndarray, "n h w c"]:
+def as_pictures(samples: UInt8[Pixels, "n *s c"]) -> UInt8[np.ndarray, "n h w k"]:
     """Samples of any shape as images that can be looked at.
 
     Frames of a video and slices of a volume stand side by side. Of more than three channels the first three are shown,

@@ -4,7 +4,6 @@ import contextlib
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import jax
 from clu import parameter_overview as clu_overview
 
 import diversedit_jax
+from diversedit_jax.sharding import by_name
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy", "libtpu")
 
@@ -43,6 +43,6 @@ def git_commit() -> str | None:
         return None
 
 
-def parameter_overview(params: Mapping[str, Any]) -> str:
-    """A table of the names, shapes, dtypes and sizes of nested dicts of arrays or ShapeDtypeStructs, and the total."""
-    return clu_overview.get_parameter_overview(params, include_stats=False)
+def parameter_overview(params: Any) -> str:
+    """A table of the names, shapes, dtypes and sizes of a pytree of arrays or ShapeDtypeStructs, and the total."""
+    return clu_overview.get_parameter_overview(by_name(params), include_stats=False)

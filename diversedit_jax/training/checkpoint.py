@@ -30,8 +30,9 @@ from orbax.checkpoint import checkpoint_managers as policies
 from diversedit_jax.errors import CheckpointError, DamagedCheckpointError, UnfitCheckpointError
 from diversedit_jax.runtime import processes
 from diversedit_jax.runtime.cli import silence
-from diversedit_jax.runtime.files import replacing
-from diversedit_jax.training.checksums import by_path, checksums
+from diversedit_jax.runtime.files import write_json
+from diversedit_jax.sharding import by_name
+from diversedit_jax.training.checksums import checksums
 
 SCORES = "scores.json"  # beside the steps: {step: value}, for keeping the best
 FORMAT = 1  # of our record; a change that old code cannot read raises it
@@ -120,8 +121,7 @@ class Checkpoints:
         scores = self._scores() | {step: float(value)}
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
-            with replacing(self.directory / SCORES) as partial:
-                partial.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+            write_json(self.directory / SCORES, scores)
 
     def best_steps(self) -> list[int]:
         """The steps that are kept for their score, the best first; of equal ones the older."""
@@ -154,7 +154,7 @@ class Checkpoints:
                 f"step {step} cannot be saved: {self.directory} already holds step {latest}. Resume from it, move the "
                 f"steps from {step} on away, or use a new workdir."
             )
-        arrays = by_path(state)
+        arrays = by_name(state)
         record = seal(step, meta, leaves_of(arrays), checksums(arrays))
         with self._surfacing(step):
             self._writer = self._writer or self._new_writer()
@@ -248,7 +248,7 @@ class Checkpoints:
         )
 
     def _verified(self, target: State, step: int, prefix: str | None) -> tuple[State, dict[str, Any]]:
-        wanted = by_path(target)
+        wanted = by_name(target)
         if prefix is None:
             return {}, self._record(step)["meta"]
         record, arrays, error = None, None, None
@@ -283,7 +283,7 @@ class Checkpoints:
             abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
         )
         with self._reader() as reader:
-            arrays = by_path(reader.restore(step, args=ocp.args.Composite(state=part)).state)
+            arrays = by_name(reader.restore(step, args=ocp.args.Composite(state=part)).state)
         if problem := difference(leaves_of(arrays), leaves_of(wanted)):
             raise ValueError(problem)
         return arrays

@@ -1,7 +1,6 @@
 """Checksums of arrays, computed where the arrays are."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,9 +33,3 @@ def checksums(arrays: Mapping[str, Array]) -> dict[str, int]:
     One after another: sums over devices that run side by side wait for each other, on CPUs for ever.
     """
     return {path: int(checksum(x)) for path, x in arrays.items()}
-
-
-def by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of a pytree by name, such as `ema/blocks/kernel` or `opt/0/mu/blocks/kernel`."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from diversedit_jax import config as configs
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.registry import in_range, one_of
+from diversedit_jax.sharding import name_of
 
 MAIN = "main"  # the group of all parameters that no other group takes
 
@@ -84,7 +85,7 @@ def grouped(total_steps: int, options: Mapping[str, Any], groups: Mapping[str, M
 
     def labels(trained: Any) -> Any:
         def label(path, leaf) -> str:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            name = name_of(path)
             return next((label for label, group in groups.items() if re.search(group["of"], name)), MAIN)
 
         found = jax.tree_util.tree_map_with_path(label, trained)

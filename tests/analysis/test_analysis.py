@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,9 +15,10 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import digits
-from diversedit_jax import analyze, models
+from diversedit_jax import analyze, evaluators, models
 from diversedit_jax import config as configs
 from diversedit_jax.analysis import (
+    features,
     gradient_conflict,
     heatmaps,
     html_page,
@@ -27,25 +29,26 @@ from diversedit_jax.analysis import (
     pca_maps,
     skip_connections,
 )
-from diversedit_jax.analysis import subject as looking
 from diversedit_jax.analysis.gradient_conflict import Pull
 from diversedit_jax.analysis.measure import Estimator, Settings
 from diversedit_jax.analysis.pca_maps import Maps
 from diversedit_jax.analysis.skip_connections import Connections
 from diversedit_jax.analysis.study import PARTS, Close, Look, Study
+from diversedit_jax.api import Conditions, Space
 from diversedit_jax.config import slot
 from diversedit_jax.data.digits import SHAPE
 from diversedit_jax.errors import CheckpointError, ConfigError
-from diversedit_jax.evaluators import Current
+from diversedit_jax.evaluators import Current, SampleSpec
 from diversedit_jax.metrics import similarity
 from diversedit_jax.metrics.linear_probe import linear_probe
-from diversedit_jax.runs import build
+from diversedit_jax.runs import build, trained
 from diversedit_jax.weights import dit as releases
 from diversedit_jax.weights.formats.weights_file import write_safetensors
 from tests import ROOT, browser, parts, untrained
 
 DEPTH, WIDTH, BATCH, T = 4, 16, 16, 0.3
 SETTINGS = Settings(num=2 * BATCH, batch=BATCH)
+FROZEN = {}  # the codec of pixels has no weights
 
 
 @pytest.fixture(scope="module")
@@ -64,69 +67,75 @@ def workdir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def subject(workdir):
-    return looking.of_run(workdir)
+def opened(workdir):
+    return trained.of_run(workdir, encoders=True)
 
 
 @pytest.fixture(scope="module")
-def params(subject):
-    return subject.load(10)
+def experiment(opened):
+    return opened.experiment
 
 
 @pytest.fixture(scope="module")
-def shown(subject):
-    return measure.batches(subject.data("test"), SETTINGS, subject.layout)
+def learned(opened):
+    return features.learned(opened, 10)
 
 
 @pytest.fixture(scope="module")
-def ready(subject):
-    return measure.compiled(subject, SETTINGS)
+def shown(opened):
+    return measure.batches(opened.data("test"), SETTINGS, opened.experiment.layout)
 
 
 @pytest.fixture(scope="module")
-def found(ready, params, shown):
-    return measure.measure(ready, params, shown, T)
+def ready(experiment):
+    return measure.compiled(experiment, SETTINGS)
 
 
-def stacked(subject, params, shown):
+@pytest.fixture(scope="module")
+def found(ready, learned, shown):
+    return measure.measure(ready, learned, FROZEN, shown, T)
+
+
+def stacked(experiment, learned, shown):
     """The features of all images at once, with the noise that `measure` gives them; [l n t d]."""
-    run = jax.jit(subject.features)
+    run = jax.jit(partial(features.features, experiment))
     parts = []
     for number, batch in enumerate(shown):
         _, key = jax.random.split(jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), number))
-        parts.append(np.asarray(run(params, subject.frozen, batch, jnp.float32(T), key)))
+        parts.append(np.asarray(run(learned, FROZEN, batch, jnp.float32(T), key, False)))
     return np.concatenate(parts, axis=1)
 
 
 # --- What is measured.
 
 
-def test_features_are_those_of_the_network(subject, params, shown):
+def test_features_are_those_of_the_network(experiment, learned, shown):
     """At t = 0 nothing is added to the image, so the network can be asked directly."""
     batch = shown[0]
-    seen = subject.features(params, subject.frozen, batch, jnp.float32(0), jax.random.key(0))
-    _, wanted = subject.parts.model.network(params)(batch["x"], jnp.zeros(BATCH), batch["y"])
+    seen = features.features(experiment, learned, FROZEN, batch, jnp.float32(0), jax.random.key(0), False)
+    _, wanted = experiment.components.model.network(learned["params"])(batch["x"], jnp.zeros(BATCH), batch["y"])
     assert seen.shape == (DEPTH, BATCH, 16, WIDTH)
     np.testing.assert_allclose(seen, jnp.stack(wanted[1:]), atol=1e-5)
 
 
-def test_before_the_merge_only_the_deep_half_differs(workdir, subject, params, shown):
-    before = looking.of_run(workdir, capture="block")
+def test_before_the_merge_only_the_deep_half_differs(workdir, experiment, learned, shown):
+    before = trained.of_run(workdir, model={"capture": "block"}).experiment
     seen = [
-        np.asarray(one.features(params, one.frozen, shown[0], jnp.float32(T), jax.random.key(0)))
-        for one in (subject, before)
+        np.asarray(features.features(one, learned, FROZEN, shown[0], jnp.float32(T), jax.random.key(0), False))
+        for one in (experiment, before)
     ]
     np.testing.assert_array_equal(seen[0][:2], seen[1][:2])
     assert (np.abs(seen[0][2:] - seen[1][2:]).max(axis=(1, 2, 3)) > 0.1).all()
 
 
-def test_weights_are_those_asked_for(workdir, params):
-    online = looking.of_run(workdir, weights="online").load(10)
-    assert not np.allclose(online["final"]["kernel"], params["final"]["kernel"])
+def test_weights_are_those_asked_for(opened, learned):
+    online = features.learned(opened, 10, "online")
+    kernels = [one["params"]["final"]["kernel"] for one in (online, learned)]
+    assert not np.allclose(*kernels)
 
 
-def test_batch_after_batch_is_as_good_as_all_at_once(subject, params, shown, found):
-    whole = stacked(subject, params, shown)
+def test_batch_after_batch_is_as_good_as_all_at_once(experiment, learned, shown, found):
+    whole = stacked(experiment, learned, shown)
     pooled = jnp.asarray(whole.mean(axis=2))
     np.testing.assert_allclose(
         found.similarity, similarity.cka(pooled, hsic=similarity.hsic_unbiased), rtol=1e-3, atol=1e-4
@@ -140,26 +149,26 @@ def test_batch_after_batch_is_as_good_as_all_at_once(subject, params, shown, fou
     np.testing.assert_allclose(found.mean_cosine, similarity.mean_cosine(jnp.asarray(whole)), atol=1e-4)
 
 
-def test_minibatches_are_those_of_the_batches(subject, params, shown, found):
-    whole = stacked(subject, params, shown).reshape(DEPTH, 2, BATCH, -1)
+def test_minibatches_are_those_of_the_batches(experiment, learned, shown, found):
+    whole = stacked(experiment, learned, shown).reshape(DEPTH, 2, BATCH, -1)
     sums = sum(similarity.hsic_of(jnp.asarray(whole[:, i]), hsic=similarity.hsic_unbiased) for i in range(2))
     np.testing.assert_allclose(found.minibatch["image", "linear"], similarity.normalised(sums), rtol=1e-3, atol=1e-4)
 
 
-def test_whole_images_are_gathered_as_far_as_they_fit(subject, params, shown, monkeypatch):
+def test_whole_images_are_gathered_as_far_as_they_fit(experiment, learned, shown, monkeypatch):
     settings = SETTINGS._replace(estimator=Estimator("image", "rbf", "biased"))
-    ready = measure.compiled(subject, settings)
-    whole = stacked(subject, params, shown).reshape(DEPTH, 2 * BATCH, -1)
-    found = measure.measure(ready, params, shown, T).similarity
+    ready = measure.compiled(experiment, settings)
+    whole = stacked(experiment, learned, shown).reshape(DEPTH, 2 * BATCH, -1)
+    found = measure.measure(ready, learned, FROZEN, shown, T).similarity
     np.testing.assert_allclose(found, similarity.cka(jnp.asarray(whole), similarity.rbf), rtol=1e-3, atol=1e-4)
     monkeypatch.setattr(measure, "IMAGE_BYTES", 1000)
     with pytest.raises(ConfigError, match=r"--unit=image: the features of 16 whole images .* give --hsic=minibatch"):
-        measure.measure(ready, params, shown, T)
+        measure.measure(ready, learned, FROZEN, shown, T)
 
 
-def test_other_noise_is_another_draw(subject, params, shown, ready, found):
+def test_other_noise_is_another_draw(learned, shown, ready, found):
     twice = ready._replace(settings=SETTINGS._replace(noises=2))
-    both = measure.measure(twice, params, shown, T)
+    both = measure.measure(twice, learned, FROZEN, shown, T)
     assert both.spread > 0
     assert found.spread == 0
     assert np.abs(both.similarity - found.similarity).max() > 1e-4
@@ -169,13 +178,16 @@ def test_other_noise_is_another_draw(subject, params, shown, ready, found):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (SETTINGS._replace(estimator=Estimator(kernel="liner")), r"--kernel=liner is unknown; did you mean 'linear'"),
+        (
+            SETTINGS._replace(estimator=Estimator(kernel="liner")),
+            r"--kernel = 'liner' is unknown; did you mean 'linear'",
+        ),
         (
             SETTINGS._replace(estimator=Estimator(unit="pixel")),
-            r"--unit=pixel is unknown; .*known: pooled, token, image",
+            r"--unit = 'pixel' is unknown; .*known: pooled, token, image",
         ),
-        (SETTINGS._replace(estimator=Estimator(multiplier=0.0)), r"--multiplier=0.0, --degree=3: wanted more than 0"),
-        (SETTINGS._replace(num=0), "--num=0: must be positive"),
+        (SETTINGS._replace(estimator=Estimator(multiplier=0.0)), r"--multiplier = 0.0: must be more than 0"),
+        (SETTINGS._replace(num=0), "--num = 0: must be at least 1"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(settings, message):
@@ -183,9 +195,9 @@ def test_what_cannot_be_measured_is_refused(settings, message):
         measure.check(settings)
 
 
-def test_too_few_images_are_refused(subject):
+def test_too_few_images_are_refused(opened):
     with pytest.raises(ConfigError, match=r"--num=512 of 360 examples: not one batch of 400 \(--batch\)"):
-        measure.batches(subject.data("test"), Settings(batch=400), subject.layout)
+        measure.batches(opened.data("test"), Settings(batch=400), opened.experiment.layout)
 
 
 # --- Probes.
@@ -202,13 +214,13 @@ def test_a_linear_probe_reads_what_is_linear():
     assert linear_probe(fit[0], jnp.asarray(rng.permutation(labels[:200])), *fit[2:], 3) < 0.6
 
 
-def test_the_network_cannot_tell_the_probe_the_label(ready, params, shown):
+def test_the_network_cannot_tell_the_probe_the_label(ready, learned, shown):
     """At t = 1 the image is noise: only the label that the network is given could be read."""
-    labels = params["label_embed"]["embedding"]
-    told = params | {"label_embed": {"embedding": labels.at[:10].multiply(100)}}
-    assert (linear_probes.accuracies(ready, told, shown, shown, 1.0) < 1).all()
+    labels = learned["params"]["label_embed"]["embedding"]
+    told = learned | {"params": learned["params"] | {"label_embed": {"embedding": labels.at[:10].multiply(100)}}}
+    assert (linear_probes.accuracies(ready, told, FROZEN, shown, shown, 1.0) < 1).all()
     rows, y = (
-        measure.measure(ready, told, shown, 1.0).rows["pooled"],
+        measure.measure(ready, told, FROZEN, shown, 1.0).rows["pooled"],
         np.asarray(jnp.concatenate([b["y"] for b in shown])),
     )
     assert linear_probe(*map(jnp.asarray, (rows[-1], y, rows[-1], y)), 10) == 1, "given real labels, it could"
@@ -217,8 +229,8 @@ def test_the_network_cannot_tell_the_probe_the_label(ready, params, shown):
 # --- Gradients, connections, maps.
 
 
-def test_a_loss_that_is_the_objective_pulls_where_it_pulls(subject, params, shown):
-    found = gradient_conflict.pulls(subject, params, {label: {} for label in subject.parts.losses}, shown, step=10)
+def test_a_loss_that_is_the_objective_pulls_where_it_pulls(experiment, learned, shown):
+    found = gradient_conflict.pulls(experiment, experiment.components.losses, learned, FROZEN, shown, step=10)
     assert found.keys() == {"diversity", "same", "against"}
     for label, cosine in (("same", 1), ("against", -1)):
         np.testing.assert_allclose(found[label].cosine, cosine, rtol=1e-4)
@@ -228,17 +240,16 @@ def test_a_loss_that_is_the_objective_pulls_where_it_pulls(subject, params, show
     assert (found["diversity"].ratio > 0).all(), "at full weight, whatever the adaptive weight"
 
 
-def test_a_loss_pulls_as_it_weighs_at_the_step_of_the_checkpoint(subject, params, shown):
+def test_a_loss_pulls_as_it_weighs_at_the_step_of_the_checkpoint(experiment, learned, shown):
     losses = {"now": parts.since(at=10), "later": parts.since(at=11)}
-    changed = subject._replace(parts=subject.parts._replace(losses=losses))
-    found = gradient_conflict.pulls(changed, params, {"now": {}, "later": {}}, shown[:1], step=10)
+    found = gradient_conflict.pulls(experiment, losses, learned, FROZEN, shown[:1], step=10)
     np.testing.assert_allclose(found["now"].cosine, 1, rtol=1e-4)
     assert np.isnan(found["later"].cosine).all()
     np.testing.assert_array_equal(found["later"].ratio, 0)
 
 
-def test_a_connection_is_cut_where_its_linear_reads_it(subject, params, shown):
-    found = skip_connections.used(subject, params, shown)
+def test_a_connection_is_cut_where_its_linear_reads_it(opened, experiment, learned, shown):
+    found, params = skip_connections.used(experiment, learned, FROZEN, shown), learned["params"]
     assert found.pairs == ((2, 3), (1, 4))
     kernel = np.asarray(params["merges"]["linear"]["kernel"] * params["merges"]["norm"]["scale"][..., None])
     np.testing.assert_allclose(found.current, np.linalg.norm(kernel[:, :WIDTH].reshape(2, -1), axis=1), rtol=1e-5)
@@ -246,17 +257,18 @@ def test_a_connection_is_cut_where_its_linear_reads_it(subject, params, shown):
     assert (np.abs(found.cut / found.loss - 1) > 1e-3).all()
     merges = params["merges"]
     deaf = merges | {"linear": merges["linear"] | {"kernel": merges["linear"]["kernel"].at[0, WIDTH:].set(0)}}
-    again = skip_connections.used(subject, params | {"merges": deaf}, shown)
+    again = skip_connections.used(experiment, learned | {"params": params | {"merges": deaf}}, FROZEN, shown)
     assert again.loss == pytest.approx(found.cut[0], rel=1e-5)
     assert again.cut[0] == pytest.approx(again.loss, rel=1e-6), "it did not listen to the skip before"
     assert again.cut[1] == pytest.approx(found.all_cut, rel=1e-5)
-    assert skip_connections.used(subject, {name: x for name, x in params.items() if name != "merges"}, shown) is None
+    plain = trained.of_run(opened.workdir, model={"skip": "none"}).experiment
+    assert skip_connections.used(plain, learned, FROZEN, shown) is None
 
 
-def test_maps_are_pictures_of_the_images_they_stand_beside(subject, params, shown):
-    found = pca_maps.principal(subject, params, shown[0], 0.0, count=3)
+def test_maps_are_pictures_of_the_images_they_stand_beside(experiment, learned, shown):
+    found = pca_maps.principal(experiment, learned, FROZEN, shown[0], 0.0, count=3)
     assert (found.maps.shape, found.maps.dtype) == ((DEPTH, 3, 4, 4, 3), np.uint8)
-    wanted = subject.parts.codec.decode(subject.frozen, shown[0]["x"])[:3]
+    wanted = experiment.components.codec.decode(FROZEN, shown[0]["x"])[:3]
     np.testing.assert_array_equal(found.images, wanted)
     assert ((found.explained > 3 / WIDTH) & (found.explained <= 1)).all()
     assert found.maps.std(axis=(1, 2, 3)).min() > 5, "no block's map is of one colour"
@@ -296,9 +308,8 @@ def test_scores_are_found_by_step(workdir, tmp_path):
 # --- The report.
 
 
-def test_a_run_is_analysed_and_everything_lies_in_one_folder(workdir, tmp_path, capsys):
-    subject = looking.of_run(workdir, "one")
-    (study,) = analyze.run([subject], tmp_path, SETTINGS, t=T, times=(T, 0.8))
+def test_a_run_is_analysed_and_everything_lies_in_one_folder(opened, tmp_path, capsys):
+    (study,) = analyze.run([opened._replace(label="one")], tmp_path, SETTINGS, t=T, times=(T, 0.8))
     out = capsys.readouterr().out
     assert "one, step 10: mean CKA of two blocks" in out
     assert "Fréchet distance" in out
@@ -330,30 +341,32 @@ def test_a_run_is_analysed_and_everything_lies_in_one_folder(workdir, tmp_path, 
 def test_a_release_needs_no_training_state(tmp_path, monkeypatch):
     """The official SiT's layout, its weights random, on images of digits."""
     dims = {"depth": 2, "width": WIDTH, "heads": 2}
-    shapes = jax.eval_shape(models.make("official_sit", SHAPE, 10, **dims).init, jax.random.key(0))
+    model = models.make("official_sit", Space(SHAPE, Conditions.labels(10)), {}, **dims)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
     arch = releases.Architecture(**dims, patch=2, channels=1, out_channels=2, num_classes=10)
     own = jax.tree.map(np.asarray, untrained.randomly(shapes, 0, scale=0.3))
     file = tmp_path / "sit.safetensors"
     write_safetensors(file, releases.export(own, "official_sit", arch, side=8))
     about = {"family": "official_sit", "heads": 2, "data": slot("data", "digits").to_dict()}
-    subject = looking.of_release(file, **about)
-    shown = measure.batches(subject.data("train"), SETTINGS, subject.layout)
-    seen = subject.features(subject.load(0), subject.frozen, shown[0], jnp.float32(0), jax.random.key(0))
-    network = models.make("official_sit", SHAPE, 10, **dims).network(own)
-    _, wanted = network(shown[0]["x"], jnp.zeros(BATCH), shown[0]["y"])
+    opened = trained.of_release(file, **about)
+    experiment = opened.experiment
+    shown = measure.batches(opened.data("train"), SETTINGS, experiment.layout)
+    learned = features.learned(opened, 0)
+    seen = features.features(experiment, learned, FROZEN, shown[0], jnp.float32(0), jax.random.key(0), False)
+    _, wanted = model.network(own)(shown[0]["x"], jnp.zeros(BATCH), shown[0]["y"])
     np.testing.assert_allclose(seen, jnp.stack(wanted[1:]), atol=1e-5)
     settings = SETTINGS._replace(split="train")
     (study,) = analyze.run(
-        [subject], tmp_path / "out", settings, at=["last"], parts=("gradients", "connections", "maps")
+        [opened], tmp_path / "out", settings, at=["last"], parts=("gradients", "connections", "maps")
     )
     assert study.close.pulls.keys() == {"diversity (not trained)"}
     assert study.close.connections is None
     assert (tmp_path / "out" / "report.html").exists()
     with pytest.raises(ConfigError, match=r"sit.safetensors comes without data: say what to show it with --data"):
-        looking.of_release(file, family="official_sit", heads=2)
+        trained.of_release(file, family="official_sit", heads=2).data("train")
     other = slot("data", "synthetic", shape=(8, 8, 4)).to_dict()
     with pytest.raises(ConfigError, match=r"--data=synthetic: its shape is \(8, 8, 4\), the network takes \(8, 8, 1\)"):
-        looking.of_release(file, **about | {"data": other}).data("train")
+        trained.of_release(file, **about | {"data": other}).data("train")
 
 
 def study_of(label, seed=0, depth=5, steps=(5_000, 50_000, 450_000), known=True):
@@ -452,31 +465,31 @@ def test_the_report_opens_in_a_browser(drawn, tmp_path):
 # --- Flags.
 
 
-def test_what_is_asked_for(subject, workdir, tmp_path, monkeypatch):
-    assert analyze.steps_of(subject, ["all"]) == [5, 10]
-    assert analyze.steps_of(subject, ["last"]) == [10]
-    assert analyze.steps_of(subject, ["5", "7"]) == [5]
+def test_what_is_asked_for(opened, workdir, tmp_path):
+    assert analyze.steps_of(opened, ["all"]) == [5, 10]
+    assert analyze.steps_of(opened, ["last"]) == [10]
+    assert analyze.steps_of(opened, ["5", "7"]) == [5]
     with pytest.raises(ConfigError, match=r"--at=7: mine0 has no such step; it has 5, 10"):
-        analyze.steps_of(subject._replace(label="mine0"), ["7"])
+        analyze.steps_of(opened._replace(label="mine0"), ["7"])
     with pytest.raises(CheckpointError, match="no checkpoint in"):
-        analyze.steps_of(subject._replace(steps=()), ["all"])
+        analyze.steps_of(opened._replace(steps=()), ["all"])
     with pytest.raises(ConfigError, match=r"--at=some: must be numbers"):
-        analyze.steps_of(subject, ["some"])
+        analyze.steps_of(opened, ["some"])
     assert analyze.named("A b=runs/x") == ("A b", Path("runs/x"))
     assert analyze.named(str(workdir)) == (None, workdir)
     assert analyze.parts_of(["maps"]) == [name for name in PARTS if name != "maps"]
-    with pytest.raises(ConfigError, match=r"--skip=map is unknown; did you mean 'maps'"):
+    with pytest.raises(ConfigError, match=r"--skip = 'map' is unknown; did you mean 'maps'"):
         analyze.parts_of(["map"])
     found = analyze.data_of("latents=/some/where,mirror=True")
     assert (found["name"], found["data_dir"], found["mirror"]) == ("latents", "/some/where", True)
-    with pytest.raises(ConfigError, match=r"--times=0.5,1.5: t is in \[0, 1\], 0 is data, 1 is noise"):
-        analyze.run([subject], tmp_path, SETTINGS, times=(0.5, 1.5))
+    with pytest.raises(ConfigError, match=r"--times = 1.5: must be at least 0 and at most 1"):
+        analyze.run([opened], tmp_path, SETTINGS, times=(0.5, 1.5))
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"--out .*file cannot be written: it is a file"):
-        analyze.run([subject], tmp_path / "file", SETTINGS)
-    other = subject._replace(about=subject.about | {"model": {"depth": 9}})
+        analyze.run([opened], tmp_path / "file", SETTINGS)
+    other = opened._replace(about=opened.about | {"model": {"depth": 9}})
     with pytest.raises(ConfigError, match=r"names networks of different depth: give each its own, LABEL=PATH"):
-        analyze.check([subject, other])
+        analyze.check([opened, other])
 
 
 @pytest.mark.parametrize("preset", analyze.PRESETS)
@@ -546,20 +559,17 @@ def test_the_study_trains_analyses_and_goes_on(tmp_path):
 # --- During training.
 
 
-def test_the_evaluator_of_a_run_says_the_same(workdir, subject, params, found):
-    config = configs.load(workdir)
-    config.evaluators.blocks = slot("evaluators", "similarity", num=2 * BATCH, batch=BATCH, time=T)
-    built = build.build(config, SHAPE, 10)
-    before = config.to_dict()
-    run = build.evaluators(config, built.parts, SHAPE, 10)["blocks"]
-    values = dict(run(Current(params, None)))
+def test_the_evaluator_of_a_run_says_the_same(workdir, opened, learned, found):
+    built = build.build(configs.load(workdir), opened.space)
+    before = built.config.to_dict()
+    spec, options = SampleSpec.of(built), {"num": 2 * BATCH, "batch": BATCH}
+    values = dict(evaluators.make("similarity", spec, time=T, **options)(Current(learned, FROZEN, None)))
     picture = values.pop("heatmap")
     assert (picture.dtype, picture.ndim, picture.shape[-1]) == (np.uint8, 3, 3)
     diverse = similarity.diversity(jnp.asarray(found.similarity))
     rank = similarity.effective_rank(jnp.asarray(found.covariance)).mean()
     wanted = {f"diversity_{name}": float(value) for name, value in diverse.items()} | {"effective_rank": float(rank)}
     assert values == pytest.approx(wanted, rel=1e-4)
-    assert config.to_dict() == before, "the run's own config has changed"
-    config.evaluators.blocks.time = 2.0
-    with pytest.raises(ConfigError, match=r"similarity: time = 2.0: t is in \[0, 1\]"):
-        build.evaluators(config, built.parts, SHAPE, 10)
+    assert built.config.to_dict() == before, "the run's own config has changed"
+    with pytest.raises(ConfigError, match=r"similarity: time = 2.0: must be at least 0 and at most 1"):
+        evaluators.make("similarity", spec, time=2.0, **options)

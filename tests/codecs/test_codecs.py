@@ -1,4 +1,4 @@
-"""Preparation: pixels pass unchanged and decode to grey levels; latents are drawn with the stored moments."""
+"""Codecs: pixels pass unchanged and decode to grey levels; latents are drawn with the stored moments."""
 
 import jax
 import jax.numpy as jnp
@@ -57,5 +57,5 @@ def test_latents_are_drawn_by_the_key_and_anew_for_every_example():
 
 def test_latents_have_no_decoder_and_a_positive_scale():
     assert codecs.make("vae").decode is None
-    with pytest.raises(ConfigError, match="scale must be positive, given 0"):
+    with pytest.raises(ConfigError, match=r"scale = 0\.0: must be more than 0"):
         codecs.make("vae", scale=0.0)

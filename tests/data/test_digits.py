@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from diversedit_jax import data
+from diversedit_jax.api import Conditions, Space
 from diversedit_jax.data import digits
 from diversedit_jax.errors import ConfigError, DataError
 
@@ -54,9 +55,9 @@ def test_examples_are_scaled_to_minus_one_and_one(built):
     levels, labels = digits.levels("test", built)
     example = dataset.source[7]
     np.testing.assert_array_equal(example["x"], levels[7].astype(np.float32) / 8 - 1)
-    assert (example["x"].dtype, example["x"].shape) == (np.float32, dataset.shape)
+    assert (example["x"].dtype, example["x"].shape) == (np.float32, (8, 8, 1))
     assert (example["y"], example["y"].dtype) == (labels[7], np.int32)
-    assert (len(dataset.source), dataset.num_classes) == (360, 10)
+    assert (len(dataset.source), dataset.space) == (360, Space((8, 8, 1), Conditions.labels(10)))
 
 
 def test_dequantisation_is_uniform_over_one_level(built):
@@ -157,12 +158,14 @@ def test_synthetic_examples_repeat_and_are_not_zeros():
     x = np.stack([train.source[i]["x"] for i in range(256)])
     y = np.array([train.source[i]["y"] for i in range(1000)])
     np.testing.assert_allclose([x.mean(), x.std()], [0, 1], atol=0.05)
-    assert (x.dtype, y.dtype, train.shape, len(train.source)) == (np.float32, np.int32, (4, 4, 2), 1000)
+    assert (x.dtype, y.dtype, len(train.source)) == (np.float32, np.int32, 1000)
+    assert train.space == Space((4, 4, 2), Conditions.labels(1000))
     assert 0 <= y.min() < 50 < 950 < y.max() < 1000
     np.testing.assert_array_equal(train.source[999]["x"], again.source[999]["x"])
     assert not np.array_equal(train.source[0]["x"], test.source[0]["x"])
-    for options in ({"size": 0}, {"shape": (0, 4, 4)}, {"num_classes": -1}):
-        with pytest.raises(ConfigError, match="not a data set"):
+    for options, wanted in (({"size": 0}, 1), ({"shape": (0, 4, 4)}, 1), ({"num_classes": -1}, 0)):
+        (option,) = options
+        with pytest.raises(ConfigError, match=rf"synthetic: {option} = (0|-1): must be at least {wanted}"):
             data.make("synthetic", "train", **options)
-    with pytest.raises(ConfigError, match="given 'val'"):
+    with pytest.raises(ConfigError, match=r"split = 'val' is unknown; known: train, test"):
         data.make("synthetic", "val")

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from diversedit_jax import data
+from diversedit_jax.api import Conditions, Space
 from diversedit_jax.data import edm2, foreign_latents, meanflow_lmdb, pipeline
 from diversedit_jax.errors import ConfigError, DataError
 from tests.weights.test_weights_file import mapping, op, storage, tensor, zipped
@@ -152,7 +153,7 @@ def make(layout: str, path, **options):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_same_examples(layout, tmp_path):
     dataset = make(layout, tmp_path / "set")
-    assert (dataset.shape, dataset.num_classes, dataset.transform) == ((H, W, K), 3, None)
+    assert (dataset.space, dataset.transform) == (Space((H, W, K), Conditions.labels(3)), None)
     assert dataset.scale == (1.0 if layout in ("edm2", "edm2-zip", "lightningdit") else 0.18215)
     sent = pickle.loads(pickle.dumps(dataset.source))  # as workers get it
     order = list(range(COUNT)) * 4
@@ -172,7 +173,7 @@ def test_mirror_images_are_drawn_or_refused(layout, tmp_path):
             make(layout, tmp_path / "set", mirror=True)
         return
     dataset = make(layout, tmp_path / "set", mirror=True)
-    assert dataset.shape == (H, W, K)
+    assert dataset.space.shape == (H, W, K)
     wanted = [expected(layout, 3, mirrored) for mirrored in (False, True)]
     count = [0, 0]
     for seed in range(40):
@@ -211,7 +212,7 @@ def test_standard_deviations_are_not_guessed(tmp_path):
     other = r"log variances of at least 0.1\d*: are these standard deviations\? Set kind='std'"
     refused(other, "repa", repa(tmp_path / "plain"), kind="logvar")
     refused("are these log variances", "meanflow_pt", torch_files(tmp_path / "pt", "logvar"))
-    assert data.make("meanflow_pt", "train", data_dir=str(tmp_path / "pt"), kind="logvar").shape == (H, W, K)
+    assert data.make("meanflow_pt", "train", data_dir=str(tmp_path / "pt"), kind="logvar").space.shape == (H, W, K)
 
 
 def test_log_variances_are_clipped_as_published():
@@ -314,7 +315,7 @@ def test_a_pickle_that_lies_is_refused(body, words):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_without_classes_every_label_is_0(layout, tmp_path):
     dataset = make(layout, tmp_path / "set", num_classes=0)
-    assert dataset.num_classes == 0
+    assert dataset.space.conditions == Conditions.labels(0)
     assert [int(dataset.source[number]["y"]) for number in range(COUNT)] == [0] * COUNT
 
 
@@ -355,7 +356,7 @@ def test_a_set_without_labels_has_no_classes(zip_file, tmp_path):
     files = {f"00000/img-mean-std-{n:08d}.npy": npy(stacked(n)) for n in range(COUNT)}
     path = packed(tmp_path / "set", files | {"dataset.json": b'{"labels": null}'}, zip_file)
     dataset = data.make("edm2", "train", data_dir=str(path))
-    assert (len(dataset.source), dataset.num_classes, dataset.source[4]["y"]) == (COUNT, 0, 0)
+    assert (len(dataset.source), dataset.space.conditions, dataset.source[4]["y"]) == (COUNT, Conditions.labels(0), 0)
     np.testing.assert_allclose(dataset.source[4]["moments"], expected("edm2", 4), rtol=1e-5, atol=1e-6)
     refused("num_classes is 3, but dataset.json has no labels; 0 trains without", "edm2", path, num_classes=3)
 

@@ -16,6 +16,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from diversedit_jax import data
+from diversedit_jax.api import Conditions, Space
 from diversedit_jax.data import image_collections
 from diversedit_jax.errors import ConfigError, DataError
 
@@ -353,7 +354,7 @@ def test_crops_are_those_of_adm(size):
 
 def test_pixels_of_a_folder_are_a_data_set(tmp_path):
     dataset = data.make("images", "train", data_dir=str(folder(tmp_path)), size=8, mirror=True)
-    assert (dataset.shape, dataset.num_classes, len(dataset.source)) == ((8, 8, 3), 3, 5)
+    assert (dataset.space, len(dataset.source)) == (Space((8, 8, 3), Conditions.labels(3)), 5)
     example = dataset.source[2]
     wanted = adm(Image.fromarray(picture(2)), 8) / 127.5 - 1
     np.testing.assert_allclose(example["x"], wanted, atol=1e-6)
@@ -366,4 +367,4 @@ def test_pixels_of_a_folder_are_a_data_set(tmp_path):
     with pytest.raises(DataError, match=r"cow/c.png: an empty file"):
         dataset.source[3]
     plain = data.make("images", "train", data_dir=str(tmp_path), size=8, unconditional=True)
-    assert (plain.num_classes, plain.transform) == (0, None)
+    assert (plain.space.conditions, plain.transform) == (Conditions.labels(0), None)

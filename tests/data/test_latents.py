@@ -10,6 +10,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from diversedit_jax import data
+from diversedit_jax.api import Conditions, Space
 from diversedit_jax.data import pipeline
 from diversedit_jax.errors import ConfigError, DataError
 
@@ -99,7 +100,7 @@ def make(directory, split="train", **options):
 
 def test_what_is_written_is_read(written):
     dataset = make(written)
-    assert (len(dataset.source), dataset.shape, dataset.num_classes) == (20, SHAPE, 10)
+    assert (len(dataset.source), dataset.space) == (20, Space(SHAPE, Conditions.labels(10)))
     assert dataset.transform is None
     for index in (0, 13):
         example = dataset.source[index]

@@ -11,10 +11,12 @@ import time
 import numpy as np
 import pytest
 
+from diversedit_jax.api import Conditions, Space
 from diversedit_jax.data import Dataset, pipeline
 from diversedit_jax.errors import ConfigError, DataError
 
 SIZE = 20
+SPACE = Space((2, 2, 1), Conditions.labels(SIZE))
 
 
 class Numbers:
@@ -39,7 +41,7 @@ def add_noise(example, rng):
 
 
 def numbers(**options) -> Dataset:
-    return Dataset(Numbers(**options), add_noise, (2, 2, 1), SIZE)
+    return Dataset(Numbers(**options), add_noise, SPACE)
 
 
 def take(count: int, *args, **kwargs) -> list[dict]:
@@ -132,7 +134,7 @@ def test_a_record_that_fails_ends_the_run_and_is_named(num_threads):
 
 def test_a_record_of_nothing_is_not_skipped():
     with pytest.raises(DataError, match="record 0: the source gave None"):
-        take(1, Dataset([None], None, (2, 2, 1), 1), 1, seed=0)
+        take(1, Dataset([None], None, SPACE), 1, seed=0)
 
 
 class Together(Numbers):
@@ -216,11 +218,11 @@ def test_batches_do_not_depend_on_workers_and_nothing_of_them_stays():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_workers": -1}, "num_workers = -1: must not be negative"),
-        ({"max_bad_records": -1}, "max_bad_records = -1: must not be negative"),
-        ({"batch_size": 0}, "batch_size must be positive, given 0"),
+        ({"num_workers": -1}, "num_workers = -1: must be at least 0"),
+        ({"max_bad_records": -1}, "max_bad_records = -1: must be at least 0"),
+        ({"batch_size": 0}, "batch_size = 0: must be at least 1"),
         ({"rows": [7, 8]}, r"^rows = \[7, 8\]: wanted some of 0 .. 7$"),
-        ({"start": -1}, "start must be a number of batches, given -1"),
+        ({"start": -1}, "start = -1: must be at least 0"),
     ],
 )
 def test_what_cannot_be_is_said_at_once(options, message):

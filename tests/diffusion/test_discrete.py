@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from diversedit_jax.api import Context
 from diversedit_jax.diffusion import ddpm_solvers, discrete, solvers
 from diversedit_jax.diffusion.discrete import Gaussian
 from diversedit_jax.errors import ConfigError
@@ -14,6 +15,7 @@ from diversedit_jax.objectives import ddpm
 WHOLE = discrete.linear(1000)
 SHAPE = (4, 3, 3, 2)
 MEAN, STD = 0.7, 0.4
+CONTEXT = Context(jax.random.key(0), np.int32(3))
 
 
 def draws(count: int, seed: int = 0) -> list[jax.Array]:
@@ -121,7 +123,7 @@ def test_respacing_follows_the_section_counts():
     assert [(found // 100 == part).sum() for part in range(3)] == [10, 15, 20]
     assert [*found[[0, 9, 10, 24, 25, 44]]] == [0, 99, 100, 199, 200, 299]
     np.testing.assert_array_equal(discrete.spaced(10, [2, 2, 2]), [0, 3, 4, 6, 7, 9])  # 4 + 3 + 3
-    with pytest.raises(ConfigError, match="1001 steps of a section of 1000 steps"):
+    with pytest.raises(ConfigError, match="a section of 1000 steps cannot keep 1001: wanted 1 to 1000"):
         discrete.spaced(1000, [1001])
 
 
@@ -192,7 +194,7 @@ def test_the_network_is_given_the_steps_themselves():
         return jnp.concatenate([x, x], axis=-1), ()
 
     batch = {"x": jnp.ones((512, 1, 1, 1)), "y": jnp.zeros(512, jnp.int32)}
-    forward = ddpm.make(3)(network, batch, jax.random.key(0))
+    forward = ddpm.make().apply(network, batch, CONTEXT)
     jax.effects_barrier()
     np.testing.assert_array_equal(seen[0], forward.t)
     np.testing.assert_array_equal(forward.t, np.round(forward.t))
@@ -208,12 +210,12 @@ def test_what_does_not_fit_together_is_refused():
         return x, ()
 
     with pytest.raises(ConfigError, match=r"predicts 3 channels, .*learn_sigma = True needs 6: set model.out_channels"):
-        ddpm.make(3)(network, batch, jax.random.key(0))
-    forward = ddpm.make(3, learn_sigma=False)(network, batch, jax.random.key(0))
+        ddpm.make().apply(network, batch, CONTEXT)
+    forward = ddpm.make(learn_sigma=False).apply(network, batch, CONTEXT)
     assert forward.metrics.keys() == {"mse"}
-    with pytest.raises(ConfigError, match="num_timesteps = 20: the linear schedule needs at least 21"):
-        ddpm.make(3, num_timesteps=20)
-    with pytest.raises(ConfigError, match="at least 2 steps, given 1"):
+    with pytest.raises(ConfigError, match="num_timesteps = 20: must be at least 21"):
+        ddpm.make(num_timesteps=20)
+    with pytest.raises(ConfigError, match="steps = 1: must be at least 2"):
         ddpm_solvers.ddim(exact, draws(1)[0], discrete.respace(WHOLE, np.array([5])), lambda i: 0.0)
-    with pytest.raises(ConfigError, match=r"eta = 1\.5"):
+    with pytest.raises(ConfigError, match=r"eta = 1\.5: must be at least 0 and at most 1"):
         ddpm_solvers.ddim(exact, draws(1)[0], WHOLE, lambda i: 0.0, eta=1.5)

@@ -41,7 +41,7 @@ def test_single_precision_is_kept_where_a_curve_vanishes(name, curve):
 
 def gaussian(path, x, t):
     """Velocity, noise, score and data expected at x_t, for data N(MEAN, STD^2)."""
-    alpha, sigma, d_alpha, d_sigma = (curve(t) for curve in path)
+    alpha, sigma, d_alpha, d_sigma = (curve(t) for curve in path[:4])
     variance = alpha**2 * STD**2 + sigma**2
     score = -(x - alpha * MEAN) / variance
     data = MEAN + alpha * STD**2 / variance * (x - alpha * MEAN)
@@ -72,8 +72,8 @@ def test_conversions_are_those_of_a_gaussian(name, t):
 def test_conversions_are_inverse_pairs_in_single_precision_up_to_the_cut_off(name):
     path, rng = paths.make(name), np.random.default_rng(0)
     x, prediction = (jnp.asarray(rng.standard_normal((4, 2, 2, 1)), jnp.float32) for _ in range(2))
-    low, high = paths.sampling_times(name, "noise")
-    t = paths.over_image(jnp.array([low, 0.2, 0.8, high]))
+    low, high = paths.sampling_times(path, "noise")
+    t = paths.over(jnp.array([low, 0.2, 0.8, high]), x)
     v = paths.velocity_from_noise(path, prediction, x, t)
     np.testing.assert_allclose(paths.noise_from_velocity(path, v, x, t), prediction, atol=3e-6)
     v = paths.velocity_from_score(path, prediction, x, t)
@@ -89,25 +89,26 @@ def test_a_network_of_any_prediction_becomes_a_velocity(prediction):
     place = paths.PREDICTIONS.index(prediction)
 
     def network(x, t, y):
-        return gaussian(path, x, paths.over_image(t))[place], (x,)
+        return gaussian(path, x, paths.over(t, x))[place], (x,)
 
     x, t, y = jnp.ones((3, 2, 2, 1)), jnp.array([0.1, 0.5, 0.9]), jnp.zeros(3, jnp.int32)
     v, features = paths.as_velocity(network, path, prediction)(x, t, y)
-    np.testing.assert_allclose(v, gaussian(path, x, paths.over_image(t))[0], rtol=1e-5)
+    np.testing.assert_allclose(v, gaussian(path, x, paths.over(t, x))[0], rtol=1e-5)
     assert len(features) == 1
 
 
 def test_the_cut_offs_are_sits():
     """In our direction of time: SiT's VP ends at 1 - eps, where the data is."""
-    assert paths.training_times("linear", "velocity") == paths.sampling_times("cosine", "velocity") == (0, 1)
-    assert paths.training_times("linear", "score") == paths.sampling_times("cosine", "noise") == (1e-3, 1 - 1e-3)
+    linear, cosine, vp = paths.PATHS.values()
+    assert paths.training_times(linear, "velocity") == paths.sampling_times(cosine, "velocity") == (0, 1)
+    assert paths.training_times(linear, "score") == paths.sampling_times(cosine, "noise") == (1e-3, 1 - 1e-3)
     for prediction in paths.PREDICTIONS:
-        assert paths.training_times("vp", prediction) == (1e-5, 1)
-        assert paths.sampling_times("vp", prediction) == (1e-3, 1)
+        assert paths.training_times(vp, prediction) == (1e-5, 1)
+        assert paths.sampling_times(vp, prediction) == (1e-3, 1)
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ConfigError, match="unknown path 'gvp'; SiT's GVP is 'cosine'; known: linear, cosine, vp"):
+    with pytest.raises(ConfigError, match="path = 'gvp' is unknown; SiT's GVP is 'cosine'; known: linear, cosine, vp"):
         paths.make("gvp")
-    with pytest.raises(ConfigError, match="unknown prediction 'nois'; did you mean 'noise'"):
-        paths.check_prediction("nois")
+    with pytest.raises(ConfigError, match="prediction = 'nois' is unknown; did you mean 'noise'"):
+        paths.as_velocity(lambda x, t, y: (x, ()), paths.make("linear"), "nois")

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diversedit_jax.api import Context
 from diversedit_jax.diffusion import paths
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.objectives import flow_matching
@@ -21,11 +22,10 @@ def inputs():
 
 def convert(path, v, x_t, t, prediction):
     """A velocity as another prediction."""
-    t = paths.over_image(t)
+    t = paths.over(t, x_t)
     if prediction == "velocity":
         return v
-    to = paths.noise_from_velocity if prediction == "noise" else paths.score_from_velocity
-    return to(path, v, x_t, t)
+    return getattr(paths, f"{prediction}_from_velocity")(path, v, x_t, t)
 
 
 @pytest.mark.parametrize("name", paths.PATHS)
@@ -50,7 +50,7 @@ def test_the_velocity_weight_makes_the_loss_that_of_the_velocity(name, predictio
 
 @pytest.mark.parametrize("name", paths.PATHS)
 @pytest.mark.parametrize("prediction", paths.PREDICTIONS)
-def test_the_truth_has_no_loss_and_the_loss_is_in_units_of_the_noise(name, prediction):
+def test_the_truth_has_no_loss_and_the_loss_is_in_units_of_what_is_predicted(name, prediction):
     path = paths.make(name)
     x, noise, _, t, y = inputs()
     true_velocity = paths.velocity(path, x, noise, t)
@@ -61,26 +61,27 @@ def test_the_truth_has_no_loss_and_the_loss_is_in_units_of_the_noise(name, predi
     np.testing.assert_allclose(regress(network, path, x, noise, t, y, ERRORS[prediction]).loss, 0, atol=1e-7)
     if prediction != "velocity":
         silent = regress(lambda x, t, y: (0 * x, ()), path, x, noise, t, y, ERRORS[prediction])
-        np.testing.assert_allclose(silent.loss, jnp.mean(noise**2, axis=(1, 2, 3)), rtol=1e-6)
+        unit = x if prediction == "data" else noise
+        np.testing.assert_allclose(silent.loss, jnp.mean(unit**2, axis=(1, 2, 3)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("weight", ["none", "likelihood"])
 @pytest.mark.parametrize(("path", "prediction"), [("linear", "noise"), ("cosine", "score"), ("vp", "noise")])
 def test_training_times_stay_within_the_cut_off(path, prediction, weight):
-    make = flow_matching.make(3, path=path, prediction=prediction, weight=weight)
+    objective = flow_matching.make(path=path, prediction=prediction, weight=weight)
     batch = {"x": jnp.ones((4096, 1, 1, 1)), "y": jnp.zeros(4096, jnp.int32)}
-    forward = make(lambda x, t, y: (0 * x, ()), batch, jax.random.key(0))
-    low, high = paths.training_times(path, prediction)
+    forward = objective.apply(lambda x, t, y: (0 * x, ()), batch, Context(jax.random.key(0), np.int32(3)))
+    low, high = paths.training_times(paths.make(path), prediction)
     assert low <= forward.t.min() < low + 1e-3
     assert high - 1e-3 < forward.t.max() <= high
     assert jnp.isfinite(forward.loss).all()
 
 
 def test_what_does_not_fit_together_is_refused():
-    with pytest.raises(ConfigError, match="weight = 'likelihood' is of noise and score errors"):
-        flow_matching.make(3, weight="likelihood")
-    with pytest.raises(ConfigError, match="unknown weight 'velocty'; did you mean 'velocity'"):
-        flow_matching.make(3, prediction="noise", weight="velocty")
+    with pytest.raises(ConfigError, match="weight = 'likelihood' is for noise and score errors"):
+        flow_matching.make(weight="likelihood")
+    with pytest.raises(ConfigError, match="weight = 'velocty' is unknown; did you mean 'velocity'"):
+        flow_matching.make(prediction="noise", weight="velocty")
     x, noise, _, t, y = inputs()
     with pytest.raises(ConfigError, match=r"predicts \(4, 4, 4\), flow matching needs \(4, 4, 2\)"):
         regress(lambda x, t, y: (jnp.concatenate([x, x], -1), ()), paths.make("linear"), x, noise, t, y)

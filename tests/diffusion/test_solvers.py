@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diversedit_jax.diffusion import paths, solvers
-from diversedit_jax.diffusion.guidance import autoguide, guide, unlabelled
+from diversedit_jax.diffusion.guidance import autoguide, guide, unconditional
 from diversedit_jax.errors import ConfigError
 from tests import reference
 
@@ -18,11 +18,11 @@ def test_samplers_equal_the_reference(name, skip):
     gold = reference.numbers(f"samplers_{name}")
     network = reference.model(skip).network(reference.params(f"sit_{name}"))
     steps = int(gold["num_steps"])
-    even, stochastic = solvers.uniform_times(steps), solvers.last_step_times(steps)
+    null, even, stochastic = np.int32(reference.NULL), solvers.uniform_times(steps), solvers.last_step_times(steps)
 
     @jax.jit
     def run(scale, low, high):
-        velocity = guide(network, gold["y"], reference.NULL, scale=scale, interval=(low, high))
+        velocity = guide(network, gold["y"], null, scale=scale, interval=(low, high))
         return {
             "euler": solvers.euler(velocity, gold["xT"], even),
             "heun": solvers.heun(velocity, gold["xT"], even),
@@ -41,7 +41,7 @@ def gaussian_velocity(mean, std, path):
     """The exact velocity of x ~ N(mean, std^2), noise ~ N(0, 1): E[dx_t/dt | x_t]."""
 
     def velocity(x, t, t_step):
-        alpha, sigma, d_alpha, d_sigma = (curve(t) for curve in path)
+        alpha, sigma, d_alpha, d_sigma = (curve(t) for curve in path[:4])
         gain = (d_alpha * alpha * std**2 + d_sigma * sigma) / (alpha**2 * std**2 + sigma**2)
         return d_alpha * mean + gain * (x - alpha * mean)
 
@@ -102,20 +102,20 @@ def shift_network(x, t, y):
 def test_guidance_by_the_same_network_is_a_no_op():
     y = jnp.array([4, 4, 4])
     x = jnp.ones((3, 2, 2, 4))
-    v = guide(shift_network, y, null=4, scale=7.5)(x, jnp.float32(0.5), jnp.float32(0.5))
+    v = guide(shift_network, y, null=np.int32(4), scale=7.5)(x, jnp.float32(0.5), jnp.float32(0.5))
     np.testing.assert_allclose(v, shift_network(x, None, y)[0])
 
 
 def test_guidance_on_the_first_channels_leaves_the_others():
     y, x, t = jnp.array([2, 5]), jnp.zeros((2, 3, 3, 4)), jnp.float32(0.5)
-    v = guide(shift_network, y, null=1, scale=3.0, channels=3)(x, t, t)
+    v = guide(shift_network, y, null=np.int32(1), scale=3.0, channels=3)(x, t, t)
     np.testing.assert_allclose(v[0, 0, 0], [4, 4, 4, 2])  # 1 + 3 (2 - 1), the last channel unguided
     np.testing.assert_allclose(v[1, 2, 1], [13, 13, 13, 5])
 
 
 def test_the_interval_is_tested_where_the_step_began():
     seen = []
-    velocity = guide(shift_network, jnp.array([2]), null=1, scale=3.0, interval=(0.2, 0.5))
+    velocity = guide(shift_network, jnp.array([2]), null=np.int32(1), scale=3.0, interval=(0.2, 0.5))
     for t, t_step in [(0.6, 0.6), (0.5, 0.5), (0.1, 0.2), (0.5, 0.6), (0.1, 0.1)]:
         seen.append(float(velocity(jnp.zeros((1, 1, 1, 1)), jnp.float32(t), jnp.float32(t_step))[0, 0, 0, 0]))
     assert seen == [2, 4, 4, 2, 2]
@@ -128,16 +128,16 @@ def test_outside_the_interval_the_unconditional_half_is_not_computed():
         jax.debug.callback(lambda n: calls.append(int(n)), jnp.int32(len(x)))
         return x, ()
 
-    velocity = guide(network, jnp.array([0, 1]), null=2, scale=2.0, interval=(0.0, 0.55))
+    velocity = guide(network, jnp.array([0, 1]), null=np.int32(2), scale=2.0, interval=(0.0, 0.55))
     jax.jit(lambda x: solvers.euler(velocity, x, solvers.uniform_times(4)))(jnp.ones((2, 1, 1, 1)))
     jax.effects_barrier()
     assert sorted(calls) == [2, 2, 4, 4]
 
 
 def test_step_counts_that_give_no_grid_are_refused():
-    with pytest.raises(ConfigError, match="at least 1 step, given 0"):
+    with pytest.raises(ConfigError, match="steps = 0: must be at least 1"):
         solvers.uniform_times(0)
-    with pytest.raises(ConfigError, match="at least 2 steps, given 1"):
+    with pytest.raises(ConfigError, match="steps = 1: must be at least 2"):
         solvers.last_step_times(1)
 
 
@@ -166,7 +166,7 @@ QUICK = {(SOLVERS[0], "sbdm", "linear"), (SOLVERS[1], "sigma", "linear")}
 )
 def test_every_diffusion_keeps_the_marginal(solver, form, path):
     # to t = 1e-3 without a last step, which for forms that do not vanish with t would leave out their noise
-    times = solvers.sde_times(800, path, "velocity", form, "none", 0.04)
+    times = solvers.sde_times(800, paths.make(path), "velocity", form, "none", 0.04)
     x = gaussian_samples(solver, path, form, times, "none")
     assert abs(float(x.mean()) - 0.7) < 4 * 0.4 / 40_000**0.5 + 2e-3
     assert abs(float(x.std()) - 0.4) < 4 * 0.4 / 80_000**0.5 + 2e-3
@@ -190,7 +190,7 @@ def test_sbdm_on_the_vp_path_is_the_reverse_of_its_diffusion():
 
 @pytest.mark.parametrize("last", solvers.LAST_STEPS)
 def test_last_steps_end_at_the_data(last):
-    times = solvers.sde_times(400, "linear", "velocity", "sigma", last, 0.04)
+    times = solvers.sde_times(400, LINEAR, "velocity", "sigma", last, 0.04)
     x = gaussian_samples(solvers.euler_maruyama, "linear", "sigma", times, last)
     assert abs(float(x.mean()) - 0.7) < 4 * 0.4 / 40_000**0.5 + 2e-3
     # a step of 0.04 without noise; Tweedie's estimate lacks the variance of x given x_t
@@ -206,9 +206,9 @@ def test_last_steps_end_at_the_data(last):
 
 
 def test_an_unknown_form_or_last_step_is_refused():
-    with pytest.raises(ConfigError, match="unknown diffusion 'sigm'; did you mean 'sigma'"):
+    with pytest.raises(ConfigError, match="diffusion = 'sigm' is unknown; did you mean 'sigma'"):
         solvers.diffusion("sigm", LINEAR)
-    with pytest.raises(ConfigError, match="unknown last step 'men'; did you mean 'mean'"):
+    with pytest.raises(ConfigError, match="last_step_kind = 'men' is unknown; did you mean 'mean'"):
         solvers.euler_maruyama(
             exact_velocity(LINEAR),
             jnp.zeros((1, 1, 1, 1)),
@@ -239,7 +239,7 @@ def test_dopri5_keeps_its_tolerance(path):
     with jax.enable_x64(True):
         noise = jnp.linspace(-2.0, 2.0, 16).reshape(1, 4, 4, 1)
         curve = paths.make(path)
-        last, first = (jnp.float64(t) for t in paths.sampling_times(path, "velocity"))
+        last, first = (jnp.float64(t) for t in paths.sampling_times(curve, "velocity"))
         spread = [(curve.alpha(t) ** 2 * 0.4**2 + curve.sigma(t) ** 2) ** 0.5 for t in (first, last)]
         # the flow maps standard deviations to standard deviations
         exact = curve.alpha(last) * 0.7 + spread[1] * (noise - curve.alpha(first) * 0.7) / spread[0]
@@ -280,10 +280,10 @@ def test_autoguidance_by_itself_is_a_no_op():
     np.testing.assert_array_equal(autoguide(strong, strong, y, scale=7.5)(x, t, t), strong(x, t, y)[0])
 
 
-def test_autoguidance_by_the_unlabelled_network_is_classifier_free_guidance():
+def test_autoguidance_by_the_unconditional_network_is_classifier_free_guidance():
     y, x, t = jnp.array([2, 5]), jnp.ones((2, 3, 3, 4)), jnp.float32(0.5)
-    auto = autoguide(strong, unlabelled(strong, 6), y, scale=2.5, channels=2)(x, t, t)
-    np.testing.assert_allclose(auto, guide(strong, y, 6, scale=2.5, channels=2)(x, t, t))
+    auto = autoguide(strong, unconditional(strong, np.int32(6)), y, scale=2.5, channels=2)(x, t, t)
+    np.testing.assert_allclose(auto, guide(strong, y, np.int32(6), scale=2.5, channels=2)(x, t, t))
 
 
 def test_outside_the_interval_the_weak_network_does_not_run():

@@ -14,6 +14,7 @@ from scipy.special import erf
 from configs import default
 from diversedit_jax import codecs, encoders, sharding, train
 from diversedit_jax import config as configs
+from diversedit_jax.api import Conditions, Space
 from diversedit_jax.codecs import with_encoders
 from diversedit_jax.encoders import clip, dinov1, dinov2, ijepa, mae, moco_v3
 from diversedit_jax.errors import ConfigError, WeightsError
@@ -24,6 +25,7 @@ from diversedit_jax.training.step import initializer, train_step
 from diversedit_jax.weights import vit as published
 from tests import DATA
 
+SPACE = Space((8, 8, 1), Conditions.labels(4))
 TINY = Architecture(depth=2, width=16, heads=2, hidden=40, patch=2, channels=3, side=3)
 
 # name: its module, what a tiny one of its architecture is, the layouts it is published in: (layout, before each name).
@@ -315,7 +317,7 @@ def test_options_that_do_not_fit(tmp_path):
     file = write(tmp_path / "file", "dinov2")
     for options, message in [
         ({"mean": (0.5, 0.5)}, "mean has 2 values, the encoder 3 channels"),
-        ({"std": (0.0,)}, "must be positive"),
+        ({"std": (0.0,)}, "std = 0.0: must be more than 0"),
         ({"side": 7}, "side = 7 is not a multiple of its patches of 2 pixels"),
         ({"heads": 3}, "heads = 3 does not divide the width 16"),
         ({"position": "timm"}, "position = 'timm' is unknown"),
@@ -457,7 +459,7 @@ def config_with(tmp_path, **options):
 
 def test_weights_are_no_constants_of_the_step(tmp_path):
     config = config_with(tmp_path, width=192)
-    _, parts, _, _ = build.build(config, (8, 8, 1), 4)
+    parts = build.build(config, SPACE).components
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(parts.codec.init()))
     batch = {"x": jnp.zeros((8, 8, 8, 1)), "y": jnp.zeros(8, jnp.int32)}
     key = jax.random.key(0)
@@ -473,8 +475,9 @@ def test_weights_are_no_constants_of_the_step(tmp_path):
 def test_frozen_weights_live_where_the_mesh_says(tmp_path):
     config = config_with(tmp_path, width=64)
     config.mesh.fsdp = 4
-    layout, parts, _, _ = build.build(config, (8, 8, 1), 4)
-    frozen, host = build.prepared(parts.codec, layout), parts.codec.init()
+    experiment = build.build(config, SPACE)
+    codec, layout = experiment.components.codec, experiment.layout
+    frozen, host = build.frozen_weights(codec, layout), codec.init()
     kernel = frozen["encoders"]["toy"]["blocks"]["fc1"]["kernel"]
     assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, None, "fsdp"), "a stack is split along its layers"
     assert kernel.addressable_shards[0].data.shape == (2, 64, 64)
@@ -491,14 +494,14 @@ def test_a_run_trains_with_an_encoder_and_samples_without_it(tmp_path):
     assert all(np.isfinite(line["loss/aligned"]) for line in lines if "loss/aligned" in line)
     assert any("loss/aligned" in line for line in lines)
     shutil.move(config.encoders.toy.file, tmp_path / "elsewhere")
-    source = trained.of_run(tmp_path / "run")
+    source = trained.drawing(trained.of_run(tmp_path / "run"))
     assert source.frozen == {}
     with pytest.raises(WeightsError, match="toy: No such file"):
-        build.build(config, (8, 8, 1), 4)
+        build.build(config, SPACE)
 
 
 def test_an_encoder_without_a_file_says_how_to_give_one():
     config = default.get_config()
     config.encoders.dinov2 = configs.slot("encoders", "dinov2")
     with pytest.raises(ConfigError, match=r"config.encoders.dinov2.file is not set"):
-        build.build(config, (32, 32, 4), 1000)
+        build.build(config, SPACE)

@@ -2,15 +2,14 @@
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from sklearn.svm import SVC
 
 from diversedit_jax import evaluators
 from diversedit_jax.data import digits
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.sampling.sampler import Drawn
+from diversedit_jax.evaluators import SampleSpec
 
-DRAWN = Drawn(digits.SHAPE, digits.NUM_CLASSES, 100, digits.SHAPE, ConfigDict())
+SPEC = SampleSpec(digits.SHAPE, 100, None, None, None)
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +19,7 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def judge(data_dir):
-    return evaluators.make("digits", DRAWN, num=500, data_dir=data_dir)
+    return evaluators.make("digits", SPEC, num=500, data_dir=data_dir)
 
 
 def real(data_dir, shift=0):
@@ -84,7 +83,7 @@ def test_the_classifier_is_fitted_once(data_dir, monkeypatch):
     fits = []
     fit = SVC.fit
     monkeypatch.setattr(SVC, "fit", lambda *args: fits.append(1) or fit(*args))
-    run = evaluators.make("digits", DRAWN, num=20, data_dir=data_dir)
+    run = evaluators.make("digits", SPEC, num=20, data_dir=data_dir)
     assert not fits, "nothing is fitted before the first run"
     for _ in range(2):
         dict(run(real(data_dir)))
@@ -106,11 +105,11 @@ def test_samples_that_are_not_images_are_refused(judge, samples, message):
 
 
 def test_one_sample_is_too_few():
-    with pytest.raises(ConfigError, match="at least 2, given 1"):
-        evaluators.make("digits", DRAWN, num=1)
+    with pytest.raises(ConfigError, match="num = 1: must be at least 2"):
+        evaluators.make("digits", SPEC, num=1)
 
 
 @pytest.mark.parametrize(("shape", "given"), [(None, "latents"), ((16, 16, 1), r"\(16, 16, 1\)")])
 def test_samples_of_another_kind_are_refused_at_once(shape, given):
     with pytest.raises(ConfigError, match=rf"must be images \(8, 8, 1\), and are {given}"):
-        evaluators.make("digits", DRAWN._replace(shape=shape))
+        evaluators.make("digits", SPEC._replace(shape=shape))

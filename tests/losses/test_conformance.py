@@ -14,7 +14,7 @@ from jax.tree_util import Partial
 
 import diversedit_jax
 from diversedit_jax import losses, objectives, registry
-from diversedit_jax.api import AuxLoss, Forward
+from diversedit_jax.api import AuxLoss, Batch, Context, Forward, Objective, Params, Term
 from diversedit_jax.diffusion import paths
 from diversedit_jax.objectives import flow_matching
 
@@ -22,13 +22,14 @@ PACKAGE = Path(diversedit_jax.__file__).parent
 
 
 def files(slot: str) -> list[str]:
-    return sorted(path.stem for path in (PACKAGE / slot).glob("*.py") if path.stem != "__init__")
+    return sorted(path.stem for path in (PACKAGE / slot).glob("*.py") if not path.stem.startswith("_"))
 
 
 PREDICTED = {"ddpm": 2 * 3}  # channels; 3, those of SHAPE, for the others
 LOSSES, OBJECTIVES = files("losses"), files("objectives")
 CLASSES, BATCH, TOKENS, WIDTH, DEPTH = 7, 8, 16, 24, 12
 SHAPE, ENCODER_WIDTH = (4, 4, 3), 10
+OPTIONS = {"reg": {"width": ENCODER_WIDTH}}
 
 ROUNDING = {"rtol": 1e-5, "atol": 1e-7}  # the cosines of random features cancel: their mean is far below the terms
 
@@ -96,9 +97,7 @@ def forward(features) -> Forward:
 def test_options_are_keywords_with_a_type_and_a_default(slot, name):
     assert name in registry.known(slot)
     make = registry.factory(slot, name)
-    positional = {"losses": [], "objectives": ["num_classes"]}[slot]
-    signature = inspect.signature(make).parameters
-    assert [n for n in signature if n not in registry.options(make)] == positional, "an option that is not keyword-only"
+    assert registry.options(make).keys() == inspect.signature(make).parameters.keys(), "an option is not keyword-only"
     for option, parameter in registry.options(make).items():
         assert parameter.annotation is not inspect.Parameter.empty, f"{slot}.{name}: {option} has no type"
         assert parameter.default is not inspect.Parameter.empty, f"{slot}.{name}: {option} has no default"
@@ -117,25 +116,32 @@ def test_a_file_cites_its_paper(slot, name):
     assert re.search(r"arXiv\s+\d{4}\.\d{5}", module.__doc__), f"{slot}.{name}: no arXiv number in its docstring"
 
 
+def init(loss: AuxLoss, key, whole: Forward, given: Batch) -> Params:
+    return loss.init(key, whole, given) if loss.init else {}
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_keeps_the_contract(name):
     loss = losses.make(name)
     assert isinstance(loss, AuxLoss)
     assert all(0 <= block <= DEPTH for block in loss.blocks)
-    heads = jax.jit(lambda key: loss.init(key, forward(features()), batch()))(jax.random.key(0))
+    heads = jax.jit(lambda key: init(loss, key, forward(features()), batch()))(jax.random.key(0))
     assert all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(heads)), "optimizers take floats"
 
     def apply(heads, features, teacher_params, batch, step, key):
-        teacher = partial(network, teacher_params)
-        return loss.apply(heads, forward(features), batch, teacher, step, key)
+        context = Context(key=key, step=step, params=heads, teacher=partial(network, teacher_params))
+        term = loss.apply(forward(features), batch, context)
+        assert isinstance(term, Term)
+        return term.loss, (term.metrics, term.loss if term.full is None else term.full)
 
-    images = {key: value for key, value in batch().items() if key != "y"}  # what can be differentiated in
+    images = {name: batch()[name] for name in ("x", *loss.reads)}  # what can be differentiated in
     arguments = heads, features(), params(), images, jnp.int32(100_000), jax.random.key(1)
     run = jax.jit(jax.value_and_grad(apply, argnums=(0, 1, 2, 3), has_aux=True))
-    (value, metrics), (head_gradient, gradient, *constants) = run(*arguments)
-    assert value.shape == ()
-    assert value.dtype == jnp.float32
-    assert jnp.isfinite(value)
+    (value, (metrics, full)), (head_gradient, gradient, *constants) = run(*arguments)
+    for scalar in (value, full):
+        assert scalar.shape == ()
+        assert scalar.dtype == jnp.float32
+        assert jnp.isfinite(scalar)
     for label, metric in metrics.items():
         assert jnp.shape(metric) == (), f"metric {label} is not a scalar"
         assert jnp.isfinite(metric), f"metric {label} = {metric}"
@@ -160,16 +166,16 @@ def test_loss_keeps_the_contract(name):
 def test_init_reads_shapes_only(name):
     loss = losses.make(name)
     whole, given = forward(features()), batch()
-    init = jax.jit(loss.init)
-    heads = init(jax.random.key(0), whole, given)
-    abstract = jax.eval_shape(lambda *shapes: loss.init(jax.random.key(0), *shapes), whole, given)
+    begin = jax.jit(partial(init, loss))
+    heads = begin(jax.random.key(0), whole, given)
+    abstract = jax.eval_shape(lambda *shapes: init(loss, jax.random.key(0), *shapes), whole, given)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), heads) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), abstract
     )
-    zeros = init(jax.random.key(0), *jax.tree.map(jnp.zeros_like, (whole, given)))
+    zeros = begin(jax.random.key(0), *jax.tree.map(jnp.zeros_like, (whole, given)))
     jax.tree.map(np.testing.assert_array_equal, heads, zeros)
     if heads:
-        other = init(jax.random.key(1), whole, given)
+        other = begin(jax.random.key(1), whole, given)
         assert any(jnp.any(a != b) for a, b in zip(*map(jax.tree.leaves, (heads, other)), strict=True))
 
 
@@ -178,8 +184,9 @@ def applied(name: str, **options):
     loss = losses.make(name, **options)
 
     def apply(whole, batch, key):
-        heads = loss.init(jax.random.key(0), whole, batch)
-        return loss.apply(heads, whole, batch, teacher, jnp.int32(100_000), key)[0]
+        heads = init(loss, jax.random.key(0), whole, batch)
+        context = Context(key=key, step=jnp.int32(100_000), params=heads, teacher=teacher)
+        return loss.apply(whole, batch, context).loss
 
     return jax.jit(apply)
 
@@ -231,12 +238,17 @@ def test_loss_does_not_depend_on_the_order_of_the_batch(name):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objective_keeps_the_contract(name):
-    objective = objectives.make(name, CLASSES)
-
+    objective = objectives.make(name, **OPTIONS.get(name, {}))
+    assert isinstance(objective, Objective)
     weights = params(PREDICTED.get(name, SHAPE[-1]))
 
     def run(params, key):
-        return objective(partial(network, params), batch(), key)
+        def checked(x_t, t, y, **inputs):
+            assert {name: value.shape[1:] for name, value in inputs.items()} == objective.inputs
+            return network(params, x_t, t, y, **inputs)
+
+        given = {name: batch()[name] for name in ("x", "y", *objective.reads)}
+        return objective.apply(checked, given, Context(key, np.int32(CLASSES)))
 
     result = jax.jit(run)(weights, jax.random.key(0))
     assert isinstance(result, Forward)
@@ -260,7 +272,7 @@ def test_objective_keeps_the_contract(name):
     assert jnp.any(other.noise != result.noise), "the noise does not depend on the key"
 
 
-@pytest.mark.parametrize("make", [losses.make, lambda name: objectives.make(name, CLASSES)])
+@pytest.mark.parametrize("make", [losses.make, objectives.make])
 def test_an_unknown_name_lists_the_known_ones(make):
     with pytest.raises(ValueError, match=r"unknown name 'divercity'; .*known: "):
         make("divercity")

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from diversedit_jax import losses
+from diversedit_jax.api import Context
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.losses.dispersive import FORMS, dispersive_loss, squared_distances
-from tests.losses.test_conformance import BATCH, batch, features, forward, teacher
+from tests.losses.test_conformance import BATCH, batch, features, forward
 
 
 def oracle() -> np.ndarray:
@@ -94,20 +95,20 @@ def test_distances_are_per_element_or_whole():
 def test_several_blocks_give_their_mean():
     def value(**options):
         loss = losses.make("dispersive", **options)
-        return loss, loss.apply({}, forward(features()), batch(), teacher, jnp.int32(0), jax.random.key(0))
+        return loss, loss.apply(forward(features()), batch(), Context(jax.random.key(0)))
 
-    both, (total, metrics) = value(blocks=(2, 5))
+    both, (total, metrics, *_) = value(blocks=(2, 5))
     assert both.blocks == (2, 5)
-    assert total == pytest.approx(np.mean([value(blocks=(k,))[1][0] for k in (2, 5)]), rel=1e-6)
+    assert total == pytest.approx(np.mean([value(blocks=(k,))[1].loss for k in (2, 5)]), rel=1e-6)
     assert total == pytest.approx(0.5 * float(metrics["loss"]), rel=1e-6)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"form": "hinges"}, "unknown form 'hinges'; did you mean 'hinge'"),
+        ({"form": "hinges"}, "form = 'hinges' is unknown; did you mean 'hinge'"),
         ({"blocks": ()}, "blocks is empty"),
-        ({"tau": 0.0}, "tau must be positive, given 0.0"),
+        ({"tau": 0.0}, "tau = 0.0: must be more than 0"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):

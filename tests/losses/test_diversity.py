@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 
 from diversedit_jax import losses, models, registry
-from diversedit_jax.api import Forward
+from diversedit_jax.api import Conditions, Context, Forward, Space
 from diversedit_jax.losses import diversity
 from diversedit_jax.losses.diversity import (
     PRESETS,
@@ -62,7 +62,7 @@ def as_forward(features) -> Forward:
 
 def apply(loss, features, step: int = 0, seed: int = 0):
     forward = as_forward((features[0], *features))
-    return loss.apply({}, forward, {}, None, jnp.int32(step), jax.random.key(seed))
+    return loss.apply(forward, {}, Context(jax.random.key(seed), step=jnp.int32(step)))
 
 
 # --- The published numbers.
@@ -103,7 +103,7 @@ def test_identical_blocks_have_cosine_one():
 @pytest.fixture(scope="module")
 def embedding():
     """SiT-B's embedding at initialisation, 4 examples of 256 tokens; its blocks are identities then (see test_dit)."""
-    model = models.make("dit", (32, 32, 4), 1000, size="B", depth=2)
+    model = models.make("dit", Space((32, 32, 4), Conditions.labels(1000)), size="B", depth=2)
     x, t = jax.random.normal(jax.random.key(1), (4, 32, 32, 4)), jnp.array([0.1, 0.4, 0.6, 0.9])
     return jax.jit(lambda key: model.apply(model.init(key), x, t, jnp.arange(4))[1][0])(jax.random.key(0))
 
@@ -440,18 +440,20 @@ def test_groups_are_means_over_slices():
 
 def test_presets():
     x = similar()
-    loss, terms = apply(losses.make("diversity", preset="release_const"), x)
+    loss, terms, full, _ = apply(losses.make("diversity", preset="release_const"), x)
+    np.testing.assert_allclose(full, loss, rtol=1e-6)
     np.testing.assert_allclose(terms["weight"], 0.001, rtol=1e-6)
     np.testing.assert_allclose(loss, 0.001 * terms["loss"], rtol=1e-6)
 
-    loss, terms = apply(losses.make("diversity"), x)
+    loss, terms, full, _ = apply(losses.make("diversity"), x)
+    assert full == terms["loss"], "the full term has no adaptive weight"
     np.testing.assert_allclose(terms["loss"], sum(terms[t] for t in list(terms)[:3]) / 3, rtol=1e-5)
     np.testing.assert_allclose(loss, adaptive_weight(terms["loss"]) * terms["loss"], rtol=1e-6)
 
     paper = PRESETS["paper"]
     assert (paper.rule, paper.k, paper.redraw, paper.weights) == ("random_layers", 10, True, (0.33, 0.33, 0.33))
     assert paper._replace(rule="release", redraw=False, dispersion_blocks="all") == SIGNED
-    loss, terms = apply(losses.make("diversity", preset="paper"), x)
+    loss, terms, *_ = apply(losses.make("diversity", preset="paper"), x)
     np.testing.assert_allclose(terms["loss"], 0.33 * sum(terms[t] for t in list(terms)[:3]), rtol=1e-5)
     assert loss == adaptive_weight(terms["loss"]) * terms["loss"]
 
@@ -461,7 +463,7 @@ def test_options_change_a_preset():
     loss = losses.make("diversity", weight="constant", coefficient=2.0, weights=(1.0, 0.0, 0.0), rule="adjacent")
     wanted = 2 * orthogonality(x, select_pairs(L, "adjacent"))
     np.testing.assert_allclose(apply(loss, x)[0], wanted, rtol=1e-5)
-    assert not losses.make("diversity").init(jax.random.key(0), as_forward(x), {}), "the loss has no parameters"
+    assert losses.make("diversity").init is None, "the loss has no parameters"
 
 
 def test_every_setting_is_an_option():
@@ -481,11 +483,12 @@ def test_pairs_are_redrawn_by_the_step_key_only_where_asked():
 
 def test_warm_up():
     x = similar(share=4)
-    full, _ = apply(losses.make("diversity"), x)
+    whole = apply(losses.make("diversity"), x)
     warming = losses.make("diversity", warmup_steps=10)
     for step, share in [(0, 0), (1, 0.1), (5, 0.5), (10, 1), (25, 1)]:
-        loss, metrics = apply(warming, x, step=step)
-        np.testing.assert_allclose(loss, share * full, rtol=1e-6, err_msg=f"step {step}")
+        loss, metrics, full, _ = apply(warming, x, step=step)
+        assert full == whole.full, "the full term has no warm-up"
+        np.testing.assert_allclose(loss, share * whole.loss, rtol=1e-6, err_msg=f"step {step}")
         np.testing.assert_allclose(loss, metrics["weight"] * metrics["loss"], rtol=1e-5, err_msg=f"step {step}")
 
 
@@ -507,9 +510,7 @@ def test_nothing_larger_than_the_features_is_made(options, most):
     loss = losses.make("diversity", **options)
 
     def run(features, key):
-        return jax.value_and_grad(lambda f: loss.apply({}, as_forward((f[0], *f)), {}, None, jnp.int32(0), key)[0])(
-            features
-        )
+        return jax.value_and_grad(lambda f: loss.apply(as_forward((f[0], *f)), {}, Context(key)).loss)(features)
 
     largest = max(np.prod(v.aval.shape) for e in trace(run, features, jax.random.key(0)) for v in e.outvars)
     assert largest <= most * np.prod(shape), f"an intermediate of {largest} elements for {blocks} blocks of {shape}"
@@ -568,10 +569,11 @@ def test_errors_of_features_and_groups():
 
 
 def test_errors_of_options():
-    with pytest.raises(ValueError, match="unknown preset 'paperr'; known: release, release_const, paper"):
+    unknown = r"preset = 'paperr' is unknown; did you mean 'paper'\? known: release, release_const, paper"
+    with pytest.raises(ValueError, match=unknown):
         losses.make("diversity", preset="paperr")
     for field, choices in diversity.CHOICES.items():
-        with pytest.raises(ValueError, match=f"diversity: {field} = 'wrong'; known: {choices[0]}"):
+        with pytest.raises(ValueError, match=f"diversity: {field} = 'wrong' is unknown; known: {choices[0]}"):
             losses.make("diversity", **{field: "wrong"})
     with pytest.raises(ValueError, match=r"0 <= lo < hi, given lo = 0\.5, hi = 0\.1"):
         adaptive_weight(jnp.float32(0.3), 0.5, 0.1)

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from diversedit_jax import losses
+from diversedit_jax.api import Context
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.losses import _projector as projector
 from diversedit_jax.losses import repa
-from tests.losses.test_conformance import BATCH, TOKENS, WIDTH, batch, features, forward, teacher
+from tests.losses.test_conformance import BATCH, TOKENS, WIDTH, batch, features, forward
 
 K = batch()["features/dinov2"].shape[-1]
 
@@ -18,7 +19,7 @@ def apply(given=None, step: int = 0, **options):
     loss = losses.make("repa", width=8, **options)
     whole, given = forward(features()), batch() if given is None else given
     params = loss.init(jax.random.key(0), whole, given)
-    return params, *loss.apply(params, whole, given, teacher, jnp.int32(step), jax.random.key(1))
+    return params, loss.apply(whole, given, Context(key=jax.random.key(1), step=jnp.int32(step), params=params))
 
 
 def test_the_projector_is_three_layers_born_as_xavier_has_it():
@@ -56,7 +57,7 @@ def test_nt_xent_is_a_token_s_search_for_its_target_in_its_image():
         chosen = jax.nn.softmax(a @ b.T / 0.5, axis=1)[jnp.arange(4), jnp.arange(4)]
         np.testing.assert_allclose(found[image], -jnp.log(chosen).mean(), rtol=1e-5)
     assert (repa.alignment(targets, targets, "nt_xent") < found).all()
-    with pytest.raises(ConfigError, match=r"unknown similarity 'nt_xnt'; did you mean 'nt_xent'"):
+    with pytest.raises(ConfigError, match=r"similarity = 'nt_xnt' is unknown; did you mean 'nt_xent'"):
         losses.make("repa", similarity="nt_xnt")
 
 
@@ -68,16 +69,16 @@ def test_the_class_token_is_the_first_target():
     np.testing.assert_array_equal(with_token[:, 1:], given["features/dinov2"])
     with pytest.raises(ConfigError, match=rf"\[{BATCH}, 16, {K}\].* \[{BATCH}, 17, {K}\].*one token for each"):
         apply(class_token=True)
-    _, loss, _ = apply(given | {"features/dinov2": with_token[:, 1:]})
-    _, same, _ = apply(given | {"features/dinov2": given["features/dinov2"][:, 1:]}, class_token=True)
-    assert loss != same
+    _, term = apply(given | {"features/dinov2": with_token[:, 1:]})
+    _, same = apply(given | {"features/dinov2": given["features/dinov2"][:, 1:]}, class_token=True)
+    assert term.loss != same.loss
 
 
 def test_a_batch_without_the_features_says_what_to_configure():
-    with pytest.raises(ConfigError, match=r"no 'features/mae' \(it has .*x, y\): configure config.encoders.mae"):
+    with pytest.raises(ConfigError, match=r"has .*x, y, and not features/mae: configure config\.encoders\.mae"):
         apply(encoder="mae")
     given = {key: value for key, value in batch().items() if key != "token/dinov2"}
-    with pytest.raises(ConfigError, match="no 'token/dinov2'"):
+    with pytest.raises(ConfigError, match=r"has .*x, y, and not token/dinov2: configure config\.encoders\.dinov2"):
         apply(given, class_token=True)
 
 
@@ -92,22 +93,24 @@ def test_the_schedule_rises_holds_falls_and_ends_at_exactly_zero():
 
 
 def test_after_the_stop_neither_loss_nor_gradient_is_left():
-    _, loss, metrics = apply(step=99, until=100)
-    assert loss == pytest.approx(0.5 * float(metrics["loss"]), rel=1e-6)
+    _, term = apply(step=99, until=100)
+    assert term.loss == pytest.approx(0.5 * float(term.metrics["loss"]), rel=1e-6)
     stopped = losses.make("repa", width=8, until=100)
     params = stopped.init(jax.random.key(0), forward(features()), batch())
 
     def value(params, features):
-        return stopped.apply(params, forward(features), batch(), teacher, jnp.int32(100), jax.random.key(0))[0]
+        term = stopped.apply(forward(features), batch(), Context(jax.random.key(0), step=jnp.int32(100), params=params))
+        return term.loss, term
 
-    loss, gradients = jax.value_and_grad(value, argnums=(0, 1))(params, features())
+    (loss, term), gradients = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)(params, features())
     assert loss == 0
+    assert term.full == 0.5 * term.metrics["loss"] != 0
     assert not any(leaf.any() for leaf in jax.tree.leaves(gradients))
 
 
 def test_only_its_block_is_read():
     assert losses.make("repa", block=4).blocks == (4,)
-    params, _, _ = apply(block=4)
+    params, _ = apply(block=4)
     assert params["fc1"]["kernel"].shape == (WIDTH, 8)
 
 
@@ -115,8 +118,8 @@ def test_only_its_block_is_read():
     ("options", "message"),
     [
         ({"decay_steps": 5}, "decay_steps = 5 end at `until`, which is not set"),
-        ({"warmup_steps": -1}, "negative warmup_steps = -1"),
-        ({"width": 0}, "width = 0: must be positive"),
+        ({"warmup_steps": -1}, "warmup_steps = -1: must be at least 0"),
+        ({"width": 0}, "width = 0: must be at least 1"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):

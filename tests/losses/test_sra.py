@@ -11,13 +11,13 @@ import optax
 import pytest
 
 from diversedit_jax import losses, models, objectives
-from diversedit_jax.api import Codec
+from diversedit_jax.api import Codec, Conditions, Context, Space
 from diversedit_jax.diffusion import paths
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.losses import _projector as projector
 from diversedit_jax.losses import sra
 from diversedit_jax.objectives.flow_matching import regress
-from diversedit_jax.training.step import Parts, initializer, train_step
+from diversedit_jax.training.step import Components, initializer, train_step
 from tests import reference
 from tests.losses.test_conformance import batch, features, forward, teacher
 
@@ -32,7 +32,8 @@ def compared():
     dims = {"depth": config["depth"], "width": config["hidden_size"], "heads": config["num_heads"]}
     block, teacher_block = int(gold["block_out_s"]), int(gold["block_out_t"])
     shape = (config["input_size"], config["input_size"], config["in_channels"])
-    model = models.make("dit", shape, config["num_classes"], (block, teacher_block), patch=config["patch_size"], **dims)
+    space = Space(shape, Conditions.labels(config["num_classes"]))
+    model = models.make("dit", space, {}, (block, teacher_block), patch=config["patch_size"], **dims)
     student, ema = (reference.released(name, "sit", config["num_heads"]) for name in ("sra_student", "sra_teacher"))
     head = {
         f"fc{i}": {
@@ -108,12 +109,14 @@ def test_the_head_has_the_published_number_of_parameters():
 
 def test_the_teacher_runs_no_further_than_its_block():
     """In a training step the loops over blocks turn 12 times forward and 12 back for the student, 4 for the teacher."""
-    shape, depth = (4, 4, 3), 12
+    space, depth = Space((4, 4, 3), Conditions.labels(5)), 12
     aux = {"sra": losses.make("sra", block=2, teacher_block=4)}
-    model = models.make("dit", shape, 5, aux["sra"].blocks, depth=depth, width=16, heads=2, skip="release")
+    model = models.make("dit", space, {}, aux["sra"].blocks, depth=depth, width=16, heads=2, skip="release")
     codec = Codec(dict, lambda frozen, batch, key: batch, None)
-    parts = Parts(model, codec, objectives.make("flow_matching", 5), aux, optax.sgd(0.1), ema_decay=0.9)
-    given = {"x": jnp.zeros((1, *shape)), "y": jnp.zeros(1, jnp.int32)}
+    parts = Components(
+        model, codec, objectives.make("flow_matching"), aux, optax.sgd(0.1), 0.9, 1, space.conditions.null
+    )
+    given = {"x": jnp.zeros((1, *space.shape)), "y": jnp.zeros(1, jnp.int32)}
     state = jax.eval_shape(initializer(parts, given), jax.random.key(0))
     key = jax.random.key(0, impl="unsafe_rbg")  # its random bits come without loops of their own
     step = jax.jit(partial(train_step, parts), compiler_options={"xla_backend_optimization_level": 0})
@@ -131,8 +134,8 @@ def test_the_teacher_is_asked_at_the_earlier_times():
 
     loss = losses.make("sra")
     params = loss.init(jax.random.key(0), whole, batch())
-    arguments = batch(), teacher, jnp.int32(0), jax.random.key(1)
-    value, metrics = loss.apply(params, whole._replace(rerun=rerun), *arguments)
+    context = Context(jax.random.key(1), step=jnp.int32(0), params=params, teacher=teacher)
+    value, metrics, *_ = loss.apply(whole._replace(rerun=rerun), batch(), context)
     (t,) = asked
     assert (t <= whole.t).all()
     assert len(np.unique(whole.t - t)) > 2, "not a draw for each example"
@@ -144,10 +147,10 @@ def test_the_teacher_is_asked_at_the_earlier_times():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"distance": "smoothl1"}, "unknown distance 'smoothl1'; did you mean 'smooth_l1'"),
-        ({"t_max": 200.0}, "t_max is a part of the times 0 to 1, given 200.0"),
+        ({"distance": "smoothl1"}, "distance = 'smoothl1' is unknown; did you mean 'smooth_l1'"),
+        ({"t_max": 200.0}, "t_max = 200.0: must be at least 0 and at most 1"),
         ({"t_max": 0.01, "num_timesteps": 50}, "t_max = 0.01 of num_timesteps = 50 is less than one step"),
-        ({"steps_per_epoch": 0}, "steps_per_epoch = 0"),
+        ({"steps_per_epoch": 0}, "steps_per_epoch = 0: must be at least 1"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):

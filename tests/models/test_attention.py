@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from diversedit_jax import models, sharding
+from diversedit_jax.api import Conditions, Space
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import attention
 from tests.jaxprs import equations
 
 
 @pytest.mark.parametrize(
-    ("platform", "given", "dtype", "second_time", "tokens", "chosen"),
+    ("platform", "given", "dtype", "forward_mode", "tokens", "chosen"),
     [
         ("gpu", "auto", "bfloat16", False, 256, "cudnn"),
         ("gpu", "auto", "bfloat16", True, 256, "xla"),
@@ -26,22 +27,22 @@ from tests.jaxprs import equations
         ("tpu", "auto", "bfloat16", False, 256, "xla"),
         ("tpu", "splash", "bfloat16", False, 256, "splash"),
         ("tpu", "splash", "float32", False, 1024, "splash"),
-        ("gpu", "cudnn", "float16", True, 256, "model.second_time: MeanFlow differentiates in forward mode"),
+        ("gpu", "cudnn", "float16", True, 256, "the objective differentiates the network in forward mode"),
         ("gpu", "cudnn", "float32", False, 256, "model.dtype is float32"),
         ("gpu", "cudnn", "float16", False, 257, "the network has 257 tokens, an odd number"),
         ("gpu", "splash", "bfloat16", False, 256, "the device is a gpu, not a TPU"),
         ("tpu", "cudnn", "bfloat16", False, 256, "the device is a tpu, not a GPU"),
-        ("tpu", "splash", "bfloat16", True, 256, "model.second_time"),
+        ("tpu", "splash", "bfloat16", True, 256, "the objective differentiates the network in forward mode"),
         ("tpu", "splash", "bfloat16", False, 257, "the network has 257 tokens, not a multiple of 128"),
     ],
 )
-def test_the_choice(platform, given, dtype, second_time, tokens, chosen, monkeypatch):
+def test_the_choice(platform, given, dtype, forward_mode, tokens, chosen, monkeypatch):
     monkeypatch.setattr(sharding, "platform", lambda: platform)
     if chosen in attention.KERNELS:
-        assert attention.choose(given, dtype, second_time, tokens) == chosen
+        assert attention.choose(given, dtype, forward_mode, tokens) == chosen
         return
     with pytest.raises(ConfigError, match=re.escape(f"model.attention = {given!r} is not possible: {chosen}")):
-        attention.choose(given, dtype, second_time, tokens)
+        attention.choose(given, dtype, forward_mode, tokens)
 
 
 @pytest.mark.parametrize(("width", "chosen"), [(64, "cudnn"), (72, "cudnn"), (128, "cudnn"), (60, "xla"), (136, "xla")])
@@ -64,7 +65,7 @@ def test_the_network_takes_what_was_chosen(platform, kernel, monkeypatch):
 
     monkeypatch.setattr(attention, "plain", record)
     monkeypatch.setattr(jax.nn, "dot_product_attention", record)
-    model = models.make("dit", (4, 4, 2), 3, depth=2, width=16, heads=2, dtype="bfloat16")
+    model = models.make("dit", Space((4, 4, 2), Conditions.labels(3)), depth=2, width=16, heads=2, dtype="bfloat16")
     x, t, y = jnp.zeros((2, 4, 4, 2)), jnp.zeros(2), jnp.zeros(2, jnp.int32)
     jax.eval_shape(model.apply, jax.eval_shape(model.init, jax.random.key(0)), x, t, y)
     assert set(found) == {kernel}
@@ -76,7 +77,8 @@ def test_the_backward_pass_runs_the_forward_kernel_of_cudnn_again_only_if_asked_
     cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(sharding, "platform", lambda: "gpu")
-    model = models.make("dit", (8, 8, 2), 3, depth=6, width=48, heads=2, mlp_ratio=3.0, dtype="bfloat16", remat=remat)
+    size = {"depth": 6, "width": 48, "heads": 2, "mlp_ratio": 3.0}
+    model = models.make("dit", Space((8, 8, 2), Conditions.labels(3)), dtype="bfloat16", remat=remat, **size)
     x, t, y = jnp.zeros((5, 8, 8, 2)), jnp.zeros(5), jnp.zeros(5, jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0))
     gradient = jax.make_jaxpr(jax.grad(lambda params: model.apply(params, x, t, y)[0].sum()))(params)

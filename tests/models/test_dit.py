@@ -9,17 +9,20 @@ import pytest
 from flax import nnx
 
 from diversedit_jax import models, sharding
+from diversedit_jax.api import Conditions, Model, Space
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import dit
 from diversedit_jax.models.dit import REMAT, SIZES, SKIPS, Block, Merge, patchify, position_table, unpatchify
 from tests.jaxprs import equations
 
 SHAPE, CLASSES, WIDTH, HEADS, BATCH = (4, 8, 3), 5, 16, 2, 3  # not square: height and width cannot be confused
+SPACE = Space(SHAPE, Conditions.labels(CLASSES))
+GRID = (2, 4)  # of patches
 
 
-def make(cuts=(), **options) -> models.Model:
+def make(cuts=(), inputs=None, **options) -> Model:
     given = {"depth": 4, "width": WIDTH, "heads": HEADS, "mlp_ratio": 2.0} | options
-    return models.make("dit", SHAPE, CLASSES, cuts, **given)
+    return models.make("dit", SPACE, inputs, cuts, **given)
 
 
 def inputs():
@@ -27,7 +30,7 @@ def inputs():
     return jnp.asarray(x), jnp.array([0.1, 0.5, 0.8]), jnp.array([0, 3, CLASSES])
 
 
-def trained(model: models.Model, seed: int = 0):
+def trained(model: Model, seed: int = 0):
     """Parameters none of which is zero, so that every part of the network takes part."""
     abstract = jax.eval_shape(model.init, jax.random.key(0))
     rng = np.random.default_rng(seed)
@@ -46,11 +49,11 @@ def objective(apply):
     return jax.value_and_grad(loss, has_aux=True)
 
 
-def initial(model: models.Model):
+def initial(model: Model):
     return jax.jit(model.init)(jax.random.key(0))
 
 
-def run(model: models.Model, params):
+def run(model: Model, params):
     return jax.jit(model.apply)(params, *inputs())
 
 
@@ -72,7 +75,7 @@ SKIP_PARAMETERS = {"S": 1_780_992, "B": 7_100_928, "L": 25_227_264, "XL": 37_239
 
 
 def count(size: str, skip: str) -> int:
-    model = models.make("dit", (32, 32, 4), 1000, size=size, skip=skip)
+    model = models.make("dit", Space((32, 32, 4), Conditions.labels(1000)), size=size, skip=skip)
     return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0))))
 
 
@@ -107,7 +110,7 @@ def unrolled(params, x_t, t, y, *, depth: int, skip: str):
     def linear(p, x):
         return x @ p["kernel"] + p["bias"]
 
-    x = linear(params["patch_embed"], patchify(x_t, 2)) + position_table(SHAPE, 2, WIDTH)
+    x = linear(params["patch_embed"], patchify(x_t, 2)) + position_table(GRID, WIDTH)
     angles = t[:, None] * 10000.0 ** -(np.arange(128) / 128)
     waves = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1)  # of t itself, not of 1000 t
     c = linear(params["time_embed"]["fc2"], jax.nn.silu(linear(params["time_embed"]["fc1"], waves)))
@@ -178,7 +181,7 @@ def test_unrolled_it_is_the_loop(skip, depth, options):
 
 def test_unrolled_it_has_the_same_forward_mode():
     """Which MeanFlow needs."""
-    networks = [make(skip="release", second_time=True, unroll=unroll) for unroll in (False, True)]
+    networks = [make(inputs={"span": ()}, skip="release", unroll=unroll) for unroll in (False, True)]
     params, (x, t, y) = trained(networks[0]), inputs()
 
     def derivative(model):
@@ -209,7 +212,7 @@ def test_by_default_it_is_unrolled_on_tpus(platform, scans, monkeypatch):
     assert scans_of(make(unroll=bool(scans))) == 2 - scans
 
 
-def scans_of(model: models.Model) -> int:
+def scans_of(model: Model) -> int:
     params = jax.eval_shape(model.init, jax.random.key(0))
     return sum(e.primitive.name == "scan" for e in equations(jax.make_jaxpr(model.apply)(params, *inputs()).jaxpr))
 
@@ -249,14 +252,15 @@ def test_remat_changes_nothing_else(remat):
 
 def temporaries(skip: str, depth: int, read=None, cuts=(), **options) -> float:
     """Memory of a gradient beside its arguments and results, in features [b n d]."""
-    shape, batch, width = (8, 8, 4), 512, 32  # activations far larger than parameters
-    model = models.make("dit", shape, CLASSES, cuts, depth=depth, width=width, heads=1, skip=skip, **options)
+    space = SPACE._replace(shape=(8, 8, 4))
+    batch, width = 512, 32  # activations far larger than parameters
+    model = models.make("dit", space, {}, cuts, depth=depth, width=width, heads=1, skip=skip, **options)
 
     def loss(params, x, t, y):
         out, features = model.apply(params, x, t, y)
         return jnp.mean(out**2) + (0 if read is None else jnp.sin(features[read]).mean())
 
-    args = [((batch, *shape), "float32"), ((batch,), "float32"), ((batch,), "int32")]
+    args = [((batch, *space.shape), "float32"), ((batch,), "float32"), ((batch,), "int32")]
     args = [jax.ShapeDtypeStruct(*arg) for arg in args]
     compiled = jax.jit(jax.grad(loss)).lower(jax.eval_shape(model.init, jax.random.key(0)), *args).compile()
     return compiled.memory_analysis().temp_size_in_bytes / (4 * batch * 16 * width)
@@ -324,7 +328,7 @@ def test_features_start_with_the_embedding():
     x, _, _ = inputs()
     _, features = run(model, params)
     embedded = patchify(x, 2) @ params["patch_embed"]["kernel"] + params["patch_embed"]["bias"]
-    assert_close(features[0], embedded + position_table(SHAPE, 2, WIDTH), "features[0]")
+    assert_close(features[0], embedded + position_table(GRID, WIDTH), "features[0]")
     assert {f.shape for f in features} == {(BATCH, 8, WIDTH)}
 
 
@@ -341,7 +345,7 @@ def test_identity_merges_leave_the_plain_model():
 
 def test_initial_values():
     width = 64
-    model = models.make("dit", SHAPE, CLASSES, depth=4, width=width, heads=2, skip="release")
+    model = models.make("dit", SPACE, depth=4, width=width, heads=2, skip="release")
     params = initial(model)
 
     def uniform(leaf, bound, name):
@@ -419,7 +423,7 @@ def test_time_is_embedded_as_it_is():
 
 
 def test_position_table():
-    table, quarter = position_table((6, 10, 1), 2, 12), 3
+    table, quarter = position_table((3, 5), 12), 3
     assert table.shape == (15, 12)
     for row in range(3):
         for column in range(5):
@@ -514,12 +518,12 @@ def test_forward_mode_equals_reverse_mode():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"patch": 3}, r"model.patch = 3 does not divide the image of 4 x 8"),
-        ({"patch": 0}, r"model.patch = 0 does not divide"),
+        ({"patch": 3}, r"model.patch = 3 does not divide 4 x 8"),
+        ({"patch": 0}, r"model.patch = 0: must be at least 1"),
         ({"heads": 3}, r"model.heads = 3 does not divide the width 16"),
-        ({"heads": 0}, r"model.heads = 0: must be positive"),
-        ({"width": 18, "heads": 1}, r"model.width = 18: the 2-D position table needs a multiple of 4"),
-        ({"depth": 1}, r"model.depth = 1: two halves need at least 2 blocks"),
+        ({"heads": 0}, r"model.heads = 0: must be at least 1"),
+        ({"width": 18, "heads": 1}, r"model.width = 18: the position table needs a multiple of 4"),
+        ({"depth": 1}, r"model.depth = 1: must be at least 2"),
         ({"size": "XXL"}, r"model.size = 'XXL' is unknown; did you mean 'XL'"),
         ({"skip": "realease"}, r"model.skip = 'realease' is unknown; did you mean 'release'"),
         ({"remat": "some"}, r"model.remat = 'some' is unknown; .*named, dots, full, none"),
@@ -546,5 +550,5 @@ def test_errors(options, message):
 
 def test_an_image_of_another_shape_is_refused():
     model = make()
-    with pytest.raises(ValueError, match=r"takes images of shape \(4, 8, 3\), given \(8, 4, 3\)"):
+    with pytest.raises(ValueError, match=r"takes examples of shape \(4, 8, 3\), given \(8, 4, 3\)"):
         jax.eval_shape(model.apply, trained(model), jnp.ones((BATCH, 8, 4, 3)), *inputs()[1:])

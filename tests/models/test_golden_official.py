@@ -14,7 +14,7 @@ from diversedit_jax.objectives import ddpm, flow_matching
 from tests import reference
 
 LINEAR = paths.make("linear")
-NULL = reference.OFFICIAL["num_classes"]
+NULL = np.int32(reference.OFFICIAL["num_classes"])
 # The rows of SiT's `sde_forms`, in its order.
 FORMS = ["constant", "sbdm", "sigma", "linear", "decreasing", "increasing_decreasing"]
 
@@ -58,7 +58,7 @@ def test_sit_samplers(sit):
     def run():
         plain, guided = guide(network, y, NULL), guide(network, y, NULL, scale=4.0, channels=3)
         w = solvers.diffusion("sigma", LINEAR)
-        times = solvers.sde_times(points, "linear", "velocity", "sigma", "mean", 0.04)
+        times = solvers.sde_times(points, LINEAR, "velocity", "sigma", "mean", 0.04)
         return {
             "ode_euler": solvers.euler(plain, z, even),
             "ode_euler_cfg4_first3channels": solvers.euler(guided, z, even),

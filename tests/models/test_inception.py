@@ -152,7 +152,7 @@ def test_the_precision_reaches_every_product(precision):
 
 
 def test_an_unknown_precision_is_refused():
-    with pytest.raises(ConfigError, match="inception: precision = 'bf16' is unknown; one of: highest, high, default"):
+    with pytest.raises(ConfigError, match="inception: precision = 'bf16' is unknown; known: highest, high, default"):
         inception.network("bf16")
 
 

@@ -189,7 +189,7 @@ def test_images_that_do_not_fit_are_refused(shape):
 
 
 def test_unknown_options_are_refused():
-    with pytest.raises(ConfigError, match="precision = 'bf16' is unknown; one of: highest, high, default"):
+    with pytest.raises(ConfigError, match="precision = 'bf16' is unknown; known: highest, high, default"):
         vae.network(TINY, "bf16")
     with pytest.raises(ConfigError, match="not an architecture"):
         vae.network(TINY._replace(widths=()))
@@ -224,7 +224,7 @@ def test_the_scale_is_that_of_the_autoencoder(folder):
         codecs.make("vae", vae=str(folder))
     with pytest.raises(ConfigError, match=r"bias = 0.0, but .*vae was trained for latents with 0.25"):
         codecs.make("vae", scale=0.5, vae=str(folder))
-    with pytest.raises(ConfigError, match="chunk must be positive, given 0"):
+    with pytest.raises(ConfigError, match="chunk = 0: must be at least 1"):
         codecs.make("vae", chunk=0)
 
 
@@ -232,7 +232,7 @@ def test_a_release_is_sampled_into_pictures(tmp_path):
     published.export(params(), TINY, tmp_path / "vae")
     file = DATA / "sit_plain.safetensors"
     options = {"solver": "euler", "steps": 2}
-    source = trained.of_release(file, "sit", 4, overrides=options, vae=str(tmp_path / "vae"))
+    source = trained.drawing(trained.of_release(file, "sit", 4, vae=str(tmp_path / "vae")), overrides=options)
     out = sample.run(source, num=8, out=tmp_path / "samples")
     with np.load(out / "samples.npz") as found:
         assert (found["arr_0"].shape, found["arr_0"].dtype) == ((8, 16, 16, 3), np.uint8)

@@ -1,16 +1,20 @@
 """Flow matching: the path and its derivative, times, label drop, the loss per example, one result on all meshes."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diversedit_jax import objectives, sharding
+from diversedit_jax import conditioning, objectives, sharding
+from diversedit_jax.api import Context
 from diversedit_jax.diffusion import paths, times
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.objectives.flow_matching import drop_labels, regress
+from diversedit_jax.objectives.flow_matching import regress
 
 CLASSES, SHAPE = 7, (4, 6, 2)
+NULL = np.int32(CLASSES)
 
 
 def batch(b: int = 8):
@@ -55,7 +59,7 @@ def test_score_from_velocity_on_a_gaussian(name):
     with jax.enable_x64(True):
         x = jnp.linspace(-3, 3, 11)
         for t in map(jnp.asarray, (0.05, 0.3, 0.7, 1.0)):
-            alpha, sigma, d_alpha, d_sigma = (curve(t) for curve in path)
+            alpha, sigma, d_alpha, d_sigma = (curve(t) for curve in path[:4])
             variance = (alpha * std) ** 2 + sigma**2
             gain = (d_alpha * alpha * std**2 + d_sigma * sigma) / variance
             v = d_alpha * mean + gain * (x - alpha * mean)
@@ -66,6 +70,11 @@ def test_score_from_velocity_on_a_gaussian(name):
 # --- What is drawn.
 
 COUNT = 100_000
+
+
+def draw(batch, key, **options):
+    """The forward pass of the objective."""
+    return objectives.make("flow_matching", **options).apply(network, batch, Context(key, NULL))
 
 
 def kolmogorov(sample, cdf) -> float:
@@ -99,7 +108,8 @@ def test_distribution_of_times(name, mean, std, cdf):
 
 def test_label_drop():
     y = jnp.arange(COUNT) % CLASSES
-    dropped = drop_labels(jax.random.key(0), y, 0.1, null=CLASSES)
+    examples, context = {"x": jnp.zeros((COUNT, 1)), "y": y}, Context(jax.random.key(1), NULL)
+    dropped = conditioning.drop(jax.random.key(0), examples, context, 0.1)
     changed = np.asarray(dropped != y)
     assert (dropped[changed] == CLASSES).all(), "a dropped label is not the null label"
     # four standard deviations of a share of 0.1
@@ -113,15 +123,14 @@ def test_label_drop():
 @pytest.mark.parametrize(("rate", "labels"), [(0.0, None), (1.0, CLASSES)])
 def test_label_drop_changes_labels_only(rate, labels):
     key = jax.random.key(3)
-    some = objectives.make("flow_matching", CLASSES, label_drop=0.5)(network, batch(), key)
-    result = objectives.make("flow_matching", CLASSES, label_drop=rate)(network, batch(), key)
+    some, result = (draw(batch(), key, condition_drop=p) for p in (0.5, rate))
     np.testing.assert_array_equal(result.y, batch()["y"] if labels is None else jnp.full(8, labels))
     for field in ("x", "noise", "t", "x_t"):
         np.testing.assert_array_equal(getattr(result, field), getattr(some, field), err_msg=field)
 
 
 def test_every_example_has_its_own_noise_and_time():
-    result = objectives.make("flow_matching", CLASSES)(network, batch(64), jax.random.key(0))
+    result = draw(batch(64), jax.random.key(0))
     assert len(np.unique(result.t)) == 64
     assert len(np.unique(np.asarray(result.noise))) == result.noise.size
     assert abs(float(result.noise.mean())) < 4 / result.noise.size**0.5
@@ -133,7 +142,7 @@ def test_every_example_has_its_own_noise_and_time():
 
 @pytest.mark.parametrize("name", paths.PATHS)
 def test_loss_is_a_mean_over_each_examples_elements(name):
-    result = objectives.make("flow_matching", CLASSES, path=name)(network, batch(), jax.random.key(0))
+    result = draw(batch(), jax.random.key(0), path=name)
     path = paths.make(name)
     prediction, features = network(result.x_t, result.t, result.y)
     target = paths.velocity(path, result.x, result.noise, result.t)
@@ -152,7 +161,8 @@ def test_loss_is_a_mean_over_each_examples_elements(name):
 
 def test_a_bfloat16_prediction_is_compared_in_float32():
     low = lambda x_t, t, y: (network(x_t, t, y)[0].astype(jnp.bfloat16), ())  # noqa: E731
-    assert objectives.make("flow_matching", CLASSES)(low, batch(), jax.random.key(0)).loss.dtype == jnp.float32
+    result = objectives.make("flow_matching").apply(low, batch(), Context(jax.random.key(0), NULL))
+    assert result.loss.dtype == jnp.float32
 
 
 def assert_equal(found, wanted, exactly: bool = True):
@@ -165,11 +175,7 @@ def assert_equal(found, wanted, exactly: bool = True):
 
 
 def test_one_key_one_result_also_on_eight_devices():
-    objective = objectives.make("flow_matching", CLASSES, label_drop=0.5)
-
-    def run(batch, key):
-        return objective(network, batch, key)
-
+    run = partial(draw, condition_drop=0.5)
     result = run(batch(16), jax.random.key(5))
     assert_equal(result, run(batch(16), jax.random.key(5)))
     other = run(batch(16), jax.random.key(6))
@@ -196,11 +202,11 @@ def test_one_key_one_result_also_on_eight_devices():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"path": "liner"}, "unknown path 'liner'; did you mean 'linear'"),
-        ({"time": "lognormal"}, "unknown distribution of times 'lognormal'; did you mean 'logit_normal'"),
-        ({"time": "logit_normal", "time_std": 0.0}, "deviation of the times' logit must be positive, given 0"),
-        ({"label_drop": 1.5}, "label_drop must be a probability, given 1.5"),
-        ({"label_drop": -0.1}, "label_drop must be a probability, given -0.1"),
+        ({"path": "liner"}, "path = 'liner' is unknown; did you mean 'linear'"),
+        ({"time": "lognormal"}, "time = 'lognormal' is unknown; did you mean 'logit_normal'"),
+        ({"time": "logit_normal", "time_std": 0.0}, "time_std = 0.0: must be more than 0"),
+        ({"condition_drop": 1.5}, "condition_drop = 1.5: must be at least 0 and at most 1"),
+        ({"condition_drop": -0.1}, "condition_drop = -0.1: must be at least 0 and at most 1"),
         (
             {"drop": 0.1},
             "objectives.flow_matching: no option 'drop'; known: path, prediction, weight, time",
@@ -210,4 +216,4 @@ def test_one_key_one_result_also_on_eight_devices():
 )
 def test_errors(options, message):
     with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
-        objectives.make("flow_matching", CLASSES, **options)
+        objectives.make("flow_matching", **options)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from diversedit_jax import models, objectives
+from diversedit_jax.api import Conditions, Context, Space
 from diversedit_jax.diffusion import guidance, solvers
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models.dit import REMAT
@@ -17,7 +18,7 @@ from tests import reference
 
 # --- The reference's numbers.
 
-NULL = 1000
+NULL = np.int32(1000)
 UNGUIDED, KAPPA = {"omega": 1.0, "kappa": 0.0}, {"omega": 1.0, "kappa": 0.5, "interval": (0.0, 0.75)}
 CASES = {
     "raw_nocfg": UNGUIDED | {"power": 0.0},
@@ -32,7 +33,7 @@ CASES = {
 def golden():
     """The reference's network and numbers."""
     release, _ = releases.open_release(reference.DATA / "meanflow.safetensors", heads=4)
-    model = models.make("dit", (8, 8, 4), NULL, **releases.model_options(release.arch))
+    model = models.make("dit", release.space(8), releases.inputs(release.arch), **releases.model_options(release.arch))
     with np.load(reference.DATA / "meanflow.npz") as file:
         gold = {key: jnp.asarray(file[key], jax.dtypes.canonicalize_dtype(file[key].dtype)) for key in file.files}
     return model, release.params, gold
@@ -92,7 +93,15 @@ def examples():
     rng = np.random.default_rng(1)
     x, noise = (jnp.asarray(rng.standard_normal((BATCH, *SHAPE))) for _ in range(2))
     t = jnp.linspace(0.3, 0.9, BATCH)
-    return x, noise, t, t * jnp.linspace(0, 1, BATCH), jnp.arange(BATCH) % CLASSES, jnp.arange(BATCH) < 2, CLASSES
+    return (
+        x,
+        noise,
+        t,
+        t * jnp.linspace(0, 1, BATCH),
+        jnp.arange(BATCH) % CLASSES,
+        jnp.arange(BATCH) < 2,
+        np.int32(CLASSES),
+    )
 
 
 def regress(weights, **options):
@@ -181,8 +190,9 @@ OTHERS = sorted(REMAT.keys() - {"named", "none"})
 @cache
 def model_gradient(remat: str, cuts: tuple[int, ...]):
     """The gradient of the loss and of all features of a DiverseDiT."""
-    options = {"depth": 4, "width": 16, "heads": 2, "mlp_ratio": 2.0, "skip": "release", "second_time": True}
-    model = models.make("dit", SHAPE, CLASSES, cuts, remat=remat, **options)
+    options = {"depth": 4, "width": 16, "heads": 2, "mlp_ratio": 2.0, "skip": "release"}
+    space = Space(SHAPE, Conditions.labels(CLASSES))
+    model = models.make("dit", space, {"span": ()}, cuts, remat=remat, **options)
     rng = np.random.default_rng(2)
     abstract = jax.eval_shape(model.init, jax.random.key(0))
     params = jax.tree.map(lambda p: jnp.asarray(0.3 * rng.standard_normal(p.shape), p.dtype), abstract)
@@ -219,9 +229,8 @@ def draw(b: int = COUNT, seed: int = 0, **options):
         return x_t, (x_t.reshape(len(x_t), 1, -1),)
 
     batch = {"x": jnp.ones((b, 1, 1, 1)), "y": jnp.zeros(b, int)}
-    forward = objectives.make("mean_flow", CLASSES, omega=1.0, kappa=0.0, **options)(
-        network, batch, jax.random.key(seed)
-    )
+    objective = objectives.make("mean_flow", omega=1.0, kappa=0.0, **options)
+    forward = objective.apply(network, batch, Context(jax.random.key(seed), np.int32(CLASSES)))
     t = np.asarray(forward.t)
     r = np.asarray(forward.rerun(lambda x_t, t, y, *, span: (t - span, ()), forward.t)[0])
     return t, r, np.asarray(forward.y == CLASSES)
@@ -261,19 +270,19 @@ def test_independent_draws_leave_the_order_alone():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"equal": 1.5}, r"equal must be a probability, given 1.5"),
-        ({"label_drop": -0.1}, r"label_drop must be a probability, given -0.1"),
-        ({"drop": "fist"}, r"unknown drop 'fist'; did you mean 'first'"),
-        ({"groups": 0}, r"groups = 0: must be positive"),
-        ({"guidance_interval": (0.5, 0.2)}, r"guidance_interval = 0.5, 0.2: must be two times"),
-        ({"kappa": 1.0}, r"kappa = 1.0: must be in \[0, 1\)"),
-        ({"eps": 0.0}, r"power = 1.0, eps = 0.0"),
-        ({"time": "logitnormal"}, r"unknown distribution of times 'logitnormal'; did you mean 'logit_normal'"),
+        ({"equal": 1.5}, r"equal = 1.5: must be at least 0 and at most 1"),
+        ({"condition_drop": -0.1}, r"condition_drop = -0.1: must be at least 0 and at most 1"),
+        ({"drop": "fist"}, r"drop = 'fist' is unknown; did you mean 'first'"),
+        ({"groups": 0}, r"groups = 0: must be at least 1"),
+        ({"guidance_interval": (0.5, 0.2)}, r"guidance_interval\[0\] = 0.5: must be at least 0 and at most 0.2"),
+        ({"kappa": 1.0}, r"kappa = 1.0: must be at least 0 and less than 1"),
+        ({"eps": 0.0}, r"eps = 0.0: must be more than 0"),
+        ({"time": "logitnormal"}, r"time = 'logitnormal' is unknown; did you mean 'logit_normal'"),
     ],
 )
 def test_errors(options, message):
     with pytest.raises(ConfigError, match=message):
-        objectives.make("mean_flow", CLASSES, **options)
+        objectives.make("mean_flow", **options)
 
 
 def test_a_batch_that_groups_do_not_divide_is_refused():

@@ -10,14 +10,15 @@ from ml_collections import ConfigDict
 
 from configs import digits
 from diversedit_jax import codecs, models, objectives, sample, sharding, train
+from diversedit_jax.api import Conditions, Context, Model, Space
 from diversedit_jax.config import slot
 from diversedit_jax.diffusion import image_and_token, paths, solvers
 from diversedit_jax.diffusion.guidance import guide
+from diversedit_jax.diffusion.predictions import Flow
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.models import Model
 from diversedit_jax.objectives import reg
-from diversedit_jax.runs import trained as sources
-from diversedit_jax.sampling import sampler as sampling
+from diversedit_jax.runs import trained as runs
+from diversedit_jax.sampling import sampler as samplers
 from diversedit_jax.training.step import initializer, train_step
 from diversedit_jax.weights import dit as releases
 from diversedit_jax.weights.formats.weights_file import write_safetensors
@@ -27,6 +28,8 @@ from tools import convert_checkpoint
 
 LINEAR = paths.make("linear")
 SHAPE, CLASSES, K, BATCH = (4, 4, 2), 5, 3, 16
+SPACE = Space(SHAPE, Conditions.labels(CLASSES))
+CONTEXT = Context(jax.random.key(0), SPACE.conditions.null)
 
 
 def normal(seed: int, *shape: int):
@@ -37,9 +40,9 @@ def batch():
     return {"x": normal(0, BATCH, *SHAPE), "y": jnp.arange(BATCH) % CLASSES, "token/dinov2": normal(1, BATCH, K)}
 
 
-def make(cuts=(), **options) -> Model:
-    given = {"depth": 4, "width": 16, "heads": 2, "mlp_ratio": 2.0, "token_width": K} | options
-    return models.make("dit", SHAPE, CLASSES, cuts, **given)
+def make(cuts=(), inputs=None, **options) -> Model:
+    given = {"depth": 4, "width": 16, "heads": 2, "mlp_ratio": 2.0} | options
+    return models.make("dit", SPACE, {"token": (K,)} if inputs is None else inputs, cuts, **given)
 
 
 def trained(model: Model):
@@ -156,7 +159,7 @@ def test_a_release_is_recognised_and_equals_the_reference(name):
     assert release.arch.token_width == K
     assert release.arch.skip == (name == "sit_diversedit")
     assert release.side == reference.SHAPE[0]
-    model = models.make("dit", reference.SHAPE, reference.NULL, **releases.model_options(release.arch))
+    model = models.make("dit", reference.SPACE, releases.inputs(release.arch), **releases.model_options(release.arch))
     gold = reference.numbers(name)
     token = normal(4, len(gold["t"]), K)
     (image, cls), features = jax.jit(model.apply)(release.params, gold["xt"], gold["t"], gold["y"], token=token)
@@ -187,7 +190,7 @@ def test_export_is_exact_and_to_reg_alone():
 def test_a_release_samples_at_once(tmp_path):
     write_safetensors(tmp_path / "reg.safetensors", reg_weights("sit_plain"))
     options = {"steps": 3, "cfg_scale": 2.3, "token_cfg_scale": 1.5, "guidance_interval": (0.0, 0.85)}
-    source = sources.of_release(tmp_path / "reg.safetensors", None, 4, overrides=options)
+    source = runs.drawing(runs.of_release(tmp_path / "reg.safetensors", heads=4), overrides=options)
     with np.load(sample.run(source, num=2, labels=[1, 7], out=tmp_path) / "samples.npz") as file:
         assert file["arr_0"].shape == (2, *reference.SHAPE)
         assert np.isfinite(file["arr_0"]).all()
@@ -197,7 +200,7 @@ def test_a_release_samples_at_once(tmp_path):
 
 
 def test_at_initialisation_the_token_changes_no_other_value_and_predicts_zero():
-    model, plain = make(depth=2, skip="release"), make(depth=2, skip="release", token_width=None)
+    model, plain = make(depth=2, skip="release"), make(depth=2, skip="release", inputs={})
     params, others = jax.jit(model.init)(jax.random.key(0)), jax.jit(plain.init)(jax.random.key(0))
     added = {name for name in params if name not in others}
     assert added == {"token_embed", "token_norm", "token_final"}
@@ -226,7 +229,7 @@ def test_remat_and_cuts_change_nothing():
 
 
 def test_a_token_stands_beside_a_second_time():
-    model = make(second_time=True)
+    model = make(inputs={"span": (), "token": (K,)})
     x, t, y, token = inputs()
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     (image, cls), _ = jax.eval_shape(model.apply, shapes, x, t, y, span=t, token=token)
@@ -234,25 +237,18 @@ def test_a_token_stands_beside_a_second_time():
 
 
 @pytest.mark.parametrize(
-    ("width", "given", "message"),
+    ("takes", "given", "message"),
     [
-        (None, K, r"the network takes no token \(model.token_width\), given a token of width 3"),
-        (7, K, r"the network takes a token of width 7 \(model.token_width\), given a token of width 3"),
-        (K, None, r"the network takes a token of width 3 \(model.token_width\), given no token"),
+        ({}, ["token"], "the network takes no further input, given token"),
+        ({"token": (K,)}, [], "the network takes token, given no further input"),
     ],
 )
-def test_a_token_that_does_not_fit_is_refused(width, given, message):
-    model = make(token_width=width)
+def test_a_token_that_does_not_fit_is_refused(takes, given, message):
+    model = make(inputs=takes)
     x, t, y, token = inputs()
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(
-            model.apply,
-            jax.eval_shape(model.init, jax.random.key(0)),
-            x,
-            t,
-            y,
-            **({} if given is None else {"token": token}),
-        )
+        jax.eval_shape(model.apply, shapes, x, t, y, **dict.fromkeys(given, token))
 
 
 # --- The objective.
@@ -268,7 +264,7 @@ def test_the_loss_is_the_images_and_the_weighted_tokens(name):
     path = paths.make(name)
     x, t, y, token = inputs()
     noise, token_noise = normal(5, BATCH, *SHAPE), normal(6, BATCH, K)
-    alpha, sigma, d_alpha, d_sigma = (np.asarray(curve(t)) for curve in path)
+    alpha, sigma, d_alpha, d_sigma = (np.asarray(curve(t)) for curve in path[:4])
     found = reg.regress(echo, path, x, noise, token, token_noise, t, y, token_weight=0.5)
     c_t = alpha[:, None] * token + sigma[:, None] * token_noise
     np.testing.assert_allclose(found.features[0][:, 0], c_t, rtol=1e-5, atol=1e-6)
@@ -285,7 +281,7 @@ def test_the_loss_is_the_images_and_the_weighted_tokens(name):
 
 def test_the_token_has_the_images_time_and_a_noise_of_its_own():
     large = {"x": normal(0, 256, *SHAPE), "y": jnp.zeros(256, int), "token/clip": normal(1, 256, 32)}
-    result = objectives.make("reg", CLASSES, encoder="clip")(echo, large, jax.random.key(0))
+    result = objectives.make("reg", encoder="clip", width=32).apply(echo, large, CONTEXT)
     t, c_t = np.asarray(result.t)[:, None], np.asarray(result.features[0][:, 0])
     late = t[:, 0] > 0.2
     noise = ((c_t - (1 - t) * np.asarray(large["token/clip"])) / t)[late]
@@ -302,7 +298,7 @@ def test_both_losses_reach_the_tokens_way_in():
     model = make(depth=2)
 
     def losses(params):
-        return objectives.make("reg", CLASSES)(model.network(params), batch(), jax.random.key(0)).metrics
+        return objectives.make("reg", width=K).apply(model.network(params), batch(), CONTEXT).metrics
 
     for part, gradient in jax.jit(jax.jacrev(losses))(trained(model)).items():
         for name in ("token_embed", "token_norm", "shallow", "deep"):
@@ -313,16 +309,19 @@ def test_both_losses_reach_the_tokens_way_in():
 
 
 def test_what_is_missing_or_wrong_is_said():
-    objective = objectives.make("reg", CLASSES, encoder="clip")
+    objective = objectives.make("reg", encoder="clip")
     with pytest.raises(ConfigError, match=r"needs the class tokens token/clip, .*token/dinov2.*config\.encoders\.clip"):
-        objective(echo, batch(), jax.random.key(0))
+        objective.apply(echo, batch(), CONTEXT)
+    with pytest.raises(ConfigError, match=r"token/dinov2 are 3 wide: set config\.objective\.width = 3"):
+        objectives.make("reg", width=7).apply(echo, batch(), CONTEXT)
     x, t, y, token = inputs()
     short = lambda *inputs, token: ((inputs[0][..., :1], token), ())  # noqa: E731
     with pytest.raises(ConfigError, match=r"predicts \(4, 4, 1\) and a token \(3,\), REG needs \(4, 4, 2\) and \(3,\)"):
         reg.regress(short, LINEAR, x, x, token, token, t, y)
-    for options in ({"label_drop": 1.5}, {"token_weight": -1.0}):
-        with pytest.raises(ConfigError, match=next(iter(options))):
-            objectives.make("reg", CLASSES, **options)
+    for options in ({"condition_drop": 1.5}, {"token_weight": -1.0}, {"width": 0}):
+        ((name, value),) = options.items()
+        with pytest.raises(ConfigError, match=f"{name} = {value}: must be at least"):
+            objectives.make("reg", **options)
 
 
 # --- The sampler.
@@ -353,14 +352,13 @@ def test_a_decoupled_pair_is_sampled_as_its_two_parts(solver):
 
     image, token = normal(0, BATCH, *SHAPE), normal(1, BATCH, K)
     images, tokens = normal(2, 20, BATCH, *SHAPE), normal(3, 20, BATCH, K)
-    velocity = guide(image_and_token.packed(network, SHAPE), batch()["y"], CLASSES)
+    velocity = guide(image_and_token.packed(network, SHAPE), batch()["y"], SPACE.conditions.null)
     together = jax.jit(partial(solve, velocity))(
         image_and_token.pack(image, token), jax.vmap(image_and_token.pack)(images, tokens)
     )
     found, found_token = image_and_token.unpack(together, SHAPE)
     np.testing.assert_allclose(found, jax.jit(partial(solve, of_image))(image, images), rtol=1e-4, atol=1e-5)
-    apart = jax.jit(partial(solve, of_token))(token[:, None, None], tokens[:, :, None, None])
-    np.testing.assert_allclose(found_token, apart[:, 0, 0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found_token, jax.jit(partial(solve, of_token))(token, tokens), rtol=1e-4, atol=1e-5)
 
 
 def test_the_sde_keeps_the_joint_marginal():
@@ -375,10 +373,10 @@ def test_the_sde_keeps_the_joint_marginal():
 
     count = 40_000
     keys = jax.random.split(jax.random.key(0), count)
-    noise = solvers.normal_per_image(keys, (1, 1, 2))
-    velocity = guide(image_and_token.packed(network, (1, 1, 1)), jnp.zeros(count, int), 1)
+    noise = solvers.normal_per_image(keys, (2,))
+    velocity = guide(image_and_token.packed(network, (1, 1, 1)), jnp.zeros(count, int), np.int32(1))
     times = solvers.last_step_times(400, last=0.005)
-    pairs = np.asarray(solvers.euler_maruyama(velocity, noise(400), times, noise))[:, 0, 0]
+    pairs = np.asarray(solvers.euler_maruyama(velocity, noise(400), times, noise))
     # four standard errors, and the bias of a first-order method at 400 steps
     spread = np.sqrt(np.diag(covariance))
     np.testing.assert_array_less(np.abs(pairs.mean(axis=0) - mean), 4 * spread / count**0.5 + 2e-3)
@@ -403,7 +401,8 @@ def labelled(x_t, t, y, *, token):
 )
 def test_each_scale_acts_on_its_own_part(image, token, channels, wanted):
     scales = jnp.asarray(image_and_token.scales(SHAPE, K, image, token, channels))
-    velocity = guide(image_and_token.packed(labelled, SHAPE), jnp.array([2]), 1, scale=scales, interval=(0.0, 0.85))
+    network, interval = image_and_token.packed(labelled, SHAPE), (0.0, 0.85)
+    velocity = guide(network, jnp.array([2]), np.int32(1), scale=scales, interval=interval)
     state, t = image_and_token.pack(jnp.zeros((1, *SHAPE)), jnp.zeros((1, K))), jnp.float32(0.5)
     found, found_token = image_and_token.unpack(velocity(state, t, t), SHAPE)
     np.testing.assert_array_equal(found, np.broadcast_to(wanted[:2], found.shape))
@@ -427,15 +426,15 @@ def entangled():
         v = jnp.tanh(token.sum(axis=1)) + 0.1 * y
         return (jnp.broadcast_to(v[:, None, None, None], x_t.shape), 0 * token + y[:, None]), ()
 
-    return Model(lambda key: {}, apply, token_width=K)
+    return Model(lambda key: {}, apply)
 
 
-def sampler(model, batch_size=8, **options):
+def sampler(model, batch_size=8, token=K, **options):
     """labels -> images of `model`, as they are."""
     pixels = codecs.make("pixels")._replace(decode=None)
     given = {"solver": "euler", "steps": 4, "batch_size": batch_size} | options
-    sample = sampling.make(model, pixels, SHAPE, CLASSES, sampling.Flow(), sharding.make(), **given)
-    return lambda labels: sample({}, {}, np.asarray(labels), 0)
+    draw = samplers.make(model, pixels, SPACE, Flow(token=token), sharding.make(), **given)
+    return lambda labels: draw({}, {}, np.asarray(labels), 0)
 
 
 def test_the_sampler_returns_images_that_depend_on_their_own_label_alone():
@@ -460,7 +459,7 @@ def test_the_tokens_scale():
     np.testing.assert_array_equal(negative, one)
     assert np.abs(one - double).max() > 1e-3
     with pytest.raises(ConfigError, match=r"token_cfg_scale = 2.0: the network has no class token"):
-        sampler(make(token_width=None), token_cfg_scale=2.0)
+        sampler(make(inputs={}), token=None, token_cfg_scale=2.0)
     with pytest.raises(ConfigError, match=r"token_cfg_scale = inf: must be finite"):
         sampler(entangled(), token_cfg_scale=float("inf"))
 
@@ -469,14 +468,14 @@ def test_the_tokens_scale():
 
 
 def with_token(*, width: int = K):
-    """The preparation of pixels, and as a class token a fixed linear map of the image."""
+    """The codec of pixels, and as a class token a fixed linear map of the image."""
     pixels = codecs.make("pixels")
 
-    def apply(frozen, batch, key):
+    def encode(frozen, batch, key):
         flat = batch["x"].reshape(len(batch["x"]), -1)
-        return pixels.apply(frozen, batch, key) | {"token/dinov2": flat @ normal(0, flat.shape[1], width) / 8}
+        return pixels.encode(frozen, batch, key) | {"token/dinov2": flat @ normal(0, flat.shape[1], width) / 8}
 
-    return pixels._replace(apply=apply)
+    return pixels._replace(encode=encode)
 
 
 @pytest.mark.slow
@@ -484,8 +483,8 @@ def test_a_run_trains_and_samples(tmp_path):
     config = digits.get_config()
     config.update({"total_steps": 3, "batch_size": 16, "log_every": 1})
     config.codec = slot("codecs", "tests.objectives.test_reg:with_token")
-    config.model.update({"depth": 2, "width": 16, "heads": 2, "skip": "none", "token_width": K})
-    config.objective = slot("objectives", "reg")
+    config.model.update({"depth": 2, "width": 16, "heads": 2, "skip": "none"})
+    config.objective = slot("objectives", "reg", width=K)
     del config.losses["diversity"]
     config.samples.update({"every": 0, "num": 10})
     config.sampler.update({"solver": "euler", "steps": 2, "batch_size": 16, "token_cfg_scale": 2.0})
@@ -504,7 +503,7 @@ def test_a_run_trains_and_samples(tmp_path):
 
 @pytest.mark.slow
 def test_one_step_on_eight_devices_equals_one():
-    made = parts(model=make(depth=2), objective=objectives.make("reg", CLASSES))
+    made = parts(model=make(depth=2), objective=objectives.make("reg", width=K), null=SPACE.conditions.null)
 
     def step(layout):
         init = initializer(made, batch())

@@ -8,10 +8,12 @@ from ml_collections import ConfigDict
 
 from configs import digits
 from diversedit_jax import models, train
+from diversedit_jax.api import Conditions, Space
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.weights import dit as releases
 from diversedit_jax.weights.formats.weights_file import write_safetensors
 
+SPACE = Space((8, 8, 1), Conditions.labels(10))
 DIMS = {"depth": 4, "width": 16, "heads": 2}
 
 
@@ -29,7 +31,7 @@ def tiny(file, **model):
 @pytest.fixture
 def release(tmp_path):
     """A SiT for digits under the names of REPA, all of its weights random."""
-    model = models.make("dit", (8, 8, 1), 10, **DIMS)
+    model = models.make("dit", SPACE, **DIMS)
     leaves, tree = jax.tree.flatten(jax.eval_shape(model.init, jax.random.key(0)))
     rng = np.random.default_rng(0)
     params = tree.unflatten([0.2 * rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves])
@@ -39,7 +41,7 @@ def release(tmp_path):
 
 
 def outputs(params, **options):
-    model = models.make("dit", (8, 8, 1), 10, **DIMS, **options)
+    model = models.make("dit", SPACE, **DIMS, **options)
     x = jax.random.normal(jax.random.key(1), (3, 8, 8, 1))
     return model.apply(params, x, jnp.array([0.1, 0.5, 0.9]), jnp.array([0, 4, 10]))[0]
 
@@ -51,7 +53,7 @@ def test_skips_added_to_a_release_leave_its_outputs_unchanged(release, tmp_path,
     config = tiny(file, skip=skip, skip_init="identity")
     config.optim.learning_rate = 1e-30  # the state after one step is the state at the start
     state = train.run(config, tmp_path / "run")
-    assert "its long residual connections are new" in capfd.readouterr().err
+    assert f"starting from {file}; new: merges" in capfd.readouterr().err
     found = outputs(state["ema"], skip=skip, skip_init="identity")
     np.testing.assert_allclose(found, outputs(params), atol=1e-5)
 

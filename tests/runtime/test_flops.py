@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import diversedit_b2
+from configs import diversedit
 from diversedit_jax import models
+from diversedit_jax.api import Conditions, Space
 from diversedit_jax.models.dit import SIZES
 from diversedit_jax.runs import build
 from diversedit_jax.runtime import flops
@@ -16,7 +17,7 @@ from diversedit_jax.training.step import initializer
 
 def forward(size: str, side: int, **options) -> float:
     """GMAC of one image through a network, half of the GFLOP."""
-    model = models.make("dit", (side, side, 4), 1000, size=size, **options)
+    model = models.make("dit", Space((side, side, 4), Conditions.labels(1000)), size=size, **options)
     params = jax.eval_shape(model.init, jax.random.key(0))
     one = jax.ShapeDtypeStruct((1,), jnp.float32)
     x = jax.ShapeDtypeStruct((1, side, side, 4), jnp.float32)
@@ -75,16 +76,16 @@ def test_loops_branches_and_convolutions():
 @pytest.mark.parametrize(("remat", "again"), [("named", 1.009), ("full", 1.315)])
 def test_a_step_counts_what_the_method_needs(remat, again):
     """Three forward passes, but for the gradients that nothing needs; what remat computes again only if asked for."""
-    config = diversedit_b2.get_config()
+    config = diversedit.get_config("b2")
     config.batch_size = 8
     config.losses = {}
     config.model.update({"remat": remat, "dtype": "float32"})
-    _, parts, _, _ = build.build(config, (32, 32, 4), 1000)
+    experiment = build.build(config, Space((32, 32, 4), Conditions.labels(1000)))
     batch = {"moments": jnp.zeros((8, 32, 32, 8)), "y": jnp.zeros(8, jnp.int32)}
-    state = jax.eval_shape(initializer(parts, batch), jax.random.key(0))
-    work = build.work(config, parts, (32, 32, 4), 1000, state, batch)
+    state = jax.eval_shape(initializer(experiment.components, batch), jax.random.key(0))
+    work = build.work(experiment, state, batch)
     assert work / 8 == pytest.approx(6e9 * forward("B", 32, skip="release"), rel=1e-3)
-    performed = build.work(config, parts, (32, 32, 4), 1000, state, batch, again=True)
+    performed = build.work(experiment, state, batch, again=True)
     assert performed / work == pytest.approx(again, abs=0.01)
 
 

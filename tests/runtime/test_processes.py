@@ -167,7 +167,7 @@ def test_damage_that_one_process_sees_sets_the_step_aside_for_all(tmp_path):
 )
 def test_processes_that_do_not_agree_stop_at_once(tmp_path, each, messages):
     each = [flag.format(tmp=tmp_path) for flag in each]
-    soon = "from diversedit_jax import distributed\ndistributed.SEEN = 3\n"  # not the minute of a slow mount
+    soon = "from diversedit_jax.runtime import processes\nprocesses.SEEN = 3\n"  # not the minute of a slow mount
     with Processes(training(tmp_path / "run", first=soon), 2, 1, tmp_path, each) as run:
         codes = run.wait(60)
     assert 78 in codes

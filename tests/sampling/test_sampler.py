@@ -9,22 +9,27 @@ import numpy as np
 import pytest
 
 from configs import default
-from diversedit_jax import codecs, models, sharding
+from diversedit_jax import codecs, models, objectives, sharding
 from diversedit_jax import config as configs
+from diversedit_jax.api import Conditions, Model, Space
 from diversedit_jax.data import pipeline
+from diversedit_jax.diffusion import discrete, solve
+from diversedit_jax.diffusion.paths import PATHS
+from diversedit_jax.diffusion.predictions import AverageVelocity, Diffusion, Flow
 from diversedit_jax.errors import ConfigError, NonFiniteError
-from diversedit_jax.models import Model
 from diversedit_jax.runs import build
 from diversedit_jax.sampling import sampler as sampling
 from diversedit_jax.training.step import initializer, train_step
 
 SHAPE, CLASSES = (8, 8, 2), 3
+SPACE = Space(SHAPE, Conditions.labels(CLASSES))
+DIFFUSION = Diffusion(discrete.linear(1000))
 PIXELS = codecs.make("pixels")._replace(decode=None)
 
 
-def sampler(source, model=None, **options):
-    model = model or models.make("dit", SHAPE, CLASSES, depth=2, width=16, heads=2)
-    sample = sampling.make(model, PIXELS, SHAPE, CLASSES, source, sharding.make(), batch_size=8, **options)
+def sampler(predicts, model=None, **options):
+    model = model or models.make("dit", SPACE, depth=2, width=16, heads=2)
+    sample = sampling.make(model, PIXELS, SPACE, predicts, sharding.make(), batch_size=8, **options)
     return lambda seed=0: sample(model.init(jax.random.key(0)), {}, np.arange(8) % CLASSES, seed)
 
 
@@ -63,13 +68,13 @@ def test_data_of_unit_variance_stay_so(path, prediction, options):
         if prediction == "velocity":
             return (2 * t - 1) / variance * x if path == "linear" else 0 * x
         score = -x / variance
-        return score if prediction == "score" else -sampling.paths.make(path).sigma(t) * score
+        return score if prediction == "score" else -PATHS[path].sigma(t) * score
 
-    x = sampler(sampling.Flow(path, prediction), still(output), steps=200, **options)()
+    x = sampler(Flow(PATHS[path], prediction), still(output), steps=200, **options)()
     assert x.shape == (8, *SHAPE)
     assert abs(x.mean()) < 4 / x.size**0.5
     assert abs(x.std() - 1) < 4 / (2 * x.size) ** 0.5 + 0.02
-    again = sampler(sampling.Flow(path, prediction), still(output), steps=200, **options)
+    again = sampler(Flow(PATHS[path], prediction), still(output), steps=200, **options)
     np.testing.assert_array_equal(x, again())
     assert (x != again(seed=1)).any()
 
@@ -92,10 +97,10 @@ def test_average_velocities_are_sampled(options):
         safe = jnp.where(span > 0, span, 1)
         return x * jnp.where(span > 0, (1 - jnp.sqrt(then / now)) / safe, (2 * t - 1) / now)
 
-    x = sampler(sampling.AverageVelocity(), average(output), **options)()
+    x = sampler(AverageVelocity(), average(output), **options)()
     assert abs(x.mean()) < 4 / x.size**0.5
     assert abs(x.std() - 1) < 4 / (2 * x.size) ** 0.5 + 0.02
-    noise = sampler(sampling.AverageVelocity(), average(lambda x, t, span: 0 * x), solver="mean_flow", steps=1)()
+    noise = sampler(AverageVelocity(), average(lambda x, t, span: 0 * x), solver="mean_flow", steps=1)()
     if options["solver"] != "euler_maruyama":  # the flow returns to the deviation where it started
         np.testing.assert_allclose(x, noise, atol=1e-5 if options["solver"] == "mean_flow" else 5e-3)
 
@@ -103,7 +108,7 @@ def test_average_velocities_are_sampled(options):
 def test_guidance_of_the_average_velocity():
     """u_null + s (u - u_null), with u = y and the null label's 3: 3 + 2 (y - 3), in one step and in four."""
     model = Model(lambda key: {}, lambda params, x, t, y, *, span: (0 * x + y[:, None, None, None], ()))
-    labels, make = np.arange(8) % CLASSES, partial(sampler, sampling.AverageVelocity(), model, solver="mean_flow")
+    labels, make = np.arange(8) % CLASSES, partial(sampler, AverageVelocity(), model, solver="mean_flow")
     plain, wanted = make(steps=1)(), (3 + 2 * (labels - 3) - labels)[:, None, None, None]
     for steps in (1, 4):
         np.testing.assert_allclose(plain - make(steps=steps, cfg_scale=2.0)(), wanted + 0 * plain, atol=1e-5)
@@ -112,7 +117,7 @@ def test_guidance_of_the_average_velocity():
     np.testing.assert_allclose(plain - partly, 0.75 * wanted + 0 * plain, atol=1e-5)
 
 
-@pytest.mark.parametrize("solver", sampling.DDPM_SOLVERS)
+@pytest.mark.parametrize("solver", solve.SOLVERS[Diffusion])
 @pytest.mark.parametrize("learn_sigma", [False, True])
 def test_discrete_diffusions_are_sampled(solver, learn_sigma):
     def output(x, t):
@@ -120,43 +125,45 @@ def test_discrete_diffusions_are_sampled(solver, learn_sigma):
         noise = jnp.sqrt(1 - bar) * x  # expected for data N(0, 1)
         return jnp.concatenate([noise, 0 * x], axis=-1) if learn_sigma else noise
 
-    x = sampler(sampling.Diffusion(), still(output), steps=250, solver=solver, cfg_scale=1.5)()
+    x = sampler(DIFFUSION, still(output), steps=250, solver=solver, cfg_scale=1.5)()
     assert x.shape == (8, *SHAPE)
     assert abs(x.mean()) < 4 / x.size**0.5
     assert abs(x.std() - 1) < 4 / (2 * x.size) ** 0.5 + 0.02
 
 
 @pytest.mark.parametrize(
-    ("source", "options", "message"),
+    ("predicts", "options", "message"),
     [
-        (sampling.Diffusion(), {}, r"solver 'euler_maruyama' does not sample what objective ddpm trained.*ddpm, ddim"),
-        (sampling.Diffusion(), {"solver": "heun"}, r"solver 'heun' does not sample what objective ddpm trained"),
+        (DIFFUSION, {}, r"solver = 'euler_maruyama' cannot solve what this network predicts \(Diffusion\).*ddpm, ddim"),
+        (DIFFUSION, {"solver": "heun"}, r"solver = 'heun' cannot solve what this network predicts \(Diffusion\)"),
         (
-            sampling.Flow(),
+            Flow(),
             {"solver": "ddim"},
-            r"solver 'ddim' does not sample what a flow trained.*euler, heun, dopri5",
+            r"solver = 'ddim' cannot solve what this network predicts \(Flow\).*euler, heun, dopri5",
         ),
-        (sampling.Flow(), {"solver": "mean_flow"}, r"solver 'mean_flow' does not sample what a flow trained"),
+        (Flow(), {"solver": "mean_flow"}, r"solver = 'mean_flow' cannot solve what this network predicts \(Flow\)"),
+        (DIFFUSION, {"solver": "mean_flow"}, r"'mean_flow' cannot solve what this network predicts \(Diffusion\)"),
+        (AverageVelocity(), {"solver": "ddim"}, r"'ddim' cannot solve what this network predicts \(AverageVelocity\)"),
+        (AverageVelocity(), {"solver": "mean_flow", "steps": 0}, r"steps = 0: must be at least 1"),
+        (Flow(), {"solver": "dopri"}, r"solver = 'dopri' is unknown; did you mean 'dopri5'"),
+        (Flow(), {"diffusion": "SBDM"}, r"diffusion = 'SBDM' is unknown"),
+        (Flow(), {"last_step_kind": "Mean"}, r"last_step_kind = 'Mean' is unknown; did you mean 'mean'"),
+        (Flow(), {"diffusion_norm": -1.0}, r"diffusion_norm = -1.0: must be at least 0"),
+        (Flow(), {"solver": "dopri5", "rtol": 0.0}, r"rtol = 0.0: must be more than 0"),
+        (Flow(prediction="x"), {}, r"prediction = 'x' is unknown"),
+        (DIFFUSION, {"solver": "ddim", "eta": 2.0}, r"eta = 2.0: must be at least 0 and at most 1"),
+        (DIFFUSION, {"solver": "ddpm", "steps": 1001}, r"a section of 1000 steps cannot keep 1001"),
+        (None, {}, r"the objective does not say how to sample from its network"),
         (
-            sampling.Diffusion(),
-            {"solver": "mean_flow"},
-            r"solver 'mean_flow' does not sample what objective ddpm trained",
+            "velocity",
+            {},
+            r"the sampler does not know str \(Objective.predicts\); known: Flow, AverageVelocity, Diffusion",
         ),
-        (sampling.AverageVelocity(), {"solver": "ddim"}, r"'ddim' does not sample what objective mean_flow trained"),
-        (sampling.AverageVelocity(), {"solver": "mean_flow", "steps": 0}, r"at least 1 step, given 0"),
-        (sampling.Flow(), {"solver": "dopri"}, r"unknown solver 'dopri'; did you mean 'dopri5'"),
-        (sampling.Flow(), {"diffusion": "SBDM"}, r"unknown diffusion 'SBDM'"),
-        (sampling.Flow(), {"last_step_kind": "Mean"}, r"unknown last step 'Mean'; did you mean 'mean'"),
-        (sampling.Flow(), {"diffusion_norm": -1.0}, r"diffusion_norm = -1.0: must be finite and not negative"),
-        (sampling.Flow(), {"solver": "dopri5", "rtol": 0.0}, r"rtol = 0.0, atol = 1e-06: must be positive"),
-        (sampling.Flow("linear", "x"), {}, r"unknown prediction 'x'"),
-        (sampling.Diffusion(), {"solver": "ddim", "eta": 2.0}, r"eta = 2.0"),
-        (sampling.Diffusion(), {"solver": "ddpm", "steps": 1001}, r"1001 steps of a section of 1000 steps"),
     ],
 )
-def test_wrong_combinations_are_refused(source, options, message):
+def test_wrong_combinations_are_refused(predicts, options, message):
     with pytest.raises(ConfigError, match=message):
-        sampler(source, **options)
+        sampler(predicts, **options)
 
 
 def tiny(objective, **options):
@@ -174,33 +181,35 @@ def tiny(objective, **options):
 def test_a_run_of_dits_formulation_trains_and_samples():
     config = tiny("ddpm")
     dataset = build.open_data(config)
-    with pytest.raises(ConfigError, match="does not sample what objective ddpm trained"):
-        build.build(config, dataset.shape, dataset.num_classes)
+    with pytest.raises(ConfigError, match=r"cannot solve what this network predicts \(Diffusion\)"):
+        build.build(config, dataset.space).sampler()
     config.sampler.solver = "ddpm"
-    _, parts, _, _ = build.build(config, dataset.shape, dataset.num_classes)
+    parts = build.build(config, dataset.space).components
     loader = pipeline.batches(dataset, config.batch_size, seed=0, num_threads=0)
     batch = jax.tree.map(jnp.asarray, next(loader))
     loader.close()
     key = jax.random.key(0)
     with pytest.raises(ConfigError, match=r"set model\.out_channels"):
         jax.eval_shape(initializer(parts, batch), key)
-    config.model.out_channels = 2 * dataset.shape[-1]
-    _, parts, sample, _ = build.build(config, dataset.shape, dataset.num_classes)
+    config.model.out_channels = 2 * dataset.space.shape[-1]
+    experiment = build.build(config, dataset.space)
+    parts, sample = experiment.components, experiment.sampler()
     frozen = parts.codec.init()
     state, metrics = jax.jit(lambda s: train_step(parts, s, frozen, batch, key))(initializer(parts, batch)(key))
     assert {"mse", "vb"} <= metrics.keys()
     assert all(np.isfinite(value) for value in metrics.values())
-    assert sample(state["ema"], frozen, np.arange(5) % dataset.num_classes, 0).shape == (5, *dataset.shape)
+    assert sample(state["ema"], frozen, np.arange(5) % 4, 0).shape == (5, *dataset.space.shape)
 
 
 @pytest.mark.slow
 def test_a_run_of_meanflow_trains_and_samples():
     config = tiny("mean_flow")
     config.data = configs.slot("data", "digits")
-    config.model.update({"skip": "release", "second_time": True})
+    config.model.skip = "release"
     config.sampler.update({"solver": "mean_flow", "steps": 1})
     dataset = build.open_data(config)
-    _, parts, sample, _ = build.build(config, dataset.shape, dataset.num_classes)
+    experiment = build.build(config, dataset.space)
+    parts, sample = experiment.components, experiment.sampler()
     loader = pipeline.batches(dataset, config.batch_size, seed=0, num_threads=0)
     frozen, key = parts.codec.init(), jax.random.key(0)
     batch = jax.tree.map(jnp.asarray, next(loader))
@@ -215,38 +224,30 @@ def test_a_run_of_meanflow_trains_and_samples():
     changed = jax.tree.map(lambda old, new: bool((old != new).any()), before, state["params"])
     assert changed["span_embed"]["fc2"]["kernel"]
     assert changed["deep"]["ada"]["kernel"]
-    assert sample(state["ema"], frozen, np.arange(5), 0).shape == (5, *dataset.shape)
+    assert sample(state["ema"], frozen, np.arange(5), 0).shape == (5, *dataset.space.shape)
 
 
-@pytest.mark.parametrize(
-    ("objective", "second_time", "message"),
-    [
-        ("mean_flow", False, r"'mean_flow' needs a network of two times: set config.model.second_time = True"),
-        ("flow_matching", True, r"'flow_matching' needs a network of one time: set config.model.second_time = False"),
-    ],
-)
-def test_objective_and_model_agree_about_the_times(objective, second_time, message):
-    config = tiny(objective)
-    config.model.second_time = second_time
-    config.sampler.solver = "euler"
-    with pytest.raises(ConfigError, match=message):
-        build.build(config, (8, 8, 3), 4)
+def test_the_model_is_built_for_the_objective():
+    for objective, spans in (("mean_flow", True), ("flow_matching", False)):
+        model = build.build(tiny(objective), Space((8, 8, 3), Conditions.labels(4))).components.model
+        assert ("span_embed" in jax.eval_shape(model.init, jax.random.key(0))) == spans
+    with pytest.raises(ConfigError, match=r"needs a network with the input 'spam'; model dit: did you mean 'span'"):
+        models.make("dit", SPACE, {"spam": ()})
 
 
-def test_the_sampler_takes_path_and_prediction_from_the_objective():
-    flow = configs.slot("objectives", "flow_matching", path="vp", prediction="score")
-    assert sampling.trained(flow.to_dict()) == sampling.Flow("vp", "score")
-    assert sampling.trained(configs.slot("objectives", "ddpm", num_timesteps=50).to_dict()) == sampling.Diffusion(50)
-    assert sampling.trained(configs.slot("objectives", "mean_flow").to_dict()) == sampling.AverageVelocity()
-    assert sampling.trained({"name": "my_project:make", "path": "cosine"}) == sampling.Flow("cosine", "velocity")
+def test_the_objective_says_what_its_network_predicts():
+    assert objectives.make("flow_matching", path="vp", prediction="score").predicts == Flow(PATHS["vp"], "score")
+    assert objectives.make("reg", path="cosine", width=3).predicts == Flow(PATHS["cosine"], token=3)
+    assert objectives.make("ddpm", num_timesteps=50).predicts.schedule.num_timesteps == 50
+    assert isinstance(objectives.make("mean_flow").predicts, AverageVelocity)
 
 
-@pytest.mark.parametrize("source", [sampling.Flow("cosine", "noise"), sampling.Diffusion()])
-def test_a_weak_state_of_the_model_guides_it(source):
+@pytest.mark.parametrize("predicts", [Flow(PATHS["cosine"], "noise"), DIFFUSION])
+def test_a_weak_state_of_the_model_guides_it(predicts):
     """Predictions are linear in guidance: one of 3, guided at scale 2 by one of 1, is one of 5."""
     model = Model(lambda key: {}, lambda params, x, t, y: (params * 0.1 * x, ()))
-    solver = "ddim" if isinstance(source, sampling.Diffusion) else "heun"
-    make = partial(sampling.make, model, PIXELS, SHAPE, CLASSES, source, sharding.make(), solver=solver, steps=5)
+    solver = "ddim" if predicts is DIFFUSION else "heun"
+    make = partial(sampling.make, model, PIXELS, SPACE, predicts, sharding.make(), solver=solver, steps=5)
     labels, one, three, five = np.arange(8) % CLASSES, *map(jnp.float32, (1, 3, 5))
     plain, guided = make(), make(cfg_scale=2.0)
     np.testing.assert_allclose(guided(three, {}, labels, 0, weak=one), plain(five, {}, labels, 0), rtol=1e-4)
@@ -258,9 +259,9 @@ def test_a_weak_state_of_the_model_guides_it(source):
 
 def test_the_next_batch_is_dispatched_before_one_is_fetched(monkeypatch):
     """On eight devices that exchange what they compute: at most two batches are in flight, and no image changes."""
-    model = models.make("dit", SHAPE, CLASSES, depth=2, width=16, heads=2)
+    model = models.make("dit", SPACE, depth=2, width=16, heads=2)
     layout = sharding.make(data=2, fsdp=2, tensor=2)
-    sample = sampling.make(model, PIXELS, SHAPE, CLASSES, sampling.Flow(), layout, steps=3, batch_size=8)
+    sample = sampling.make(model, PIXELS, SPACE, Flow(), layout, steps=3, batch_size=8)
     where = sharding.shardings(build.abstract_params(model, layout), layout)
     params, labels = jax.jit(model.init, out_shardings=where)(jax.random.key(0)), np.arange(29) % CLASSES
     alone = [sample(params, {}, labels[k : k + 8], 5, first=100 + k) for k in range(0, 29, 8)]
@@ -284,7 +285,7 @@ def test_the_next_batch_is_dispatched_before_one_is_fetched(monkeypatch):
 def test_the_first_batch_that_is_not_finite_is_named():
     """Though the next was dispatched, and those after it would be finite."""
     model = Model(lambda key: {}, lambda params, x, t, y: (jnp.where(y == 2, jnp.nan, 0)[:, None, None, None] * x, ()))
-    sample = sampling.make(model, PIXELS, SHAPE, CLASSES, sampling.Flow(), sharding.make(), steps=2, batch_size=8)
+    sample = sampling.make(model, PIXELS, SPACE, Flow(), sharding.make(), steps=2, batch_size=8)
     for labels, message in ([0, 1, 2, 0, 0], "116 to 123"), ([0, 1, 0, 1, 2], "132 to 139"), ([2], "100 to 107"):
         with pytest.raises(NonFiniteError, match=f"samples {message} are not finite"):
             sample({}, {}, np.repeat(labels, 8), 0, first=100)
@@ -292,10 +293,10 @@ def test_the_first_batch_that_is_not_finite_is_named():
 
 
 def test_the_program_is_lowered_for_abstract_arrays():
-    model = models.make("dit", SHAPE, CLASSES, depth=2, width=16, heads=2)
+    model = models.make("dit", SPACE, depth=2, width=16, heads=2)
     layout = sharding.make(data=2, devices=jax.devices()[:2])
     options = {"solver": "euler", "steps": 2, "batch_size": 5}
-    sample = sampling.make(model, PIXELS, SHAPE, CLASSES, sampling.Flow(), layout, **options)
+    sample = sampling.make(model, PIXELS, SPACE, Flow(), layout, **options)
     params = build.abstract_params(model, layout)
     lowered = sample.lower(params, {})
     images, finite = lowered.out_info

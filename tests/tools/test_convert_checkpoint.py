@@ -104,7 +104,8 @@ def test_what_is_not_a_release_is_refused_in_one_line(tmp_path, kind, words):
 def test_a_release_samples_at_once(tmp_path, name, options):
     family = name if name.startswith("official") else None
     side = 8 if name == "meanflow" else None  # which stores no position table
-    source = trained.of_release(DATA / f"{name}.safetensors", family, 4, side=side, overrides={"steps": 3} | options)
+    opened = trained.of_release(DATA / f"{name}.safetensors", family, 4, side=side)
+    source = trained.drawing(opened, overrides={"steps": 3} | options)
     folder = sample.run(source, num=2, labels=[1, 7], out=tmp_path)
     with np.load(folder / "samples.npz") as file:
         assert file["arr_0"].shape == (2, 8, 8, 4)
@@ -114,8 +115,9 @@ def test_a_release_samples_at_once(tmp_path, name, options):
 
 def test_a_meanflow_release_samples_in_one_step_by_default():
     chosen = {}, {"solver": "mean_flow", "steps": 1}, {"steps": 2}
-    opened = [trained.of_release(DATA / "meanflow.safetensors", heads=4, side=8, overrides=given) for given in chosen]
-    default, one, two = (s.sample(s.params, s.frozen, np.array([1, 7]), 0) for s in opened)
+    opened = trained.of_release(DATA / "meanflow.safetensors", heads=4, side=8)
+    sources = [trained.drawing(opened, overrides=given) for given in chosen]
+    default, one, two = (s.sampler(s.params, s.frozen, np.array([1, 7]), 0) for s in sources)
     np.testing.assert_array_equal(default, one)
     assert np.abs(default - two).max() > 0.01
 
@@ -155,7 +157,7 @@ def test_importing_xl_takes_less_than_two_and_a_half_times_the_file(tmp_path):
 import resource, sys
 import jax, numpy as np
 from pathlib import Path
-from diversedit_jax.weights import releases
+from diversedit_jax.weights import dit as releases
 from diversedit_jax.weights.formats.weights_file import write_safetensors
 path = Path({str(tmp_path / "xl.safetensors")!r})
 if sys.argv[1] == "write":

@@ -20,6 +20,7 @@ from diversedit_jax import data, encoders
 from diversedit_jax.data import image_collections
 from diversedit_jax.errors import ConfigError, DataError
 from diversedit_jax.models import vae, vit
+from diversedit_jax.runtime.files import write_json
 from diversedit_jax.weights import vae as published
 from diversedit_jax.weights import vit as published_encoders
 from diversedit_jax.weights.formats.weights_file import write_safetensors
@@ -75,7 +76,7 @@ def straight(home):
 
 def test_the_set_holds_both_images_latents_and_trains(home, straight):
     dataset = data.make("latents", "train", data_dir=str(straight), mirror=True, image=True)
-    assert (dataset.shape, dataset.num_classes, dataset.scale) == ((8, 8, 4), 2, 0.5)
+    assert (dataset.space.shape, dataset.space.conditions.classes, dataset.scale) == ((8, 8, 4), 2, 0.5)
     assert len(dataset.source) == len(GOOD)
     network, params = vae.network(ARCH), published.open_vae(home / "vae").read()
     encode = jax.jit(network.encode)
@@ -169,9 +170,9 @@ def test_a_whole_set_is_left_alone_and_another_is_refused(home, straight, tmp_pa
     prepare(home, straight, image="png")
     assert "nothing to do" in capsys.readouterr().out
     assert (straight / "latents.json").stat().st_mtime_ns == before
-    with pytest.raises(ConfigError, match=r"holds another set \(.*image: \"png\" there, \"jpeg\" now"):
+    with pytest.raises(ConfigError, match=r"holds a set with other settings \(.*image: 'png' there, 'jpeg' given"):
         prepare(home, straight, image="jpeg")
-    with pytest.raises(ConfigError, match=r"holds another set \(.*per_shard: 8 there, 4 now"):
+    with pytest.raises(ConfigError, match=r"holds a set with other settings \(.*per_shard: 8 there, 4 given"):
         prepare(home, straight, image="png", per_shard=4)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"file cannot be used: .*Not a directory"):
@@ -180,7 +181,7 @@ def test_a_whole_set_is_left_alone_and_another_is_refused(home, straight, tmp_pa
 
 def test_the_batch_size_may_not_change_on_the_way(home, straight, tmp_path):
     """The last bits of the moments depend on it."""
-    with pytest.raises(ConfigError, match=r"holds another set \(.*batch_size: 8 there, 4 now"):
+    with pytest.raises(ConfigError, match=r"holds a set with other settings \(.*batch_size: 8 there, 4 given"):
         prepare(home, straight, image="png", batch_size=4)
     batches = [content(prepare(home, tmp_path / str(size), image="png", batch_size=size)) for size in (8, 8)]
     assert batches[0] == batches[1] == content(straight)
@@ -259,7 +260,7 @@ def test_what_cannot_work_is_said_at_once(home, tmp_path):
 def test_without_classes_every_label_is_the_null_label(home, tmp_path):
     prepare(home, tmp_path, unconditional=True)
     dataset = data.make("latents", "train", data_dir=str(tmp_path))
-    assert dataset.num_classes == 0
+    assert dataset.space.conditions.classes == 0
     assert {int(dataset.source[i]["y"]) for i in range(len(dataset.source))} == {0}
 
 
@@ -312,11 +313,11 @@ def test_verification_finds_what_is_wrong(home, tmp_path, capsys):
         ({"sha256": "0"}, r"00001-of-00003: its records are not those that were written"),
     ]:
         shards = [about["shards"][0], about["shards"][1] | change, about["shards"][2]]
-        latent_shards.write_json(out / "latents.json", about | {"shards": shards})
+        write_json(out / "latents.json", about | {"shards": shards})
         wrong(out, words)
-    latent_shards.write_json(out / "latents.json", about | {"shape": [4, 4, 4]})
+    write_json(out / "latents.json", about | {"shape": [4, 4, 4]})
     wrong(out, r"00000-of-00003, record 0: 1024 moments, wanted \[2, 4, 4, 8\]")
-    latent_shards.write_json(out / "latents.json", about | {"classes": ["ant"]})
+    write_json(out / "latents.json", about | {"classes": ["ant"]})
     wrong(out, r"00001-of-00003, record \d+: label 1 is not in 0 .. 0")
 
 
@@ -357,7 +358,7 @@ def test_verification_names_the_record(tmp_path):
     assert info.count('"100"') == 1
     (tmp_path / "dataset_info.json").write_text(info.replace('"100"', '"99"'))
     wrong(tmp_path, "dataset_info.json and latents.json differ in the numbers of records")
-    latent_shards.write_json(tmp_path / "latents.json", {"records": about["records"]})
+    write_json(tmp_path / "latents.json", {"records": about["records"]})
     wrong(tmp_path, "latents.json cannot be read: it does not say 'shape'")
 
 
@@ -375,7 +376,7 @@ def test_verification_decodes_some_records_beside_their_crops(home, straight, tm
 def test_moments_of_another_kind_are_refused(home, tmp_path):
     out = prepare(home, tmp_path)
     about = latent_shards.whole(out)
-    latent_shards.write_json(out / "latents.json", about | {"moments": "mean_logvar"})
+    write_json(out / "latents.json", about | {"moments": "mean_logvar"})
     with pytest.raises(DataError, match="says moments = 'mean_logvar', wanted 'mean_std'"):
         data.make("latents", "train", data_dir=str(out))
 

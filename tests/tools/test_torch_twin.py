@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import default
-from diversedit_jax.api import Codec
+from diversedit_jax.api import Codec, Conditions, Objective, Space
 from diversedit_jax.config import slot
 from diversedit_jax.diffusion import solvers
 from diversedit_jax.diffusion.guidance import guide
@@ -17,12 +17,14 @@ from diversedit_jax.diffusion.paths import PATHS
 from diversedit_jax.errors import ConfigError, RunError
 from diversedit_jax.objectives.flow_matching import regress
 from diversedit_jax.runs import build
+from diversedit_jax.runs.build import Experiment
 from diversedit_jax.training.step import initializer, train_step
 from diversedit_jax.weights import dit as releases
 from tools.benchmark import torch_twin
 from tools.benchmark.torch_twin import Twin, job_of
 
 SHAPE, CLASSES, BATCH = (8, 4, 3), 5, 8
+SPACE = Space(SHAPE, Conditions.labels(CLASSES))
 KEY = jax.random.key(0)
 
 
@@ -54,21 +56,25 @@ def random_like(shapes):
     return jax.tree.map(lambda p: jnp.asarray(0.2 * rng.standard_normal(p.shape, dtype=np.float32)), shapes)
 
 
-def given(network, batch, key):
+def given(network, batch, context):
     """Flow matching with the draws in the batch."""
     return regress(network, PATHS["linear"], *(batch[name] for name in ("x", "noise", "t", "y")))
 
 
+def unbuilt(config) -> Experiment:
+    """What a job is made of, without its components."""
+    return Experiment(config, SPACE, None, None, {})
+
+
 def start(config):
-    """The parts of a run without draws of its own, and its state."""
-    parts = build.build(config, SHAPE, CLASSES, devices=jax.devices()[:1]).parts
-    parts = parts._replace(objective=given, codec=Codec(dict, lambda frozen, batch, key: batch, None))
+    """A run without draws of its own, and its state."""
+    experiment = build.build(config, SPACE, devices=jax.devices()[:1])
+    codec = Codec(dict, lambda frozen, batch, key: batch, None)
+    parts = experiment.components._replace(objective=Objective(given), codec=codec)
     shapes = jax.eval_shape(initializer(parts, jax.device_put(draws())), KEY)
     params = random_like(shapes["params"])
-    return parts, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes) | {
-        "params": params,
-        "ema": params,
-    }
+    state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return experiment._replace(components=parts), state | {"params": params, "ema": params}
 
 
 def published(params, job) -> dict[str, np.ndarray]:
@@ -90,9 +96,9 @@ def assert_close(found, wanted, name: str, tolerance: float):
 def test_two_training_steps_equal_ours(skip, diversity, model):
     pytest.importorskip("torch")
     config = config_of(skip, diversity, **model)
-    parts, state = start(config)
-    job = job_of(config, SHAPE, CLASSES, state["params"], draws(), "train", threads=1, compile=False)
-    new, step = state, jax.jit(partial(train_step, parts))
+    experiment, state = start(config)
+    job = job_of(experiment, state["params"], draws(), "train", threads=1, compile=False)
+    new, step = state, jax.jit(partial(train_step, experiment.components))
     for _ in range(2):
         new, metrics = step(new, {}, jax.device_put(draws()), KEY)
     assert not diversity or 0 < metrics["diversity/weight"] < 2, "the loss's ramp is not tested"
@@ -119,20 +125,21 @@ def test_samples_equal_ours():
     pytest.importorskip("torch")
     config = config_of(diversity=False)
     config.sampler.update({"steps": 6, "cfg_scale": 2.5, "guidance_interval": (0.1, 0.7)})
-    parts, state = start(config)
+    experiment, state = start(config)
+    network = experiment.components.model.network(state["ema"])
     rng = np.random.default_rng(2)
     x, noise = rng.standard_normal((BATCH, *SHAPE), np.float32), rng.standard_normal((6, BATCH, *SHAPE), np.float32)
     y = np.arange(BATCH, dtype=np.int32) % CLASSES
 
     @jax.jit
     def sample(scale):
-        velocity = guide(parts.model.network(state["ema"]), jnp.asarray(y), CLASSES, scale=scale, interval=(0.1, 0.7))
-        times = solvers.sde_times(6, "linear", "velocity", "sigma", "mean", 0.04)
+        velocity = guide(network, jnp.asarray(y), np.int32(CLASSES), scale=scale, interval=(0.1, 0.7))
+        times = solvers.sde_times(6, PATHS["linear"], "velocity", "sigma", "mean", 0.04)
         return solvers.euler_maruyama(velocity, jnp.asarray(x), times, lambda i: jnp.asarray(noise)[i])
 
     guided, plain = (np.asarray(sample(scale)) for scale in (2.5, 1.0))
     assert np.abs(guided - plain).max() > 0.01 * np.abs(guided).max(), "guidance does nothing here"
-    job = job_of(config, SHAPE, CLASSES, state["ema"], {"y": y}, "sample", threads=1, compile=False)
+    job = job_of(experiment, state["ema"], {"y": y}, "sample", threads=1, compile=False)
     with Twin(job) as twin:
         assert_close(twin.once({"x": x, "noise": noise, "y": y})["x"], guided, "samples", 1e-4)
         assert twin.run(1) > 0
@@ -144,12 +151,12 @@ def test_what_a_step_draws():
 
     config = config_of(diversity=False)
     config.codec = slot("codecs", "vae", scale=0.5, bias=1.0)
-    config.objective.label_drop = 0.25
+    config.objective.condition_drop = 0.25
     n = 1000
     moments = np.concatenate([np.full((n, *SHAPE), 5), np.full((n, *SHAPE), 3)], axis=-1).astype(np.float16)
     batch = {"moments": moments, "y": np.zeros(n, np.int32)}
     params = start(config_of(diversity=False))[1]["params"]
-    job = job_of(config, SHAPE, CLASSES, params, batch, "train")
+    job = job_of(unbuilt(config), params, batch, "train")
     drawn = torch_sit.drawn(job, {name: torch_sit.on_device(job, array) for name, array in batch.items()})
     x, noise, t, y = (array.numpy() for array in drawn)
     assert x.shape == noise.shape == (n, 3, 8, 4)
@@ -168,11 +175,11 @@ def test_it_compiles(kind):
     pytest.importorskip("torch")
     config = config_of(dtype="bfloat16")
     config.sampler.update({"steps": 3, "cfg_scale": 2.0, "guidance_interval": (0.0, 0.7)})
-    _, state = start(config)
+    experiment, state = start(config)
     inputs = draws() | ({"noise": np.zeros((3, BATCH, *SHAPE), np.float32)} if kind == "sample" else {})
     found = []
     for compile in (True, False):
-        with Twin(job_of(config, SHAPE, CLASSES, state["params"], draws(), kind, compile=compile)) as twin:
+        with Twin(job_of(experiment, state["params"], draws(), kind, compile=compile)) as twin:
             assert twin.facts["compile"] == compile, twin.facts["why_not"]
             found.append(twin.once(inputs))
             assert twin.run(1) > 0
@@ -210,12 +217,12 @@ def test_what_the_twin_cannot_do_is_named(change, kind, message):
             *slots, name = place.split(".")
             reduce(getitem, slots, config)[name] = value
     with pytest.raises(ConfigError, match=message):
-        job_of(config, SHAPE, CLASSES, {}, draws(), kind)
+        job_of(unbuilt(config), {}, draws(), kind)
 
 
 def test_a_batch_that_lacks_something_is_an_error():
     with pytest.raises(ConfigError, match=r"kind train needs x and y; x is missing"):
-        job_of(config_of(), SHAPE, CLASSES, {}, {"y": np.zeros(4, np.int32)}, "train")
+        job_of(unbuilt(config_of()), {}, {"y": np.zeros(4, np.int32)}, "train")
 
 
 def test_without_torch_it_says_what_to_install(monkeypatch):
@@ -226,8 +233,8 @@ def test_without_torch_it_says_what_to_install(monkeypatch):
 
 def test_an_error_in_the_process_arrives_with_its_traceback():
     pytest.importorskip("torch")
-    config = config_of(diversity=False)
-    job = job_of(config, SHAPE, CLASSES, start(config)[1]["params"], draws(), "train", compile=False)
+    experiment, state = start(config_of(diversity=False))
+    job = job_of(experiment, state["params"], draws(), "train", compile=False)
     with Twin(job) as twin:
         with pytest.raises(RunError, match=r"(?s)PyTorch: KeyError: 'noise'.*torch_sit\.py"):
             twin.once({"x": draws()["x"]})

@@ -19,8 +19,9 @@ import pytest
 
 from diversedit_jax.errors import CheckpointError, ConfigError
 from diversedit_jax.runtime.files import writable_folder
+from diversedit_jax.sharding import by_name
 from diversedit_jax.training.checkpoint import FORMAT, Checkpoints
-from diversedit_jax.training.checksums import by_path, checksum, checksums
+from diversedit_jax.training.checksums import checksum, checksums
 from tests import ROOT, checkpoint_fixture
 
 
@@ -101,7 +102,7 @@ def test_a_checkpoint_of_every_format_is_read(version, tmp_path):
     assert_same(state, wanted)
     assert meta == checkpoint_fixture.meta()
     record = json.loads((tmp_path / str(step) / "meta" / "metadata").read_text())
-    assert record["body"]["checksums"] == checksums(by_path(wanted)), "the checksum itself has changed"
+    assert record["body"]["checksums"] == checksums(by_name(wanted)), "the checksum itself has changed"
 
 
 def test_a_checkpoint_of_a_newer_format_says_what_to_do(copy):

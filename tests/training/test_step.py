@@ -12,15 +12,16 @@ import pytest
 
 from diversedit_jax import config as configs
 from diversedit_jax import losses, models, objectives, sharding
-from diversedit_jax.api import AuxLoss, Codec
+from diversedit_jax.api import AuxLoss, Codec, Conditions, Model, Objective, Space, Term
 from diversedit_jax.diffusion.paths import PATHS
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.models import Model
+from diversedit_jax.models import dit
 from diversedit_jax.objectives.flow_matching import regress
 from diversedit_jax.training import optimizer as optim
-from diversedit_jax.training.step import Parts, initializer, train_step
+from diversedit_jax.training.step import Components, initializer, train_step
 
 SHAPE, CLASSES, BATCH = (4, 4, 2), 5, 16
+CONDITIONS = Conditions.labels(CLASSES)
 KEY, RUN_KEY = jax.random.key(0), jax.random.key(1)
 
 
@@ -45,27 +46,28 @@ def small_model() -> Model:
     return Model(init, apply)
 
 
-def parts(**changes) -> Parts:
-    """A small run: no preparation, no auxiliary losses, plain SGD."""
-    return Parts(
+def parts(**changes) -> Components:
+    """A small run: data as they are stored, no auxiliary losses, plain SGD."""
+    return Components(
         model=small_model(),
         codec=Codec(dict, lambda frozen, batch, key: batch, None),
-        objective=objectives.make("flow_matching", CLASSES),
+        objective=objectives.make("flow_matching"),
         losses={},
         optimizer=optax.sgd(0.1),
         ema_decay=0.9,
+        null=CONDITIONS.null,
     )._replace(**changes)
 
 
-def start(parts: Parts):
+def start(parts: Components):
     return jax.jit(initializer(parts, batch()))(KEY)
 
 
-def step_of(parts: Parts):
+def step_of(parts: Components):
     return jax.jit(partial(train_step, parts))
 
 
-def one_step(parts: Parts, state=None, run_key=RUN_KEY):
+def one_step(parts: Components, state=None, run_key=RUN_KEY):
     return step_of(parts)(start(parts) if state is None else state, {}, batch(), run_key)
 
 
@@ -88,7 +90,7 @@ def assert_close(found, wanted, message: str, rtol: float = 2e-5):
 
 def layout_of(data: int, fsdp: int, tensor: int = 1) -> sharding.Layout:
     devices = jax.devices()[: data * fsdp * tensor]
-    return sharding.make(data=data, fsdp=fsdp, tensor=tensor, devices=devices)
+    return sharding.make(data=data, fsdp=fsdp, tensor=tensor, devices=devices).with_rules(dit.RULES)
 
 
 def head() -> AuxLoss:
@@ -98,19 +100,19 @@ def head() -> AuxLoss:
         width = forward.features[1].shape[-1]
         return {"kernel": jax.random.normal(key, (width, width))}
 
-    def apply(params, forward, batch, teacher, step, key):
-        wanted = teacher(forward.x_t, forward.t, forward.y)[1][-1].mean(axis=1, keepdims=True)
-        found = forward.features[1] @ params["kernel"]
-        value = jnp.mean(jnp.square(found - wanted)) + 0.1 * jax.random.normal(key)
-        return value, {"size": jnp.abs(found).mean()}
+    def apply(forward, batch, context):
+        wanted = context.teacher(forward.x_t, forward.t, forward.y)[1][-1].mean(axis=1, keepdims=True)
+        found = forward.features[1] @ context.params["kernel"]
+        value = jnp.mean(jnp.square(found - wanted)) + 0.1 * jax.random.normal(context.key)
+        return Term(value, {"size": jnp.abs(found).mean()})
 
-    return AuxLoss(init, apply, blocks=(1,))
+    return AuxLoss(apply, init, blocks=(1,))
 
 
-def full_parts(unroll: bool = False) -> Parts:
+def full_parts(unroll: bool = False) -> Components:
     """Everything together: the diffusion transformer, two auxiliary losses, AdamW."""
     size = {"depth": 4, "width": 64, "heads": 2, "mlp_ratio": 2.0}
-    model = models.make("dit", SHAPE, CLASSES, (1,), skip="release", unroll=unroll, **size)
+    model = models.make("dit", Space(SHAPE, CONDITIONS), {}, (1,), skip="release", unroll=unroll, **size)
     aux = {"diversity": losses.make("diversity", groups=2), "head": head()}
     optimizer, _ = optim.make(10, eps=1e-3)  # the first step of Adam divides by |gradient|: rounding is not enlarged
     return parts(model=model, losses=aux, optimizer=optimizer)
@@ -179,17 +181,14 @@ def test_every_mesh_gives_the_same_step(on_one_device, sizes, unroll):
 def test_a_batch_that_is_not_finite_leaves_no_trace(where):
     """But for the step, so that the next batch is another; and the run goes on as if the batch had not been."""
 
-    def nothing(key, forward, batch):
-        return {}
-
-    def apply(params, forward, batch, teacher, step, key):
-        x = forward.features[1].mean()
+    def apply(forward, batch, context):
+        x, now = forward.features[1].mean(), context.step == 1
         if where == "loss":
-            return jnp.where(step == 1, jnp.nan, 0.0), {}
-        return jnp.sqrt(jnp.where(step == 1, x - jax.lax.stop_gradient(x), 1.0)), {}  # of 0: its gradient is infinite
+            return Term(jnp.where(now, jnp.nan, 0.0))
+        return Term(jnp.sqrt(jnp.where(now, x - jax.lax.stop_gradient(x), 1.0)))  # of 0: its gradient is infinite
 
     optimizer, _ = optim.make(10)
-    made = parts(losses={"bad": AuxLoss(nothing, apply)}, optimizer=optimizer)
+    made = parts(losses={"bad": AuxLoss(apply)}, optimizer=optimizer)
     first, metrics = one_step(made)
     assert np.isfinite(metrics["grad_norm"])
     second, metrics = one_step(made, first)
@@ -205,7 +204,7 @@ def test_a_batch_that_is_not_finite_leaves_no_trace(where):
 # --- Accumulation.
 
 
-def deterministic(network, batch, key):
+def deterministic(network, batch, context):
     """Flow matching with draws that depend on the example only, so that parts of a batch draw what the whole does."""
     x = batch["x"]
     t = jnp.clip(jnp.abs(x[:, 0, 0, 0]), 0.05, 0.95)
@@ -214,7 +213,7 @@ def deterministic(network, batch, key):
 
 @pytest.mark.parametrize("accumulate", [2, 4])
 def test_accumulated_parts_equal_the_whole(accumulate):
-    whole = parts(objective=deterministic)
+    whole = parts(objective=Objective(deterministic))
     wanted, wanted_metrics = one_step(whole)
     new, metrics = one_step(whole._replace(accumulate=accumulate))
     assert_close(new, wanted, "state")
@@ -225,13 +224,13 @@ def test_accumulated_parts_draw_differently():
     """With noise drawn by key, parts draw anew: another estimate of the same gradient, never the same draws twice."""
     seen = []
 
-    def objective(network, batch, key):
-        forward = objectives.make("flow_matching", CLASSES)(network, batch, key)
+    def objective(network, batch, context):
+        forward = objectives.make("flow_matching").apply(network, batch, context)
         jax.debug.callback(lambda t, x: seen.append((np.asarray(t), np.asarray(x))), forward.t, forward.x)
         return forward
 
     state = start(parts(accumulate=4))
-    step_of(parts(objective=objective, accumulate=4))(state, {}, batch(), RUN_KEY)
+    step_of(parts(objective=Objective(objective), accumulate=4))(state, {}, batch(), RUN_KEY)
     jax.effects_barrier()
     assert len(seen) == 4
     assert len(np.unique([t for t, _ in seen])) == BATCH, "two parts drew the same times"
@@ -246,10 +245,10 @@ def test_accumulated_parts_draw_differently():
 
 def test_state_at_the_start():
     state = start(full_parts())
-    assert set(state) == {"step", "params", "ema", "losses", "opt"}
+    assert set(state) == {"step", "params", "ema", "losses", "objective", "memory", "ema_memory", "opt"}
     assert state["step"] == 0
     jax.tree.map(np.testing.assert_array_equal, state["ema"], state["params"])
-    assert state["losses"]["diversity"] == {}
+    assert state["losses"]["diversity"] == state["objective"] == state["memory"] == state["ema_memory"] == {}
     assert set(state["losses"]["head"]) == {"kernel"}
     keys = [
         jax.tree_util.keystr(path)
@@ -287,11 +286,11 @@ def test_every_step_draws_anew_and_the_same_when_repeated():
 
 
 def test_the_teacher_is_the_ema_network_and_gets_no_gradient():
-    def apply(params, forward, batch, teacher, step, key):
-        prediction, features = teacher(forward.x_t, forward.t, forward.y)
-        return 10 * jnp.sum(prediction**2) + jnp.sum(features[1] ** 2), {}
+    def apply(forward, batch, context):
+        prediction, features = context.teacher(forward.x_t, forward.t, forward.y)
+        return Term(10 * jnp.sum(prediction**2) + jnp.sum(features[1] ** 2))
 
-    made = parts(losses={"taught": AuxLoss(lambda *args: {}, apply)})
+    made = parts(losses={"taught": AuxLoss(apply)})
     state = start(made)
     state["ema"] = jax.tree.map(lambda p: 2 * p + 0.1, state["params"])
     new, metrics = one_step(made, state)
@@ -325,9 +324,7 @@ def test_two_losses_start_and_draw_differently():
 
 
 def test_losses_see_the_step():
-    seen = parts(
-        losses={"seen": AuxLoss(lambda *args: {}, lambda p, f, b, teacher, step, key: (0.0 * step, {"step": step}))}
-    )
+    seen = parts(losses={"seen": AuxLoss(lambda f, b, context: Term(0.0 * context.step, {"step": context.step}))})
     state = start(seen)
     for count in (0, 1):
         state, metrics = one_step(seen, state)
@@ -364,15 +361,15 @@ def test_gradient_norm_is_that_before_clipping():
     np.testing.assert_allclose(moved, 0.01, rtol=1e-3)
 
 
-def test_prepare_gets_the_frozen_weights_and_a_key():
+def test_the_codec_gets_the_frozen_weights_and_a_key():
     def encode(frozen, batch, key):
         return {"x": frozen["scale"] * batch["x"] + jax.random.normal(key, batch["x"].shape), "y": batch["y"]}
 
-    def objective(network, batch, key):
-        forward = deterministic(network, batch, key)
+    def objective(network, batch, context):
+        forward = deterministic(network, batch, context)
         return forward._replace(metrics={"spread": batch["x"].std()})
 
-    made = parts(codec=Codec(lambda: {"scale": jnp.zeros(())}, encode, None), objective=objective)
+    made = parts(codec=Codec(lambda: {"scale": jnp.zeros(())}, encode, None), objective=Objective(objective))
     state, step = start(made), step_of(made)
     spread = [step(state, {"scale": jnp.float32(s)}, batch(), RUN_KEY)[1]["spread"] for s in (0, 3)]
     np.testing.assert_allclose(spread, [1, 10**0.5], rtol=0.1)
@@ -411,15 +408,15 @@ def test_adamw_with_clipping():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"decay": "cosin"}, r"config.optim.decay = 'cosin' is unknown; did you mean 'cosine'"),
-        ({"learning_rate": 0.0}, r"config.optim.learning_rate = 0.0: must be a finite number > 0"),
-        ({"learning_rate": float("nan")}, r"learning_rate = nan: must be a finite"),
-        ({"eps": 0.0}, r"config.optim.eps = 0.0"),
-        ({"clip": 0.0}, r"config.optim.clip = 0.0"),
-        ({"b1": 1.0}, r"config.optim.b1 = 1.0: must be in \[0, 1\)"),
-        ({"b2": -0.1}, r"config.optim.b2 = -0.1"),
-        ({"weight_decay": -1.0}, r"config.optim.weight_decay = -1.0"),
-        ({"warmup_steps": -1}, r"config.optim.warmup_steps = -1: must not be negative"),
+        ({"decay": "cosin"}, r"optim.decay = 'cosin' is unknown; did you mean 'cosine'"),
+        ({"learning_rate": 0.0}, r"optim.learning_rate = 0.0: must be more than 0"),
+        ({"learning_rate": float("nan")}, r"optim.learning_rate = nan: must be more than 0"),
+        ({"eps": 0.0}, r"optim.eps = 0.0: must be more than 0"),
+        ({"clip": 0.0}, r"optim.clip = 0.0: must be more than 0"),
+        ({"b1": 1.0}, r"optim.b1 = 1.0: must be at least 0 and less than 1"),
+        ({"b2": -0.1}, r"optim.b2 = -0.1: must be at least 0 and less than 1"),
+        ({"weight_decay": -1.0}, r"optim.weight_decay = -1.0: must be at least 0"),
+        ({"warmup_steps": -1}, r"optim.warmup_steps = -1: must be at least 0"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -432,12 +429,12 @@ def test_a_loss_from_a_file_outside_of_the_package(tmp_path, monkeypatch):
     """A config names it by its path; its options and their defaults are those of its signature."""
     (tmp_path / "their_loss.py").write_text(
         "import jax.numpy as jnp\n"
-        "from diversedit_jax.api import AuxLoss\n\n\n"
+        "from diversedit_jax.api import AuxLoss, Term\n\n\n"
         "def make(*, scale: float = 0.5, block: int = 1):\n"
-        "    def apply(params, forward, batch, teacher, step, key):\n"
+        "    def apply(forward, batch, context):\n"
         "        size = jnp.mean(forward.features[block] ** 2)\n"
-        "        return scale * size, {'size': size}\n\n"
-        "    return AuxLoss(lambda key, forward, batch: {}, apply, blocks=(block,))\n"
+        "        return Term(scale * size, {'size': size})\n\n"
+        "    return AuxLoss(apply, blocks=(block,))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     config = configs.slot("losses", "their_loss:make", scale=3.0)

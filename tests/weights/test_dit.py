@@ -112,7 +112,7 @@ def test_diffusers_layout_and_back():
 def test_forward_equals_the_reference(name):
     release = load(name)
     options = releases.model_options(release.arch)
-    model = models.make("dit", (8, 8, 4), release.arch.num_classes, **options)
+    model = models.make("dit", release.space(8), releases.inputs(release.arch), **options)
     with np.load(DATA / f"{FILES[name][1].removesuffix('_config')}.npz") as file:
         gold = {key: jnp.asarray(file[key], jax.dtypes.canonicalize_dtype(file[key].dtype)) for key in file.files}
     if name == "meanflow":
