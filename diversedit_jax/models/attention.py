@@ -1,7 +1,8 @@
-"""Attention by the kernel that a config chooses, each equal to the plain form up to rounding.
+"""Attention by the kernel that a config chooses. All kernels are equal up to rounding.
 
-`xla`: plain products and a float32 softmax, on every platform, and the only one with a forward mode (MeanFlow).
-`cudnn`: NVIDIA's kernel. `splash`: jax's Pallas kernel for TPUs, which does not write the [n n] scores to memory.
+`xla`:    plain matrix products and a float32 softmax, on every platform. Only it has a forward mode (MeanFlow).
+`cudnn`:  NVIDIA's kernel.
+`splash`: jax's Pallas kernel for TPUs. It does not write the [n n] scores to memory.
 """
 
 from functools import cache
@@ -18,16 +19,17 @@ from diversedit_jax.errors import ConfigError
 from diversedit_jax.registry import one_of
 
 KERNELS = ("xla", "cudnn", "splash")
-ATTENDED = "attn"  # the name of what attention gives, for rematerialisation
-LANES = 128  # splash takes tokens in multiples of it
-LARGEST = 512  # tokens of a block of splash
+ATTENDED = "attn"  # the name of attention's output, for rematerialisation
+LANES = 128  # the number of tokens must be a multiple of it for splash
+LARGEST = 512  # most tokens in a block of splash
 
 
 def choose(attention: str, dtype: str, forward_mode: bool = False, tokens: int = LANES, width: int = 64) -> str:
-    """One of KERNELS: the one asked for, or for `auto` cuDNN's where it can run. ConfigError for one that cannot run.
+    """One of KERNELS: `attention` itself; for `auto`, `cudnn` if it can run, else `xla`.
 
     forward_mode: the network is differentiated in forward mode (MeanFlow). width: of a head.
-    The platform is that of the mesh that is set, else that of this process.
+    The platform is that of the mesh that is set, else that of this process. Raises ConfigError for a kernel that cannot
+    run.
     """
     one_of("model.attention", attention, ("auto", *KERNELS))
     platform = sharding.platform()
@@ -38,7 +40,7 @@ def choose(attention: str, dtype: str, forward_mode: bool = False, tokens: int =
             f"the device is a {platform}, not a GPU": platform not in ("gpu", "cuda", "rocm"),
             f"model.dtype is {dtype}, not bfloat16 or float16": dtype == "float32",
             f"a head is {width} wide, not a multiple of 8 up to 128": width % 8 != 0 or width > 128,
-            # jax 0.10 takes the empty bias that it makes itself for one, and with a bias cuDNN's gradient wants this
+            # jax 0.10 always passes a bias, if an empty one. With a bias, cuDNN's gradient needs even numbers.
             f"the network has {tokens} tokens, an odd number": tokens % 2 != 0,
             forward: forward_mode,
         },
@@ -60,7 +62,7 @@ def attend(
 ) -> Float[Array, "b n h d"]:
     """softmax(q k^T / sqrt(d)) v for every head.
 
-    What the backward pass reads is named ATTENDED, or is what `kept` tells of, and is there once.
+    Every residual that the backward pass needs is saved exactly once: by its name (ATTENDED) or by the policy `kept`.
     """
     if kernel == "xla":
         return checkpoint_name(plain(q, k, v), ATTENDED)
@@ -76,7 +78,7 @@ def attend(
 def plain(
     q: Float[Array, "b n h d"], k: Float[Array, "b n h d"], v: Float[Array, "b n h d"]
 ) -> Float[Array, "b n h d"]:
-    """`attend` in products and a softmax, which is float32."""
+    """`attend` by matrix products and a float32 softmax."""
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5).astype(v.dtype)
@@ -84,10 +86,10 @@ def plain(
 
 
 def kept(primitive, *_, **__) -> bool:
-    """The policy of `jax.checkpoint` that saves what cuDNN's kernel gives: its output and the softmax's statistics.
+    """The policy of `jax.checkpoint` that saves the outputs of cuDNN's kernel: the values and the softmax's statistics.
 
-    jax names neither, and its backward pass would run the kernel a second time. A jax that calls the kernel's primitive
-    otherwise is not harmed: then it does so.
+    jax names neither of them, so without this policy the backward pass would run the kernel a second time. If jax ever
+    renames the primitive, that happens again, and nothing else breaks.
     """
     return primitive.name.startswith("dot_product_attention_fwd")
 
@@ -112,7 +114,7 @@ def _splash(tokens: int, heads: int, interpret: bool):
         use_fused_bwd_kernel=True,
     )
     mask = splash_attention.MultiHeadMask([splash_attention.FullMask((tokens, tokens))] * heads)
-    with jax.ensure_compile_time_eval():  # what the mask becomes is kept, and must not belong to one trace
+    with jax.ensure_compile_time_eval():  # the result is cached, so it must not belong to one trace
         return splash_attention.make_splash_mha(
             mask,
             block_sizes=sizes,

@@ -1,4 +1,4 @@
-"""Bicubic resizing as PyTorch defines it: one small matrix an axis, for images and for position tables.
+"""Bicubic resizing as PyTorch defines it, by one small matrix per axis, for images and position tables.
 
 `jax.image.resize` differs: without antialiasing its kernel has a = -0.5, where PyTorch has -0.75.
 """
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 
 def kernel(x: np.ndarray, a: float) -> np.ndarray:
-    """The cubic kernel of Keys (1981): 1 at 0, 0 at the other integers and beyond 2; a is its slope at 1."""
+    """The cubic kernel of Keys (1981): 1 at 0, 0 at other integers and beyond 2. a: its slope at 1."""
     x = np.abs(x)
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = a * (((x - 5) * x + 8) * x - 4)
@@ -18,11 +18,11 @@ def kernel(x: np.ndarray, a: float) -> np.ndarray:
 
 
 def weights(given: int, wanted: int, antialias: bool = False, scale: float | None = None) -> np.ndarray:
-    """The matrix [wanted given] that resizes an axis; its rows sum to 1. Pixel centres lie at halves.
+    """The matrix [wanted given] that resizes an axis. Its rows sum to 1. Pixel centres lie at halves.
 
-    antialias: the kernel has a = -0.5, is as wide as `scale` where that is above 1, and is cut at the edge; without it
-        a = -0.75, and the edge pixel is repeated.
-    scale: input pixels per output pixel, given / wanted if None. Coordinates are float32, as in PyTorch.
+    antialias: True: the kernel has a = -0.5, is widened by `scale` if that is above 1, and is cut at the edge.
+        False: a = -0.75, and the edge pixel is repeated.
+    scale: input pixels per output pixel; None: given / wanted. Coordinates are float32, as in PyTorch.
     """
     scale = np.float32(given / wanted if scale is None else scale)
     centre = scale * (np.arange(wanted, dtype=np.float32) + np.float32(0.5))
@@ -39,11 +39,11 @@ def weights(given: int, wanted: int, antialias: bool = False, scale: float | Non
 
 
 def apply(rows: np.ndarray, columns: np.ndarray, x: Float[Array, "*b h w c"]) -> Float[Array, "*b height width c"]:
-    """The matrices [height h] and [width w] of `weights` on the two axes before the last, in float32."""
+    """Resize h and w by the matrices `rows` [height h] and `columns` [width w], in float32."""
     x = jnp.einsum("Hh,...hwc->...Hwc", rows, x.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
     return jnp.einsum("Ww,...Hwc->...HWc", columns, x, precision=jax.lax.Precision.HIGHEST)
 
 
 def resize(x: Float[Array, "*b h w c"], side: int) -> Float[Array, "*b side side c"]:
-    """Images brought to a square of `side` pixels, without antialiasing, as `interpolate(mode="bicubic")` does."""
+    """Resize images to side x side pixels without antialiasing, as torch's `interpolate(mode="bicubic")` does."""
     return apply(weights(x.shape[-3], side), weights(x.shape[-2], side), x)

@@ -72,16 +72,11 @@ SKIPS = {
 }
 
 
-def _identity_on_current(key: Array, shape: tuple[int, int], dtype=jnp.float32) -> Array:
-    """The identity for the current stream, zero for the skip."""
-    return jnp.eye(*shape, dtype=dtype)
-
-
 KERNELS = {
     "xavier": nnx.initializers.xavier_uniform(),
     "torch": nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),  # torch's default for Linear
     "trunc_normal": nnx.initializers.truncated_normal(0.02),
-    "identity": _identity_on_current,
+    "identity": lambda key, shape, dtype=jnp.float32: jnp.eye(*shape, dtype=dtype),  # x stays, the skip counts zero
 }
 
 # What the backward pass keeps of a block besides its input. Everything else is computed again.
@@ -199,7 +194,7 @@ class DiT(nnx.Module):
         patch: int,
         out_channels: int,
         block: Callable[..., Block],
-        merge: Callable[..., Merge],
+        merge: Callable[..., Merge] | None,
         skip: Skip | None,
         capture: str,
         stack: Stack,
@@ -398,7 +393,7 @@ def make(
     grid, prefix = _grid(shape, patch, width), int("token" in inputs)
     out_channels = in_range("model.out_channels", shape[-1] if out_channels is None else out_channels, 1)
     for block in read_blocks:
-        in_range("the block that a loss reads", block, 0, depth)
+        in_range("config.losses: block", block, 0, depth)
     form = _skip(skip, skip_init)
     kernel = choose(attention, dtype, "span" in inputs, math.prod(grid) + prefix, width // heads)
     unroll = sharding.platform() == "tpu" if unroll is None else unroll

@@ -1,8 +1,8 @@
 """The network behind FID: InceptionV3 (arXiv 1512.00567) as Google released it in 2015, from images to features.
 
-What is measured is that of ADM's evaluator (arXiv 2105.05233). Against torchvision's InceptionV3: images are resized
-as TensorFlow 1 does it, average pools leave the padding out, the last block pools by the maximum, there are 1008
-classes. Arithmetic is float32; `precision` is that of the convolutions and of the logits.
+The features are those of ADM's evaluator (arXiv 2105.05233). Differences from torchvision's InceptionV3: images are
+resized as in TensorFlow 1, average pools leave the padding out, the last block pools by the maximum, and there are 1008
+classes. Arithmetic is float32; `precision` applies to the convolutions and the logits.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,9 +16,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from diversedit_jax.api import Params
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.models import PRECISIONS, bicubic, functional
+from diversedit_jax.models import PRECISIONS, Model, bicubic, functional
 from diversedit_jax.registry import one_of
 
 SIDE = 299  # pixels of the images that the network sees
@@ -28,7 +27,7 @@ EPSILON = 1e-3  # of batch norm
 
 
 class Features(NamedTuple):
-    """What the metrics read, float32.
+    """Features that the metrics read, float32.
 
     pool:    [b 2048], the last activations averaged over their places: FID, precision and recall.
     spatial: [b 2023], 7 channels at 17 x 17 places, flattened in the order h w c: sFID.
@@ -40,17 +39,6 @@ class Features(NamedTuple):
     logits: Float[Array, "b 1008"]
 
 
-class Inception(NamedTuple):
-    """The network as pure functions over nested dicts of arrays.
-
-    init:  key -> params.
-    apply: (params, images [b h w 3] of values 0..255, of any size) -> Features.
-    """
-
-    init: Callable[[Array], Params]
-    apply: Callable[[Params, Array], Features]
-
-
 class Conv(NamedTuple):
     """A convolution without bias, followed by batch norm and ReLU."""
 
@@ -60,7 +48,7 @@ class Conv(NamedTuple):
     padding: str = "SAME"
 
 
-# A branch is its steps: the name of a pool, or convolutions of one input whose outputs are joined (mostly just one).
+# The steps of a branch: the name of a pool, or convolutions of one input whose outputs are joined (mostly one).
 Steps = tuple[str | tuple[Conv, ...], ...]
 
 POOLS: dict[str, Callable[[Array], Array]] = {
@@ -114,7 +102,7 @@ def block_8(pool: str) -> dict[str, Steps]:
 
 STEM: Steps = (shrink(32, 2), shrink(32), conv(64, 3, 3), "halve", conv(80), shrink(192), "halve")
 
-# The branches of each block in the order in which their channels are joined; names are those of the torch releases.
+# The branches of each block, in the order in which their channels are joined. The names are those of torch releases.
 BLOCKS: dict[str, dict[str, Steps]] = {
     "5b": block_35(32),
     "5c": block_35(64),
@@ -141,7 +129,7 @@ BLOCKS: dict[str, dict[str, Steps]] = {
 class Unit(nnx.Module):
     """Convolution, batch norm by the statistics of training, ReLU.
 
-    It draws from a key: an nnx.Rngs counts its draws, which takes seconds to trace for as many layers as there are.
+    It takes a key, not an nnx.Rngs: an nnx.Rngs counts its draws, and tracing that takes seconds for so many layers.
     """
 
     def __init__(self, inputs: int, spec: Conv, precision: str, key: Array):
@@ -197,17 +185,17 @@ class Network(nnx.Module):
         x = self.stem(x)
         for name, branches in BLOCKS.items():
             x = jnp.concatenate([self.blocks[name][branch](x) for branch in branches], axis=-1)
-            if name == "6d":  # its first branch, branch1x1, is what ADM's evaluator calls mixed_6/conv
+            if name == "6d":  # ADM's evaluator calls its first branch, branch1x1, mixed_6/conv
                 spatial = x[..., :SPATIAL].reshape(len(x), -1)
         pool = x.mean(axis=(1, 2))
         return Features(pool, spatial, self.classifier(pool))
 
 
 def resize_weights(given: int, wanted: int = SIDE) -> np.ndarray:
-    """The matrix [wanted given] that resizes an axis bilinearly, as TensorFlow 1 does: for `bicubic.apply`.
+    """The matrix [wanted given] that resizes an axis bilinearly as TensorFlow 1 does, for `bicubic.apply`.
 
-    Output pixel i lies at i * given / wanted: the first pixels coincide, not the centres. Beyond the last input pixel
-    that one is repeated; nothing is averaged where pixels are left out. Coordinates are float32, as there.
+    Output pixel i lies at i * given / wanted: the first pixels coincide, not the centres. The last input pixel is
+    repeated beyond the edge. There is no antialiasing. Coordinates are float32, as in TensorFlow.
     """
     place = np.arange(wanted, dtype=np.float32) * (np.float32(given) / np.float32(wanted))
     before = np.floor(place).astype(int)
@@ -220,10 +208,7 @@ def resize_weights(given: int, wanted: int = SIDE) -> np.ndarray:
 
 
 def inputs(images: Array) -> Float[Array, "b 299 299 3"]:
-    """Images [b h w 3] of values 0..255 as the network sees them: resized, then (x - 128) / 128.
-
-    Raises ConfigError for images of another shape.
-    """
+    """Images [b h w 3] with values 0..255 as the network sees them: resized, then (x - 128) / 128."""
     if images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape[1:3]:
         raise ConfigError(f"inception: images of shape {list(images.shape)}: wanted [b h w 3], of values 0..255")
     _, height, width, _ = images.shape
@@ -232,15 +217,12 @@ def inputs(images: Array) -> Float[Array, "b 299 299 3"]:
 
 
 @cache
-def network(precision: str = "highest") -> Inception:
-    """The network; `precision` of its products: one of models.PRECISIONS, on a CPU all are float32.
+def network(precision: str = "highest") -> Model:
+    """The network as pure functions.
 
-    Raises ConfigError for another precision, or images that `apply` cannot take.
+    init:  key -> params. apply: (params, images [b h w 3] with values 0..255, of any size) -> Features.
+    precision: of its matrix products, one of models.PRECISIONS. On a CPU all of them are float32.
     """
     one_of("inception: precision", precision, PRECISIONS)
     model = functional(partial(Network, precision))
-
-    def apply(params: Params, images: Array) -> Features:
-        return model.apply(params, inputs(images))
-
-    return Inception(model.init, apply)
+    return model._replace(apply=lambda params, images: model.apply(params, inputs(images)))

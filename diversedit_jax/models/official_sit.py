@@ -1,7 +1,7 @@
 """The official SiT (arXiv 2401.08740) with our conventions: t = 0 is data, and the output has c channels.
 
-The network inside is `models.dit` with the official parameters. Its time runs from noise (t = 0) to data (t = 1), and
-the second half of its 2 c output channels is not used.
+The network inside is `models.dit` with the official parameters. Its time runs from noise (t = 0) to data (t = 1). The
+second half of its 2 c output channels is not used.
 """
 
 import functools

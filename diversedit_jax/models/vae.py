@@ -1,8 +1,8 @@
 """The variational autoencoder of Stable Diffusion (AutoencoderKL; arXiv 2112.10752), between images and latents.
 
-Arithmetic is float32. `precision` is that of its products: `highest` for latents that are stored and for samples that
-are judged; on a TPU `default` multiplies in bfloat16, which is several times faster and changes the latents by about
-1e-3. A CPU multiplies in float32 either way.
+Arithmetic is float32. `precision` is that of matrix products: use `highest` for latents to store and samples to judge.
+On a TPU, `default` multiplies in bfloat16: several times faster, with latents about 1e-3 off. A CPU always multiplies
+in float32.
 """
 
 from collections.abc import Callable
@@ -23,10 +23,11 @@ LOGVAR = (-30.0, 20.0)  # to which the log variance is clipped, as published
 
 
 class Architecture(NamedTuple):
-    """What distinguishes one autoencoder from another; by default that of Stable Diffusion 1 and 2.
+    """Everything that distinguishes one autoencoder from another. The default is that of Stable Diffusion 1 and 2.
 
-    widths: of each level; between two levels the sides are halved. layers: residual blocks of a level of the encoder;
-    the decoder has one more. groups: of all group norms. quant: 1 x 1 convolutions on both sides of the latents.
+    widths: of each level; sides are halved between two levels.
+    layers: residual blocks of a level in the encoder; the decoder has one more.
+    groups: of all group norms. quant: 1 x 1 convolutions on both sides of the latents.
     """
 
     channels: int = 3
@@ -38,34 +39,32 @@ class Architecture(NamedTuple):
 
     @property
     def factor(self) -> int:
-        """Pixels of the image along a side of one latent."""
+        """Pixels along an axis for each latent."""
         return 2 ** (len(self.widths) - 1)
 
 
 class Layers(NamedTuple):
-    """How the layers of one network are made."""
+    """Builds the layers of one network."""
 
     groups: int
     precision: str
     rngs: nnx.Rngs
 
     def conv(self, inputs: int, outputs: int, side: int = 3, **options) -> nnx.Conv:
-        """A convolution by side x side."""
         return nnx.Conv(inputs, outputs, (side, side), precision=self.precision, rngs=self.rngs, **options)
 
     def linear(self, inputs: int, outputs: int) -> nnx.Linear:
-        """A product over the channels."""
         return nnx.Linear(inputs, outputs, precision=self.precision, rngs=self.rngs)
 
     def norm(self, width: int) -> nnx.GroupNorm:
-        """A group norm; its variance is not taken as a difference of large numbers."""
         if width % self.groups:
             raise ConfigError(f"vae: groups = {self.groups} does not divide the width {width}")
+        # The fast variance is a difference of large numbers.
         return nnx.GroupNorm(width, self.groups, epsilon=1e-6, use_fast_variance=False, rngs=self.rngs)
 
 
 class Residual(nnx.Module):
-    """Norm, SiLU, convolution, twice, beside a shortcut."""
+    """Twice norm, SiLU and convolution, plus a shortcut."""
 
     def __init__(self, inputs: int, width: int, layers: Layers):
         self.norm1, self.conv1 = layers.norm(inputs), layers.conv(inputs, width)
@@ -79,7 +78,7 @@ class Residual(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Attention of every place to every place, with one head. It holds (h w)^2 numbers for each image."""
+    """Attention over all pixels, with one head. It holds (h w)^2 numbers for each image."""
 
     def __init__(self, width: int, layers: Layers):
         self.norm = layers.norm(width)
@@ -95,7 +94,7 @@ class Attention(nnx.Module):
 
 
 class Middle(nnx.Module):
-    """What stands between the levels and the latents: residual, attention, residual."""
+    """Residual, attention, residual, between the levels and the latents."""
 
     def __init__(self, width: int, layers: Layers):
         self.first, self.second = (Residual(width, width, layers) for _ in range(2))
@@ -106,7 +105,7 @@ class Middle(nnx.Module):
 
 
 class Level(nnx.Module):
-    """Residual blocks at one resolution; `resize` is the convolution of the change to the next, None at the last."""
+    """Residual blocks at one resolution. resize: the convolution of the change to the next level, None at the last."""
 
     def __init__(self, inputs: int, width: int, count: int, resize: nnx.Conv | None, layers: Layers):
         self.residuals = nnx.List([Residual(inputs if i == 0 else width, width, layers) for i in range(count)])
@@ -123,22 +122,21 @@ class Encoder(nnx.Module):
 
     def __init__(self, arch: Architecture, layers: Layers):
         *_, last = arch.widths
-        # Halved by a stride over pixels that are padded to the right and below alone, as published.
-        halving = {"strides": 2, "padding": ((0, 1), (0, 1))}
+        # Sides are halved by a stride, over pixels that are padded only on the right and below.
+        conv = partial(layers.conv, strides=2, padding=((0, 1), (0, 1)))
         self.conv_in = layers.conv(arch.channels, arch.widths[0])
-        self.levels = nnx.List(
-            [
-                Level(before, width, arch.layers, layers.conv(width, width, **halving) if more else None, layers)
-                for before, width, more in levels(arch.widths)
-            ]
-        )
+        self.levels = nnx.List(stages(arch.widths, arch.layers, conv, layers))
         self.middle = Middle(last, layers)
         self.norm, self.conv_out = layers.norm(last), layers.conv(last, 2 * arch.latent_channels)
         self.quant = layers.linear(2 * arch.latent_channels, 2 * arch.latent_channels) if arch.quant else None
         self.arch = arch
 
     def __call__(self, images: Float[Array, "b H W c"]) -> Float[Array, "b h w k2"]:
-        _check_images(self.arch, images)
+        _, height, width, channels = images.shape
+        factor = self.arch.factor
+        if channels != self.arch.channels or height % factor or width % factor:
+            given = f"images of {height} x {width} pixels and {channels} channels"
+            raise ConfigError(f"vae: {given}: wanted {self.arch.channels} channels and sides that {factor} divides")
         x = self.conv_in(images)
         for level in self.levels:
             x = level(x)
@@ -158,12 +156,7 @@ class Decoder(nnx.Module):
         self.quant = layers.linear(k, k) if arch.quant else None
         self.conv_in = layers.conv(k, widths[0])
         self.middle = Middle(widths[0], layers)
-        self.levels = nnx.List(
-            [
-                Level(before, width, arch.layers + 1, layers.conv(width, width) if more else None, layers)
-                for before, width, more in levels(widths)
-            ]
-        )
+        self.levels = nnx.List(stages(widths, arch.layers + 1, layers.conv, layers))
         self.norm, self.conv_out = layers.norm(widths[-1]), layers.conv(widths[-1], arch.channels)
 
     def __call__(self, latents: Float[Array, "b h w k"]) -> Float[Array, "b H W c"]:
@@ -174,18 +167,15 @@ class Decoder(nnx.Module):
         return self.conv_out(jax.nn.silu(self.norm(x)))
 
 
+def stages(widths: tuple[int, ...], count: int, conv: Callable[..., nnx.Conv], layers: Layers) -> list[Level]:
+    """The levels of an encoder or a decoder, with `count` residual blocks each. conv: builds the resizing layers."""
+    each = levels(widths)
+    return [Level(before, width, count, conv(width, width) if more else None, layers) for before, width, more in each]
+
+
 def levels(widths: tuple[int, ...]) -> list[tuple[int, int, bool]]:
-    """Of each level: the width before it, its own, and whether another one follows."""
+    """For each level: the width before it, its own width, and whether another level follows."""
     return [(widths[max(i - 1, 0)], width, i + 1 < len(widths)) for i, width in enumerate(widths)]
-
-
-def _check_images(arch: Architecture, images: Array) -> None:
-    _, height, width, channels = images.shape
-    if channels != arch.channels or height % arch.factor or width % arch.factor:
-        raise ConfigError(
-            f"vae: images of {height} x {width} pixels and {channels} channels: wanted {arch.channels} channels and "
-            f"sides that {arch.factor} divides"
-        )
 
 
 class VAE(NamedTuple):
@@ -195,7 +185,7 @@ class VAE(NamedTuple):
     encode: (params, images [b H W c] in [-1, 1]) -> moments float32 [b h w 2k]: k means, then k standard deviations.
     decode: (params, latents [b h w k]) -> images float32 [b H W c], about [-1, 1], not clipped.
 
-    Latents are before scaling. Each function reads its own half of the parameters: the other may be missing.
+    Latents are before scaling. Each function needs only its own half of the parameters.
     """
 
     init: Callable[[Array], Params]
@@ -205,10 +195,7 @@ class VAE(NamedTuple):
 
 @cache
 def network(arch: Architecture, precision: str = "highest") -> VAE:
-    """The autoencoder of an architecture; `precision` of its products: one of models.PRECISIONS, see above.
-
-    Raises ConfigError for what is no autoencoder, or images that `encode` cannot take.
-    """
+    """The autoencoder of an architecture. precision: one of models.PRECISIONS, see above."""
     one_of("vae: precision", precision, PRECISIONS)
     sizes = (arch.channels, arch.latent_channels, arch.layers, arch.groups, len(arch.widths), *arch.widths)
     if min(sizes) < 1:
@@ -220,10 +207,8 @@ def network(arch: Architecture, precision: str = "highest") -> VAE:
         first, second = jax.random.split(key)
         return {"encoder": encoder.init(first), "decoder": decoder.init(second)}
 
-    def encode(params: Params, images: Float[Array, "b H W c"]) -> Float[Array, "b h w k2"]:
-        return encoder.apply(params["encoder"], images)
-
-    def decode(params: Params, latents: Float[Array, "b h w k"]) -> Float[Array, "b H W c"]:
-        return decoder.apply(params["decoder"], latents)
-
-    return VAE(init, encode, decode)
+    return VAE(
+        init,
+        encode=lambda params, images: encoder.apply(params["encoder"], images),
+        decode=lambda params, latents: decoder.apply(params["decoder"], latents),
+    )

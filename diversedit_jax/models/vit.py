@@ -1,7 +1,7 @@
-"""The vision transformer of published image encoders (arXiv 2010.11929): frozen, and one network for all of them.
+"""The frozen vision transformer (arXiv 2010.11929) of published image encoders: one network for all of them.
 
 DINOv2 (arXiv 2304.07193, 2309.16588), DINO (2104.14294), MAE (2111.06377), MoCo v3 (2104.02057), I-JEPA (2301.08243)
-and CLIP (2103.00020) differ by what `Architecture` says. Tokens are, in this order: a class token, registers, patches.
+and CLIP (2103.00020) differ only in their `Architecture`. The order of tokens: class token, registers, patches.
 """
 
 from functools import partial
@@ -17,7 +17,8 @@ from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import Model, bicubic, functional
 from diversedit_jax.models.attention import attend, choose
 from diversedit_jax.models.dit import patchify
-from diversedit_jax.registry import suggestion
+from diversedit_jax.models.stack import stacked
+from diversedit_jax.registry import one_of
 
 ACTIVATIONS = {
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -26,13 +27,13 @@ ACTIVATIONS = {
 
 
 class Architecture(NamedTuple):
-    """What distinguishes one encoder from another.
+    """Everything that distinguishes one encoder from another.
 
     hidden:      width inside of the MLP; with `swiglu`, of each of its two halves.
-    side:        patches along a side of the position table as it is stored.
-    class_token: has its own place in the position table; registers have none.
-    pre_norm:    a norm before the first block (CLIP), whose patches then have no bias.
-    final_norm:  the features are taken after the last norm; else of the last block's output.
+    side:        patches along a side of the stored position table.
+    class_token: has its own place in the position table. Registers have none.
+    pre_norm:    a norm before the first block (CLIP). The patches then have no bias.
+    final_norm:  take the features after the last norm; else from the last block.
     """
 
     depth: int
@@ -53,7 +54,7 @@ class Architecture(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """What an encoder says of images, by kind of token."""
+    """The output of an encoder, by kind of token."""
 
     class_token: Float[Array, "b d"] | None
     registers: Float[Array, "b r d"]
@@ -67,8 +68,8 @@ def split(arch: Architecture, tokens: Float[Array, "b m d"]) -> Tokens:
     return Tokens(tokens[:, 0] if arch.class_token else None, tokens[:, first:patches], tokens[:, patches:])
 
 
-# How the position table of a square of patches is brought to another: (antialias, offset). With an offset o, the scale
-# is side / (wanted + o) and not side / wanted. Models with registers are always resampled as in "repa".
+# How the position table is resampled for another number of patches: (antialias, offset). With an offset o, the scale is
+# side / (wanted + o) and not side / wanted. Models with registers are always resampled as in "repa".
 POSITIONS = {
     "repa": (True, 0.0),  # timm's resampling, which REPA runs on every encoder when it loads one
     "hub": (False, 0.1),  # the code of DINOv2's authors
@@ -79,7 +80,7 @@ POSITIONS = {
 def resample(
     table: Float[Array | np.ndarray, "n d"], side: int, wanted: tuple[int, int], antialias: bool, offset: float
 ) -> Float[Array | np.ndarray, "m d"]:
-    """The position table of side x side patches for a grid of `wanted` (rows, columns); see POSITIONS."""
+    """Resample the position table of side x side patches to `wanted` (rows, columns); see POSITIONS."""
     if wanted == (side, side):
         return table
     square = jnp.asarray(table).reshape(side, side, -1)
@@ -92,7 +93,7 @@ class Block(nnx.Module):
 
     def __init__(self, arch: Architecture, dtype, *, rngs: nnx.Rngs):
         norm = partial(nnx.LayerNorm, arch.width, epsilon=arch.eps, dtype=jnp.float32, rngs=rngs)
-        # weights that are never trained are kept in the dtype that they are used in
+        # The weights are never trained, so they are stored in the dtype of their products.
         linear = partial(nnx.Linear, dtype=dtype, param_dtype=dtype, rngs=rngs)
         qkv = (3, arch.heads, arch.width // arch.heads)
         self.norm1, self.norm2 = norm(), norm()
@@ -126,15 +127,13 @@ def _scaled(x: Float[Array, "b m d"], scale: nnx.Param | None) -> Float[Array, "
 
 
 class ViT(nnx.Module):
-    """Normalised images [b h w c] -> tokens [b m d], float32: prefix and one for each patch, row by row."""
+    """Normalised images [b h w c] -> tokens [b m d], float32: class token, registers, and patches row by row."""
 
     def __init__(self, arch: Architecture, position: tuple[bool, float], dtype, *, rngs: nnx.Rngs):
         def token(*shape: int) -> nnx.Param:
             return nnx.Param(0.02 * jax.random.normal(rngs.params(), (*shape, arch.width)))
 
-        def norm() -> nnx.LayerNorm:
-            return nnx.LayerNorm(arch.width, epsilon=arch.eps, dtype=jnp.float32, rngs=rngs)
-
+        norm = partial(nnx.LayerNorm, arch.width, epsilon=arch.eps, dtype=jnp.float32, rngs=rngs)
         inputs = arch.patch**2 * arch.channels
         bias = not arch.pre_norm
         self.patch_embed = nnx.Linear(inputs, arch.width, use_bias=bias, dtype=dtype, param_dtype=dtype, rngs=rngs)
@@ -142,9 +141,7 @@ class ViT(nnx.Module):
         self.class_token = token() if arch.class_token else None
         self.registers = token(arch.registers) if arch.registers else None
         self.pre_norm = norm() if arch.pre_norm else None
-        self.blocks = jax.vmap(lambda key: Block(arch, dtype, rngs=nnx.Rngs(key)))(
-            jax.random.split(rngs.params(), arch.depth)
-        )
+        self.blocks = stacked(lambda rngs: Block(arch, dtype, rngs=rngs), arch.depth, rngs)
         self.norm = norm() if arch.final_norm else None
         self.arch, self.resampling, self.dtype = arch, position, dtype
 
@@ -169,12 +166,11 @@ class ViT(nnx.Module):
 def network(arch: Architecture, position: str = "repa", dtype: str = "float32") -> Model:
     """The encoder as pure functions: init: key -> random params; apply: (params, images [b h w c]) -> tokens [b m d].
 
-    position: how its position table is resampled for images of another side, see POSITIONS.
-    dtype: of matmuls and their weights, `float32` or `bfloat16`; norms, softmax, residuals and output are float32.
+    position: how to resample the position table for images of another side, see POSITIONS.
+    dtype: of matmuls and their weights, `float32` or `bfloat16`. Norms, softmax, residuals and output are float32.
     """
-    for option, value, known in [("position", position, POSITIONS), ("dtype", dtype, ("float32", "bfloat16"))]:
-        if value not in known:
-            raise ConfigError(f"encoder: {option} = {value!r} is unknown; {suggestion(value, known)}")
+    one_of("encoder: position", position, POSITIONS)
+    one_of("encoder: dtype", dtype, ("float32", "bfloat16"))
     if arch.width % arch.heads:
         raise ConfigError(f"encoder: heads = {arch.heads} does not divide the width {arch.width}")
     resampling = POSITIONS["repa" if arch.registers else position]

@@ -1,9 +1,10 @@
-"""Public releases as our models, and our parameters under a release's names.
+"""Public releases as our models, and our parameters under the names of a release.
 
-A release is recognised from the names and shapes of its arrays. What they cannot tell is asked for: the number of heads
-of an unusual width, and whether a network with 2 c output channels is a DiT or an official SiT.
+The names and shapes of its arrays say which release a file holds. They do not say the number of heads of an unusual
+width, nor whether a network with 2 c output channels is a DiT or an official SiT. The user must give those.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -21,39 +22,33 @@ from diversedit_jax.weights import dit_names, mapping
 from diversedit_jax.weights.dit_names import Architecture, Entry
 from diversedit_jax.weights.formats import orbax_folder
 from diversedit_jax.weights.formats.weights_file import open_weights
-from diversedit_jax.weights.mapping import Arrays
+from diversedit_jax.weights.mapping import Arrays, Shapes
 
 
 class Family(NamedTuple):
     """How a kind of release is written, and what trained it.
 
-    about:     what it is, in a line.
-    entries:   its arrays, for an architecture.
-    aside:     beginnings of names that it holds besides the network: tables that are computed here, heads of losses.
+    about:     a description in one line, for users.
+    entries:   architecture -> its arrays.
+    ignored:   prefixes of names that it may hold besides the network: tables that are computed here, heads of losses.
     double:    whether the output has 2 c channels.
-    model:     whose parameters they are, a name of `models`.
-    objective: what trained it, a name of `objectives`.
+    model:     its name in `models`.
+    objective: the name in `objectives` of what trained it.
     """
 
     about: str
-    entries: Callable[[Architecture], list[Entry]]
-    aside: tuple[str, ...]
+    entries: Callable[[Architecture], list[Entry]] = dit_names.torch_names
+    ignored: tuple[str, ...] = ("pos_embed", "projectors.", "ap_head.")
     double: bool = False
     model: str = "dit"
     objective: str = "flow_matching"
 
 
-# Of training files: PyTorch's, then those of the official MeanFlow, which saves one device's copy of its state.
-ENTRIES = ("ema", "model", "ema_params", "params")
-HEADS = ("pos_embed", "projectors.", "ap_head.")
-TORCH = dit_names.torch_names
 FAMILIES = {
-    "sit": Family("SiT of REPA, SRA and DiverseDiT: t = 1 is noise", TORCH, HEADS),
-    "reg": Family("REG: a SiT of REPA with a class token beside the image", TORCH, HEADS, objective="reg"),
-    "official_sit": Family(
-        "official SiT: t = 0 is noise, 2 c channels", TORCH, HEADS, double=True, model="official_sit"
-    ),
-    "official_dit": Family("official DiT: noise and variance, 1000 steps", TORCH, HEADS, double=True, objective="ddpm"),
+    "sit": Family("SiT of REPA, SRA and DiverseDiT: t = 1 is noise"),
+    "reg": Family("REG: a SiT of REPA with a class token beside the image", objective="reg"),
+    "official_sit": Family("official SiT: t = 0 is noise, 2 c channels", double=True, model="official_sit"),
+    "official_dit": Family("official DiT: noise and variance, 1000 steps", double=True, objective="ddpm"),
     "diffusers_dit": Family(
         "DiT in the layout of diffusers",
         dit_names.diffusers_names,
@@ -62,14 +57,17 @@ FAMILIES = {
         objective="ddpm",
     ),
     "meanflow": Family("official MeanFlow in JAX", dit_names.meanflow_names, ("net/pos_embed",), objective="mean_flow"),
-    "meanflow_torch": Family("MeanFlow's port to torch (zhuyu-cs)", TORCH, HEADS, objective="mean_flow"),
+    "meanflow_torch": Family("MeanFlow's port to torch (zhuyu-cs)", objective="mean_flow"),
 }
+# Parts of a training file, the preferred first: PyTorch's, then those of the official MeanFlow.
+ENTRIES = ("ema", "model", "ema_params", "params")
+SMALLEST = Architecture(depth=2, width=1, heads=1, patch=1, channels=1, out_channels=1, num_classes=1)
 
 
 class Release(NamedTuple):
     """A release as parameters of our model: float32 arrays on the host.
 
-    side: of the image or latent, where the release stores its position table; else None.
+    side: of the image or latent; None if the release stores no position table.
     """
 
     family: str
@@ -79,77 +77,59 @@ class Release(NamedTuple):
 
     @property
     def model(self) -> dict[str, Any]:
-        """The model: its name and options, as a slot of a config has them."""
+        """The name and options of the model, as a slot of a config has them."""
         return {"name": FAMILIES[self.family].model, **model_options(self.arch)}
 
     @property
     def objective(self) -> dict[str, Any]:
-        """What trained it: name and options, as a slot of a config has them."""
+        """The name and options of the objective that trained it, as a slot of a config has them."""
         width = {} if self.arch.token_width is None else {"width": self.arch.token_width}
         return {"name": FAMILIES[self.family].objective, **width}
 
     def space(self, side: int) -> Space:
-        """Where its examples live: squares of this side."""
+        """The space of its examples, squares of this side."""
         return Space((side, side, self.arch.channels), Conditions.labels(self.arch.num_classes))
 
 
-def recognise(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """The family of the arrays with these names and shapes; ConfigError where it cannot be told."""
-    found = [name.split(".")[0].split("/")[0] for name in shapes]
-    if "net" in found:
-        return "meanflow"
-    if "transformer_blocks" in found:
-        return "diffusers_dit"
-    if "r_embedder" in found:
-        return "meanflow_torch"
-    if "cls_projectors2" in found:
-        return "reg"
-    if "blocks" not in found or "final_layer.linear.weight" not in shapes:
-        few = ", ".join(list(shapes)[:3]) or "nothing"
-        raise ConfigError(f"no family known has these arrays ({few}, ...); known: {', '.join(FAMILIES)}")
-    patches, final = shapes["x_embedder.proj.weight"], shapes["final_layer.linear.weight"]
-    if final[0] == 2 * int(np.prod(patches[1:])):
+def recognise(shapes: Shapes) -> str:
+    """The family of the arrays with these names and shapes; ConfigError where they do not show it."""
+    parts = {re.split("[./]", name)[0] for name in shapes}
+    marks = {"net": "meanflow", "transformer_blocks": "diffusers_dit"}
+    marks |= {"r_embedder": "meanflow_torch", "cls_projectors2": "reg"}
+    for part, family in marks.items():
+        if part in parts:
+            return family
+    output = shapes.get("final_layer.linear.weight")
+    if "blocks" not in parts or output is None:
+        known = ", ".join(FAMILIES)
+        raise ConfigError(f"no family known has these arrays ({mapping.few(shapes)}); known: {known}")
+    if output[0] == 2 * math.prod(shapes["x_embedder.proj.weight"][1:]):
         raise ConfigError("an official SiT and a DiT have the same arrays: say --family=official_sit or official_dit")
     return "sit"
 
 
-def architecture(family: str, shapes: Mapping[str, tuple[int, ...]], heads: int | None = None) -> Architecture:
-    """The architecture that the shapes tell. `heads`: of a width that no published size has."""
+def architecture(family: str, shapes: Shapes, heads: int | None = None) -> Architecture:
+    """The architecture that the shapes show. heads: needed for a width that no published size has."""
+    # The arrays that show the sizes have the same names in the smallest architecture.
+    names = {(entry.place, entry.layer): entry.name for entry in FAMILIES[family].entries(SMALLEST)}
 
-    def shape(name: str, rank: int) -> tuple[int, ...]:
-        if name not in shapes:
-            raise ConfigError(f"{family}: the array {name} is missing")
-        if len(shapes[name]) != rank:
-            raise ConfigError(f"{family}: {name} has shape {list(shapes[name])}, wanted {rank} axes")
-        return shapes[name]
+    def shape(count: int, *place: str, layer: int | None = None) -> tuple[int, ...]:
+        return mapping.axes(family, shapes, names[place, layer], count)
 
-    if family == "meanflow":
-        patch, _, channels, width = shape("net/x_embedder/proj/kernel", 4)
-        hidden = shape("net/blocks/layers_0/mlp/fc1/_flax_linear/kernel", 2)[1]
-        final = shape("net/final_layer/linear/_flax_linear/kernel", 2)[1]
-        labels = shape("net/y_embedder/embedding_table/_flax_embedding/embedding", 2)[0]
-        blocks = {name.split("/")[2] for name in shapes if name.startswith("net/blocks/")}
-    else:
-        diffusers = family == "diffusers_dit"
-        block = "transformer_blocks" if diffusers else "blocks"
-        table = (
-            f"{block}.0.norm1.emb.class_embedder.embedding_table.weight"
-            if diffusers
-            else "y_embedder.embedding_table.weight"
-        )
-        width, channels, patch, _ = shape("pos_embed.proj.weight" if diffusers else "x_embedder.proj.weight", 4)
-        hidden = shape(f"{block}.0.ff.net.0.proj.weight" if diffusers else f"{block}.0.mlp.fc1.weight", 2)[0]
-        final = shape("proj_out_2.weight" if diffusers else "final_layer.linear.weight", 2)[0]
-        labels = shape(table, 2)[0]
-        blocks = {name.split(".")[1] for name in shapes if name.startswith(f"{block}.")}
+    flax = family == "meanflow"  # keeps [in, out], torch [out, in]
+    patches = shape(4, "patch_embed", "kernel")
+    width, channels, patch, _ = patches[::-1] if flax else patches
+    hidden = shape(2, "shallow", "fc1", "kernel", layer=0)[1 if flax else 0]
+    output = shape(2, "final", "kernel")[1 if flax else 0]
+    labels, _ = shape(2, "label_embed", "embedding")
+    prefix, _, _ = names[("shallow", "fc1", "kernel"), 0].partition("0")
+    blocks = {re.split("[./]", name.removeprefix(prefix))[0] for name in shapes if name.startswith(prefix)}
+    q_norm = shapes.get("blocks.0.attn.q_norm.weight")
     if heads is None:
-        known = {size.width: size.heads for size in dit.SIZES.values()}
-        head_width = shapes.get("blocks.0.attn.q_norm.weight", (None,))[0]
-        heads = width // head_width if head_width else known.get(width)
-        if heads is None:
-            raise ConfigError(
-                f"the number of heads cannot be read from arrays of width {width}: give it with --heads=N"
-            )
+        published = {size.width: size.heads for size in dit.SIZES.values()}
+        heads = width // q_norm[0] if q_norm else published.get(width)
+    if heads is None:
+        raise ConfigError(f"the number of heads cannot be read from arrays of width {width}: give it with --heads=N")
     if width % heads:
         raise ConfigError(f"heads = {heads} does not divide the width {width}")
     return Architecture(
@@ -158,13 +138,13 @@ def architecture(family: str, shapes: Mapping[str, tuple[int, ...]], heads: int 
         heads=heads,
         patch=patch,
         channels=channels,
-        out_channels=final // patch**2,
+        out_channels=output // patch**2,
         num_classes=labels - 1,
         mlp_ratio=hidden / width,
-        qk_norm="blocks.0.attn.q_norm.weight" in shapes,
+        qk_norm=q_norm is not None,
         skip="skip_norms.0.weight" in shapes,
         second_time=family.startswith("meanflow"),
-        token_width=shape("cls_projectors2.weight", 2)[1] if family == "reg" else None,
+        token_width=mapping.axes(family, shapes, "cls_projectors2.weight", 2)[1] if family == "reg" else None,
     )
 
 
@@ -175,25 +155,22 @@ def model_options(arch: Architecture) -> dict[str, Any]:
 
 
 def inputs(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """What a network of an architecture takes besides x_t, t and y."""
+    """The inputs of a network besides x_t, t and y, as `Objective.inputs`."""
     span = {"span": ()} if arch.second_time else {}
     return span | ({} if arch.token_width is None else {"token": (arch.token_width,)})
 
 
 def abstract(arch: Architecture) -> Params:
-    """Our parameters of an architecture, as shapes. They do not depend on the side of the image."""
+    """The shapes of our parameters for an architecture. They do not depend on the side of the image."""
     space = Space((arch.patch, arch.patch, arch.channels), Conditions.labels(arch.num_classes))
     model = dit.make(space, inputs(arch), **model_options(arch))
     return jax.eval_shape(model.init, jax.random.key(0))
 
 
 def load(
-    arrays: Mapping[str, np.ndarray],
-    shapes: Mapping[str, tuple[int, ...]],
-    family: str | None = None,
-    heads: int | None = None,
+    arrays: Mapping[str, np.ndarray], shapes: Shapes, family: str | None = None, heads: int | None = None
 ) -> Release:
-    """The release in `arrays`, each of them read once, one at a time, into place.
+    """The release in `arrays`. Each array is read once, one at a time, into its place.
 
     Every array must be there, fit, and be known: ConfigError names the first that is missing, misshapen or left over.
     """
@@ -204,42 +181,47 @@ def load(
         raise ConfigError(f"{family} has {wanted} output channels, these arrays {arch.out_channels}")
     entries = FAMILIES[family].entries(arch)
     target = abstract(arch)
-    mapping.check(family, entries, shapes, target, FAMILIES[family].aside)
-    params = mapping.fill(family, entries, arrays, jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), target))
-    table = next((shapes[name] for name in ("pos_embed", "net/pos_embed") if name in shapes), None)
-    first = 1 if family == "reg" else 0  # the class token's row
-    side = arch.patch * round((table[-2] - first) ** 0.5) if table else None
+    mapping.check(family, entries, shapes, target, FAMILIES[family].ignored)
+    params = mapping.fill(family, entries, arrays, target)
+    table = shapes.get("pos_embed") or shapes.get("net/pos_embed")
+    side = arch.patch * round((table[-2] - _rows_before(arch)) ** 0.5) if table else None
     return Release(family, arch, side, params)
+
+
+def _rows_before(arch: Architecture) -> int:
+    """Rows of a release's position table before those of the patches: one for a class token."""
+    return int(arch.token_width is not None)
 
 
 def export(params: Params, family: str, arch: Architecture, side: int | None = None) -> dict[str, np.ndarray]:
     """Our parameters under the names of a family, C-contiguous float32; with `side`, the position table it stores."""
-    one_of("family", family, FAMILIES)
-    if FAMILIES[family].double != (arch.out_channels == 2 * arch.channels):
+    kind = FAMILIES[one_of("family", family, FAMILIES)]
+    torch = kind.entries is dit_names.torch_names
+    if kind.double != (arch.out_channels == 2 * arch.channels):
         raise ConfigError(f"{family} cannot hold a network of {arch.channels} to {arch.out_channels} channels")
-    if FAMILIES[family].entries is not dit_names.torch_names and (arch.skip or arch.qk_norm):
+    if not torch and (arch.skip or arch.qk_norm):
         raise ConfigError(f"{family} has no long residual connections and no q and k norms")
-    has = {"a second time": arch.second_time, "a class token": arch.token_width is not None}
-    holds = {"a second time": family.startswith("meanflow"), "a class token": family == "reg"}
-    for part in has:
-        if has[part] != holds[part]:
-            raise ConfigError(f"{family} cannot hold a network {'with' if has[part] else 'without'} {part}")
-    arrays = mapping.written(FAMILIES[family].entries(arch), params)
-    if side is not None and FAMILIES[family].entries is dit_names.torch_names:
+    for part, present, wanted in [
+        ("a second time", arch.second_time, family.startswith("meanflow")),
+        ("a class token", arch.token_width is not None, family == "reg"),
+    ]:
+        if present != wanted:
+            raise ConfigError(f"{family} cannot hold a network {'with' if present else 'without'} {part}")
+    arrays = mapping.written(kind.entries(arch), params)
+    if side is not None and torch:
         table = dit.position_table((side // arch.patch,) * 2, arch.width)
-        first = 1 if family == "reg" else 0  # the class token's row
-        arrays["pos_embed"] = np.pad(table, ((first, 0), (0, 0)))[None]
+        arrays["pos_embed"] = np.pad(table, ((_rows_before(arch), 0), (0, 0)))[None]
     return arrays
 
 
 def open_release(
     path: Path, family: str | None = None, heads: int | None = None, weights: str | None = None
 ) -> tuple[Release, dict[str, int]]:
-    """The release in a weight file, or in an orbax folder; and how many arrays each of its entries has.
+    """The release in a weight file or in an orbax folder, and the number of arrays in each part of it.
 
-    weights: the entry of a training file to take, by default the first of ENTRIES that it has, else the whole file. The
-    others (the optimizer's half) are not read. Raises WeightsError for what holds no weights, ConfigError for what does
-    not fit.
+    weights: the part of a training file to take, by default the first of ENTRIES that it has, else the whole file. The
+        other parts (the optimizer's state) are not read.
+    Raises WeightsError for a file without weights, ConfigError for weights that do not fit.
     """
     folder = orbax_folder.find(path) if path.is_dir() else None
     with open_weights(path) if folder is None else orbax_folder.OrbaxFolder(folder) as file:
@@ -254,10 +236,9 @@ def open_release(
 
 
 def _current(blocks: int, name: str) -> str:
-    """The name as `weights.dit_names` has it.
+    """The name as `weights.dit_names` has it: of flax with slashes, of REPA with one count of all blocks.
 
-    Trees of flax are written with slashes there. REPA's first files count the blocks behind the projector anew, as
-    `decoder_blocks`, after so many `blocks`.
+    REPA's first files count the blocks behind the projector anew, as `decoder_blocks`, after so many `blocks`.
     """
     first, _, rest = name.partition(".")
     if first == "net":

@@ -1,42 +1,41 @@
 """Published weights of FID's Inception as parameters of `models.inception`.
 
-Two kinds of file hold the same numbers, and each array has a name in both:
+Two kinds of file hold the same numbers. Each array has a name in both:
 
 torch          pt_inception-2015-12-05-6726825d.pth of pytorch-fid and torch-fidelity, or its arrays as .safetensors.
 TensorFlow     classify_image_graph_def.pb of the release from 2015, which ADM's evaluator reads: a frozen graph.
 
-The names in the graph are those that TensorFlow gives to scopes when they are opened again: conv, conv_1, ...; a branch
-of several convolutions, or with a pool, is a tower. All its batch norms have a gamma, which was never trained: ones
-(tensorflow/tensorflow#564).
+In the graph, TensorFlow numbers scopes that are opened again: conv, conv_1, ... A branch with several convolutions or
+with a pool is a tower. All batch norms have a gamma of ones, which was never trained (tensorflow/tensorflow#564).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from diversedit_jax.api import Params
 from diversedit_jax.errors import ConfigError, WeightsError
 from diversedit_jax.models import inception
 from diversedit_jax.models.inception import BLOCKS, CLASSES, WIDTH, Steps
 from diversedit_jax.weights import mapping
-from diversedit_jax.weights.dit_names import CONV, LINEAR, SAME, Entry, Turn
-from diversedit_jax.weights.formats import tf_graph
-from diversedit_jax.weights.formats.tf_graph import Constants
+from diversedit_jax.weights.dit_names import CONV, LINEAR, SAME, Entry, Place, Turn
+from diversedit_jax.weights.formats import NamedArrays, tf_graph
 from diversedit_jax.weights.formats.weights_file import open_weights
-from diversedit_jax.weights.mapping import Arrays
+from diversedit_jax.weights.mapping import Arrays, Shapes
 
 WANTED = "pt_inception-2015-12-05-6726825d.pth (or its arrays as .safetensors) or classify_image_graph_def.pb"
 IMAGENET = (1000, WIDTH)  # of torchvision's classifier
 
 
 class Layout(NamedTuple):
-    """The names of a kind of file: of one convolution and its batch norm, behind the unit's; and of the classifier."""
+    """The names of a kind of file. Those of a convolution and its batch norm follow the unit's name and `separator`."""
 
+    separator: str
     kernel: str
     scale: str
     bias: str
@@ -47,34 +46,18 @@ class Layout(NamedTuple):
     linear: Turn
 
 
+BN = ("bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
+TF_BN = ("batchnorm/gamma", "batchnorm/beta", "batchnorm/moving_mean", "batchnorm/moving_variance")
 LAYOUTS = {
-    "torch": Layout(
-        kernel="conv.weight",
-        scale="bn.weight",
-        bias="bn.bias",
-        mean="bn.running_mean",
-        var="bn.running_var",
-        classifier="fc.weight",
-        conv=CONV,
-        linear=LINEAR,
-    ),
-    "tensorflow": Layout(
-        kernel="conv2d_params",
-        scale="batchnorm/gamma",
-        bias="batchnorm/beta",
-        mean="batchnorm/moving_mean",
-        var="batchnorm/moving_variance",
-        classifier="softmax/weights",
-        conv=SAME,
-        linear=SAME,
-    ),
+    "torch": Layout(".", "conv.weight", *BN, "fc.weight", CONV, LINEAR),
+    "tensorflow": Layout("/", "conv2d_params", *TF_BN, "softmax/weights", SAME, SAME),
 }
 
 
 class Unit(NamedTuple):
-    """A convolution with its norm: where it is in our tree, and its name in each layout."""
+    """A convolution with its norm: its place in our tree, and its name in each layout."""
 
-    place: tuple[str | int, ...]
+    place: Place
     torch: str
     tensorflow: str
 
@@ -87,7 +70,7 @@ class Release(NamedTuple):
 
 
 def open_inception(path: str | Path) -> Release:
-    """The network in a file of either kind, told apart by content.
+    """The network in a file of either kind. The content of the file shows the kind.
 
     Names and shapes are checked now; parameters are read at `read()`. Raises WeightsError for what is no weight file
     and ConfigError, with the array's name, for what does not fit.
@@ -96,13 +79,16 @@ def open_inception(path: str | Path) -> Release:
     what = f"inception: {path}"
     target = _shapes()
     with _opened(path) as (layout, arrays):
-        _check_classes(what, arrays.shapes)
-        mapping.check(what, entries(layout), _without_rest(layout, arrays.shapes), target)
+        if arrays.shapes.get("fc.weight") == IMAGENET:
+            raise ConfigError(
+                f"{what}: fc.weight has {IMAGENET[0]} rows: this is torchvision's classifier of ImageNet, not FID's "
+                f"Inception, which has {CLASSES}; wanted {WANTED}"
+            )
+        mapping.check(what, entries(layout), _network_only(layout, arrays.shapes), target)
 
     def read() -> Params:
-        empty = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), target)
         with _opened(path) as (layout, arrays):
-            return mapping.fill(what, entries(layout), arrays, empty)
+            return mapping.fill(what, entries(layout), arrays, target)
 
     return Release(path.resolve().name, read)
 
@@ -111,13 +97,11 @@ def open_inception(path: str | Path) -> Release:
 def entries(layout: str) -> tuple[Entry, ...]:
     """The arrays of the network in a layout, one of LAYOUTS."""
     names = LAYOUTS[layout]
-    separator = "." if layout == "torch" else "/"
     found = [Entry(("classifier", "kernel"), None, names.classifier, names.linear)]
     for unit in units():
-        name = getattr(unit, layout) + separator
-        found.append(Entry((*unit.place, "kernel"), None, name + names.kernel, names.conv))
-        for leaf in ("scale", "bias", "mean", "var"):
-            found.append(Entry((*unit.place, leaf), None, name + getattr(names, leaf), SAME))
+        for leaf in ("kernel", "scale", "bias", "mean", "var"):
+            name = getattr(unit, layout) + names.separator + getattr(names, leaf)
+            found.append(Entry((*unit.place, leaf), None, name, names.conv if leaf == "kernel" else SAME))
     return tuple(found)
 
 
@@ -136,7 +120,7 @@ def units() -> Iterator[Unit]:
                 towers += 1
 
 
-def _branch(place: tuple, torch: str, scope: str, steps: Steps) -> Iterator[Unit]:
+def _branch(place: Place, torch: str, scope: str, steps: Steps) -> Iterator[Unit]:
     """The units of a branch. Where several share a step they have letters in torch, and a scope of their own."""
     counts, index = [len(step) for step in steps if not isinstance(step, str)], 0
     for i, among in enumerate(counts):
@@ -158,37 +142,25 @@ def _shapes() -> Params:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[str, Arrays | Constants]]:
+def _opened(path: Path) -> Iterator[tuple[str, NamedArrays]]:
     """The layout of a file, and its arrays."""
     graph = tf_graph.starts(path)
     try:
         found = tf_graph.open_graph(path) if graph else open_weights(path)
     except WeightsError as error:
         raise WeightsError(f"{error}; FID's Inception is {WANTED}") from error
-    if graph:
-        yield "tensorflow", found
-    else:
-        with found:
-            yield "torch", Arrays(found)
+    with found:
+        yield ("tensorflow", found) if graph else ("torch", Arrays(found))
 
 
-def _without_rest(layout: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The arrays that have to be the network's.
+def _network_only(layout: str, shapes: Shapes) -> Shapes:
+    """The arrays that must be the network's.
 
-    The rest is, in torch, the bias of the classifier, which ADM leaves out, and what serves training; in a graph every
-    constant of another name: sizes, axes, the mean and scale of pixels.
+    A torch file also holds the classifier's bias, which ADM leaves out, and arrays that only training needs. A graph
+    also holds other constants: sizes, axes, the mean and scale of pixels.
     """
     if layout == "tensorflow":
-        names = {entry.name for entry in entries(layout)} & set(shapes)
-    else:
-        names = {name for name in shapes if not name.startswith("AuxLogits.")}
-        names -= {"fc.bias"} | {name for name in names if name.endswith(".num_batches_tracked")}
-    return {name: shapes[name] for name in shapes if name in names}
-
-
-def _check_classes(what: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    if shapes.get("fc.weight") == IMAGENET:
-        raise ConfigError(
-            f"{what}: fc.weight has {IMAGENET[0]} rows: this is torchvision's classifier of ImageNet, not FID's "
-            f"Inception, which has {CLASSES}; wanted {WANTED}"
-        )
+        known = {entry.name for entry in entries(layout)}
+        return {name: shape for name, shape in shapes.items() if name in known}
+    extra = re.compile(r"AuxLogits\..*|fc\.bias|.*\.num_batches_tracked")
+    return {name: shape for name, shape in shapes.items() if not extra.fullmatch(name)}

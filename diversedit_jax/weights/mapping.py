@@ -1,74 +1,71 @@
-"""Between the arrays of a weight file and a tree of parameters: names and shapes first, then one array at a time."""
+"""Move arrays between a weight file and our parameters: check names and shapes first, then one array at a time."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import jax
 import numpy as np
 
 from diversedit_jax.api import Params
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.weights.dit_names import Entry
-from diversedit_jax.weights.formats.orbax_folder import OrbaxFolder
-from diversedit_jax.weights.formats.weights_file import WeightsFile
+from diversedit_jax.weights.formats import NamedArrays
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
-class Arrays(Mapping):
-    """The arrays below one entry of a weight file, by the rest of their names, read when they are asked for.
+class Arrays(NamedArrays):
+    """The arrays below one entry of a weight file, by the rest of their names. rename: changes the rest of a name."""
 
-    rename: from the rest of a name to the one that is used here.
-    """
-
-    def __init__(self, file: WeightsFile | OrbaxFolder, prefix: str = "", rename: Callable[[str], str] = str):
+    def __init__(self, file: NamedArrays, prefix: str = "", rename: Callable[[str], str] = str):
         names = file.names(prefix)
         rest = [name.removeprefix(f"{prefix}.") if prefix else name for name in names]
         if all(name.startswith("module.") for name in rest):  # as torch's data-parallel wrappers save
             rest = [name.removeprefix("module.") for name in rest]
         self._file, self._names = file, dict(zip(map(rename, rest), names, strict=True))
-        self.shapes = {short: file.shape(name) for short, name in self._names.items()}
+        self.shapes = {short: file.shapes[name] for short, name in self._names.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._file.read(self._names[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+        return self._file[self._names[name]]
 
 
-def check(
-    what: str,
-    entries: Sequence[Entry],
-    shapes: Mapping[str, tuple[int, ...]],
-    target: Params,
-    aside: tuple[str, ...] = (),
-) -> None:
+def axes(what: str, shapes: Shapes, name: str, count: int) -> tuple[int, ...]:
+    """The shape of an array with `count` axes; ConfigError, in the name of `what`, if it is missing or has others."""
+    if name not in shapes:
+        raise ConfigError(f"{what}: the array {name} is missing")
+    if len(shapes[name]) != count:
+        raise ConfigError(f"{what}: the array {name} has shape {list(shapes[name])}, wanted {count} axes")
+    return shapes[name]
+
+
+def few(names: Mapping[str, object]) -> str:
+    """The first names, for an error message."""
+    return f"{', '.join(list(names)[:3]) or 'nothing'}, ..."
+
+
+def check(what: str, entries: Sequence[Entry], shapes: Shapes, target: Params, ignored: tuple[str, ...] = ()) -> None:
     """Raise ConfigError, in the name of `what`, for the first array that is missing, left over or misshapen.
 
-    target: the shapes of our parameters. aside: beginnings of names that the file may hold beside them.
+    target: shapes of our parameters. ignored: prefixes of names that the file may hold besides.
     """
-    wanted = {}
-    for entry in entries:
-        ours = np.broadcast_to(np.float32(0), _shape(target, entry))
-        wanted[entry.name] = entry.turn.theirs(ours).shape
+    zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), target)
+    wanted = {entry.name: entry.turn.theirs(place(zeros, entry)).shape for entry in entries}
     missing = [name for name in wanted if name not in shapes]
-    extra = [name for name in shapes if name not in wanted and not name.startswith(aside)]
-    wrong = [name for name in wanted if name in shapes and tuple(shapes[name]) != wanted[name]]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ConfigError(f"{what}: the array {missing[0]} {list(wanted[missing[0]])} is missing{more}")
-    if extra:
-        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-        raise ConfigError(f"{what}: the array {extra[0]} {list(shapes[extra[0]])} is not known{more}")
-    if wrong:
-        name = wrong[0]
-        raise ConfigError(f"{what}: {name} has shape {list(shapes[name])}, wanted {list(wanted[name])}")
+    extra = [name for name in shapes if name not in wanted and not name.startswith(ignored)]
+    for names, known, problem in [(missing, wanted, "missing"), (extra, shapes, "not known")]:
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ConfigError(f"{what}: the array {names[0]} {list(known[names[0]])} is {problem}{more}")
+    for name, shape in wanted.items():
+        if tuple(shapes[name]) != shape:
+            raise ConfigError(f"{what}: {name} has shape {list(shapes[name])}, wanted {list(shape)}")
 
 
-def fill(what: str, entries: Sequence[Entry], arrays: Mapping[str, np.ndarray], params: Params) -> Params:
-    """`params`, a tree of empty arrays on the host, with every entry read into its place and its dtype.
+def fill(what: str, entries: Sequence[Entry], arrays: Mapping[str, np.ndarray], target: Params) -> Params:
+    """Our parameters on the host, with the shapes and dtypes of `target`. Every entry is read once.
 
     Raises ConfigError where two names of one array hold different values.
     """
+    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), target)
     filled: set[tuple] = set()
     for entry in entries:
         here = place(params, entry)
@@ -82,7 +79,7 @@ def fill(what: str, entries: Sequence[Entry], arrays: Mapping[str, np.ndarray], 
 
 
 def written(entries: Sequence[Entry], params: Params) -> dict[str, np.ndarray]:
-    """The way back: our parameters under the names of the entries, C-contiguous float32."""
+    """Our parameters under the names of the entries, C-contiguous float32: the inverse of `fill`."""
     return {
         entry.name: np.array(entry.turn.theirs(np.asarray(place(params, entry), np.float32)), order="C")
         for entry in entries
@@ -90,19 +87,10 @@ def written(entries: Sequence[Entry], params: Params) -> dict[str, np.ndarray]:
 
 
 def place(params: Params, entry: Entry) -> np.ndarray:
-    """A view of where an entry's array goes."""
+    """The view of our parameters that an entry stands for."""
     for name in entry.place:
         params = params[name]
     array = params if entry.layer is None else params[entry.layer]
     if entry.part is None:
         return array
     return array[entry.part] if entry.place[-1] == "bias" else array[:, entry.part]
-
-
-def _shape(target: Params, entry: Entry) -> tuple[int, ...]:
-    for name in entry.place:
-        target = target[name]
-    shape = target.shape if entry.layer is None else target.shape[1:]
-    if entry.part is None:
-        return shape
-    return shape[1:] if entry.place[-1] == "bias" else (shape[0], *shape[2:])

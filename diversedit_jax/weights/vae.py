@@ -1,37 +1,42 @@
 """Published autoencoders as parameters of `models.vae`, and ours in the published layout.
 
-A folder of diffusers holds config.json and diffusion_pytorch_model.safetensors; a file alone may also be the .ckpt of
-latent diffusion's authors, with the autoencoder below `first_stage_model`. Which of the spellings a file has, and the
-widths, are read from its arrays; the scale of the latents and the number of groups stand in config.json alone.
+A folder of diffusers holds config.json and diffusion_pytorch_model.safetensors. A file alone may also be the .ckpt of
+latent diffusion's authors, with the autoencoder below `first_stage_model`. The arrays of a file show its layout and the
+widths. Only config.json has the scale of the latents and the number of groups.
 """
 
 import json
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from diversedit_jax.api import Params
 from diversedit_jax.errors import ConfigError, WeightsError
 from diversedit_jax.models import vae
 from diversedit_jax.models.vae import Architecture
+from diversedit_jax.runtime.files import write_json
 from diversedit_jax.weights import mapping
-from diversedit_jax.weights.dit_names import CONV, SAME, Entry, Turn, norm
+from diversedit_jax.weights.dit_names import CONV, LINEAR, Entry, Place, Turn, linear, norm
 from diversedit_jax.weights.formats.weights_file import WeightsFile, file_digest, open_weights, write_safetensors
-from diversedit_jax.weights.mapping import Arrays
+from diversedit_jax.weights.mapping import Arrays, Shapes
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"
 HALVES = ("encoder", "decoder")
-MOST = 16  # levels, and residuals of one, that are looked for
+MOST = 16  # levels, and residual blocks of a level, that are looked for
+
+
+# A Linear over channels that is stored as a 1 x 1 convolution: torch's [out, in, 1, 1] and our [in, out].
+POINTWISE = Turn(lambda x: x.reshape(x.shape[:2]).T, lambda x: x.T.reshape(*x.shape[::-1], 1, 1))
+conv = partial(linear, kernel=CONV)
 
 
 class Layout(NamedTuple):
-    """The names of a kind of file, each behind `encoder.` or `decoder.`; {i} is a level, {j} a residual in it.
+    """The names of a kind of file, below `encoder.` or `decoder.`. {i} is a level, {j} a residual block in it.
 
-    up_reversed: the levels of the decoder are counted from its output.
+    up_reversed: the decoder's levels are counted from its output.
     """
 
     down: str
@@ -77,16 +82,17 @@ LAYOUTS = {
     ),
 }
 ENTRY = "first_stage_model"  # of the autoencoder in a file of latent diffusion
-# What such files hold beside the two halves, from training the autoencoder or a wrapper of it.
-ASIDE = ("loss.", "model_ema.", "encoder_ema.", "decoder_ema.")
+# Prefixes of other arrays in such files, from training the autoencoder or a wrapper of it.
+IGNORED = ("loss.", "model_ema.", "encoder_ema.", "decoder_ema.")
 
 
 class Release(NamedTuple):
     """An autoencoder in a file.
 
-    scale, shift: the network's latents are (latents - shift) * scale; None where no config.json says so.
-    name:         of its folder or file. digest: sha256 of the weight file, in hex.
-    read:         (halves) -> params, of both halves by default: {"encoder": ..., "decoder": ...}, on the host.
+    scale, shift: the network's latents are (latents - shift) * scale; None without a config.json.
+    name:         of its folder or file.
+    digest:       sha256 of the weight file, in hex.
+    read:         (halves) -> {"encoder": params, "decoder": params} on the host; by default both halves.
     """
 
     arch: Architecture
@@ -110,23 +116,24 @@ def open_vae(path: str | Path) -> Release:
     what = f"vae: {file}"
     layout, arch = _recognised(what, shapes, config.get("norm_num_groups", Architecture().groups))
     _check_config(what, arch, config)
-    four = len(shapes[_attention(layout, "encoder", 0)]) == 4
+    four = len(shapes[_attention(layout)]) == 4
     target = _shapes(arch)
-    every = [entry for half in HALVES for entry in entries(layout, arch, half, four)]
-    mapping.check(what, every, shapes, target, ASIDE)
+
+    def wanted(halves: tuple[str, ...]) -> list[Entry]:
+        return [entry for half in halves for entry in entries(layout, arch, half, four)]
+
+    mapping.check(what, wanted(HALVES), shapes, target, IGNORED)
 
     def read(halves: tuple[str, ...] = HALVES) -> Params:
-        empty = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), {half: target[half] for half in halves})
-        wanted = [entry for half in halves for entry in entries(layout, arch, half, four)]
         with open_weights(file) as weights:
-            return mapping.fill(what, wanted, _below(weights), empty)
+            return mapping.fill(what, wanted(halves), _below(weights), {half: target[half] for half in halves})
 
     scale, shift = (config.get(key) for key in ("scaling_factor", "shift_factor"))
     return Release(arch, scale, shift or 0.0 if config else None, path.resolve().name, file_digest(file), read)
 
 
 def export(params: Params, arch: Architecture, folder: str | Path, *, scale: float = 0.18215, shift: float = 0.0):
-    """Write an autoencoder as a folder of diffusers; the names are those that its current versions write."""
+    """Write an autoencoder as a folder of diffusers, with the names that its current versions write."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     every = [entry for half in HALVES for entry in entries("diffusers", arch, half)]
@@ -148,25 +155,25 @@ def export(params: Params, arch: Architecture, folder: str | Path, *, scale: flo
         "use_post_quant_conv": arch.quant,
         "use_quant_conv": arch.quant,
     }
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, config)
 
 
 def entries(layout: str, arch: Architecture, half: str, four: bool = False) -> list[Entry]:
-    """The arrays of one half in a layout. four: the products of the attention are stored as 1 x 1 convolutions."""
+    """The arrays of one half in a layout. four: attention stores its Linears as 1 x 1 convolutions, with four axes."""
     names = LAYOUTS[layout]
     levels = len(arch.widths)
     widths = arch.widths if half == "encoder" else arch.widths[::-1]
     residuals, resize = (names.down, names.halve) if half == "encoder" else (names.up, names.double)
-    found = _conv((half, "conv_in"), f"{half}.conv_in") + _conv((half, "conv_out"), f"{half}.conv_out")
+    found = conv((half, "conv_in"), f"{half}.conv_in") + conv((half, "conv_out"), f"{half}.conv_out")
     found += norm((half, "norm"), f"{half}.{names.norm_out}")
     if arch.quant:
-        found += _product((half, "quant"), "quant_conv" if half == "encoder" else "post_quant_conv", four=True)
+        found += linear((half, "quant"), "quant_conv" if half == "encoder" else "post_quant_conv", kernel=POINTWISE)
     for place, name in zip(("first", "second"), names.middle, strict=True):
         found += _residual((half, "middle", place), f"{half}.{name}", names, shortcut=False)
     attention, place = f"{half}.{names.attention}", (half, "middle", "attention")
     found += norm((*place, "norm"), f"{attention}.{names.norm}")
     for ours, theirs in zip(("q", "k", "v", "out"), names.qkv_out, strict=True):
-        found += _product((*place, ours), f"{attention}.{theirs}", four)
+        found += linear((*place, ours), f"{attention}.{theirs}", kernel=POINTWISE if four else LINEAR)
     for i, (before, width, more) in enumerate(vae.levels(widths)):
         number = levels - 1 - i if half == "decoder" and names.up_reversed else i
         level = (half, "levels", i)
@@ -174,33 +181,15 @@ def entries(layout: str, arch: Architecture, half: str, four: bool = False) -> l
             name = f"{half}.{residuals.format(i=number, j=j)}"
             found += _residual((*level, "residuals", j), name, names, shortcut=j == 0 and before != width)
         if more:
-            found += _conv((*level, "resize"), f"{half}.{resize.format(i=number)}")
+            found += conv((*level, "resize"), f"{half}.{resize.format(i=number)}")
     return found
 
 
-def _residual(place: tuple, name: str, names: Layout, shortcut: bool) -> list[Entry]:
+def _residual(place: Place, name: str, names: Layout, shortcut: bool) -> list[Entry]:
     found = norm((*place, "norm1"), f"{name}.norm1") + norm((*place, "norm2"), f"{name}.norm2")
-    found += _conv((*place, "conv1"), f"{name}.conv1") + _conv((*place, "conv2"), f"{name}.conv2")
-    return found + (_product((*place, "shortcut"), f"{name}.{names.shortcut}", four=True) if shortcut else [])
-
-
-def _conv(place: tuple, name: str) -> list[Entry]:
-    return [
-        Entry((*place, "kernel"), None, f"{name}.weight", CONV),
-        Entry((*place, "bias"), None, f"{name}.bias", SAME),
-    ]
-
-
-def _product(place: tuple, name: str, four: bool) -> list[Entry]:
-    """A product over channels, in torch [out, in] or, as a convolution, [out, in, 1, 1]."""
-    turn = Turn(
-        lambda x: x.reshape(x.shape[:2]).T,
-        lambda x: x.T.reshape(x.shape[::-1] + (1, 1) * four),
-    )
-    return [
-        Entry((*place, "kernel"), None, f"{name}.weight", turn),
-        Entry((*place, "bias"), None, f"{name}.bias", SAME),
-    ]
+    found += conv((*place, "conv1"), f"{name}.conv1") + conv((*place, "conv2"), f"{name}.conv2")
+    shortcuts = linear((*place, "shortcut"), f"{name}.{names.shortcut}", kernel=POINTWISE) if shortcut else []
+    return found + shortcuts
 
 
 @cache
@@ -208,13 +197,14 @@ def _shapes(arch: Architecture) -> Params:
     return jax.eval_shape(vae.network(arch).init, jax.random.key(0))
 
 
-def _attention(layout: str, half: str, which: int) -> str:
+def _attention(layout: str) -> str:
+    """The name of the encoder's kernel for q."""
     names = LAYOUTS[layout]
-    return f"{half}.{names.attention}.{names.qkv_out[which]}.weight"
+    return f"encoder.{names.attention}.{names.qkv_out[0]}.weight"
 
 
 def _found(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The weight file of what the user named, and the config.json beside it, {} if there is none."""
+    """The weight file that `path` stands for, and the contents of the config.json beside it, {} if there is none."""
     if not path.is_dir():
         return path, _config(path.parent / CONFIG) if path.stem == WEIGHTS else {}
     for folder in (path, path / "vae"):
@@ -246,26 +236,21 @@ def _below(weights: WeightsFile) -> Arrays:
     return Arrays(weights)
 
 
-def _recognised(what: str, shapes: Mapping[str, tuple[int, ...]], groups: int) -> tuple[str, Architecture]:
-    """The layout of a file and the architecture that its shapes tell."""
-    layout = next((layout for layout in LAYOUTS if _attention(layout, "encoder", 0) in shapes), None)
+def _recognised(what: str, shapes: Shapes, groups: int) -> tuple[str, Architecture]:
+    """The layout of a file and the architecture that its shapes show."""
+    layout = next((layout for layout in LAYOUTS if _attention(layout) in shapes), None)
     if layout is None:
-        few = ", ".join(list(shapes)[:3]) or "nothing"
-        wanted = " or ".join(_attention(layout, "encoder", 0) for layout in LAYOUTS)
-        raise ConfigError(f"{what}: these are not the arrays of an autoencoder ({few}, ...): wanted {wanted}")
-
-    def axes(name: str) -> tuple[int, ...]:
-        if len(shapes.get(name, ())) != 4:
-            given = f"has shape {list(shapes[name])}, wanted 4 axes" if name in shapes else "is missing"
-            raise ConfigError(f"{what}: the array {name} {given}")
-        return shapes[name]
+        wanted = " or ".join(map(_attention, LAYOUTS))
+        raise ConfigError(
+            f"{what}: these are not the arrays of an autoencoder ({mapping.few(shapes)}): wanted {wanted}"
+        )
+    axes = partial(mapping.axes, what, shapes, count=4)
 
     def residual(i: int, j: int) -> str:
         return f"encoder.{LAYOUTS[layout].down.format(i=i, j=j)}.conv1.weight"
 
+    axes(residual(0, 0))  # raises if there is no level
     levels = [i for i in range(MOST) if residual(i, 0) in shapes]
-    if 0 not in levels:
-        raise ConfigError(f"{what}: the array {residual(0, 0)} is missing")
     arch = Architecture(
         channels=axes("encoder.conv_in.weight")[1],
         latent_channels=axes("encoder.conv_out.weight")[0] // 2,
@@ -278,14 +263,14 @@ def _recognised(what: str, shapes: Mapping[str, tuple[int, ...]], groups: int) -
 
 
 def _check_config(what: str, arch: Architecture, config: Mapping[str, Any]) -> None:
-    """config.json and the arrays tell of the same autoencoder."""
-    told = {
+    """Raise ConfigError if config.json and the arrays are not of the same autoencoder."""
+    expected = {
         "block_out_channels": list(arch.widths),
         "layers_per_block": arch.layers,
         "latent_channels": arch.latent_channels,
         "in_channels": arch.channels,
         "act_fn": "silu",
     }
-    for key, value in told.items():
+    for key, value in expected.items():
         if config.get(key, value) != value:
             raise ConfigError(f"{what}: config.json says {key} = {config[key]}, the arrays {value}")

@@ -1,9 +1,10 @@
 """Published image encoders as parameters of `models.vit`.
 
-The layouts differ in names alone, so each is one row of names. What distinguishes the networks is read from the shapes.
+Layouts differ only in names, so each is one row of names. Shapes show what distinguishes the networks.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,30 +15,29 @@ from diversedit_jax.api import Params
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import vit
 from diversedit_jax.models.vit import Architecture
-from diversedit_jax.registry import suggestion
+from diversedit_jax.registry import one_of
 from diversedit_jax.weights import mapping
-from diversedit_jax.weights.dit_names import SAME, Entry, Turn, conv, head_of, heads_of, linear, norm
+from diversedit_jax.weights.dit_names import SAME, Entry, Turn, conv, heads_of, linear, norm
 from diversedit_jax.weights.formats.weights_file import WeightsFile, open_weights
-from diversedit_jax.weights.mapping import Arrays
+from diversedit_jax.weights.mapping import Arrays, Shapes
 
 
 class Layout(NamedTuple):
-    """The names of a kind of file: those outside of the blocks in full, those inside behind `blocks` and a number.
+    """The names of a kind of file. Names inside of a block follow `blocks` and a number.
 
-    qkv: one name, or those of q, k and v; with the dot or underscore before `weight`. gated: fc1 and fc2 of SwiGLU.
-    flat: the class token is [d] and the position table [n d], without axes of length one before them.
+    qkv:   one name, or three; with the dot or underscore before `weight`.
+    mlp:   fc1 and fc2. gated: those of SwiGLU.
+    flat:  the class token is [d] and the position table [n d], without leading axes of length 1.
     """
 
     patch: str
     position: str
     class_token: str
     blocks: str
-    norm1: str
+    norms: tuple[str, str]
     qkv: tuple[str, ...]
     proj: str
-    norm2: str
-    fc1: str
-    fc2: str
+    mlp: tuple[str, str]
     norm: str
     pre_norm: str = ""
     registers: str = ""
@@ -46,63 +46,49 @@ class Layout(NamedTuple):
     flat: bool = False
 
 
+HF_VIT = Layout(  # ViTModel of transformers
+    patch="embeddings.patch_embeddings.projection",
+    position="embeddings.position_embeddings",
+    class_token="embeddings.cls_token",
+    blocks="encoder.layer",
+    norms=("layernorm_before", "layernorm_after"),
+    qkv=("attention.attention.query.", "attention.attention.key.", "attention.attention.value."),
+    proj="attention.output.dense",
+    mlp=("intermediate.dense", "output.dense"),
+    norm="layernorm",
+)
 LAYOUTS = {
     "original": Layout(  # DINOv2, DINO, MAE, MoCo v3 and I-JEPA as their authors publish them
         patch="patch_embed.proj",
         position="pos_embed",
         class_token="cls_token",
         blocks="blocks",
-        norm1="norm1",
+        norms=("norm1", "norm2"),
         qkv=("attn.qkv.",),
         proj="attn.proj",
-        norm2="norm2",
-        fc1="mlp.fc1",
-        fc2="mlp.fc2",
+        mlp=("mlp.fc1", "mlp.fc2"),
         norm="norm",
         registers="register_tokens",
         scales=("ls1.gamma", "ls2.gamma"),
         gated=("mlp.w12", "mlp.w3"),
     ),
-    "hf_dinov2": Layout(  # Dinov2Model and Dinov2WithRegistersModel of transformers
-        patch="embeddings.patch_embeddings.projection",
-        position="embeddings.position_embeddings",
-        class_token="embeddings.cls_token",
-        blocks="encoder.layer",
-        norm1="norm1",
-        qkv=("attention.attention.query.", "attention.attention.key.", "attention.attention.value."),
-        proj="attention.output.dense",
-        norm2="norm2",
-        fc1="mlp.fc1",
-        fc2="mlp.fc2",
-        norm="layernorm",
+    "hf_dinov2": HF_VIT._replace(  # Dinov2Model and Dinov2WithRegistersModel of transformers
+        norms=("norm1", "norm2"),
+        mlp=("mlp.fc1", "mlp.fc2"),
         registers="embeddings.register_tokens",
         scales=("layer_scale1.lambda1", "layer_scale2.lambda1"),
         gated=("mlp.weights_in", "mlp.weights_out"),
     ),
-    "hf_vit": Layout(  # ViTModel of transformers
-        patch="embeddings.patch_embeddings.projection",
-        position="embeddings.position_embeddings",
-        class_token="embeddings.cls_token",
-        blocks="encoder.layer",
-        norm1="layernorm_before",
-        qkv=("attention.attention.query.", "attention.attention.key.", "attention.attention.value."),
-        proj="attention.output.dense",
-        norm2="layernorm_after",
-        fc1="intermediate.dense",
-        fc2="output.dense",
-        norm="layernorm",
-    ),
+    "hf_vit": HF_VIT,
     "hf_clip": Layout(  # CLIPModel and CLIPVisionModel of transformers, which misspell the first norm
         patch="vision_model.embeddings.patch_embedding",
         position="vision_model.embeddings.position_embedding.weight",
         class_token="vision_model.embeddings.class_embedding",
         blocks="vision_model.encoder.layers",
-        norm1="layer_norm1",
+        norms=("layer_norm1", "layer_norm2"),
         qkv=("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj."),
         proj="self_attn.out_proj",
-        norm2="layer_norm2",
-        fc1="mlp.fc1",
-        fc2="mlp.fc2",
+        mlp=("mlp.fc1", "mlp.fc2"),
         norm="vision_model.post_layernorm",
         pre_norm="vision_model.pre_layrnorm",
         flat=True,
@@ -112,12 +98,10 @@ LAYOUTS = {
         position="visual.positional_embedding",
         class_token="visual.class_embedding",
         blocks="visual.transformer.resblocks",
-        norm1="ln_1",
+        norms=("ln_1", "ln_2"),
         qkv=("attn.in_proj_",),
         proj="attn.out_proj",
-        norm2="ln_2",
-        fc1="mlp.c_fc",
-        fc2="mlp.c_proj",
+        mlp=("mlp.c_fc", "mlp.c_proj"),
         norm="visual.ln_post",
         pre_norm="visual.ln_pre",
         flat=True,
@@ -126,18 +110,20 @@ LAYOUTS = {
 
 
 class Kind(NamedTuple):
-    """What all releases of an encoder share; the fields after `rename` are those of `vit.Architecture`.
+    """What all releases of an encoder share. The fields after `rename` are those of `vit.Architecture`.
 
-    layouts: in which it is published. heads: width -> number of heads, which no shape tells.
-    entry:   of the file; a file without it may hold the arrays alone.
-    aside:   beginnings of names that are not the encoder's. rename: of the names below the entry.
+    layouts: those in which it is published.
+    heads:   width -> number of heads, which no shape shows.
+    entry:   the part of a training file that holds it. A file without this part may hold the arrays alone.
+    ignored: prefixes of names that are not the encoder's.
+    rename:  changes names below the entry.
     """
 
     name: str
     layouts: tuple[str, ...]
     heads: Mapping[int, int]
     entry: str = ""
-    aside: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
     rename: Callable[[str], str] = str
     class_token: bool = True
     layer_scale: bool = False
@@ -147,7 +133,7 @@ class Kind(NamedTuple):
 
 
 class Release(NamedTuple):
-    """An encoder in a file: its architecture, and its parameters, read from the file when they are asked for."""
+    """An encoder in a file. read: () -> parameters on the host."""
 
     arch: Architecture
     read: Callable[[], Params]
@@ -174,18 +160,19 @@ def entries(layout: str, arch: Architecture) -> list[Entry]:
         found += norm(("pre_norm",), names.pre_norm)
     if arch.final_norm:
         found += norm(("norm",), names.norm)
-    parts = [None] if len(names.qkv) == 1 else [0, 1, 2]
-    turns = heads_of(arch.width, arch.heads, transpose=True) if parts == [None] else head_of(arch.width, arch.heads)
-    fc1, fc2 = names.gated if arch.swiglu else (names.fc1, names.fc2)
+    joint = len(names.qkv) == 1
+    turns = heads_of(arch.width, arch.heads, (3,) if joint else ())
+    mlp = names.gated if arch.swiglu else names.mlp
     for i in range(arch.depth):
         block = f"{names.blocks}.{i}"
-        for ours, theirs in [("norm1", names.norm1), ("norm2", names.norm2)]:
+        for ours, theirs in zip(("norm1", "norm2"), names.norms, strict=True):
             found += norm(("blocks", ours), f"{block}.{theirs}", i)
-        for ours, theirs in [("proj", names.proj), ("fc1", fc1), ("fc2", fc2)]:
+        for ours, theirs in zip(("proj", "fc1", "fc2"), (names.proj, *mlp), strict=True):
             found += linear(("blocks", ours), f"{block}.{theirs}", i)
         for leaf, suffix, turn in zip(("kernel", "bias"), ("weight", "bias"), turns, strict=True):
-            for name, part in zip(names.qkv, parts, strict=True):
-                found.append(Entry(("blocks", "qkv", leaf), i, f"{block}.{name}{suffix}", turn, part))
+            for part, name in enumerate(names.qkv):
+                place = ("blocks", "qkv", leaf)
+                found.append(Entry(place, i, f"{block}.{name}{suffix}", turn, None if joint else part))
         if arch.layer_scale:
             for ours, theirs in zip(("scale1", "scale2"), names.scales, strict=True):
                 found.append(Entry(("blocks", ours), i, f"{block}.{theirs}", SAME))
@@ -193,29 +180,20 @@ def entries(layout: str, arch: Architecture) -> list[Entry]:
 
 
 def _lead(axes: int) -> Turn:
-    """Leading axes of length 1, which are not kept here."""
+    """Leading axes of length 1, which we drop."""
     return Turn(lambda x: x.reshape(x.shape[axes:]), lambda x: x.reshape((1,) * axes + x.shape))
 
 
-def architecture(
-    kind: Kind, layout: str, shapes: Mapping[str, tuple[int, ...]], heads: int | None = None
-) -> Architecture:
-    """The architecture that the shapes of a file tell. `heads`: of a width that no published encoder has."""
+def architecture(kind: Kind, layout: str, shapes: Shapes, heads: int | None = None) -> Architecture:
+    """The architecture that the shapes of a file show. heads: needed for a width that no published encoder has."""
     names = LAYOUTS[layout]
-
-    def shape(name: str, rank: int) -> tuple[int, ...]:
-        if name not in shapes:
-            raise ConfigError(f"{kind.name}: the array {name} is missing")
-        if len(shapes[name]) != rank:
-            raise ConfigError(f"{kind.name}: {name} has shape {list(shapes[name])}, wanted {rank} axes")
-        return shapes[name]
-
+    shape = partial(mapping.axes, kind.name, shapes)
     width, channels, patch, _ = shape(f"{names.patch}.weight", 4)
     first = f"{names.blocks}.0."
     swiglu = bool(names.gated[1]) and f"{first}{names.gated[1]}.weight" in shapes
-    hidden = shape(f"{first}{names.gated[1] if swiglu else names.fc2}.weight", 2)[1]
-    count = len(names.blocks.split("."))
-    blocks = {name.split(".")[count] for name in shapes if name.startswith(f"{names.blocks}.")}
+    hidden = shape(f"{first}{(names.gated if swiglu else names.mlp)[1]}.weight", 2)[1]
+    prefix = f"{names.blocks}."
+    blocks = {name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)}
     places = shape(names.position, 2 if names.flat else 3)[-2]
     side = round((places - kind.class_token) ** 0.5)
     if side**2 + kind.class_token != places:
@@ -243,24 +221,23 @@ def architecture(
     )
 
 
-def recognise(kind: Kind, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """The layout of a file of this kind; ConfigError if it is none of those that it is published in."""
+def recognise(kind: Kind, shapes: Shapes) -> str:
+    """The layout of a file of this kind; ConfigError if it has none of the published ones."""
     for layout in kind.layouts:
         names = LAYOUTS[layout]
-        if f"{names.patch}.weight" in shapes and f"{names.blocks}.0.{names.norm1}.weight" in shapes:
+        if f"{names.patch}.weight" in shapes and f"{names.blocks}.0.{names.norms[0]}.weight" in shapes:
             return layout
     wanted = " or ".join(f"{LAYOUTS[layout].patch}.weight" for layout in kind.layouts)
     where = f" at the top or below {kind.entry!r}" if kind.entry else ""
-    few = ", ".join(list(shapes)[:3]) or "nothing"
-    raise ConfigError(f"{kind.name}: these are not its arrays ({few}, ...): wanted {wanted}{where}")
+    raise ConfigError(f"{kind.name}: these are not its arrays ({mapping.few(shapes)}): wanted {wanted}{where}")
 
 
 def open_encoder(
     kind: Kind, file: str | Path, heads: int | None = None, position: str = "repa", dtype: str = "float32"
 ) -> Release:
-    """The encoder of a kind in a weight file. Names and shapes are checked now; nothing is read before `read()`.
+    """The encoder of a kind in a weight file. Names and shapes are checked now; parameters are read at `read()`.
 
-    heads: of a width that no published encoder has. position, dtype: as in `vit.network`, which the parameters are for.
+    heads: needed for a width that no published encoder has. position, dtype: of the `vit.network` for the parameters.
     Raises WeightsError for what is no weight file and ConfigError, with the array's name, for what does not fit.
     """
     path = Path(file).expanduser()
@@ -271,23 +248,19 @@ def open_encoder(
     names = LAYOUTS[layout]
     unread = () if arch.final_norm else (f"{names.norm}.",)
     target = jax.eval_shape(vit.network(arch, position, dtype).init, jax.random.key(0))
-    mapping.check(kind.name, entries(layout, arch), shapes, target, (*kind.aside, *unread))
+    mapping.check(kind.name, entries(layout, arch), shapes, target, (*kind.ignored, *unread))
 
     def read() -> Params:
         with open_weights(path) as weights:
-            empty = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), target)
-            return mapping.fill(kind.name, entries(layout, arch), _below(kind, weights), empty)
+            return mapping.fill(kind.name, entries(layout, arch), _below(kind, weights), target)
 
     return Release(arch, read)
 
 
 def _below(kind: Kind, weights: WeightsFile) -> Arrays:
-    """The arrays of the encoder's entry: a file that lacks the entry may hold its arrays alone."""
     return Arrays(weights, kind.entry if weights.names(kind.entry) else "", kind.rename)
 
 
 def export(params: Params, layout: str, arch: Architecture) -> dict[str, np.ndarray]:
     """An encoder's parameters under the names of a layout, C-contiguous float32."""
-    if layout not in LAYOUTS:
-        raise ConfigError(f"unknown layout {layout!r}; {suggestion(layout, LAYOUTS)}")
-    return mapping.written(entries(layout, arch), params)
+    return mapping.written(entries(one_of("layout", layout, LAYOUTS), arch), params)

@@ -1,4 +1,4 @@
-"""The diffusion transformer: sizes, scan equal to a loop, rematerialisation, cuts, initial values, precision."""
+"""The diffusion transformer: sizes, scan equal to a loop, rematerialisation, split loops, initial values, precision."""
 
 from functools import cache, partial
 
@@ -20,9 +20,9 @@ SPACE = Space(SHAPE, Conditions.labels(CLASSES))
 GRID = (2, 4)  # of patches
 
 
-def make(cuts=(), inputs=None, **options) -> Model:
+def make(read_blocks=(), inputs=None, **options) -> Model:
     given = {"depth": 4, "width": WIDTH, "heads": HEADS, "mlp_ratio": 2.0} | options
-    return models.make("dit", SPACE, inputs, cuts, **given)
+    return models.make("dit", SPACE, inputs, read_blocks, **given)
 
 
 def inputs():
@@ -146,8 +146,8 @@ def of_the_loop(skip: str, depth: int):
     return jax.device_get(jax.jit(objective(partial(unrolled, depth=depth, skip=skip)))(params))
 
 
-def assert_equal_to_the_loop(skip: str, depth: int, cuts=(), **options):
-    model = make(cuts, skip=skip, depth=depth, **options)
+def assert_equal_to_the_loop(skip: str, depth: int, read_blocks=(), **options):
+    model = make(read_blocks, skip=skip, depth=depth, **options)
     (_, found), gradient = jax.jit(objective(model.apply))(trained(model))
     (_, wanted), wanted_gradient = of_the_loop(skip, depth)
     assert len(found[1]) == depth + 1
@@ -162,15 +162,15 @@ def test_scan_equals_a_loop_over_the_blocks(skip, depth):
 
 
 # The first: scans of one block each, in both halves.
-CUTS = [("release", 5, (1, 4)), ("paper", 5, (2, 4)), ("none", 5, (0, 3, 4, 5))]
+READ_BLOCKS = [("release", 5, (1, 4)), ("paper", 5, (2, 4)), ("none", 5, (0, 3, 4, 5))]
 
 
-@pytest.mark.parametrize(("skip", "depth", "cuts"), first_and_slow(CUTS[:1], CUTS))
-def test_cuts_change_nothing(skip, depth, cuts):
-    assert_equal_to_the_loop(skip, depth, cuts)
+@pytest.mark.parametrize(("skip", "depth", "read_blocks"), first_and_slow(READ_BLOCKS[:1], READ_BLOCKS))
+def test_read_blocks_change_nothing(skip, depth, read_blocks):
+    assert_equal_to_the_loop(skip, depth, read_blocks)
 
 
-UNROLLED = [("release", 5, {"cuts": (1, 4)}), *((skip, depth, {}) for skip, depth in EVERY if depth == 4)]
+UNROLLED = [("release", 5, {"read_blocks": (1, 4)}), *((skip, depth, {}) for skip, depth in EVERY if depth == 4)]
 UNROLLED += [("release", 5, {"remat": remat}) for remat in ("full", "none")]
 
 
@@ -217,12 +217,12 @@ def scans_of(model: Model) -> int:
     return sum(e.primitive.name == "scan" for e in equations(jax.make_jaxpr(model.apply)(params, *inputs()).jaxpr))
 
 
-def test_cuts_cut():
-    def scans(cuts, skip):
-        return scans_of(make(cuts, skip=skip, depth=9))
+def test_a_loop_is_split_behind_read_blocks():
+    def scans(read_blocks, skip):
+        return scans_of(make(read_blocks, skip=skip, depth=9))
 
-    assert [scans(cuts, "none") for cuts in ((), (2,), (2, 3, 7), (0, 4, 9))] == [2, 3, 5, 2]
-    assert [scans(cuts, "release") for cuts in ((), (2,), (2, 3, 7), (0, 4, 5, 9))] == [3, 4, 6, 3]
+    assert [scans(read_blocks, "none") for read_blocks in ((), (2,), (2, 3, 7), (0, 4, 9))] == [2, 3, 5, 2]
+    assert [scans(read_blocks, "release") for read_blocks in ((), (2,), (2, 3, 7), (0, 4, 5, 9))] == [3, 4, 6, 3]
 
 
 # --- Rematerialisation.
@@ -250,11 +250,11 @@ def test_remat_changes_nothing_else(remat):
     assert_equal_to_the_loop("release", 5, remat=remat)
 
 
-def temporaries(skip: str, depth: int, read=None, cuts=(), **options) -> float:
+def temporaries(skip: str, depth: int, read=None, read_blocks=(), **options) -> float:
     """Memory of a gradient beside its arguments and results, in features [b n d]."""
     space = SPACE._replace(shape=(8, 8, 4))
     batch, width = 512, 32  # activations far larger than parameters
-    model = models.make("dit", space, {}, cuts, depth=depth, width=width, heads=1, skip=skip, **options)
+    model = models.make("dit", space, {}, read_blocks, depth=depth, width=width, heads=1, skip=skip, **options)
 
     def loss(params, x, t, y):
         out, features = model.apply(params, x, t, y)
@@ -537,8 +537,8 @@ def test_forward_mode_equals_reverse_mode():
             {"attention": "cudnn", "dtype": "bfloat16"},
             r"'cudnn' is not possible: the device is a cpu, not a GPU",
         ),
-        ({"cuts": (5,)}, r"a loss reads block 5, but the model has 4 blocks"),
-        ({"cuts": (-1,)}, r"a loss reads block -1, but the model has 4 blocks"),
+        ({"read_blocks": (5,)}, r"config.losses: block = 5: must be at least 0 and at most 4"),
+        ({"read_blocks": (-1,)}, r"config.losses: block = -1: must be at least 0 and at most 4"),
         ({"colour": 1}, r"models.dit: no option 'colour'"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

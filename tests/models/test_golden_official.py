@@ -97,7 +97,7 @@ def test_dit_forward_and_loss(dit):
 def test_dit_samplers(dit):
     network, gold = dit
     z, y, eps = jnp.asarray(gold["z"]), jnp.asarray(gold["sample_y"], jnp.int32), jnp.asarray(gold["eps"])
-    kept = discrete.spaced(1000, [5])
+    kept = discrete.spaced(1000, 5)
     np.testing.assert_array_equal(kept, gold["respaced_timesteps"])
     schedule = discrete.respace(discrete.linear(1000), kept)
 

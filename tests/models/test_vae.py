@@ -220,9 +220,9 @@ def test_a_batch_is_decoded_where_it_lies(folder):
 
 
 def test_the_scale_is_that_of_the_autoencoder(folder):
-    with pytest.raises(ConfigError, match=r"scale = 0.18215, but .*vae was trained for latents with 0.5"):
+    with pytest.raises(ConfigError, match=r"scale = 0.18215, but .*vae was trained with 0.5"):
         codecs.make("vae", vae=str(folder))
-    with pytest.raises(ConfigError, match=r"bias = 0.0, but .*vae was trained for latents with 0.25"):
+    with pytest.raises(ConfigError, match=r"bias = 0.0, but .*vae was trained with 0.25"):
         codecs.make("vae", scale=0.5, vae=str(folder))
     with pytest.raises(ConfigError, match="chunk = 0: must be at least 1"):
         codecs.make("vae", chunk=0)

@@ -79,7 +79,7 @@ def test_arrays_of_every_kind_and_what_is_no_array(tmp_path):
     with open_weights(tmp_path / "state") as file:
         assert set(file) == set(tree)
         for name, array in tree.items():
-            found = file.read(name)
+            found = file[name]
             assert found.dtype == array.dtype
             np.testing.assert_array_equal(found, array)
         assert file.tree["rest"] == rest | {"z": None}
@@ -115,7 +115,7 @@ def test_damaged_states_are_refused(tmp_path):
             damaged[place] = rng.integers(256)
         path.write_bytes(damaged)
         with suppress(WeightsError), open_weights(path) as file:
-            file.arrays()
+            dict(file)
     path.write_bytes(whole + b"\0")
     refused(path, "something follows its tree")
     path.write_bytes(b"\x81\xa1a" + b"\x91" * 10_000)

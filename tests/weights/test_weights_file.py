@@ -165,7 +165,7 @@ def legacy(path: Path, body: bytes, info: bytes = b"}", keys: bytes | None = Non
 def refused(path: Path, match: str) -> None:
     """The file ends in one line that starts with its name."""
     with pytest.raises(WeightsError, match=match) as caught, open_weights(path) as weights:
-        weights.arrays()
+        dict(weights)
     assert str(caught.value).startswith(str(path))
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < len(str(path)) + 400
@@ -194,8 +194,8 @@ def test_every_kind_of_tensor_is_read_exactly(path):
         assert weights.names() == list(weights) == list(WANTED)
         assert len(weights) == len(WANTED)
         for name, wanted in WANTED.items():
-            assert_same(weights.read(name), wanted, name)
             array = weights[name]
+            assert_same(array, wanted, name)
             assert array.flags.c_contiguous
             assert array.flags.writeable
 
@@ -217,7 +217,7 @@ def test_the_tree_holds_everything_else_as_plain_data(path):
         "dtype": "torch.bfloat16",
         "device": "cuda:0",
     }
-    assert repr(tree["ema"]["window"]) == "Tensor(float32 [2, 3])"
+    assert tree["ema"]["window"][:2] == ((2, 3), np.float32)
     assert tree["ema"]["tied"].storage == tree["ema"]["window"].storage
 
 
@@ -227,16 +227,13 @@ def test_a_part_of_the_tree_is_read_by_its_prefix(path):
         assert weights.names("model") == ["model.weight", "model.bias"]
         assert weights.names("model.bias") == ["model.bias"]
         assert weights.names("mod") == []
-        model = weights.arrays("model")
+        model = {name: weights[name] for name in weights.names("model")}
         assert "ema.scalar" in weights
         assert "scalar" not in weights
         with pytest.raises(WeightsError, match=r"no tensor 'pos_embed', it has model.weight, .* and 16 others"):
-            weights.read("pos_embed")
-        with pytest.raises(WeightsError, match="no tensors below 'module'"):
-            weights.arrays("module")
-    assert list(model) == ["weight", "bias"]
-    model["bias"] += 1  # ours, also after the file is closed
-    np.testing.assert_array_equal(model["bias"], [0, 1.5])
+            weights["pos_embed"]
+    model["model.bias"] += 1  # ours, also after the file is closed
+    np.testing.assert_array_equal(model["model.bias"], [0, 1.5])
 
 
 def test_a_file_is_known_by_its_content_not_its_name(tmp_path):
@@ -244,13 +241,13 @@ def test_a_file_is_known_by_its_content_not_its_name(tmp_path):
     for source in [*FIXTURES, tmp_path / "a.pt"]:
         (tmp_path / "b.safetensors").write_bytes(source.read_bytes())
         with open_weights(str(tmp_path / "b.safetensors")) as weights:
-            assert len(weights.arrays()) in (1, len(WANTED))
+            assert len(dict(weights)) in (1, len(WANTED))
 
 
 def test_a_saved_tensor_or_list_has_names_too(tmp_path):
     with open_weights(zipped(tmp_path / "a.pt", tensor())) as weights:
         assert weights.names() == [""]
-        assert_same(weights.read(""), np.arange(6, dtype=np.float32).reshape(2, 3))
+        assert_same(weights[""], np.arange(6, dtype=np.float32).reshape(2, 3))
     with open_weights(legacy(tmp_path / "b.pt", b"](" + tensor() + tensor((6,), (1,)) + b"e")) as weights:
         assert weights.names() == ["0", "1"]
 
@@ -279,11 +276,11 @@ def test_the_optimizer_is_not_read(tmp_path, monkeypatch):
     for name in ("a.pt", "b.pt"):
         asked.clear()
         with bounded(mib=1), open_weights(tmp_path / name) as weights:
-            assert_same(weights.arrays("ema")["w"], np.arange(6, dtype=np.float32).reshape(2, 3))
+            assert_same(weights["ema.w"], np.arange(6, dtype=np.float32).reshape(2, 3))
         assert 24 < sum(asked) < 10_000
         asked.clear()
         with open_weights(tmp_path / name) as weights:
-            weights.read("opt.exp_avg")
+            weights["opt.exp_avg"]
         assert 4 * size < sum(asked) < 4 * size + 10_000
 
 
@@ -291,8 +288,8 @@ def test_a_big_endian_file_is_read(tmp_path):
     body = mapping(x=tensor(), b=tensor((2,), (1,), where=storage("1", 2, "BFloat16Storage")))
     storages = {"0": np.arange(6, dtype=">f4").tobytes(), "1": b"\x3f\x80\xc0\x20"}
     with open_weights(zipped(tmp_path / "a.pt", body, storages, byteorder="big")) as weights:
-        assert_same(weights.read("x"), np.arange(6, dtype=np.float32).reshape(2, 3))
-        assert_same(weights.read("b"), np.array([1, -2.5], jnp.bfloat16))
+        assert_same(weights["x"], np.arange(6, dtype=np.float32).reshape(2, 3))
+        assert_same(weights["b"], np.array([1, -2.5], jnp.bfloat16))
 
 
 def test_python_2_wrote_ordered_dicts_by_a_list(tmp_path):
@@ -382,7 +379,7 @@ def test_tensors_share_storage_within_reason(tmp_path):
     body = b"](" + tensor((1000,), (1,), where=storage(size=1000)) + b"q\x00" + b"h\x00" * 400 + b"e"
     refused(zipped(tmp_path / "a.pt", body, {"0": bytes(4000)}), "overlap: they name more than 64 times")
     with open_weights(zipped(tmp_path / "a.pt", body.replace(b"h\x00" * 360, b""), {"0": bytes(4000)})) as weights:
-        assert len(weights.arrays()) == 41
+        assert len(dict(weights)) == 41
 
 
 def test_zip_archives_that_pytorch_does_not_write_are_refused(tmp_path):
@@ -586,7 +583,7 @@ def read_damaged(kind: str, folder: str, rounds: int = 1, seed: int = 0) -> None
             path.write_bytes(content)
             try:
                 with open_weights(path) as weights:
-                    assert sum(array.nbytes for array in weights.arrays().values()) < 64 * len(content)
+                    assert sum(array.nbytes for array in weights.values()) < 64 * len(content)
                 outcomes["read"] += 1
             except WeightsError as error:
                 outcomes["refused" if str(error).isprintable() else "more than one line"] += 1
@@ -606,13 +603,13 @@ def test_arrays_of_any_layout_come_back(tmp_path):
     """The safetensors package writes the memory of arrays that are not C-contiguous in the wrong order."""
     arrays = {**WANTED, "fortran": np.asfortranarray(LINE), "reversed": LINE[::-1], "big": LINE.astype(">f4")}
     path = tmp_path / "a.safetensors"
-    write_safetensors(path, arrays, {"step": "7"})
+    write_safetensors(path, arrays)
     with open_weights(path) as weights:
         assert sorted(weights) == sorted(arrays)
         for name, array in arrays.items():
-            assert_same(weights.read(name), array.astype(array.dtype.newbyteorder("=")), name)
+            assert_same(weights[name], array.astype(array.dtype.newbyteorder("=")), name)
     with safetensors.safe_open(path, "numpy") as file:
-        assert file.metadata() == {"format": "pt", "step": "7"}
+        assert file.metadata() == {"format": "pt"}
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
@@ -659,7 +656,7 @@ def test_safetensors_that_lie_are_refused(tmp_path):
         return path
 
     with open_weights(written(entry)) as weights:
-        assert_same(weights.read("x"), np.zeros(2, np.float32))
+        assert_same(weights["x"], np.zeros(2, np.float32))
     for size in (0, 7, 9):
         refused(written(entry, size=size), "not a whole safetensors file")
     for length in (10, 60, 2**60, 2**64 - 1):
@@ -683,12 +680,12 @@ def test_torch_saves_and_we_read(tmp_path, options):
     torch.save(saved_by_torch(torch), tmp_path / "a.pt", **options)
     with open_weights(tmp_path / "a.pt") as weights:
         for name, wanted in WANTED.items():
-            assert_same(weights.read(name), wanted, name)
+            assert_same(weights[name], wanted, name)
     buffer = io.BytesIO()
     torch.save(torch.arange(4)[::2], buffer, **options)
     (tmp_path / "b.pt").write_bytes(buffer.getvalue())
     with open_weights(tmp_path / "b.pt") as weights:
-        assert_same(weights.read(""), np.int64([0, 2]))
+        assert_same(weights[""], np.int64([0, 2]))
 
 
 def test_we_write_and_torch_reads(tmp_path):

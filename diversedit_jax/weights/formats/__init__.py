@@ -1,1 +1,31 @@
-"""File formats of weights, each read as data: nothing that a file holds is run."""
+"""File formats of weights. Each is read as data: nothing in a file is run."""
+
+from collections.abc import Iterator, Mapping
+
+
+class NamedArrays(Mapping):
+    """The arrays of an open file by name, each read when it is asked for.
+
+    shapes: the shape of every array, known without reading any.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Names at and below a path of the saved object, in its order: `ema` -> `ema.pos_embed`, ..."""
+        return [name for name in self.shapes if not prefix or name == prefix or name.startswith(f"{prefix}.")]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close the file, where one stays open between two arrays."""

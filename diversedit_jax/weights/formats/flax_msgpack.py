@@ -1,7 +1,7 @@
-"""A state that `flax.serialization` wrote as msgpack, read as data: its tree, and where in the file its arrays lie.
+"""A state that `flax.serialization` wrote as msgpack: its tree, and where in the file its arrays lie.
 
-An array is msgpack's extension 1: shape, name of the dtype and the numbers, themselves in msgpack. The numbers are left
-in the file; flax's own reader takes all of it into memory, the optimizer's half too.
+An array is msgpack's extension 1: shape, name of the dtype and the numbers, all in msgpack. The numbers stay in the
+file. Flax's own reader would load all of them, also those of the optimizer.
 """
 
 import math
@@ -9,29 +9,28 @@ import struct
 from typing import Any, BinaryIO
 
 from diversedit_jax.errors import WeightsError
-from diversedit_jax.weights.formats.torch_pickle import DTYPES, MAX_DIMS, Storage, Tensor, show
+from diversedit_jax.weights.formats.torch_pickle import DTYPES, Extent, contiguous, is_sizes, show
 
 MAX_DEPTH = 100
 MAX_ITEMS = 1 << 22  # of one file; a SiT-XL/2 with its optimizer has about 3 thousand
 
 _NDARRAY, _SCALAR = 1, 3
 _CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
-_NUMBERS = {0xCA: ">f", 0xCB: ">d", 0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q"}
-_NUMBERS |= {0xD0: ">b", 0xD1: ">h", 0xD2: ">i", 0xD3: ">q"}
-# By tag: the kind of a sized object, and the bytes of its size.
+_NUMBERS = dict(enumerate("fdBHIQbhiq", 0xCA))  # tag -> code of `struct`
+# Tag -> the kind of an object with a size, and the bytes of its size.
 _SIZED = {0xC4: ("bin", 1), 0xC5: ("bin", 2), 0xC6: ("bin", 4), 0xC7: ("ext", 1), 0xC8: ("ext", 2), 0xC9: ("ext", 4)}
 _SIZED |= {0xD9: ("str", 1), 0xDA: ("str", 2), 0xDB: ("str", 4)}
 _SIZED |= {0xDC: ("array", 2), 0xDD: ("array", 4), 0xDE: ("map", 2), 0xDF: ("map", 4)}
 
 
 def starts(head: bytes) -> bool:
-    """Whether a file that begins so may be a state of flax: a map whose first key is a name."""
+    """Whether a file with this head may be a state of flax: a map whose first key is a string."""
     first = 1 if 0x81 <= head[0] <= 0x8F else {0xDE: 3, 0xDF: 5}.get(head[0], len(head))
     return first < len(head) and (0xA0 <= head[first] <= 0xBF or head[first] == 0xD9)
 
 
-def load(file: BinaryIO) -> tuple[Any, dict[str, tuple[int, int]]]:
-    """The tree, with `Tensor` in place of arrays, and {key of a storage: (its start, its bytes)}."""
+def load(file: BinaryIO) -> tuple[dict[str, Any], dict[str, Extent]]:
+    """The tree, with `Tensor` in place of arrays, and where each storage lies, by its key."""
     reader = _Reader(file)
     tree = reader.value(0)
     if file.read(1):
@@ -52,16 +51,18 @@ class _Reader:
         return found
 
     def tag(self) -> tuple[str, Any]:
-        """The kind of the next object, and its size, or its value where it has none."""
+        """The kind of the next object, and its size; a number or constant has its value there."""
         tag = self.bytes(1)[0]
-        if tag <= 0x7F or tag >= 0xE0:
-            return "value", tag if tag <= 0x7F else tag - 0x100
-        if tag <= 0xBF:
-            return ("map", tag & 0xF) if tag <= 0x8F else ("array", tag & 0xF) if tag <= 0x9F else ("str", tag & 0x1F)
+        for last, kind, bits in ((0x7F, "value", 0x7F), (0x8F, "map", 0xF), (0x9F, "array", 0xF), (0xBF, "str", 0x1F)):
+            if tag <= last:
+                return kind, tag & bits
+        if tag >= 0xE0:
+            return "value", tag - 0x100
         if tag in _CONSTANTS:
             return "value", _CONSTANTS[tag]
         if tag in _NUMBERS:
-            return "value", struct.unpack(_NUMBERS[tag], self.bytes(struct.calcsize(_NUMBERS[tag])))[0]
+            code = f">{_NUMBERS[tag]}"
+            return "value", struct.unpack(code, self.bytes(struct.calcsize(code)))[0]
         if tag in _SIZED:
             kind, n = _SIZED[tag]
             return kind, int.from_bytes(self.bytes(n), "big")
@@ -97,20 +98,19 @@ class _Reader:
         end = self.file.tell() + size
         if code not in (_NDARRAY, _SCALAR):
             self.bytes(size)
-            return None  # a complex number, or what is not flax's: no array
+            return None  # a complex number, or an extension that flax does not write
         if self.tag() != ("array", 3):
-            raise WeightsError("has an array that is none of flax's")
-        shape, dtype, (kind, nbytes) = self.value(0), self.value(0), self.tag()
-        start, wanted = self.file.tell(), DTYPES.get(str(dtype))
+            raise WeightsError("has an array that flax does not write")
+        shape, name, (kind, nbytes) = self.value(0), self.value(0), self.tag()
+        start, dtype = self.file.tell(), DTYPES.get(str(name))
         if kind != "bin" or start + nbytes != end:
-            raise WeightsError("has an array that is none of flax's")
-        sizes = isinstance(shape, list) and len(shape) <= MAX_DIMS and all(type(n) is int and n >= 0 for n in shape)
-        sizes = sizes and math.prod(n or 1 for n in shape) < 2**48
-        if wanted is None or not sizes or math.prod(shape) * wanted.itemsize != nbytes:
-            raise WeightsError(f"has an array of {nbytes} bytes that should be {show(f'{dtype} {shape}')}")
+            raise WeightsError("has an array that flax does not write")
+        sizes = tuple(shape) if isinstance(shape, list) else None
+        possible = is_sizes(sizes) and math.prod(n or 1 for n in sizes) < 2**48
+        if dtype is None or not possible or math.prod(sizes) * dtype.itemsize != nbytes:
+            raise WeightsError(f"has an array of {nbytes} bytes that should be {show(f'{name} {shape}')}")
         self.file.seek(end - 1)
-        self.bytes(1)  # which must be there
+        self.bytes(1)  # raises if the file ends before it
         key = str(start)
-        self.extents[key] = (start, nbytes)
-        strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-        return Tensor(tuple(shape), wanted, strides, 0, Storage(key, wanted, math.prod(shape)))
+        self.extents[key] = Extent(start, nbytes)
+        return contiguous(key, sizes, dtype)

@@ -1,7 +1,7 @@
-"""A pickle of numpy arrays in containers, read as data by the machine of `torch_pickle`: nothing in it is run.
+"""Read a pickle of numpy arrays in containers as data, by the machine of `torch_pickle`: nothing in it is run.
 
-numpy pickles an array as a call of `_reconstruct` and its state (version, shape, dtype, Fortran order, bytes), a dtype
-as a call of `dtype` and its state (version, byte order, ...); with protocol 5 as a call of `_frombuffer` instead.
+numpy pickles an array as a call of `_reconstruct` and a state (version, shape, dtype, Fortran order, bytes), or with
+protocol 5 as a call of `_frombuffer`. It pickles a dtype as a call of `dtype` and a state (version, byte order, ...).
 """
 
 import io
@@ -19,16 +19,17 @@ BYTES = ("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8")
 
 
 class _DType:
-    """A dtype in the making: its kind, then its byte order."""
+    """A dtype. Its state sets the byte order."""
 
     def __init__(self, kind: str):
         self.kind, self.order = kind, "|"
 
 
 class _Array:
-    """An array in the making."""
+    """An array. Its state sets the value."""
 
-    value: np.ndarray | None = None
+    def __init__(self, value: np.ndarray | None = None):
+        self.value = value
 
 
 def _dtype(kind: Any, align: Any = False, copy: Any = True) -> _DType:
@@ -37,18 +38,8 @@ def _dtype(kind: Any, align: Any = False, copy: Any = True) -> _DType:
     return _DType(kind)
 
 
-def _reconstruct(kind: Any, shape: Any, code: Any) -> _Array:
-    return _Array()
-
-
-def _frombuffer(content: Any, dtype: Any, shape: Any, order: Any) -> _Array:
-    array = _Array()
-    array.value = _array(content, dtype, shape, order)
-    return array
-
-
 def _array(content: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
-    """The array of these bytes, which must be as many as its shape says."""
+    """The array of these bytes; ValueError if they do not fill its shape."""
     if type(content) not in (bytes, bytearray) or type(dtype) is not _DType or type(shape) is not tuple:
         raise ValueError("an array without bytes, dtype and shape")
     given = np.dtype(dtype.kind).newbyteorder(dtype.order)
@@ -66,23 +57,18 @@ def _build(target: Any, state: Any) -> None:
         raise ValueError(f"a state of {type(target).__name__}")
 
 
-def _no_storage(reference: Any) -> None:
-    raise ValueError("a persistent id")
-
-
 _MODULES = ("numpy.core", "numpy._core")
 _CALLS = {"numpy.dtype": _dtype}
-_CALLS |= {f"{module}.multiarray._reconstruct": _reconstruct for module in _MODULES}
-_CALLS |= {f"{module}.numeric._frombuffer": _frombuffer for module in _MODULES}
-_OPCODES = torch_pickle.opcodes({*KNOWN, *BYTES})
-_NUMPY = Vocabulary(_CALLS, ("numpy.ndarray",), {}, _build, _no_storage, _OPCODES)
+_CALLS |= {f"{module}.multiarray._reconstruct": lambda kind, shape, code: _Array() for module in _MODULES}
+_CALLS |= {f"{module}.numeric._frombuffer": lambda *state: _Array(_array(*state)) for module in _MODULES}
+_OPCODES = torch_pickle.opcodes({*KNOWN - {"BINPERSID"}, *BYTES})
+_NUMPY = Vocabulary(_CALLS, ("numpy.ndarray",), {}, _build, None, _OPCODES)
 
 
 def load(content: bytes) -> dict[Any, Any]:
-    """The dict that was pickled, with numpy arrays of plain numbers in it or in dicts below, contiguous and in the
-    machine's byte order.
+    """The pickled dict. Arrays in it, or in dicts below it, are contiguous and in the machine's byte order.
 
-    Raises WeightsError, in one line, for whatever else the pickle holds.
+    Raises WeightsError, in one line, for everything else that the pickle holds.
     """
     tree = torch_pickle.load(io.BytesIO(content), _NUMPY)
     if type(tree) is not dict:

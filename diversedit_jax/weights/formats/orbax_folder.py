@@ -1,6 +1,6 @@
-"""A checkpoint that orbax wrote as a folder, as `flax.training.checkpoints` does, read as weight files are."""
+"""A checkpoint folder that orbax wrote, as `flax.training.checkpoints` does."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,20 +8,21 @@ import jax
 import numpy as np
 
 from diversedit_jax.errors import WeightsError
+from diversedit_jax.weights.formats import NamedArrays
 
 METADATA = "_METADATA"
 MARKS = (METADATA, "checkpoint", "manifest.ocdbt")  # an orbax checkpoint of any age has one of them
 
 
-class OrbaxFolder(Mapping):
-    """The arrays of a checkpoint by the names that lead to them, joined by dots.
+class OrbaxFolder(NamedArrays):
+    """The arrays of a checkpoint. A name is the path to the array, joined by dots.
 
-    Arrays are read one at a time; all at once where the checkpoint is so old that only they tell their shapes.
+    Arrays are read one at a time. A checkpoint without METADATA is read as a whole: only its arrays tell their shapes.
     tree: the saved object; its leaves have a shape.
     """
 
     def __init__(self, path: Path):
-        import orbax.checkpoint as ocp  # of a higher floor, and for such releases only
+        import orbax.checkpoint as ocp  # here, because only such releases need it
 
         def tree() -> Any:
             checkpointer = ocp.PyTreeCheckpointer()
@@ -33,29 +34,21 @@ class OrbaxFolder(Mapping):
         self._path, self._ocp = path, ocp
         self.tree = self._try("this checkpoint", tree)
         self._leaves = _flat(self.tree)
+        self.shapes = {name: tuple(leaf.shape) for name, leaf in self._leaves.items()}
 
     def _try(self, what: str, read: Callable[[], Any]) -> Any:
         try:
             return read()
-        except Exception as error:  # orbax says of none that it is the one
+        except Exception as error:  # orbax raises any class, and documents none
             line = " ".join(str(error).split())[:300]
             raise WeightsError(f"{self._path}: orbax cannot read {what}: {type(error).__name__}: {line}") from error
 
-    def names(self, prefix: str = "") -> list[str]:
-        """Names of the arrays at and below a path of the tree."""
-        return [name for name in self._leaves if not prefix or name == prefix or name.startswith(f"{prefix}.")]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of an array, which is not read."""
-        return tuple(self._leaves[name].shape)
-
-    def read(self, name: str) -> np.ndarray:
-        """One array."""
+    def __getitem__(self, name: str) -> np.ndarray:
         leaf = self._leaves[name]
         return leaf if isinstance(leaf, np.ndarray) else self._try(name, lambda: self._restored(name))
 
     def _restored(self, name: str) -> np.ndarray:
-        # Alone: where orbax fails at one of many arrays, the others report to an event loop that is closed by then.
+        # One array a call: if one of several fails, orbax reports the others to an event loop that is closed by then.
         ocp, leaf = self._ocp, self._leaves[name]
         item, on_host = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), ocp.RestoreArgs(restore_type=np.ndarray)
         for part in reversed(name.split(".")):
@@ -63,21 +56,6 @@ class OrbaxFolder(Mapping):
         arguments = ocp.args.PyTreeRestore(item=item, restore_args=on_host, partial_restore=True)
         checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
         return _flat(checkpointer.restore(self._path, args=arguments))[name]
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.read(name)
-
-    def __iter__(self):
-        return iter(self._leaves)
-
-    def __len__(self) -> int:
-        return len(self._leaves)
-
-    def __enter__(self) -> "OrbaxFolder":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Nothing stays open between two arrays."""
 
 
 def find(path: Path) -> Path | None:
@@ -95,8 +73,8 @@ def _flat(tree: Any) -> dict[str, Any]:
 
 
 def _check_index(path: Path) -> None:
-    """Raise what reading the checkpoint's own index raises: orbax reads all arrays' entries at once (see above)."""
-    import tensorstore  # which orbax stores with
+    """Read the index of the checkpoint, to meet its errors here: orbax reads all entries at once, see `_restored`."""
+    import tensorstore
 
     if (path / "manifest.ocdbt").is_file():
         tensorstore.KvStore.open({"driver": "ocdbt", "base": path.absolute().as_uri() + "/"}).result().list().result()

@@ -1,12 +1,11 @@
 """The constants of a frozen TensorFlow graph (GraphDef, .pb), without TensorFlow.
 
-A GraphDef is a message of protocol buffers: a list of nodes, each with a name, an operation and attributes; a node
-`Const` has its tensor in the attribute `value`. The fields that are read are declared here, by TensorFlow's numbers;
-parsing passes over the others.
+A GraphDef is a message of protocol buffers: a list of nodes, each with a name, an operation and attributes. A node
+`Const` has its tensor in the attribute `value`. FIELDS declares the fields that are read, by TensorFlow's numbers.
+Parsing skips the others.
 """
 
 import math
-from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from diversedit_jax.errors import WeightsError
+from diversedit_jax.weights.formats import NamedArrays
 from diversedit_jax.weights.formats.torch_pickle import MAX_DIMS, show
 
 DT_FLOAT = 1
@@ -56,17 +56,14 @@ def messages() -> SimpleNamespace:
             field.type, field.type_name = Field.TYPE_MESSAGE, f".graph_def.{kind}"
         else:
             field.type = Field.Type.Value(f"TYPE_{kind.upper()}")
-    pool = descriptor_pool.DescriptorPool()  # of our own: TensorFlow may have its messages in the one of the process
+    pool = descriptor_pool.DescriptorPool()  # our own: TensorFlow may have its messages in that of the process
     pool.Add(file)
     found = {name: pool.FindMessageTypeByName(f"graph_def.{name}") for name in declared}
     return SimpleNamespace(**{name: message_factory.GetMessageClass(found[name]) for name in declared})
 
 
-class Constants(Mapping):
-    """The float32 constants of a graph by the names of their nodes, as read-only arrays made when they are asked for.
-
-    shapes: of all of them, checked against what the file holds.
-    """
+class Constants(NamedArrays):
+    """The float32 constants of a graph by the names of their nodes, as read-only arrays."""
 
     def __init__(self, graph: Any):
         self._tensors = {}
@@ -86,21 +83,15 @@ class Constants(Mapping):
         if tensor.tensor_content:
             return np.frombuffer(tensor.tensor_content, "<f4").reshape(shape)
         values = np.array(tensor.float_val, np.float32)
-        # One value stands for all of an array. It is not repeated in memory: the shape may ask for any number.
+        # One value may stand for a whole array. It is not repeated in memory: the shape may be of any size.
         return np.broadcast_to(values[0], shape) if len(values) == 1 else values.reshape(shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
 
 
 def starts(path: Path) -> bool:
-    """Whether a file starts as a graph does, with a node; of the other weight files a safetensors' length could."""
+    """Whether a file starts as a graph does, with a node. The length in a safetensors file may look the same."""
+    if not path.is_file():  # a pipe must not be opened
+        return False
     try:
-        if not path.is_file():
-            return False
         with open(path, "rb") as file:
             head = file.read(9)
     except OSError:
@@ -109,7 +100,7 @@ def starts(path: Path) -> bool:
 
 
 def open_graph(path: str | Path) -> Constants:
-    """The float32 constants of the frozen graph in a file. It is held in memory as a whole.
+    """The float32 constants of the frozen graph in a file. The whole graph stays in memory.
 
     Raises WeightsError, in one line, for what is no graph, is damaged, or holds an array that does not fit its shape.
     """
@@ -133,7 +124,7 @@ def open_graph(path: str | Path) -> Constants:
 
 
 def _shape(name: str, tensor: Any) -> tuple[int, ...]:
-    """The shape of a tensor, if the values are as many as it says."""
+    """The shape of a tensor; WeightsError if its values do not fill it."""
     shape = tuple(dim.size for dim in tensor.tensor_shape.dim)
     size = math.prod(shape)
     possible = len(shape) <= MAX_DIMS and min(shape, default=0) >= 0 and math.prod(max(n, 1) for n in shape) <= MAX_SIZE

@@ -1,9 +1,9 @@
-"""Weight files of other code bases as numpy arrays, without torch and without running anything that a file holds.
+"""Weight files of other code bases as numpy arrays. Needs no torch, and runs nothing that a file holds.
 
     with open_weights("SiT-XL-2-256x256.pt") as weights:
-        arrays = weights.arrays("ema")        # the optimizer's half of the file stays unread
+        arrays = {name: weights[name] for name in weights.names("ema")}  # the optimizer's half stays unread
 
-Four formats, told apart by content:
+Four formats. The content of a file, not its name, says which it is:
 
 safetensors    Length of the header, 8 bytes; header, JSON; numbers.
 PyTorch        A zip archive without compression, since PyTorch 1.6: NAME/data.pkl, a pickle of the saved object; the
@@ -16,64 +16,41 @@ flax           A state as msgpack, by `flax.serialization`; see `flax_msgpack`.
 import hashlib
 import io
 import json
-import math
 import os
 import re
-import shutil
 import stat
 import struct
 import sys
-import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 from diversedit_jax.errors import WeightsError
-from diversedit_jax.weights.formats import flax_msgpack, torch_pickle
-from diversedit_jax.weights.formats.torch_pickle import DTYPES, Storage, Tensor, show
+from diversedit_jax.runtime.files import replacing
+from diversedit_jax.weights.formats import NamedArrays, flax_msgpack, torch_pickle
+from diversedit_jax.weights.formats.torch_pickle import DTYPES, Extent, Tensor, contiguous, show
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _MAGIC_PICKLE = b"\x8a\x0a" + _MAGIC.to_bytes(10, "little")
 _PROTOCOL = 1001
 
-_SAFETENSORS = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "U16": "uint16",
-    "I16": "int16",
-    "U32": "uint32",
-    "I32": "int32",
-    "U64": "uint64",
-    "I64": "int64",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F32": "float32",
-    "F64": "float64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-}
+_SAFETENSORS = {"BOOL": "bool", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+_SAFETENSORS |= {f"{kind[0].upper()}{bits}": f"{kind}{bits}" for kind in ("uint", "int") for bits in (8, 16, 32, 64)}
+_SAFETENSORS |= {f"F{bits}": f"float{bits}" for bits in (16, 32, 64)}
 
-# Views of one storage can name more bytes than the file has; tied weights name twice as many, hostile files any number.
+# Views of one storage can name more bytes than the file has: tied weights twice as many, hostile files any number.
 MAX_SHARING = 64
 MAX_DEPTH = 100
 MAX_WALK = 1 << 24
 
 
-class Extent(NamedTuple):
-    """Where a storage lies in the file, in bytes."""
-
-    start: int
-    nbytes: int
-
-
 class _File(io.BufferedReader):
-    """A file that never allocates for more bytes than it has: `size` of read comes from numbers in the file."""
+    """A file that never allocates more bytes than it has left: the size of a read may be a number in the file."""
 
     def __init__(self, path: Path):
         super().__init__(io.FileIO(path))
@@ -87,9 +64,10 @@ class _File(io.BufferedReader):
         return super().readline(4096)
 
 
-class WeightsFile:
-    """The tensors of an open weight file. What is read is copied: arrays outlive the file, and may be written to.
+class WeightsFile(NamedArrays):
+    """The tensors of an open weight file. A name is the path to the tensor, joined by dots.
 
+    Arrays are copies: they outlive the file and may be written to. They are C-contiguous, in the machine's byte order.
     tree: the saved object: dicts, lists, tuples, numbers, strings, and `Tensor` (shape, dtype) in place of tensors.
     """
 
@@ -97,33 +75,19 @@ class WeightsFile:
         self.tree = tree
         self._path, self._file, self._extents, self._byteorder = path, file, extents, byteorder
         self._tensors = _named_tensors(tree)
+        self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
         for name, tensor in self._tensors.items():
-            _check_extent(name, tensor, extents)
+            storage = tensor.storage
+            if storage.key not in extents:
+                raise WeightsError(f"{show(name)} lies in storage {show(storage.key)}, which the file lacks")
+            if storage.nbytes > (given := extents[storage.key].nbytes):
+                told = f"{given} bytes, {storage.nbytes} were announced"
+                raise WeightsError(f"storage {show(storage.key)} of {show(name)} has {told}")
         if sum(tensor.nbytes for tensor in self._tensors.values()) > MAX_SHARING * file.size:
             raise WeightsError(f"its tensors overlap: they name more than {MAX_SHARING} times the bytes of the file")
 
-    def names(self, prefix: str = "") -> list[str]:
-        """Names of the tensors at and below a path of the tree, in its order: `ema` -> `ema.pos_embed`, ..."""
-        return [name for name in self._tensors if not prefix or name == prefix or name.startswith(f"{prefix}.")]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._tensors
-
     def __getitem__(self, name: str) -> np.ndarray:
-        return self.read(name)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, which is not read."""
-        return self._tensors[name].shape
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor, C-contiguous and in the byte order of the machine. Only its part of the file is read."""
+        """One tensor. Only its part of the file is read."""
         if name not in self._tensors:
             raise WeightsError(f"{self._path}: no tensor {name!r}, it has {_listed(self._tensors)}")
         tensor = self._tensors[name]
@@ -139,21 +103,8 @@ class WeightsFile:
         array = view if view.flags.c_contiguous else view.copy(order="C")
         return array != 0 if tensor.dtype == bool else array.view(tensor.dtype)
 
-    def arrays(self, prefix: str = "") -> dict[str, np.ndarray]:
-        """The tensors below a path of the tree, by the rest of their names: `ema` -> {"pos_embed": ...}."""
-        names = [name for name in self.names(prefix) if name != prefix]
-        if not names:
-            raise WeightsError(f"{self._path}: no tensors below {prefix!r}, it has {_listed(self._tensors)}")
-        return {name[len(prefix) + 1 if prefix else 0 :]: self.read(name) for name in names}
-
-    def close(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> "WeightsFile":
-        return self
-
     def __exit__(self, *error: object) -> None:
-        self.close()
+        self._file.close()
 
 
 def file_digest(path: str | Path) -> str:
@@ -166,12 +117,11 @@ def file_digest(path: str | Path) -> str:
 
 
 def open_weights(path: str | os.PathLike) -> WeightsFile:
-    """The weights in a .safetensors, .pt, .pth, .ckpt, .bin or .msgpack file, whatever its name; see the formats above.
+    """Open a weight file of one of the formats above.
 
-    Every tensor is checked against the file before this returns; none is read. Raises WeightsError, in one line.
+    Every tensor is checked against the file now, and none is read. Raises WeightsError, in one line.
     """
-    path = Path(path)
-    file = None
+    path, file = Path(path), None
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise WeightsError("is a folder, not a file" if path.is_dir() else "is not a regular file")
@@ -196,16 +146,15 @@ def _contents(path: Path, file: _File) -> tuple[Any, dict[str, Extent], str]:
     if head[8:9] == b"{":
         return _safetensors(path, file)
     if flax_msgpack.starts(head):
-        tree, extents = flax_msgpack.load(file)
-        return tree, {key: Extent(*extent) for key, extent in extents.items()}, "little"
+        return *flax_msgpack.load(file), "little"
     wanted = "safetensors, PyTorch (zip or legacy) or flax's msgpack"
     raise WeightsError(f"is not a weight file: starts with {head[:8]!r}, wanted {wanted}")
 
 
 def _safetensors(path: Path, file: _File) -> tuple[Any, dict[str, Extent], str]:
-    """The contents, from the header; the safetensors package has checked that tensors fill the file exactly."""
+    """The contents of a safetensors file, from its header."""
     try:
-        with safetensors.safe_open(path, "numpy"):
+        with safetensors.safe_open(path, "numpy"):  # checks that the tensors fill the file exactly
             pass
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length), object_pairs_hook=_unique)
@@ -218,8 +167,7 @@ def _safetensors(path: Path, file: _File) -> tuple[Any, dict[str, Extent], str]:
             raise WeightsError(f"{show(name)} has dtype {entry['dtype']}, which is not read")
         dtype, shape = DTYPES[_SAFETENSORS[entry["dtype"]]], tuple(entry["shape"])
         begin, end = entry["data_offsets"]
-        strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-        tree[name] = Tensor(shape, dtype, strides, 0, Storage(name, dtype, math.prod(shape)))
+        tree[name] = contiguous(name, shape, dtype)
         extents[name] = Extent(8 + length + begin, end - begin)
     return tree, extents, "little"
 
@@ -239,7 +187,7 @@ def _zip(file: _File) -> tuple[Any, dict[str, Extent], str]:
         raise WeightsError(f"is a zip archive without the one data.pkl of PyTorch, it has {_listed(entries)}")
     (root,) = (name.removesuffix("data.pkl") for name in pickles)
     if f"{root}constants.pkl" in entries:
-        raise WeightsError("is a TorchScript archive, a program: only what torch.save wrote of tensors is read")
+        raise WeightsError("is a TorchScript archive, a program: only tensors that torch.save wrote are read")
     byteorder = "little"
     if f"{root}byteorder" in entries:
         start, nbytes = entries[f"{root}byteorder"]
@@ -278,7 +226,7 @@ def _entries(file: _File) -> dict[str, Extent]:
 
 
 def _start(file: _File, info: zipfile.ZipInfo) -> int:
-    """Where the bytes of an entry start: behind a header of its own, which repeats the name and adds padding."""
+    """Where the bytes of an entry start: after its own header, which repeats the name and adds padding."""
     file.seek(info.header_offset)
     header = file.read(30)
     if len(header) == 30 and header.startswith(b"PK\x03\x04"):
@@ -338,44 +286,25 @@ def _named_tensors(tree: Any) -> dict[str, Tensor]:
     return found
 
 
-def _check_extent(name: str, tensor: Tensor, extents: Mapping[str, Extent]) -> None:
-    key = tensor.storage.key
-    if key not in extents:
-        raise WeightsError(f"{show(name)} lies in storage {show(key)}, which the file lacks")
-    if tensor.storage.nbytes > extents[key].nbytes:
-        given, wanted = extents[key].nbytes, tensor.storage.nbytes
-        raise WeightsError(f"storage {show(key)} of {show(name)} has {given} bytes, {wanted} were announced")
-
-
 def _listed(names: Mapping[str, Any]) -> str:
-    """The first names, for one line."""
-    first = [show(name) for name, _ in zip(names, range(6), strict=False)]
-    return ", ".join(first) + (f" and {len(names) - 6} others" if len(names) > 6 else "") if first else "nothing"
+    """The first names, for an error message."""
+    more = f" and {len(names) - 6} others" if len(names) > 6 else ""
+    return ", ".join(map(show, list(names)[:6])) + more or "nothing"
 
 
-def write_safetensors(
-    path: str | os.PathLike, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Writes arrays as .safetensors, whole or not at all; `format: pt`, which other readers ask for, is added.
-
-    Arrays in another order than C are copied: the safetensors package would write their memory as it lies.
-    """
+def write_safetensors(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays as .safetensors, whole or not at all."""
     path = Path(path)
     for name, array in arrays.items():
         if array.dtype.newbyteorder("=") not in DTYPES.values():
             raise WeightsError(f"{path}: {name} has dtype {array.dtype}, which cannot be written")
+    # safetensors writes memory as it lies, in whatever order the array is. Some readers ask for the format "pt".
     arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    metadata = {"format": "pt", **(metadata or {})}
     try:
-        with tempfile.TemporaryDirectory(
-            dir=path.parent, prefix=f".{path.name}-", ignore_cleanup_errors=True
-        ) as beside:
-            partial, ours = Path(beside) / "partial", Path(beside) / "ours"
-            safetensors.numpy.save_file(arrays, partial, metadata)
-            ours.touch()
-            shutil.copymode(ours, partial)  # safetensors lets only the owner read its files, whatever the umask
-            with open(partial, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, path)
+        with replacing(path) as partial:
+            partial.touch()
+            mode = partial.stat().st_mode  # safetensors lets only the owner read its files, whatever the umask
+            safetensors.numpy.save_file(arrays, partial, {"format": "pt"})
+            partial.chmod(mode)
     except (OSError, safetensors.SafetensorError) as error:
         raise WeightsError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
