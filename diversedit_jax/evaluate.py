@@ -6,14 +6,13 @@
         --preset=sit --reference=... --extractor=... --sweep cfg_scale=1.0,1.35,1.8 guidance_interval=0:0.7,0:1
     python -m diversedit_jax.evaluate --samples=samples.npz --reference=... --extractor=...
 
-Samples are drawn, decoded and judged in one program, and only features are kept. The same command goes on after it was
-killed, and ends in the same numbers: image i depends on the seed, on i and on its label. Writes scores.json, with all
-that moves a number beside the scores, and grid.png, to a folder of the run (or --out); a sweep also sweep.csv and
-sweep.png.
+If the program is killed, the same command goes on and ends in the same scores: image i depends only on the seed, on i
+and on its label. It writes scores.json, with everything that can change a score, and grid.png to a folder of the run
+(or --out). A sweep also writes sweep.csv and sweep.png.
 
---reference: an .npz of ADM, torch-fidelity, MeanFlow, MAR or of tools.reference_stats, a .pkl of EDM2, or images.
---extractor: inception, dinov2 or digits, with the file of its weights. A run whose config has evaluators of the kind
-`scores` needs neither: theirs are taken.
+--reference: an .npz of ADM, torch-fidelity, MeanFlow, MAR or tools.reference_stats, a .pkl of EDM2, or images.
+--extractor: inception, dinov2 or digits, with the file of its weights.
+A run needs neither if its config has evaluators of the kind `scores`: those are used.
 """
 
 import itertools
@@ -31,16 +30,18 @@ from absl import flags
 from diversedit_jax import conditioning, registry, sharding
 from diversedit_jax import config as configs
 from diversedit_jax.diffusion import solve
-from diversedit_jax.errors import CheckpointError, ConfigError
+from diversedit_jax.errors import ConfigError
 from diversedit_jax.evaluation import extractors as networks
 from diversedit_jax.evaluation import feature_cache, image_files, presets, scoring, tables
 from diversedit_jax.evaluation.extractors import Extractor
 from diversedit_jax.evaluation.reference_statistics import Reference, open_reference
+from diversedit_jax.evaluation.tables import Point
+from diversedit_jax.registry import in_range
 from diversedit_jax.runs import flags as run_flags
 from diversedit_jax.runs.trained import Source
 from diversedit_jax.runtime import cli
 from diversedit_jax.runtime.files import check_same, write_json
-from diversedit_jax.runtime.pictures import save_png
+from diversedit_jax.runtime.pictures import image_grid, save_png
 from diversedit_jax.runtime.progress import Ticker
 from diversedit_jax.runtime.versions import versions
 from diversedit_jax.sampling import sampler
@@ -50,15 +51,14 @@ SCORES, SAMPLES = "scores.json", "samples.npz"
 NUM = 50_000
 READ_WITH_SAMPLES = ("samples", "reference", "extractor", "num", "few", "out")
 FILE_BATCH = 256  # images of a file at a time
-GUIDANCE = ("cfg_scale", "guidance_interval")  # what one compiled sampler serves all values of
+GUIDANCE = ("cfg_scale", "guidance_interval")  # one compiled sampler serves all their values
 
 
 class Images(NamedTuple):
-    """Images to judge.
+    """Images to score. shape: (h, w, c) of one. read: (first, count) -> uint8 [count h w c].
 
-    read:   (first, count) -> uint8 [count h w c].
-    labels: of each, None where they are not known or conditions are not labels.
-    about:  where they come from, for the record. name: the same for people.
+    labels: [num]; None if they are unknown or conditions are not labels.
+    about: where the images come from, for the record. name: the same for people.
     """
 
     num: int
@@ -71,7 +71,7 @@ class Images(NamedTuple):
 
 
 class Judges(NamedTuple):
-    """What images are judged by. few: also fewer of them than features."""
+    """Feature networks and references. few: allow fewer images than features."""
 
     extractors: Sequence[Extractor]
     references: Sequence[Reference]
@@ -88,14 +88,12 @@ def of_file(path: str | Path, num: int | None) -> Images:
     return Images(count, found.shape, FILE_BATCH, found.read, None, about, f"{count} images of {path}")
 
 
-def of_source(
-    source: Source, varied: Mapping[str, Any], draw: Sampler, num: int, rule: str | None, seed: int
-) -> Images:
-    """`num` images to sample, of conditions by a rule of `conditioning.RULES`. varied: what a sweep changes."""
+def of_source(source: Source, varied: Point, draw: Sampler, num: int, rule: str | None, seed: int) -> Images:
+    """`num` images to sample. varied: options that a sweep changes. rule: of `conditioning.RULES`."""
     scoring.check_images(source.name, source.shape)
     options = source.options | dict(varied)
     batch = sharding.filled(options["batch_size"])
-    drawn = -(-num // batch) * batch  # whole batches, so that one program serves all; the last images are not judged
+    drawn = -(-num // batch) * batch  # whole batches, so that one program serves all; the rest is not scored
     conditions = source.conditions(rule, drawn, seed)
     labelled = source.space.conditions.classes is not None
     guidance = {name: options[name] for name in GUIDANCE}
@@ -104,16 +102,18 @@ def of_source(
         y = jax.tree.map(lambda leaf: leaf[first : first + batch], conditions)
         return draw(source.params, source.frozen, y, seed, source.weak, first=first, **guidance)[:count]
 
-    given = {name: value for name, value in options.items() if name != "batch_size"}
-    count = solve.evaluations(options["solver"], options["steps"], options["last_step_kind"])
-    about = source.about | {"sampler": given, "evaluations": count}
-    about |= {"labels": rule or ("balanced" if labelled else "data"), "seed": seed}
-    name = f"{num} samples of {source.name}"
-    return Images(num, source.shape, batch, read, conditions[:num] if labelled else None, about, name)
+    about = source.about | {
+        "sampler": {name: value for name, value in options.items() if name != "batch_size"},
+        "evaluations": solve.evaluations(options["solver"], options["steps"], options["last_step_kind"]),
+        "labels": rule or ("balanced" if labelled else "data"),
+        "seed": seed,
+    }
+    labels, name = conditions[:num] if labelled else None, f"{num} samples of {source.name}"
+    return Images(num, source.shape, batch, read, labels, about, name)
 
 
 def plan_of(images: Images, judges: Judges) -> dict[str, Any]:
-    """All that moves a number, but for the versions of programs; and `batch`, the images of a part."""
+    """Everything that can change a score, except software versions."""
     return {
         "images": images.about,
         "num": images.num,
@@ -132,43 +132,35 @@ def plan_of(images: Images, judges: Judges) -> dict[str, Any]:
     }
 
 
-def check(images: Images, judges: Judges) -> None:
-    """Raise ConfigError for what could not give scores, before anything is sampled."""
-    if images.num < 2:
-        raise ConfigError(f"--num={images.num}: must be at least 2")
-    scoring.check_count(images.num, scoring.features_of(judges.extractors, images.shape), judges.few)
-    scoring.check_reference(judges.extractors, judges.references, images.shape)
-
-
 def evaluate(
-    images: Images,
-    judges: Judges,
-    extract: scoring.Extract,
-    statistics: Mapping[str, Any],
-    folder: Path,
-    keep_samples: bool = False,
+    images: Images, judges: Judges, extract: scoring.Extract, statistics: Mapping, folder: Path, keep_samples: bool
 ) -> dict[str, float]:
-    """The scores of images, which are also written to `folder`; what was begun there is gone on with."""
+    """Score images, and write the results to `folder`. An evaluation that was begun there goes on."""
     plan = plan_of(images, judges)
     if (done := finished(folder, plan)) is not None:
         if keep_samples and not (folder / SAMPLES).exists():
-            raise ConfigError(
-                f"{folder} was done without --keep_samples: choose another --out, or remove {SCORES} there"
-            )
+            raise ConfigError(f"{folder} was done without --keep_samples: choose another --out or remove {SCORES}")
         return done
     started, parts = time.monotonic(), folder / "parts"
-    rows = [] if images.labels is None else tables.grid_rows(images.labels)
-    numbers = {number for row in rows for number in row} or set(range(min(100, images.num)))
+    if images.labels is not None:
+        rows = tables.grid_rows(images.labels)
+    else:
+        rows = [list(range(i, i + 10)) for i in range(0, min(100, images.num) // 10 * 10, 10)]
     firsts = list(range(0, images.num, images.batch))
-    whole = sharding.agreed(_begun(parts, plan, firsts, keep_samples))
+    whole = []
+    if jax.process_index() == 0 and feature_cache.claim(parts, plan | {"keep_samples": keep_samples}):
+        whole = [first for first in firsts if feature_cache.read(parts, first) is not None]
+        if whole:
+            print(f"going on: {len(whole)} of {len(firsts)} parts are there")
+    whole = sharding.agreed(whole)
     with Ticker(images.num, sum(min(images.batch, images.num - first) for first in whole)) as ticker:
         for first in [first for first in firsts if first not in whole]:
             count = min(images.batch, images.num - first)
             batch = images.read(first, count)
-            found = extract(batch)
+            features = extract(batch)
             if jax.process_index() == 0:
-                shown = {n: batch[n - first] for n in numbers if first <= n < first + count}
-                feature_cache.write(parts, first, found, batch if keep_samples else batch[:0], shown)
+                shown = {n: batch[n - first] for row in rows for n in row if first <= n < first + count}
+                feature_cache.write(parts, first, features, batch if keep_samples else batch[:0], shown)
             ticker.update(count)
     sharding.wait_for_all("features are written")
     if jax.process_index() != 0:
@@ -176,26 +168,22 @@ def evaluate(
     scores: dict[str, float] = {}
     for one in judges.extractors:
         scores |= scoring.scores(one.name, feature_cache.features(parts, firsts, one.name), statistics[one.name])
-    record = {"scores": scores, "plan": plan, "versions": versions()}
-    record |= {"seconds": round(time.monotonic() - started, 1), "resumed": bool(whole)}
-    shown = feature_cache.shown(parts, firsts)
-    rows = rows or [sorted(numbers)[i : i + 10] for i in range(0, len(numbers) // 10 * 10, 10)]
-    try:
+    seconds = round(time.monotonic() - started, 1)
+    record = {"scores": scores, "plan": plan, "versions": versions(), "seconds": seconds, "resumed": bool(whole)}
+    with feature_cache.writing(folder):
         if rows:
-            save_png(folder / "grid.png", tables.class_grid(shown, rows))
+            shown = feature_cache.shown(parts, firsts)
+            grid = image_grid(np.stack([shown[number] for row in rows for number in row]), columns=len(rows[0]))
+            save_png(folder / "grid.png", grid)
         if keep_samples:
             feature_cache.join_images(parts, firsts, images.num, images.labels, folder / SAMPLES)
         write_json(folder / SCORES, record)
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder} cannot be written: {error.strerror}; the same command goes on later"
-        ) from error
     feature_cache.remove(parts, firsts)
     return scores
 
 
 def finished(folder: Path, plan: Mapping[str, Any]) -> dict[str, float] | None:
-    """The scores in a folder where this plan was carried out; None where none was. ConfigError for another plan's."""
+    """The scores in a folder, None if there are none. ConfigError if they are of another plan."""
     if not (folder / SCORES).exists():
         return None
     try:
@@ -207,38 +195,14 @@ def finished(folder: Path, plan: Mapping[str, Any]) -> dict[str, float] | None:
     return scores
 
 
-def _begun(parts: Path, plan: Mapping[str, Any], firsts: list[int], keep_samples: bool) -> list[int]:
-    """The parts that are there already, on the first process; elsewhere nothing is looked at."""
-    if jax.process_index() != 0:
-        return []
-    if not feature_cache.claim(parts, plan | {"keep_samples": keep_samples}):
-        return []
-    whole = [first for first in firsts if feature_cache.read(parts, first) is not None]
-    if whole:
-        print(f"going on: {len(whole)} of {len(firsts)} parts are there")
-    return whole
-
-
-def swept(given: Sequence[str], extra: Sequence[str]) -> list[str]:
-    """What --sweep says, once or several times, and the arguments that follow it; ConfigError for any other."""
-    unexpected = [text for text in extra if not given or "=" not in text]
-    if unexpected:
-        raise ConfigError(f"unexpected argument {unexpected[0]!r}")
-    return [*given, *extra]
-
-
-def check_unread(known: Sequence[flags.Flag]) -> None:
-    """Raise ConfigError for a flag that --samples leaves nothing to."""
-    unread = [flag.name for flag in known if flag.present and flag.name not in READ_WITH_SAMPLES]
-    if unread:
-        raise ConfigError(f"--samples are finished images: --{unread[0]} does nothing to them")
-
-
-def sweep_of(given: Sequence[str]) -> list[dict[str, Any]]:
-    """The points of `NAME=VALUE,VALUE` for each of several options: all combinations; [{}] for none."""
+def sweep_of(given: Sequence[str], extra: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """All combinations of several `NAME=VALUE,VALUE`; [{}] for none. extra: the arguments that follow --sweep."""
+    for text in extra:
+        if not given or "=" not in text:
+            raise ConfigError(f"unexpected argument {text!r}")
     known = registry.options(sampler.make)
     axes = {}
-    for text in given:
+    for text in [*given, *extra]:
         name, _, values = text.partition("=")
         if name not in known or name == "batch_size" or not values:
             raise ConfigError(f"--sweep {text}: wanted NAME=VALUE,VALUE with NAME one of {', '.join(known)}")
@@ -247,14 +211,13 @@ def sweep_of(given: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _value(name: str, value: str, text: str) -> Any:
-    """A value of a sweep as its option takes it: lo:hi for an interval."""
-    default = registry.options(sampler.make)[name].default
+    """A value of a sweep with the type of its option; an interval is lo:hi."""
+    if isinstance(registry.options(sampler.make)[name].default, str):
+        return value
     try:
         if name == "guidance_interval":
             low, high = value.split(":")
             return float(low), float(high)
-        if isinstance(default, str):
-            return value
         return int(value) if name in ("steps", "guidance_channels") else float(value)
     except ValueError:
         form = "lo:hi" if name == "guidance_interval" else "a number"
@@ -262,9 +225,7 @@ def _value(name: str, value: str, text: str) -> Any:
 
 
 def judges_of(extractors: Sequence[str], references: Sequence[str], workdir: str | None, few: bool = False) -> Judges:
-    """What the flags name; without extractors those of the evaluators `scores` in the run's config, with their
-    references where none is named.
-    """
+    """The networks and references that the flags name; by default those of the evaluators `scores` of the run."""
     chosen = cli.named_files("extractor", extractors)
     paths = list(references)
     if workdir is not None and not chosen:
@@ -279,29 +240,28 @@ def judges_of(extractors: Sequence[str], references: Sequence[str], workdir: str
 
 
 def run(
-    judges: Judges,
-    points: Sequence[Mapping[str, Any]],
-    images_at: Callable[[Mapping[str, Any]], Images],
-    folder: Path,
-    keep_samples: bool = False,
+    judges: Judges, points: Sequence[Point], images_at: Callable[[Point], Images], folder: Path, keep: bool = False
 ) -> list[tables.Row]:
-    """Evaluate every point of a sweep, [{}] for none, each in a folder of its own; returns what was found."""
+    """Evaluate every point of a sweep, [{}] for none, in a folder of its own. keep: also write samples.npz."""
     opened = [images_at(point) for point in points]
     for images in opened:
-        check(images, judges)
+        in_range("--num", images.num, 2)
+        scoring.check_count(images.num, scoring.features_of(judges.extractors, images.shape), judges.few)
+        scoring.check_reference(judges.extractors, judges.references, images.shape)
     extract = scoring.extraction(judges.extractors, sharding.make(), opened[0].batch)
     statistics = scoring.references_for(judges.extractors, judges.references, extract, opened[0].batch)
+    speaks, swept = jax.process_index() == 0, len(points) > 1
     rows: list[tables.Row] = []
     for point, images in zip(points, opened, strict=True):
         place = folder / tables.label(point) if point else folder
-        if jax.process_index() == 0:
+        if speaks:
             print(f"{images.name}{', ' + tables.label(point) if point else ''}", flush=True)
-        rows.append((point, evaluate(images, judges, extract, statistics, place, keep_samples)))
-        if jax.process_index() == 0 and len(points) > 1:
+        rows.append((point, evaluate(images, judges, extract, statistics, place, keep)))
+        if speaks and swept:
             tables.write_csv(folder / "sweep.csv", rows)
-    if jax.process_index() == 0:
+    if speaks:
         print(tables.table(rows))
-        if len(points) > 1:
+        if swept:
             for suffix in (".png", ".svg"):
                 tables.plot_sweep(folder / f"sweep{suffix}", rows, opened[0].name)
         print(f"written to {folder}")
@@ -312,55 +272,46 @@ if __name__ == "__main__":
     run_flags.define_flags()
     flags.adopt_module_key_flags(run_flags)  # so that --help lists them
     flags.DEFINE_string("samples", None, "Images to score instead: an .npz with `arr_0`, uint8 [n h w 3], or a folder.")
-    flags.DEFINE_multi_string("reference", [], "What to compare with, see above; may be given several times.")
-    flags.DEFINE_multi_string("extractor", [], "NAME=FILE or NAME=FILE,OPTION=VALUE; may be given several times.")
+    flags.DEFINE_multi_string("reference", [], "Statistics or images to compare with, see above; may be repeated.")
+    flags.DEFINE_multi_string("extractor", [], "NAME=FILE or NAME=FILE,OPTION=VALUE; may be repeated.")
     about = "; ".join(f"{name}: {protocol.about}" for name, protocol in presets.PROTOCOLS.items())
     flags.DEFINE_enum("preset", None, list(presets.PROTOCOLS), f"A paper's protocol; other flags change it. {about}.")
     flags.DEFINE_integer("num", None, f"Number of images; by default {NUM:,}, or all in a file.")
-    flags.DEFINE_enum(
-        "labels",
-        None,
-        conditioning.RULES,
-        "balanced: every class in turn; uniform: at random; data: the conditions of held-out examples. By default "
-        "balanced for labels, else data.",
-    )
-    flags.DEFINE_integer("seed", 0, "Image i depends on the seed, on i and on its label.")
+    rules = "balanced: every class in turn; uniform: at random; data: the conditions of held-out examples"
+    flags.DEFINE_enum("labels", None, conditioning.RULES, f"{rules}. By default balanced for labels, else data.")
+    flags.DEFINE_integer("seed", 0, "Image i depends only on the seed, on i and on its label.")
     flags.DEFINE_multi_string("sweep", [], "OPTION=VALUE,VALUE of the sampler, intervals as lo:hi; all combinations.")
     flags.DEFINE_bool("keep_samples", False, "Also write samples.npz, which the script of ADM reads.")
-    flags.DEFINE_bool("few", False, "Allow fewer images than features: scores that compare with no others.")
+    flags.DEFINE_bool("few", False, "Allow fewer images than features; the scores compare with no others.")
     flags.DEFINE_string("out", None, "Directory to write to; by default DIR/evaluations/... of the run.")
 
     def main(extra: list[str]) -> None:
         """Read the flags and run."""
         given = flags.FLAGS
-        points = sweep_of(swept(given.sweep, extra))
+        points = sweep_of(given.sweep, extra)
         judges = judges_of(given.extractor, given.reference, given.workdir, given.few)
         if given.samples is not None:
-            check_unread(flags.FLAGS.get_key_flags_for_module(sys.argv[0]))
+            for flag in given.get_key_flags_for_module(sys.argv[0]):
+                if flag.present and flag.name not in READ_WITH_SAMPLES:
+                    raise ConfigError(f"--samples are finished images: --{flag.name} does nothing to them")
             path = Path(given.samples).expanduser().absolute()
             folder = Path(given.out).expanduser() if given.out else path.with_name(f"{path.stem}_scores")
             run(judges, points, lambda point: of_file(path, given.num), folder)
             return
-        protocol = presets.find(given.preset) if given.preset else None
+        protocol = presets.PROTOCOLS.get(given.preset)
         defaults = dict(protocol.sampler) | {"rounding": protocol.rounding} if protocol else {}
         source = run_flags.source(defaults)
         rule = given.labels or (protocol.labels if protocol else None)
-        folder = (
-            Path(given.out).expanduser()
-            if given.out
-            else source.folder.parent
-            / "evaluations"
-            / "_".join([source.folder.name.removeprefix("samples_"), *([given.preset] if given.preset else [])])
-        )
+        name = source.folder.name.removeprefix("samples_") + (f"_{given.preset}" if given.preset else "")
+        folder = Path(given.out).expanduser() if given.out else source.folder.parent / "evaluations" / name
         samplers: dict[str, Sampler] = {}
 
-        def images_at(point: Mapping[str, Any]) -> Images:
+        def images_at(point: Point) -> Images:
             changed = {name: value for name, value in point.items() if name not in GUIDANCE}
             key = tables.label(changed)
             if key not in samplers:
                 samplers[key] = source.make(**(source.options | changed)) if changed else source.sampler
-            num = NUM if given.num is None else given.num
-            return of_source(source, point, samplers[key], num, rule, given.seed)
+            return of_source(source, point, samplers[key], NUM if given.num is None else given.num, rule, given.seed)
 
         run(judges, points, images_at, folder, given.keep_samples)
 

@@ -10,12 +10,12 @@ from diversedit_jax.errors import ConfigError
 
 
 class Dataset(NamedTuple):
-    """A finite set of examples with random access, and the random transform of one example.
+    """A finite set of examples with random access, and a random transform of one example.
 
-    source:    examples by index: dicts of numpy arrays. `y` is the condition, which may be nested dicts itself.
-    transform: (example, np.random.Generator) -> example; None if there is nothing to draw.
-    space:     shape and conditions of an example. Of stored latents the shape is that of the latents.
-    scale:     of latents, as their autoencoder was trained for; the codec must have it. None if it is not known.
+    source:    examples by index: dicts of numpy arrays. `y` is the condition, which may be a nested dict.
+    transform: (example, np.random.Generator) -> example; None if nothing is random.
+    space:     shape and conditions of an example. For stored latents: the shape of the latents.
+    scale:     by which the latents must be multiplied; the codec must have the same. None: unknown.
     """
 
     source: Any
@@ -24,18 +24,15 @@ class Dataset(NamedTuple):
     scale: float | None = None
 
 
-# make(name, split, **options): the data set `name`, split `train` or `test`; the options are the keywords of
-# `data.<name>.make`.
+# make(name, split, **options): the data set `name`; options: the keywords of `data.<name>.make`.
 make = partial(registry.make, "data")
 
 
 def local_path(what: str, given: str | Path) -> Path:
-    """A path of this machine, `~` expanded. ConfigError, in the name of `what`, for a bucket.
+    """A path of this machine, with `~` expanded. ConfigError, prefixed by `what`, for a bucket.
 
-    Libraries that read buckets themselves wait for ever where they cannot: a mount says at once what is wrong.
+    Libraries that read buckets themselves may wait for ever. A mount fails at once.
     """
     if "://" in str(given):
-        raise ConfigError(
-            f"{what}: {given} is not a path of this machine: mount the bucket (gcsfuse, mountpoint-s3) or copy it"
-        )
+        raise ConfigError(f"{what}: {given} is not a path of this machine: mount the bucket (gcsfuse) or copy it")
     return Path(given).expanduser()

@@ -1,8 +1,8 @@
 """Handwritten digits, 8x8 grey levels in ten classes: real images that need no download.
 
-The data are the test part of "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, UCI Machine
-Learning Repository, 1998, doi:10.24432/C50P49) as bundled in scikit-learn: 1,797 images with levels 0 .. 16. At first
-use they are written as a tfds dataset, `<data_dir>/digits/1.0.0`; later runs read that.
+scikit-learn bundles them: 1,797 images with levels 0 .. 16, the test part of "Optical Recognition of Handwritten
+Digits" (E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998, doi:10.24432/C50P49). The first use writes
+them as a tfds data set, `<data_dir>/digits/1.0.0`; later runs read that.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import tensorflow_datasets as tfds
 from diversedit_jax.api import Conditions, Space
 from diversedit_jax.data import Dataset, local_path
 from diversedit_jax.errors import ConfigError, DataError
+from diversedit_jax.registry import one_of
 
 SHAPE = (8, 8, 1)
 NUM_CLASSES = 10
@@ -25,7 +26,7 @@ SIZES = {"train": 1437, "test": 360}
 
 
 def held_out(labels: np.ndarray) -> np.ndarray:
-    """The rows of the 360 held-out images, 35 to 37 of each class, drawn once and for all."""
+    """The rows of the 360 held-out images, 35 to 37 of each class, always the same."""
     from sklearn.model_selection import train_test_split
 
     rows = np.arange(len(labels))
@@ -36,15 +37,11 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """The tfds dataset: `image` uint8 [8 8 1] with levels 0 .. 16, `label` int32, splits `train` and `test`."""
 
     VERSION = tfds.core.Version("1.0.0")
-    code_path = None  # nothing to download: else tfds looks for checksums here, by a package that it does not require
+    code_path = None  # with a path, tfds looks for checksums there, by a package that is not installed
 
     def _info(self):
-        features = tfds.features.FeaturesDict(
-            {
-                "image": tfds.features.Tensor(shape=SHAPE, dtype=np.uint8, encoding="bytes"),
-                "label": tfds.features.Scalar(np.int32),
-            }
-        )
+        image = tfds.features.Tensor(shape=SHAPE, dtype=np.uint8, encoding="bytes")
+        features = tfds.features.FeaturesDict({"image": image, "label": tfds.features.Scalar(np.int32)})
         return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager):
@@ -52,11 +49,8 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
         digits = load_digits()
         test = held_out(digits.target)
-        train = np.setdiff1d(np.arange(len(digits.target)), test)
-        return {
-            "train": self._generate_examples(digits, train),
-            "test": self._generate_examples(digits, test),
-        }
+        rows = {"train": np.setdiff1d(np.arange(len(digits.target)), test), "test": test}
+        return {split: self._generate_examples(digits, rows[split]) for split in rows}
 
     def _generate_examples(self, digits, rows):
         for row in rows:
@@ -64,17 +58,11 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             yield int(row), {"image": image, "label": np.int32(digits.target[row])}
 
 
-def cache_dir() -> Path:
-    """Where data sets are built unless told otherwise: `$XDG_CACHE_HOME/diversedit_jax`, or under `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diversedit_jax"
-
-
 def build(data_dir: Path) -> Path:
-    """The directory of the built dataset, built now if it is not there.
+    """The directory of the built data set, which is built now if it is missing.
 
-    The files are written beside their place and moved there whole by one rename. A build that is killed leaves a
-    `building-*` directory that nobody reads; of two builds at the same time the later uses the files of the earlier.
-    Raises ConfigError where `data_dir` cannot be written.
+    One rename moves the finished files to their place. A build that is killed leaves a `building-*` directory that
+    nobody reads. Of two builds at the same time, the later uses the files of the earlier.
     """
     home = data_dir / "digits"
     place = home / str(Digits.VERSION)
@@ -91,36 +79,30 @@ def build(data_dir: Path) -> Path:
     except OSError as error:
         raise ConfigError(f"digits: cannot write to data_dir {data_dir}: {error}") from error
     if not place.is_dir():
-        raise ConfigError(f"digits: cannot write {place}; is something else of that name in the way?")
+        raise ConfigError(f"digits: cannot write {place}: another file has this name")
     return place
 
 
 def levels(split: str, data_dir: str | Path | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The images, uint8 [n 8 8 1] with levels 0 .. 16, and labels, int32 [n], of `train` (n = 1437) or `test` (360).
-
-    Raises ConfigError for another split and DataError for files that do not hold what was built.
-    """
-    if split not in SIZES:
-        raise ConfigError(f"digits: split must be one of {', '.join(SIZES)}, given {split!r}")
-    place = build(local_path("digits", data_dir) if data_dir else cache_dir())
+    """Images, uint8 [n 8 8 1] with levels 0 .. 16, and labels, int32 [n], of `train` (n = 1437) or `test` (360)."""
+    one_of("digits: split", split, SIZES)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    place = build(local_path("digits", data_dir or cache / "diversedit_jax"))
     try:
         source = tfds.builder_from_directory(str(place)).as_data_source(split)
         examples = source.__getitems__(range(len(source)))
         images = np.stack([example["image"] for example in examples])
         labels = np.array([example["label"] for example in examples], np.int32)
+        if images.shape != (SIZES[split], *SHAPE):
+            raise ValueError(f"{split} has images {images.shape}, wanted {(SIZES[split], *SHAPE)}")
     except Exception as error:  # array_record and tfds raise many kinds
         cause = str(error).partition("\n")[0] or type(error).__name__
         raise DataError(f"digits: {place} is damaged ({cause}); delete it and it is built anew") from error
-    if images.shape != (SIZES[split], *SHAPE):
-        raise DataError(
-            f"digits: {place} is damaged: images {images.shape} in {split}, "
-            f"expected {(SIZES[split], *SHAPE)}; delete it and it is built anew"
-        )
     return images, labels
 
 
 def spread(example: dict, rng: np.random.Generator) -> dict:
-    """The example with `x` spread uniformly over one level, 1/8, so that its density is finite."""
+    """Add uniform noise of one level's width, 1/8, to `x`. This makes its density finite."""
     noise = rng.uniform(-0.5, 0.5, example["x"].shape).astype(np.float32)
     return example | {"x": example["x"] + noise / 8}
 
@@ -128,8 +110,8 @@ def spread(example: dict, rng: np.random.Generator) -> dict:
 def make(split: str, *, data_dir: str | None = None, dequantize: bool = True) -> Dataset:
     """The digits: `x` float32 [8 8 1] in [-1, 1] and `y` int32; 1,437 to train on, 360 held out as `test`.
 
-    data_dir: where the dataset is built and read, by default the user's cache. dequantize: add uniform noise of one
-    level's width to each draw.
+    data_dir: where the data set is built and read; by default `$XDG_CACHE_HOME/diversedit_jax`, or below `~/.cache`.
+    dequantize: add uniform noise of one level's width to each draw.
     """
     images, labels = levels(split, data_dir)
     x = images.astype(np.float32) / (MAX_LEVEL / 2) - 1

@@ -1,4 +1,4 @@
-"""Pixels of a collection of images, to train on without an autoencoder: see `image_files` for what is read."""
+"""Pixels of a collection of images, to train on without an autoencoder."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import numpy as np
 from diversedit_jax.api import Conditions, Space
 from diversedit_jax.data import Dataset, image_collections
 from diversedit_jax.data.image_collections import ImageFiles
-from diversedit_jax.errors import ConfigError
+from diversedit_jax.registry import in_range
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Pixels:
 
 
 def flip(example: dict, rng: np.random.Generator) -> dict:
-    """The image or, with probability 1/2, its mirror image."""
+    """Mirror the image with probability 1/2."""
     return example | {"x": example["x"][:, ::-1]} if rng.random() < 0.5 else example
 
 
@@ -39,13 +39,12 @@ def make(
     unconditional: bool = False,
     mirror: bool = False,
 ) -> Dataset:
-    """The images in `data_dir`, cropped to size x size pixels as ADM does; classes as the collection has them.
+    """The images in `data_dir`, cropped to size x size pixels as ADM does, with the classes of the collection.
 
-    kind, unconditional: as in `image_files.open_images`. mirror: each draw takes the mirror image with probability 1/2.
-    Images are decoded at every draw: `config.input.num_workers` takes more processes to it.
+    kind, unconditional: as in `image_collections.open_images`. mirror: each draw takes the mirror image with
+    probability 1/2. Every draw decodes an image: use `config.input.num_workers` if that is slow.
     """
-    if size < 1:
-        raise ConfigError(f"images: size = {size}: must be positive")
+    in_range("images: size", size, 1)
     images = image_collections.open_images(data_dir, kind, split, unconditional)
     space = Space((size, size, 3), Conditions.labels(len(images.classes)))
     return Dataset(Pixels(images, size), flip if mirror else None, space)

@@ -4,8 +4,8 @@
     0, 1, ...     a pickled dict: `moments` and `moments_flip`, float32 [8 h w], means, then LOG VARIANCES, of the image
                   and of its mirror image; `label`, `filename`
 
-Needs the package lmdb (`pip install -e .[lmdb]`). No pickle is run: `weights.formats.numpy_pickle` puts arrays
-together, and refuses any other object by name.
+Needs the package lmdb (`pip install -e .[lmdb]`). No code in a pickle is run: `weights.formats.numpy_pickle` builds
+arrays, and refuses any other object by name.
 """
 
 import os
@@ -18,16 +18,8 @@ import numpy as np
 
 from diversedit_jax.data import Dataset, foreign_latents, local_path
 from diversedit_jax.data.foreign_latents import Record
-from diversedit_jax.errors import ConfigError, DataError, WeightsError
+from diversedit_jax.errors import ConfigError, DataError
 from diversedit_jax.weights.formats import numpy_pickle
-
-
-def entry(content: bytes) -> dict[str, Any]:
-    """A record of the database; DataError for anything but a dict of arrays, numbers and strings."""
-    try:
-        return numpy_pickle.load(content)
-    except WeightsError as error:
-        raise DataError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -38,7 +30,6 @@ class Reader:
     both: bool
 
     def get(self, key: str) -> bytes:
-        """The value of a key; DataError if there is none."""
         with environment(self.path).begin() as transaction:
             value = transaction.get(key.encode())
         if value is None:
@@ -46,7 +37,7 @@ class Reader:
         return value
 
     def __call__(self, index: int) -> Record:
-        found = entry(self.get(str(index)))
+        found = numpy_pickle.load(self.get(str(index)))
         names = ("moments", "moments_flip") if self.both else ("moments",)
         return Record(np.stack([found[name] for name in names]), int(found["label"]))
 
@@ -56,16 +47,14 @@ _lock = threading.Lock()
 
 
 def environment(path: Path) -> Any:
-    """The database, opened to read from: once in each process, which is all that LMDB allows."""
+    """The database, opened for reading. LMDB allows a process to open it only once."""
     try:
-        import lmdb  # for this layout only
+        import lmdb  # an optional package
     except ImportError:
         raise ConfigError("meanflow_lmdb: the package lmdb is not installed: pip install -e .[lmdb]") from None
     key = (os.getpid(), path.resolve())
     with _lock:
         if key not in _opened:
-            if not path.exists():
-                raise DataError(f"meanflow_lmdb: {path} does not exist")
             try:
                 options = {"subdir": path.is_dir(), "lock": False, "readahead": False, "meminit": False}
                 _opened[key] = lmdb.open(str(path), readonly=True, **options)
@@ -75,10 +64,7 @@ def environment(path: Path) -> Any:
 
 
 def make(split: str, *, data_dir: str, num_classes: int = 1000, mirror: bool = False) -> Dataset:
-    """The latents in the database `data_dir`, which has no splits.
-
-    mirror: each draw takes the mirror image with probability 1/2.
-    """
+    """The latents in the database `data_dir`, without splits. mirror: draw mirror images with probability 1/2."""
     foreign_latents.no_splits("meanflow_lmdb", split)
     path = local_path("meanflow_lmdb", data_dir)
     reader = Reader(path, mirror)
@@ -87,11 +73,5 @@ def make(split: str, *, data_dir: str, num_classes: int = 1000, mirror: bool = F
     except (DataError, ValueError) as error:
         raise DataError(f"meanflow_lmdb: {path} is not such a database: {error}") from error
     return foreign_latents.dataset(
-        f"meanflow_lmdb: {path}",
-        count,
-        reader,
-        kind="logvar",
-        num_classes=num_classes,
-        mirror=mirror,
-        scale=0.18215,
+        f"meanflow_lmdb: {path}", count, reader, num_classes=num_classes, scale=0.18215, kind="logvar", mirror=mirror
     )

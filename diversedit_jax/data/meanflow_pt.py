@@ -1,7 +1,7 @@
 """Latents as the official MeanFlow keeps them (arXiv 2505.13447): a .pt file for each image.
 
 Each holds a dict: `image`, means, then standard deviations, float32 [8 h w], and `label`. There are no mirror images.
-Files are read without torch and without running anything in them. The folder is listed once, at the beginning.
+Reading a file needs no torch and runs no code in it. The folder is listed once, at the beginning.
 """
 
 import os
@@ -27,8 +27,8 @@ class Reader:
         with open_weights(self.folder / self.names[index]) as file:
             if not isinstance(file.tree, dict) or not {"image", "label"} <= file.tree.keys():
                 raise DataError(f"{self.names[index]}: wanted a dict with `image` and `label`")
-            label = file.read("label") if "label" in file else file.tree["label"]
-            return Record(np.asarray(file.read("image"), np.float32)[None], int(label))
+            label = file["label"] if "label" in file else file.tree["label"]
+            return Record(np.asarray(file["image"], np.float32)[None], int(label))
 
 
 def make(split: str, *, data_dir: str, num_classes: int = 1000, kind: str = "std", mirror: bool = False) -> Dataset:
@@ -37,18 +37,11 @@ def make(split: str, *, data_dir: str, num_classes: int = 1000, kind: str = "std
     kind: `std` as published, `logvar` for sets in this layout that hold log variances.
     """
     foreign_latents.no_mirror("meanflow_pt", mirror)
-    path = local_path("meanflow_pt", data_dir)
-    path = foreign_latents.of_split("meanflow_pt", path, split)
+    path = foreign_latents.of_split("meanflow_pt", local_path("meanflow_pt", data_dir), split)
     if not path.is_dir():
         raise DataError(f"meanflow_pt: {path} is not a folder of .pt files")
     found = (Path(folder, name) for folder, _, names in os.walk(path) for name in names if name.endswith(".pt"))
     names = tuple(sorted(str(name.relative_to(path)) for name in found))
     return foreign_latents.dataset(
-        f"meanflow_pt: {path}",
-        len(names),
-        Reader(path, names),
-        kind=kind,
-        num_classes=num_classes,
-        mirror=False,
-        scale=0.18215,
+        f"meanflow_pt: {path}", len(names), Reader(path, names), num_classes=num_classes, scale=0.18215, kind=kind
     )

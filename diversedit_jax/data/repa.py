@@ -4,30 +4,15 @@
     vae-sd/00000/img-mean-std-*.npy   means, then standard deviations, float32 [8 h w]
     images/00000/img*.png             the crops, in the same order
 
-The autoencoder is Stable Diffusion's; images had values in [-1, 1]. There are no mirror images. Either folder may be a
+The autoencoder is Stable Diffusion's, fed with values in [-1, 1]. There are no mirror images. Either folder may be a
 zip of the same name.
 """
 
-from dataclasses import dataclass
-
-import numpy as np
+from dataclasses import replace
+from pathlib import Path
 
 from diversedit_jax.data import Dataset, foreign_latents, image_collections, local_path
-from diversedit_jax.data.foreign_latents import Files, Record
 from diversedit_jax.errors import DataError
-
-
-@dataclass(frozen=True)
-class Reader:
-    """index -> Record."""
-
-    latents: Files
-    images: image_collections.ImageFiles | None
-
-    def __call__(self, index: int) -> Record:
-        name = self.latents.names[index]
-        image = None if self.images is None else np.asarray(image_collections.decode(self.images.read(index)))
-        return Record(foreign_latents.array(self.latents.read(name))[None], self.latents.labels.get(name, 0), image)
 
 
 def make(
@@ -47,23 +32,16 @@ def make(
     foreign_latents.no_mirror("repa", mirror)
     foreign_latents.no_splits("repa", split)
     path = local_path("repa", data_dir)
-    latents = foreign_latents.labelled("repa", _either(path / "vae-sd"), ".npy")
-    images = None
+    reader = foreign_latents.npy_files("repa", _folder_or_zip(path / "vae-sd"))
     if image:
-        images = image_collections.open_images(_either(path / "images"), unconditional=True)
-        if len(images) != len(latents.names):
-            raise DataError(f"repa: {path} has {len(latents.names)} latents, but {len(images)} images")
-    return foreign_latents.dataset(
-        f"repa: {path}",
-        len(latents.names),
-        Reader(latents, images),
-        kind=kind,
-        num_classes=foreign_latents.classes(latents.labels, num_classes),
-        mirror=False,
-        scale=0.18215,
-    )
+        images = image_collections.open_images(_folder_or_zip(path / "images"), unconditional=True)
+        if len(images) != len(reader.names):
+            raise DataError(f"repa: {path} has {len(reader.names)} latents, but {len(images)} images")
+        reader = replace(reader, images=images)
+    options = {"num_classes": reader.classes(num_classes), "scale": 0.18215, "kind": kind}
+    return foreign_latents.dataset(f"repa: {path}", len(reader.names), reader, **options)
 
 
-def _either(folder):
+def _folder_or_zip(folder: Path) -> Path:
     zipped = folder.with_name(f"{folder.name}.zip")
     return zipped if zipped.is_file() and not folder.is_dir() else folder

@@ -1,4 +1,4 @@
-"""Random examples from no disk, for benchmarks: normal numbers, because zeros would flatter the speed."""
+"""Random examples without a disk, for benchmarks. Normal numbers, because zeros would be computed too fast."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,12 @@ from diversedit_jax.api import Conditions, Space
 from diversedit_jax.data import Dataset
 from diversedit_jax.registry import in_range, one_of
 
-POOL = 256  # distinct examples; labels are drawn for every example
+POOL = 256  # distinct examples
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Examples by index: `x` float32 [*s c] from a small pool, and a label of its own."""
+    """Examples by index: `x` float32 [*s c] from a small pool, and `y`, drawn for every example."""
 
     pool: np.ndarray  # [p *s c]
     labels: np.ndarray  # [n]
@@ -26,12 +26,7 @@ class Noise:
 
 
 def make(
-    split: str,
-    *,
-    shape: tuple[int, ...] = (32, 32, 4),
-    num_classes: int = 1000,
-    size: int = 65_536,
-    seed: int = 0,
+    split: str, *, shape: tuple[int, ...] = (32, 32, 4), num_classes: int = 1000, size: int = 65_536, seed: int = 0
 ) -> Dataset:
     """`size` examples: `x` float32 standard normal, `y` uniform over the classes, 0 without any.
 

@@ -1,9 +1,10 @@
-"""Features of images in files while an evaluation runs, so that one that was killed goes on where it was.
+"""Features of images in files while an evaluation runs, so that it goes on after it was killed.
 
-FOLDER/plan.json says what is evaluated, FOLDER/00000512.npz holds the features of the images from number 512 on. Every
-file appears whole or not at all; one that cannot be read back is made again.
+FOLDER/plan.json says what is evaluated. FOLDER/00000512.npz holds the features of the images from number 512 on. Every
+file appears whole or not at all. A damaged one is made again.
 """
 
+import contextlib
 import json
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -14,18 +15,15 @@ import numpy as np
 
 from diversedit_jax.errors import CheckpointError, DataError
 from diversedit_jax.evaluation.extractors import Features
-from diversedit_jax.evaluation.scoring import Found
+from diversedit_jax.evaluation.scoring import ExtractedFeatures
 from diversedit_jax.runtime.files import check_same, replacing, write_json, write_npz
 
 PLAN = "plan.json"
-NAMES = "names"  # of the other arrays of a part: a damaged index of an .npz may leave one out
+NAMES = "names"  # array with the names of the others: if the index of an .npz is damaged, one may be missing
 
 
 def claim(folder: Path, plan: Mapping[str, Any]) -> bool:
-    """Make the folder, or take one that the same plan has begun; returns whether it had begun.
-
-    ConfigError for one of another plan.
-    """
+    """Make the folder. Returns whether the same plan had begun there; ConfigError for another plan."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         begun = json.loads((folder / PLAN).read_text(encoding="utf-8"))
@@ -43,76 +41,65 @@ def place(folder: Path, first: int) -> Path:
     return folder / f"{first:08d}.npz"
 
 
-def write(folder: Path, first: int, found: Found, images: np.ndarray, shown: Mapping[int, np.ndarray]) -> None:
-    """Keep the features of a part, `images` (none of them, or all) and those that a grid shows, by number.
-
-    Raises CheckpointError where the disk does not take them.
-    """
-    arrays = {
-        f"{name}/{kind}": x for name, part in found.items() for kind, x in part._asdict().items() if x is not None
-    }
-    arrays |= {"images": images} if len(images) else {}
-    arrays |= {f"shown/{number}": image for number, image in shown.items()}
-    arrays[NAMES] = np.array(sorted(arrays))
-    path = place(folder, first)
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn OSError into CheckpointError, which names `path`."""
     try:
-        write_npz(path, arrays)
+        yield
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror}; the same command goes on later") from error
 
 
+def write(
+    folder: Path, first: int, features: ExtractedFeatures, images: np.ndarray, shown: Mapping[int, np.ndarray]
+) -> None:
+    """Keep the features of a part, its `images` (or none) and the images that the grid shows, by number."""
+    arrays = {
+        f"{name}/{kind}": x for name, part in features.items() for kind, x in part._asdict().items() if x is not None
+    }
+    arrays |= {"images": images} if len(images) else {}
+    arrays |= {f"shown/{number}": image for number, image in shown.items()}
+    arrays[NAMES] = np.array(sorted(arrays))
+    with writing(place(folder, first)):
+        write_npz(place(folder, first), arrays)
+
+
 def read(folder: Path, first: int) -> dict[str, np.ndarray] | None:
-    """The arrays of a part; None, and no file, where it is missing or damaged."""
+    """The arrays of a part. If it is missing or damaged: None, and its file is removed."""
     path = place(folder, first)
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             found = {name: file[name] for name in file.files}
         if sorted(found) == sorted([NAMES, *found.pop(NAMES, ())]):
             return found
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile):  # RuntimeError: "is encrypted", by a bit
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile):  # RuntimeError: a bit says "encrypted"
         pass
     path.unlink(missing_ok=True)
     return None
 
 
+def _below(folder: Path, first: int, prefix: str) -> dict[str, np.ndarray]:
+    """The arrays of a part whose names begin with a prefix, without it."""
+    with np.load(place(folder, first), allow_pickle=False) as file:
+        return {name.removeprefix(prefix): file[name] for name in file.files if name.startswith(prefix)}
+
+
 def features(folder: Path, firsts: list[int], name: str) -> Iterator[Features]:
     """The features of one network, part by part."""
-    for first in firsts:
-        with np.load(place(folder, first), allow_pickle=False) as file:
-            kinds = {kind: file[f"{name}/{kind}"] for kind in Features._fields if f"{name}/{kind}" in file.files}
-        yield Features(**kinds)
+    return (Features(**_below(folder, first, f"{name}/")) for first in firsts)
 
 
 def shown(folder: Path, firsts: list[int]) -> dict[int, np.ndarray]:
-    """The images that a grid shows, by number."""
-    found = {}
-    for first in firsts:
-        with np.load(place(folder, first), allow_pickle=False) as file:
-            names = [name for name in file.files if name.startswith("shown/")]
-            found |= {int(name.partition("/")[2]): file[name] for name in names}
-    return found
+    """The images that the grid shows, by number."""
+    return {int(number): image for first in firsts for number, image in _below(folder, first, "shown/").items()}
 
 
 def join_images(folder: Path, firsts: list[int], num: int, labels: np.ndarray | None, out: Path) -> None:
-    """Write the kept images of all parts as an .npz that the script of ADM reads: `arr_0`, and `labels`.
-
-    Raises CheckpointError where the disk does not take it.
-    """
-    try:
-        with replacing(out) as partial:
-            _write_joined(folder, firsts, num, labels, partial)
-    except OSError as error:
-        raise CheckpointError(f"{out} cannot be written: {error.strerror}; the same command goes on later") from error
-
-
-def _write_joined(folder: Path, firsts: list[int], num: int, labels: np.ndarray | None, out: Path) -> None:
+    """Write the kept images of all parts as an .npz that the script of ADM reads: `arr_0`, and `labels`."""
     with np.load(place(folder, firsts[0]), allow_pickle=False) as file:
-        shape = (num, *file["images"].shape[1:])
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (num, *file["images"].shape[1:])}
+    with writing(out), replacing(out) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(member, header)
             for first in firsts:
                 with np.load(place(folder, first), allow_pickle=False) as file:
@@ -123,13 +110,10 @@ def _write_joined(folder: Path, firsts: list[int], num: int, labels: np.ndarray 
 
 
 def remove(folder: Path, firsts: list[int]) -> None:
-    """Remove a finished evaluation's parts and plan, and the folder where nothing else is in it.
-
-    With each goes what a process that was killed while it wrote it has left, see `runtime.files.replacing`.
-    """
+    """Remove the parts and the plan of a finished evaluation, and the folder if nothing else is in it."""
     for path in [*(place(folder, first) for first in firsts), folder / PLAN]:
         path.unlink(missing_ok=True)
-        for torn in folder.glob(f".{path.name}.*"):
+        for torn in folder.glob(f".{path.name}.*"):  # left by a killed process, see `runtime.files.replacing`
             torn.unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()

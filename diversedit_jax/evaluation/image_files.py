@@ -1,4 +1,4 @@
-"""Finished images as evaluators exchange them: an .npz with `arr_0`, or a folder of PNG files, all of one size."""
+"""Finished images in the files that evaluators exchange: an .npz with `arr_0`, or a folder of images of one size."""
 
 import hashlib
 import struct
@@ -15,27 +15,19 @@ import numpy as np
 
 from diversedit_jax.data import image_collections, local_path
 from diversedit_jax.errors import DataError
+from diversedit_jax.weights.formats.weights_file import file_digest
 
 ARRAY = "arr_0"
-DAMAGED = (  # what numpy and zipfile raise on files that are not what they seem
-    OSError,
-    ValueError,
-    TypeError,
-    KeyError,
-    EOFError,
-    SyntaxError,
-    RuntimeError,
-    struct.error,
-    tokenize.TokenError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+# Errors that numpy and zipfile raise for damaged files.
+DAMAGED = (OSError, ValueError, TypeError, KeyError, EOFError, SyntaxError, RuntimeError)
+DAMAGED += (struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
 
 
 class SampleFiles(NamedTuple):
-    """Images on disk. read: (first, count) -> uint8 [count h w c], with their order that of the file or of the names.
+    """Images on disk, in the order of the file or of the names. shape: (h, w, c) of each.
 
-    shape: (h, w, c) of each. digest: () -> sha256, in hex, of the file; of a folder of names, sizes and times.
+    read: (first, count) -> uint8 [count h w c].
+    digest: () -> sha256 in hex: of the content of a file, or of the names, sizes and times in a folder.
     """
 
     count: int
@@ -45,7 +37,7 @@ class SampleFiles(NamedTuple):
 
 
 def open_samples(path: str | Path) -> SampleFiles:
-    """The images in an .npz, or in a folder, tar or zip of images. DataError, in one line, for what is neither."""
+    """Open the images in an .npz or .npy, or in a folder, tar or zip of images. DataError, in one line, otherwise."""
     path = local_path("samples", path)
     if not path.exists():
         raise DataError(f"samples: {path} does not exist")
@@ -57,15 +49,11 @@ def open_samples(path: str | Path) -> SampleFiles:
 
 
 def of_array(path: Path, images: np.ndarray) -> SampleFiles:
-    """The images of an array, which is checked; `path` is for errors."""
-    what = f"{path}: {ARRAY} is {images.dtype} {list(images.shape)}"
-    if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] not in (1, 3):
-        raise DataError(f"{what}: wanted the channels last, uint8 [n h w 3]")
-    if images.dtype != np.uint8:
-        bad = np.issubdtype(images.dtype, np.floating) and not np.isfinite(images).all()
-        raise DataError(f"{what}{', and not all finite' if bad else ''}: wanted uint8 [n h w 3]")
-    if images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:
-        raise DataError(f"{what}: wanted uint8 [n h w 3]")
+    """The images of an array. DataError if it is not uint8 [n h w 1 or 3]. path: of its file."""
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:
+        swapped = images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] not in (1, 3)
+        given = f"{images.dtype} {list(images.shape)}"
+        raise DataError(f"{path}: {ARRAY} is {given}: wanted {'the channels last, ' * swapped}uint8 [n h w 3]")
 
     def read(first: int, count: int) -> np.ndarray:
         return np.array(images[first : first + count])
@@ -75,8 +63,7 @@ def of_array(path: Path, images: np.ndarray) -> SampleFiles:
 
 def _digest(path: Path) -> str:
     if path.is_file():
-        with open(path, "rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
+        return file_digest(path)
     found = hashlib.sha256()
     for file in sorted(path.rglob("*")):
         if file.is_file():
@@ -86,7 +73,7 @@ def _digest(path: Path) -> str:
 
 
 def stored_array(path: Path, name: str) -> np.ndarray:
-    """An array of an .npz, or of an .npy: mapped from the file, not read, where it is not compressed."""
+    """An array of an .npz, or of an .npy. If it is not compressed, it is mapped from the file, not read."""
     try:
         if path.suffix == ".npy":
             return np.lib.format.open_memmap(path, "r")
@@ -108,21 +95,19 @@ def stored_array(path: Path, name: str) -> np.ndarray:
 
 
 def _shown(text: str) -> str:
-    """Text of a file as a piece of one line."""
+    """Text of a file on one line."""
     return text.encode("unicode_escape").decode()
 
 
 def check_zip(path: Path) -> None:
-    """Raise DataError, with its first bytes, for a file that is no .npz: a page of a web server, half of a download."""
+    """Raise DataError, with the first bytes, if a file is not an .npz: for example a web page or half a download."""
     if path.is_dir():
         raise DataError(f"{path}: a folder, wanted a file .npz")
     if not zipfile.is_zipfile(path):
         with open(path, "rb") as file:
             begin = file.read(24)
-        what = (
-            "it is empty" if not begin else "it is truncated" if begin.startswith(b"PK") else f"it begins with {begin}"
-        )
-        raise DataError(f"{path}: no .npz file: {what}")
+        why = "truncated" if begin.startswith(b"PK") else f"begins with {begin}" if begin else "empty"
+        raise DataError(f"{path}: not an .npz file: {why}")
 
 
 def _mapped(path: Path, info: zipfile.ZipInfo) -> np.ndarray:
@@ -143,29 +128,24 @@ def _mapped(path: Path, info: zipfile.ZipInfo) -> np.ndarray:
 
 
 def _of_images(path: Path) -> SampleFiles:
-    found = image_collections.open_images(path, unconditional=True)
+    images = image_collections.open_images(path, unconditional=True)
 
     def decoded(index: int) -> np.ndarray:
         try:
-            return np.asarray(image_collections.decode(found.read(index)))
+            return np.asarray(image_collections.decode(images.read(index)))
         except DataError as error:
-            raise DataError(f"{path}: {found.keys[index]}: {error}") from error
+            raise DataError(f"{path}: {images.keys[index]}: {error}") from error
 
     shape = decoded(0).shape
 
-    def one(index: int) -> np.ndarray:
-        image = decoded(index)
-        if image.shape != shape:
-            sizes = f"{found.keys[index]} has {_size(image.shape)}, {found.keys[0]} {_size(shape)}"
-            raise DataError(f"{path}: {sizes}: wanted images of one size")
-        return image
-
     def read(first: int, count: int) -> np.ndarray:
         with ThreadPoolExecutor() as pool:
-            return np.stack(list(pool.map(one, range(first, min(first + count, len(found))))))
+            found = list(pool.map(decoded, range(first, min(first + count, len(images)))))
+        for index, image in enumerate(found, first):
+            if image.shape != shape:
+                (h, w, _), (h0, w0, _) = image.shape, shape
+                sizes = f"{images.keys[index]} has {h} x {w} pixels, {images.keys[0]} {h0} x {w0} pixels"
+                raise DataError(f"{path}: {sizes}: wanted images of one size")
+        return np.stack(found)
 
-    return SampleFiles(len(found), shape, read, partial(_digest, path))
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return f"{shape[0]} x {shape[1]} pixels"
+    return SampleFiles(len(images), shape, read, partial(_digest, path))

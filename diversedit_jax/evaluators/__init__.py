@@ -1,7 +1,7 @@
-"""Evaluators: functions that judge a run as it is, each at its own interval.
+"""Evaluators: functions that judge a run while it trains, each at its own interval.
 
-A factory takes a `SampleSpec` and gives `run(current) -> (name, value) pairs`, see `Current`. A value is a number, or
-an image, uint8 [h w c]. The trainer writes it as LABEL/name, with the evaluator's label in the config.
+A factory takes a `SampleSpec` and returns `run(current) -> (name, value) pairs`, see `Current`. A value is a number, or
+an image, uint8 [h w c]. The trainer logs it as LABEL/name, with the label of the evaluator in the config.
 """
 
 from collections.abc import Callable
@@ -17,10 +17,10 @@ from diversedit_jax.runs.build import Experiment, open_data, sample_shape
 
 
 class SampleSpec(NamedTuple):
-    """What the samples of a run are, and what made them.
+    """The samples of a run, and the run itself.
 
-    shape:      of an image; None where samples are latents. batch: how many are drawn at a time.
-    conditions: (rule of `conditioning.RULES` or None, num, seed) -> the stored conditions of `num` samples.
+    shape:      of an image; None if samples are latents. batch: images that are drawn at a time.
+    conditions: (rule of `conditioning.RULES` or None, num, seed) -> stored conditions of `num` samples.
     experiment: the components of the run, for evaluators that look at the network. data: split -> data set.
     """
 
@@ -32,7 +32,6 @@ class SampleSpec(NamedTuple):
 
     @classmethod
     def of(cls, experiment: Experiment) -> "SampleSpec":
-        """Of the samples of a run."""
         codec, config = experiment.components.codec, experiment.config
         shape = sample_shape(codec, codec.shape(experiment.space.shape))
         batch = sharding.filled(config.sampler.batch_size)
@@ -42,7 +41,7 @@ class SampleSpec(NamedTuple):
 class Current(NamedTuple):
     """A run at this step. current(conditions [n], first=0) draws the images number first .. first + n - 1.
 
-    learned: `params`, the EMA that they are drawn from, and `losses`, `objective` and `memory` as in the state.
+    learned: `params`, the EMA that images are drawn from, and `losses`, `objective` and `memory` of the state.
     frozen:  weights of the codec.
     """
 
@@ -54,5 +53,5 @@ class Current(NamedTuple):
         return self.draw(conditions, first=first)
 
 
-# make(name, spec, **options): the evaluator `name`; the options are the keywords of `evaluators.<name>.make`.
+# make(name, spec, **options): the evaluator `name`; options: the keywords of `evaluators.<name>.make`.
 make = partial(registry.make, "evaluators")

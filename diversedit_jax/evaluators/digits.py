@@ -1,4 +1,4 @@
-"""Judges samples of digits: does an independent classifier see the class, and how far are they from real ones?"""
+"""Scores of generated digits: does a classifier see the right class, and how far are they from real digits?"""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -12,23 +12,11 @@ from diversedit_jax.evaluators import SampleSpec
 from diversedit_jax.metrics.frechet import frechet_distance, moments
 from diversedit_jax.registry import in_range
 
-# int32 labels [n] -> uint8 images [n 8 8 1]
-Sample = Callable[[np.ndarray], np.ndarray]
-
-
-def to_levels(images: np.ndarray, num: int) -> np.ndarray:
-    """uint8 images [n 8 8 1], 0 .. 255, rounded to the 17 levels of the data, 0 .. 16."""
-    images = np.asarray(images)
-    if images.shape != (num, *digits.SHAPE):
-        raise ValueError(f"samples have shape {images.shape}, wanted {(num, *digits.SHAPE)}")
-    if images.dtype != np.uint8:
-        finite = np.isfinite(images.astype(np.float64)).all()
-        raise ValueError(f"samples are {images.dtype}{'' if finite else ' and not all finite'}, wanted uint8")
-    return np.round(images * (digits.MAX_LEVEL / 255))
+Sample = Callable[[np.ndarray], np.ndarray]  # int32 labels [n] -> uint8 images [n 8 8 1]
 
 
 def flat(levels: np.ndarray) -> np.ndarray:
-    """float64 [n 64] in [-1, 1] of levels [n 8 8 1]."""
+    """Levels [n 8 8 1] as pixels, float64 [n 64] in [-1, 1]."""
     return levels.reshape(len(levels), -1) / (digits.MAX_LEVEL / 2) - 1
 
 
@@ -37,17 +25,17 @@ def make(
 ) -> Callable[[Sample], Iterable[tuple[str, float]]]:
     """The evaluator: `run(sample)` draws `num` images with balanced labels and yields names and values.
 
-    accuracy: the share of samples in which a support vector machine, fitted to the training digits, sees the
-    label asked for; classifier_heldout_accuracy: its share on the 360 held-out digits, about 0.99.
-    frechet: the Frechet distance of samples and held-out digits, as 64 pixels in [-1, 1]; lower is better;
-    frechet_floor: that of training and held-out digits, about 0.41.
+    accuracy: of a support vector machine, fitted to the training digits, on the samples.
+    classifier_heldout_accuracy: the same on the 360 held-out digits, about 0.99.
+    frechet: Frechet distance between samples and held-out digits, as 64 pixels in [-1, 1]; lower is better.
+    frechet_floor: the same between training and held-out digits, about 0.41.
     `run` raises ValueError if `sample` does not return uint8 images [num 8 8 1]. data_dir: as in `data.digits`.
     """
     if spec.shape != digits.SHAPE:
-        raise ConfigError(f"digits: the samples must be images {digits.SHAPE}, and are {spec.shape or 'latents'}")
+        raise ConfigError(f"digits: the samples are {spec.shape or 'latents'}, wanted images {digits.SHAPE}")
     in_range("digits: num", num, 2)
 
-    @functools.cache  # fitted at the first run, once
+    @functools.cache  # fit once, at the first run
     def judge():
         (train, train_labels), (test, test_labels) = (digits.levels(split, data_dir) for split in ("train", "test"))
         classifier = SVC(C=10).fit(flat(train), train_labels)
@@ -60,7 +48,10 @@ def make(
 
     def run(sample: Sample) -> Iterable[tuple[str, float]]:
         labels = np.arange(num, dtype=np.int32) % digits.NUM_CLASSES
-        samples = flat(to_levels(sample(labels), num))
+        images = sample(labels)
+        if images.shape != (num, *digits.SHAPE) or images.dtype != np.uint8:
+            raise ValueError(f"samples are {images.dtype} {images.shape}, wanted uint8 {(num, *digits.SHAPE)}")
+        samples = flat(np.round(images * (digits.MAX_LEVEL / 255)))  # to the 17 levels of the data
         classifier, real, constants = judge()
         yield "accuracy", float(classifier.score(samples, labels))
         yield "frechet", frechet_distance(*moments(samples).gaussian, *real)

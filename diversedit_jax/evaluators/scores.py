@@ -1,4 +1,4 @@
-"""FID and its companions during training: the scores of `evaluate`, of fewer samples and without files."""
+"""FID and its companions during training: the scores of `evaluate`, from fewer samples and without files."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
@@ -23,13 +23,13 @@ def make(
     labels: str | None = None,
     few: bool = False,
 ) -> Callable[[Current], Iterable[tuple[str, float]]]:
-    """The evaluator: `run(current)` draws `num` images and yields every score of `scoring.scores`, by its name.
+    """The evaluator: `run(current)` draws `num` images and yields every score of `scoring.scores`.
 
     extractor, file: the feature network and its weights.
-    reference: as `reference_statistics.open_reference` takes it. None: the images that come with the extractor.
+    reference: a file of `reference_statistics.open_reference`. None: the images that come with the extractor.
     labels: a rule of `conditioning.RULES`. few: allow fewer images than features.
 
-    All that can be wrong with these is said now, not at the first evaluation.
+    Wrong options raise ConfigError now, not at the first evaluation.
     """
     scoring.check_images("scores: the run", spec.shape)
     one = extractors.make(extractor, **({} if file is None else {"file": file}))
@@ -38,7 +38,7 @@ def make(
     scoring.check_reference([one], references, spec.shape)
     drawn = -(-num // spec.batch) * spec.batch
 
-    @cache  # compiled, and conditions read, at the first run
+    @cache  # compile and read conditions once, at the first run
     def judge() -> tuple[scoring.Extract, Statistics, Condition]:
         extract = scoring.extraction([one], sharding.make(), spec.batch)
         statistics = scoring.references_for([one], references, extract, spec.batch)[one.name]

@@ -1,4 +1,4 @@
-"""How alike the blocks are during training: the summary of `analyze`, from a few held-out images, and a heatmap."""
+"""Similarity of blocks during training: the summary of `analyze` on a few held-out images, and a heatmap."""
 
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -24,26 +24,26 @@ def make(
     hsic: str = "unbiased",
     split: str | None = None,
 ) -> Callable[[Current], Iterable[tuple[str, Any]]]:
-    """The evaluator: `run(current)` compares all blocks of the EMA network on `num` images at one time.
+    """The evaluator: `run(current)` compares all blocks of the EMA network at one time. It draws no samples.
 
-    It yields `diversity_all`, `diversity_adjacent`, `diversity_mirrored`, `diversity_distant` (see
-    `similarity.diversity`), `effective_rank`, a mean over blocks, and `heatmap`, an image.
+    It yields `diversity_NAME` for every NAME of `similarity.diversity` (all, adjacent, mirrored, distant),
+    `effective_rank`, a mean over blocks, and `heatmap`, an image.
 
-    time: 0 is data, 1 is noise. unit, kernel, hsic: see `analysis.measure.Estimator`. split: by default `test`, where
-    the data have one. Takes a forward pass of `num` images and no samples.
+    num: images of a forward pass. time: 0 is data, 1 is noise. unit, kernel, hsic: see `analysis.measure.Estimator`.
+    split: by default `test`, if the data have one.
     """
     in_range("similarity: time", time, 0, 1)
     settings = Settings(Estimator(unit, kernel, hsic), num, batch)
     measure.check(settings)
 
-    @cache  # read and compiled at the first run, once
-    def looking() -> tuple[measure.Pass, list]:
+    @cache  # compile and read once, at the first run
+    def prepared() -> tuple[measure.Pass, list]:
         chosen = settings._replace(split=measure.split_of(spec.data, split))
         shown = measure.batches(spec.data(chosen.split), chosen, spec.experiment.layout)
         return measure.compiled(spec.experiment, chosen), shown
 
     def run(current: Current) -> Iterable[tuple[str, Any]]:
-        ready, shown = looking()
+        ready, shown = prepared()
         found = measure.measure(ready, current.learned, current.frozen, shown, time)
         for name, value in similarity.diversity(jnp.asarray(found.similarity)).items():
             yield f"diversity_{name}", float(value)

@@ -76,7 +76,7 @@ def test_without_dequantisation_nothing_is_drawn(built):
 
 
 def test_an_unknown_split_is_a_config_error(built):
-    with pytest.raises(ConfigError, match="train, test, given 'val'"):
+    with pytest.raises(ConfigError, match="split = 'val' is unknown; known: train, test"):
         data.make("digits", "val", data_dir=str(built))
 
 

@@ -204,7 +204,7 @@ def archive(path, kind, members):
         ("tar", ["a.jpg", "a.png"], r"a has several images: .jpg, .png"),
         ("tar", ["a.left.png", "a.right.png"], r"a has several images: .left.png, .right.png"),
         ("tar", ["a.png", "a.png"], "two images of the name a.png"),
-        ("tar", ["a.png", "a.cls"], "a.cls is no label: invalid literal"),
+        ("tar", ["a.png", "a.cls"], "a.cls is not a label: invalid literal"),
         ("zip", ["a.png", "a.png"], "several images of the name a.png"),
     ],
 )
@@ -247,7 +247,7 @@ def test_what_is_no_collection_is_named(tmp_path):
     refused(tmp_path / "notes.txt", "is neither a folder nor a .tar or .zip file")
     refused(tmp_path / "nowhere", "does not exist")
     refused("gs://bucket/images", "gs://bucket/images is not a path of this machine: mount the bucket", ConfigError)
-    refused(tmp_path, "kind = 'lmdb' is unknown; one of: folder, tar, zip, tfds", ConfigError, kind="lmdb")
+    refused(tmp_path, "kind = 'lmdb' is unknown; known: folder, tar, zip, tfds", ConfigError, kind="lmdb")
     (tmp_path / "bad.zip").write_bytes(b"PK\3\4")
     refused(tmp_path / "bad.zip", "bad.zip cannot be read: BadZipFile")
     whole = tar(tmp_path / "tars") / "train-0000.tar"
@@ -262,7 +262,7 @@ def test_what_is_no_collection_is_named(tmp_path):
     with zipfile.ZipFile(tmp_path / "part.zip", "w") as file:
         for name, content in (("a.png", b""), ("b.png", b""), ("dataset.json", json.dumps(listed))):
             file.writestr(name, content)
-    refused(tmp_path / "part.zip", "b.png in .* has no label in dataset.json, but others have")
+    refused(tmp_path / "part.zip", "b.png in .* has no label, but others have")
     refused(imagenet(tmp_path / "tfds"), "cannot open split 'val'", split="val")
 
 

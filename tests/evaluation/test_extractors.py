@@ -72,7 +72,7 @@ def test_inception_gives_what_its_model_gives(monkeypatch):
         seen.append((params, images.shape))
         return inception.Features(*(jnp.full((1, n), float(n)) for n in (2048, 2023, 1008)))
 
-    monkeypatch.setattr(inception, "network", lambda precision: inception.Inception(None, apply))
+    monkeypatch.setattr(inception, "network", lambda precision: inception.Model(None, apply))
     one = extractors.make("inception", file="graph.pb")
     found = one.apply(one.init(), jnp.zeros((1, 8, 8, 3), jnp.uint8))
     assert (found.pool.shape, found.spatial.shape, found.logits.shape) == ((1, 2048), (1, 2023), (1, 1008))

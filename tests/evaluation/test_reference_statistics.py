@@ -191,9 +191,9 @@ def test_statistics_that_are_none_are_refused(arrays, words, tmp_path):
         ({"features": FEATURES[0]}, r"features of single images are float32 \[5\], wanted floats \[m 5\]"),
         ({"features": FEATURES.astype(int)}, r"features of single images are int64 \[6, 5\], wanted floats \[m 5\]"),
         ({"features": np.where(FEATURES > 1, np.inf, FEATURES)}, "features of single images are not finite"),
-        ({"about": []}, "about is not that of tools.reference_stats: TypeError"),
-        ({"about": {}}, "about is not that of tools.reference_stats: KeyError: 'extractors'"),
-        ({"about": {"extractors": {"inception": 3}}}, "about is not that of tools.reference_stats: AttributeError"),
+        ({"about": []}, "about was not written by tools.reference_stats: TypeError"),
+        ({"about": {}}, "about was not written by tools.reference_stats: KeyError: 'extractors'"),
+        ({"about": {"extractors": {"inception": 3}}}, "about was not written by tools.reference_stats: AttributeError"),
     ],
 )
 def test_what_is_wrong_in_our_own_file_is_named(changed, words, tmp_path):
@@ -201,7 +201,7 @@ def test_what_is_wrong_in_our_own_file_is_named(changed, words, tmp_path):
 
 
 def test_an_array_that_is_called_about_need_not_be_ours(tmp_path):
-    refused(npz(tmp_path, mu=MU, sigma=SIGMA, about=np.array("cats\nand dogs")), "about is not that of tools.ref")
+    refused(npz(tmp_path, mu=MU, sigma=SIGMA, about=np.array("cats\nand dogs")), "about was not written by tools.ref")
 
 
 class Code:
@@ -255,12 +255,12 @@ def test_what_is_no_file_of_statistics_is_refused(tmp_path):
     refused("https://example.org/VIRTUAL.npz", "reference: https://.* is not a path of this machine", ConfigError)
     page = tmp_path / "page.npz"
     page.write_text("<html>\n<body>Not found</body>")
-    refused(page, r"no .npz file: it begins with b'<html>\\n<body>Not found")
+    refused(page, r"not an .npz file: begins with b'<html>\\n<body>Not found")
     page.write_text("")
-    refused(page, "no .npz file: it is empty")
+    refused(page, "not an .npz file: empty")
     whole = adm(tmp_path)
     page.write_bytes(whole.read_bytes()[:-50])
-    refused(page, "no .npz file: it is truncated")
+    refused(page, "not an .npz file: truncated")
     with zipfile.ZipFile(page, "w") as file:
         file.writestr("mu", "a text")
         file.writestr("sigma", json.dumps(SIGMA.tolist()))

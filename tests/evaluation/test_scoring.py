@@ -288,7 +288,7 @@ def test_from_files_to_scores_it_is_the_evaluator_of_adm(tmp_path, monkeypatch):
     scoring.check_reference([one], [reference], samples.shape)
     extract = scoring.extraction([one], sharding.make(), 100)
     statistics = scoring.references_for([one], [reference], extract, 100)["inception"]
-    parts = (extract(part)["inception"] for part in scoring.in_batches(samples, 100))
+    parts = (extract(samples.read(first, 100))["inception"] for first in range(0, samples.count, 100))
     found = scoring.scores("inception", parts, statistics)
     assert found["fid"] == pytest.approx(float(ADM["fid"]), rel=1e-6)
     assert found["precision_float16"] == pytest.approx(float(ADM["precision"][0]), abs=1e-12)

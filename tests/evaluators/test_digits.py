@@ -93,10 +93,10 @@ def test_the_classifier_is_fitted_once(data_dir, monkeypatch):
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
-        (np.zeros((500, 8, 8), np.uint8), r"shape \(500, 8, 8\), wanted \(500, 8, 8, 1\)"),
-        (np.zeros((499, 8, 8, 1), np.uint8), r"shape \(499, 8, 8, 1\)"),
-        (np.zeros((500, 8, 8, 1), np.float32), "are float32, wanted uint8"),
-        (np.full((500, 8, 8, 1), np.nan), "are float64 and not all finite, wanted uint8"),
+        (np.zeros((500, 8, 8), np.uint8), r"are uint8 \(500, 8, 8\), wanted uint8 \(500, 8, 8, 1\)"),
+        (np.zeros((499, 8, 8, 1), np.uint8), r"are uint8 \(499, 8, 8, 1\)"),
+        (np.zeros((500, 8, 8, 1), np.float32), r"are float32 \(500, 8, 8, 1\), wanted uint8"),
+        (np.full((500, 8, 8, 1), np.nan), r"are float64 \(500, 8, 8, 1\), wanted uint8"),
     ],
 )
 def test_samples_that_are_not_images_are_refused(judge, samples, message):
@@ -111,5 +111,5 @@ def test_one_sample_is_too_few():
 
 @pytest.mark.parametrize(("shape", "given"), [(None, "latents"), ((16, 16, 1), r"\(16, 16, 1\)")])
 def test_samples_of_another_kind_are_refused_at_once(shape, given):
-    with pytest.raises(ConfigError, match=rf"must be images \(8, 8, 1\), and are {given}"):
+    with pytest.raises(ConfigError, match=rf"the samples are {given}, wanted images \(8, 8, 1\)"):
         evaluators.make("digits", SPEC._replace(shape=shape))

@@ -1,4 +1,4 @@
-"""Networks whose features of images scores are computed from, one per file."""
+"""Feature networks for scores, one per file."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -14,11 +14,11 @@ from diversedit_jax.errors import ConfigError
 
 
 class Features(NamedTuple):
-    """What a network says of images: float32, by image. None for what it does not have.
+    """Features of images, float32. None: the network does not have them.
 
-    pool:    [b d], of the image as a whole: Frechet and kernel distance, precision and recall.
-    spatial: [b s], of its places: the Frechet distance of layouts, sFID.
-    logits:  [b k], of classes: the inception score.
+    pool:    [b d], of the whole image: for Frechet and kernel distance, precision and recall.
+    spatial: [b s], of places in the image: for sFID.
+    logits:  [b k], of classes: for the inception score.
     """
 
     pool: Float[Array, "b d"] | np.ndarray
@@ -29,13 +29,12 @@ class Features(NamedTuple):
 class Extractor(NamedTuple):
     """A feature network.
 
-    name:      scores are named by it; `inception` gives FID.
-    init:      () -> its weights: arrays on the host, read from the file at the first call.
+    name:      part of the names of scores; `inception` gives FID.
+    init:      () -> weights, on the host; the first call reads the file.
     apply:     (weights, images uint8 [b h w c]) -> Features.
-    about:     what its features depend on, for a record of scores: `weights` with a `digest` of
-               their values, how images are resized.
-    reference: () -> images uint8 [n h w c] to compare with where no file of statistics is given, or None.
-    chunk:     images that a device takes at a time. Last bits may depend on it, so it is the same on every machine.
+    about:     everything that can change the features: `weights` with a `digest` of their values, `resize`.
+    reference: () -> images uint8 [n h w c] to compare with if no reference is given; None: there are none.
+    chunk:     images that a device takes at a time, the same on every machine because last bits may depend on it.
     """
 
     name: str
@@ -47,9 +46,9 @@ class Extractor(NamedTuple):
 
 
 def digest(weights: Params) -> str:
-    """sha256 of the values of weights, in hex: the same whatever kind of file they come from."""
+    """sha256 of the values of weights, in hex. It does not depend on their file format."""
     found = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(weights):  # in the order of their names
+    for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
         array = np.ascontiguousarray(leaf, np.float32)
         found.update(f"{jax.tree_util.keystr(path)} {array.shape}".encode())
         found.update(array.astype("<f4", copy=False).data)
@@ -57,10 +56,7 @@ def digest(weights: Params) -> str:
 
 
 def make(name: str, **options) -> Extractor:
-    """The extractor `name`; the options are the keywords of `extractors.<name>.make`.
-
-    Raises ConfigError for an option that is not known, or one without a default that is not given.
-    """
+    """The extractor `name`. options: keywords of `extractors.<name>.make`; ConfigError if a required one is missing."""
     known = registry.options(registry.factory("evaluation.extractors", name))
     for key, parameter in known.items():
         if parameter.default is parameter.empty and key not in options:

@@ -1,7 +1,7 @@
-"""A small network for the digits, so that every score can be tried without a download.
+"""A small feature network for the digits, so that every score can be tried without a download.
 
-Two layers of fixed random convolutions, drawn from a seed, and on their features a linear classifier of the ten digits
-that is fitted to the 1,437 training images in a second. Its scores compare runs on the digits and nothing else.
+It has two layers of fixed random convolutions and a linear classifier of the ten digits, which is fitted to the 1,437
+training images in a second. Its scores only compare runs on the digits.
 """
 
 from collections.abc import Mapping
@@ -18,15 +18,15 @@ from diversedit_jax.errors import ConfigError
 from diversedit_jax.evaluation.extractors import Extractor, Features
 
 WIDTHS = (16, 24)
-SPATIAL = 4  # channels of the last map whose places count: 4 x 4 x 4 = 64 features
+SPATIAL = 4  # channels of the last map that are spatial features: 4 x 4 x 4 = 64
 SEED = 0
 
 
 def make(*, data_dir: str | None = None) -> Extractor:
-    """The network; it compares with the training digits. data_dir: as in `data.digits`.
+    """The network. Its reference is the training digits. data_dir: as in `data.digits`.
 
-    pool: the means of the last map in its four quarters, 96 features. Images [b 8 8 1] with values 0 .. 255 are rounded
-    to the 17 levels of the data first.
+    Images [b 8 8 1] with values 0 .. 255 are first rounded to the 17 levels of the data. The 96 pool features are the
+    means of the last map over its four quarters.
     """
 
     @cache
@@ -39,12 +39,8 @@ def make(*, data_dir: str | None = None) -> Extractor:
         mean, std = pool.mean(axis=0), pool.std(axis=0)
         fitted = LogisticRegression(max_iter=1000).fit((pool - mean) / std, labels)
         kernel = fitted.coef_.T / std[:, None]
-        return convolutions | {
-            "classifier": {
-                "kernel": np.float32(kernel),
-                "bias": np.float32(fitted.intercept_ - mean @ kernel),
-            }
-        }
+        bias = np.float32(fitted.intercept_ - mean @ kernel)
+        return convolutions | {"classifier": {"kernel": np.float32(kernel), "bias": bias}}
 
     def reference() -> UInt8[np.ndarray, "n 8 8 1"]:
         return as_bytes(digits.levels("train", data_dir)[0])
@@ -67,7 +63,7 @@ def as_bytes(levels: UInt8[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n h w c
 
 
 def features(weights: Mapping[str, Params], images: Array) -> Features:
-    """The features of images; logits where there is a classifier."""
+    """The features of images, with logits if the weights have a classifier."""
     if images.shape[1:] != digits.SHAPE:
         raise ConfigError(f"digits: wanted images [b 8 8 1], given {list(images.shape)}")
     x = jnp.round(images.astype(jnp.float32) * (digits.MAX_LEVEL / 255)) / (digits.MAX_LEVEL / 2) - 1
@@ -82,7 +78,5 @@ def features(weights: Mapping[str, Params], images: Array) -> Features:
 
 
 def _convolved(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c d"], stride: int) -> Float[Array, "b H W d"]:
-    layout = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), "SAME", dimension_numbers=layout, precision="highest"
-    )
+    options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "precision": "highest"}
+    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", **options)

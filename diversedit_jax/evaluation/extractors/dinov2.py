@@ -1,4 +1,4 @@
-"""DINOv2 (arXiv 2304.07193) as the judge of images, for FD-DINOv2 (arXiv 2306.04675)."""
+"""DINOv2 (arXiv 2304.07193) as feature network, for FD-DINOv2 (arXiv 2306.04675)."""
 
 from functools import cache
 from pathlib import Path
@@ -17,10 +17,10 @@ from diversedit_jax.weights.vit import open_encoder
 
 
 def make(*, file: str, side: int = 224, heads: int | None = None) -> Extractor:
-    """The class token after the last norm; published scores take ViT-L/14 (1024), dinov2_vitl14_pretrain.pth.
+    """The class token after the last norm. Published scores use ViT-L/14 (1024), dinov2_vitl14_pretrain.pth.
 
-    Images are brought to side x side by bicubic resizing with antialiasing, as EDM2's evaluator does; the first code
-    for this score resized by Pillow, which rounds to 256 levels and gives almost the same. Arithmetic is float32.
+    Images are resized to side x side, bicubic with antialiasing, as EDM2's evaluator does. The first code for this
+    score resized with Pillow, which rounds to 256 levels and gives almost the same. Arithmetic is float32.
     file, heads: as in `encoders.dinov2`.
     """
     release = open_encoder(KIND, file, heads, "hub", "float32")

@@ -1,4 +1,4 @@
-"""The Inception network of 2015 that FID means (arXiv 1706.08500), as in the evaluator of ADM (arXiv 2105.05233)."""
+"""The Inception network of FID (2015, arXiv 1706.08500), as in ADM's evaluator (arXiv 2105.05233)."""
 
 from functools import cache
 
@@ -13,8 +13,8 @@ from diversedit_jax.weights.inception import open_inception
 def make(*, file: str, precision: str = "highest") -> Extractor:
     """FID's Inception: pool_3 (2048), the first 7 channels of mixed_6/conv (2023), logits without their bias (1008).
 
-    file: pt_inception-2015-12-05-6726825d.pth as torch-fidelity and pytorch-fid load it, the same as .safetensors, or
-    ADM's own classify_image_graph_def.pb. precision: of its products, see `models.vae`.
+    file: pt_inception-2015-12-05-6726825d.pth of torch-fidelity and pytorch-fid, the same as .safetensors, or ADM's
+    classify_image_graph_def.pb. precision: of matrix products, see `models.vae`.
     """
     release = open_inception(file)
     network = inception.network(precision)
