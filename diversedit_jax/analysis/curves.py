@@ -1,27 +1,17 @@
-"""The figures of a report that are curves; None where the studies have nothing for one."""
+"""The figures of a report that are curves. A function returns None if the studies have nothing for its figure."""
 
 import itertools
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 
-from diversedit_jax.analysis import known_scores
-from diversedit_jax.analysis.drawing import (
-    COLOUR_MAP,
-    COLOURS,
-    MARKERS,
-    WIDTH,
-    Plate,
-    block_ticks,
-    by_label,
-    drawing,
-    legend,
-    lines,
-    spaced,
-    thousands,
-)
+from diversedit_jax.analysis import drawing, known_scores
+from diversedit_jax.analysis.drawing import WIDTH, ReportFigure, by_label, legend, lines, spaced, thousands
 from diversedit_jax.analysis.study import Study
 from diversedit_jax.metrics.similarity import DIVERSITIES
 
@@ -33,26 +23,24 @@ SCORES = {
 }
 
 
-def diversity(folder: Path, studies: Sequence[Study]) -> Plate | None:
-    """Scores of diversity against training steps."""
+def diversity(folder: Path, studies: Sequence[Study]) -> ReportFigure | None:
+    """Draw the scores of diversity against training steps."""
     groups = {}
     for label, group in by_label(studies).items():
-        common = sorted(set.intersection(*({one.step for one in study.looks} for study in group)))
-        looks = [[one for one in study.looks if one.step in common] for study in group]
-        groups[label] = (common, looks)
+        common = sorted(set.intersection(*({look.step for look in study.looks} for study in group)))
+        groups[label] = (common, [[look for look in study.looks if look.step in common] for study in group])
     if max(len(common) for common, _ in groups.values()) < 2:
         return None
     table = [
-        [study.label, number, one.step, *(one.diversity[name] for name in DIVERSITIES), one.spread]
+        [study.label, number, look.step, *(look.diversity[name] for name in DIVERSITIES), look.spread]
         for number, study in enumerate(studies)
-        for one in study.looks
+        for look in study.looks
     ]
     header = ["label", "run", "step", *DIVERSITIES, "spread_over_noise"]
-    with drawing(folder, "diversity", header, table) as figure:
-        figure.set_size_inches(WIDTH, 2.1)
+    with drawing.figure(folder, "diversity", header, table, (WIDTH, 2.1)) as figure:
         for axes, (name, title) in zip(figure.subplots(1, 4, sharey=True), SCORES.items(), strict=True):
             values = {
-                label: (common, [[one.diversity[name] for one in looks] for looks in runs])
+                label: (common, [[look.diversity[name] for look in looks] for looks in runs])
                 for label, (common, runs) in groups.items()
             }
             lines(axes, values)
@@ -60,36 +48,30 @@ def diversity(folder: Path, studies: Sequence[Study]) -> Plate | None:
             axes.xaxis.set_major_formatter(thousands)
         figure.axes[0].set_ylabel("mean of 1 - similarity")
         legend(figure, figure.axes[0])
-    return Plate(
-        "diversity",
-        "Diversity against training step",
-        "One number for a network: the mean of 1 - similarity over all pairs of blocks, over neighbours, over the "
-        "pairs that a long residual connection joins, and with far pairs weighted by their distance. Higher is more "
-        "diverse; bands are one standard deviation over seeds.",
-        folder,
+    text = (
+        "The mean of 1 - similarity over all pairs of blocks, over neighbours, over the pairs of long residuals, and "
+        "over all pairs weighted by distance. Higher is more diverse. Bands are one standard deviation over seeds."
     )
+    return ReportFigure("diversity", "Diversity against training step", text)
 
 
-def against_scores(folder: Path, studies: Sequence[Study]) -> Plate | None:
-    """Off-diagonal similarity of checkpoints against a distance of their samples, where it is known."""
-    points = [one for study in studies for one in study.looks]
-    names = [name for name in dict.fromkeys(n for one in points for n in one.scores) if known_scores.is_distance(name)]
-    names = [name for name in names if sum(name in one.scores for one in points) >= 3][:3]
+def against_scores(folder: Path, studies: Sequence[Study]) -> ReportFigure | None:
+    """Draw the mean similarity of checkpoints against the distances of their samples, as far as they are known."""
+    looks = [look for study in studies for look in study.looks]
+    counts = Counter(name for look in looks for name in look.scores if known_scores.is_distance(name))
+    names = [name for name, count in counts.items() if count >= 3][:3]
     if not names:
         return None
     table = [
-        [one.label, one.step, 1 - one.diversity["all"], *(one.scores.get(name, "") for name in names)] for one in points
+        [look.label, look.step, look.mean_similarity, *(look.scores.get(name, "") for name in names)] for look in looks
     ]
-    with drawing(folder, "scores", ["label", "step", "mean similarity", *names], table) as figure:
-        figure.set_size_inches(min(WIDTH, 0.4 + 2.6 * len(names)), 2.5)
-        correlations = []
+    header, correlations = ["label", "step", "mean similarity", *names], []
+    with drawing.figure(folder, "scores", header, table, (min(WIDTH, 0.4 + 2.6 * len(names)), 2.5)) as figure:
         for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-            known = [one for one in points if name in one.scores]
-            x, y = [1 - one.diversity["all"] for one in known], [one.scores[name] for one in known]
-            for label, colour, marker in zip(
-                by_label(points), itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False
-            ):
-                own = [i for i, one in enumerate(known) if one.label == label]
+            known = [look for look in looks if name in look.scores]
+            x, y = [look.mean_similarity for look in known], [look.scores[name] for look in known]
+            for label, (colour, marker) in zip(by_label(looks), itertools.cycle(drawing.MARKS), strict=False):
+                own = [i for i, look in enumerate(known) if look.label == label]
                 axes.scatter([x[i] for i in own], [y[i] for i in own], color=colour, marker=marker, s=16, label=label)
             axes.set(xlabel="mean similarity of two blocks", ylabel=known_scores.title(name))
             if min(y) > 0 and max(y) > 10 * min(y):
@@ -101,13 +83,60 @@ def against_scores(folder: Path, studies: Sequence[Study]) -> Plate | None:
                 correlations.append(f"{r:.2f} ({known_scores.title(name)}, {len(x)} checkpoints)")
         legend(figure, figure.axes[0])
     said = f" Pearson's r with the log of the distance: {'; '.join(correlations)}." if correlations else ""
-    return Plate(
-        "scores",
-        "Similarity against the quality of samples",
+    text = (
         "Each point is a checkpoint: how alike its blocks are, and how far its samples are from data (lower is better)."
-        f"{said} Checkpoints of one run are not independent, and a correlation is not a cause.",
-        folder,
+        f"{said} Checkpoints of one run are not independent, and a correlation is not a cause."
     )
+    return ReportFigure("scores", "Similarity against the quality of samples", text)
+
+
+def channels(folder: Path, studies: Sequence[Study]) -> ReportFigure:
+    """Draw the share of variance of each channel, the largest first, by block."""
+    groups = by_label([study.looks[-1] for study in studies])
+    usages = {label: np.mean([look.usage for look in looks], axis=0) for label, looks in groups.items()}
+    table = [
+        [label, block + 1, place + 1, float(share)]
+        for label, usage in usages.items()
+        for (block, place), share in np.ndenumerate(usage)
+    ]
+    shown, header = spaced(list(usages.items()), 4), ["label", "block", "place", "share"]
+    with drawing.figure(folder, "channels", header, table, (min(WIDTH, 1.2 + 1.9 * len(shown)), 2.1)) as figure:
+        grid = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+        for axes, (label, usage) in zip(grid, shown, strict=True):
+            colours = matplotlib.colormaps[drawing.COLOUR_MAP](np.linspace(0, 0.95, len(usage)))
+            for row, colour in zip(usage, colours, strict=True):
+                axes.plot(np.arange(1, len(row) + 1), 100 * row, color=colour)
+            axes.axhline(100 / usage.shape[1], color="0.5", linewidth=0.8, linestyle=":")
+            axes.set(title=label, xlabel="channel, by its share", yscale="log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.grid(alpha=0.25, linewidth=0.5)
+        grid[0].set_ylabel("share of variance, %")
+        scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(1, len(colours)), drawing.COLOUR_MAP)
+        bar = figure.colorbar(scale, ax=grid, label="block", ticks=drawing.block_ticks(len(colours)))
+        bar.outline.set_visible(False)
+    text = (
+        "The share of each channel in the variance of its block, the largest first. The dotted line is an even share. "
+        "A steep line is a block that few channels dominate."
+    )
+    return ReportFigure("channels", "How evenly the channels are used", text)
+
+
+def block_table(groups: Mapping[str, Sequence[Any]], fields: Sequence[str]) -> list[drawing.Row]:
+    """List the values of some fields, [l] each, as rows of a CSV: label, seed, block, values."""
+    return [
+        [label, seed, block + 1, *(float(getattr(one, field)[block]) for field in fields)]
+        for label, group in groups.items()
+        for seed, one in enumerate(group)
+        for block in range(len(getattr(one, fields[0])))
+    ]
+
+
+def block_lines(axes: Axes, groups: Mapping[str, Sequence[Any]], field: str, factor: int = 1) -> None:
+    """Draw `factor` times a field over the blocks, a line for each label."""
+    values = {label: [factor * np.asarray(getattr(one, field)) for one in group] for label, group in groups.items()}
+    lines(axes, {label: (range(1, len(seeds[0]) + 1), seeds) for label, seeds in values.items()})
+    axes.set_xlabel("block")
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 PER_BLOCK = {
@@ -118,182 +147,99 @@ PER_BLOCK = {
 }
 
 
-def per_block(folder: Path, studies: Sequence[Study]) -> Plate:
-    """Ranks, channels and lengths by block at the last checkpoint."""
-    groups = by_label([one.looks[-1] for one in studies])
-    table = [
-        [label, number, block + 1, *(float(getattr(one, name)[block]) for name in PER_BLOCK)]
-        for label, looks in groups.items()
-        for number, one in enumerate(looks)
-        for block in range(len(one.rank))
-    ]
-    with drawing(folder, "ranks", ["label", "seed", "block", *PER_BLOCK], table) as figure:
-        figure.set_size_inches(WIDTH, 2.0)
-        for axes, (name, title) in zip(figure.subplots(1, 4), PER_BLOCK.items(), strict=True):
-            lines(axes, {k: (range(1, len(v[0].rank) + 1), [getattr(x, name) for x in v]) for k, v in groups.items()})
-            axes.set(xlabel="block", title=title)
+def per_block(folder: Path, studies: Sequence[Study]) -> ReportFigure:
+    """Draw ranks, channels and lengths by block at the last checkpoint."""
+    groups = by_label([study.looks[-1] for study in studies])
+    table = block_table(groups, list(PER_BLOCK))
+    with drawing.figure(folder, "ranks", ["label", "seed", "block", *PER_BLOCK], table, (WIDTH, 2.0)) as figure:
+        for axes, (field, title) in zip(figure.subplots(1, 4), PER_BLOCK.items(), strict=True):
+            block_lines(axes, groups, field)
+            axes.set_title(title)
             axes.set_ylim(bottom=0)
-            axes.xaxis.get_major_locator().set_params(integer=True)
         legend(figure, figure.axes[0])
     width = len(studies[0].looks[-1].usage[0])
-    return Plate(
-        "ranks",
-        "How rich each block is",
-        f"Effective rank and participation ratio count the directions that the features of a block fill (at most "
-        f"{width}); channels used counts the channels that share the variance. The length of a token shows where the "
-        "residual stream grows.",
-        folder,
+    text = (
+        f"Effective rank and participation ratio: how many directions the features fill, at most {width}. Channels "
+        "used: how many channels share the variance. Length of a token: where the residual stream grows."
     )
+    return ReportFigure("ranks", "How rich each block is", text)
 
 
-def channels(folder: Path, studies: Sequence[Study]) -> Plate:
-    """The share of variance of each channel, largest first, by block."""
-    groups = {
-        label: np.mean([o.usage for o in v], axis=0) for label, v in by_label([s.looks[-1] for s in studies]).items()
-    }
-    table = [
-        [label, block + 1, place + 1, float(share)]
-        for label, usage in groups.items()
-        for block, row in enumerate(usage)
-        for place, share in enumerate(row)
-    ]
-    shown = spaced(list(groups.items()), 4)
-    with drawing(folder, "channels", ["label", "block", "place", "share"], table) as figure:
-        figure.set_size_inches(min(WIDTH, 1.2 + 1.9 * len(shown)), 2.1)
-        grid = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
-        for axes, (label, usage) in zip(grid, shown, strict=True):
-            colours = matplotlib.colormaps[COLOUR_MAP](np.linspace(0, 0.95, len(usage)))
-            for block, (row, colour) in enumerate(zip(usage, colours, strict=True)):
-                axes.plot(np.arange(1, len(row) + 1), 100 * row, color=colour, label=f"block {block + 1}")
-            axes.axhline(100 / usage.shape[1], color="0.5", linewidth=0.8, linestyle=":")
-            axes.set(title=label, xlabel="channel, by its share", yscale="log")
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.grid(alpha=0.25, linewidth=0.5)
-        grid[0].set_ylabel("share of variance, %")
-        scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(1, len(colours)), COLOUR_MAP)
-        bar = figure.colorbar(scale, ax=grid, label="block", ticks=block_ticks(len(colours)))
-        bar.outline.set_visible(False)
-    return Plate(
-        "channels",
-        "How evenly the channels are used",
-        "The share of each channel in the variance of its block, the largest first; the dotted line is an even share. "
-        "A steep line is a block that few channels dominate.",
-        folder,
-    )
-
-
-def probe(folder: Path, studies: Sequence[Study]) -> Plate | None:
-    """The accuracy of linear probes by block."""
-    groups = by_label([one.close for one in studies if one.close.probe is not None])
+def probe(folder: Path, studies: Sequence[Study]) -> ReportFigure | None:
+    """Draw the accuracy of linear probes by block."""
+    groups = by_label([study for study in studies if study.probe is not None])
     if not groups:
         return None
-    table = [
-        [label, number, block + 1, float(accuracy)]
-        for label, group in groups.items()
-        for number, one in enumerate(group)
-        for block, accuracy in enumerate(one.probe)
-    ]
-    with drawing(folder, "probe", ["label", "seed", "block", "accuracy"], table) as figure:
-        figure.set_size_inches(3.4, 2.5)
+    table = block_table(groups, ["probe"])
+    with drawing.figure(folder, "probe", ["label", "seed", "block", "accuracy"], table, (3.4, 2.5)) as figure:
         axes = figure.subplots()
-        lines(
-            axes,
-            {k: (range(1, len(v[0].probe) + 1), [100 * np.asarray(x.probe) for x in v]) for k, v in groups.items()},
-        )
-        axes.set(xlabel="block", ylabel="accuracy of a linear probe, %")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        block_lines(axes, groups, "probe", 100)
+        axes.set_ylabel("accuracy of a linear probe, %")
         legend(figure, axes)
-    return Plate(
-        "probe",
-        "What a linear probe reads",
-        "A ridge classifier is fitted to the mean token of every block, for training images, and tested on others, at "
-        "the time that the heatmaps show. The network is given the label of no class, so that it cannot tell the probe "
-        "the answer.",
-        folder,
+    text = (
+        "A ridge classifier reads the mean token of a block, at the time that the heatmaps show. It is fitted to "
+        "training images and tested on others. The network gets the null label, so it cannot give the answer away."
     )
+    return ReportFigure("probe", "What a linear probe reads", text)
 
 
-def gradients(folder: Path, studies: Sequence[Study]) -> Plate | None:
-    """The gradients of auxiliary losses against the objective's, by block."""
-    found = {}
-    for label, group in by_label([one.close for one in studies if one.close.pulls]).items():
+def gradients(folder: Path, studies: Sequence[Study]) -> ReportFigure | None:
+    """Draw the gradients of auxiliary losses against the objective's, by block."""
+    groups = {}
+    for label, group in by_label([study for study in studies if study.pulls]).items():
         for loss in group[0].pulls:
             name = f"{label}: {loss}" if len(studies) > 1 else loss
-            found[name] = [one.pulls[loss] for one in group if loss in one.pulls]
-    if not found:
+            groups[name] = [study.pulls[loss] for study in group if loss in study.pulls]
+    if not groups:
         return None
-    table = [
-        [name, number, block + 1, float(pull.cosine[block]), float(pull.spread[block]), float(pull.ratio[block])]
-        for name, pulls in found.items()
-        for number, pull in enumerate(pulls)
-        for block in range(len(pull.cosine))
-    ]
     header = ["loss", "seed", "block", "cosine", "spread_over_batches", "ratio"]
-    with drawing(folder, "gradients", header, table) as figure:
-        figure.set_size_inches(5.6, 2.5)
-        for axes, field, title in zip(
-            figure.subplots(1, 2),
-            ("cosine", "ratio"),
-            ("cosine with the objective's", "length beside the objective's"),
-            strict=True,
-        ):
-            groups = {
-                name: (range(1, len(pulls[0].cosine) + 1), [getattr(pull, field) for pull in pulls])
-                for name, pulls in found.items()
-            }
-            lines(axes, groups)
-            axes.set(xlabel="block", title=title)
-            axes.xaxis.get_major_locator().set_params(integer=True)
-        figure.axes[0].axhline(0, color="0.4", linewidth=0.8)
-        figure.axes[1].set_ylim(bottom=0)
-        legend(figure, figure.axes[0])
-    return Plate(
-        "gradients",
-        "Do auxiliary losses pull with the objective?",
-        "The cosine between the gradients of an auxiliary loss and of the objective in the parameters of each block: "
-        "below 0 they work against each other. The diversity loss stands at full weight, also where its adaptive "
-        "weight is 0; where a network was not trained with it, it shows what it would ask for.",
-        folder,
+    table = block_table(groups, ["cosine", "spread", "ratio"])
+    with drawing.figure(folder, "gradients", header, table, (5.6, 2.5)) as figure:
+        left, right = figure.subplots(1, 2)
+        block_lines(left, groups, "cosine")
+        left.set_title("cosine with the objective's")
+        left.axhline(0, color="0.4", linewidth=0.8)
+        block_lines(right, groups, "ratio")
+        right.set_title("length beside the objective's")
+        right.set_ylim(bottom=0)
+        legend(figure, left)
+    text = (
+        "The cosine between the gradients of an auxiliary loss and of the objective, by block. Below 0 they work "
+        "against each other. Losses have their full weight. (not trained): the network was trained without this loss."
     )
+    return ReportFigure("gradients", "Do auxiliary losses pull with the objective?", text)
 
 
-def connections(folder: Path, studies: Sequence[Study]) -> Plate | None:
-    """The norms of the merging Linears, and the loss without each connection."""
-    groups = by_label([one.close for one in studies if one.close.connections is not None])
+def connections(folder: Path, studies: Sequence[Study]) -> ReportFigure | None:
+    """Draw the norms of each skip connection's weights, and the loss without the connection."""
+    groups = by_label([study for study in studies if study.connections is not None])
+    groups = {label: [study.connections for study in group] for label, group in groups.items()}
     if not groups:
         return None
     table = []
     for label, group in groups.items():
-        for number, one in enumerate(group):
-            c = one.connections
-            for m, (shallow, deep) in enumerate(c.pairs):
-                table.append([label, number, shallow, deep, *map(float, (c.current[m], c.skip[m], c.loss, c.cut[m]))])
-            table.append([label, number, "all", "all", "", "", c.loss, c.all_cut])
-    header = ["label", "seed", "shallow", "deep", "norm_current", "norm_skip", "loss", "loss_cut"]
-    with drawing(folder, "connections", header, table) as figure:
-        figure.set_size_inches(5.6, 2.5)
+        for seed, found in enumerate(group):
+            for pair, *norms, cut in zip(found.pairs, found.current, found.skip, found.cut, strict=True):
+                table.append([label, seed, *pair, *map(float, (*norms, found.loss, cut))])
+            table.append([label, seed, "all", "all", "", "", found.loss, found.all_cut])
+    header = ["label", "seed", "from_block", "to_block", "norm_current", "norm_skip", "loss", "loss_cut"]
+    places = {label: [to_block for _, to_block in group[0].pairs] for label, group in groups.items()}
+    with drawing.figure(folder, "connections", header, table, (5.6, 2.5)) as figure:
         left, right = figure.subplots(1, 2)
-        share = {}
-        worse = {}
-        for label, group in groups.items():
-            places = [deep for _, deep in group[0].connections.pairs]
-            share[label] = (places, [x.connections.skip / (x.connections.skip + x.connections.current) for x in group])
-            worse[label] = (places, [100 * (x.connections.cut / x.connections.loss - 1) for x in group])
-        lines(left, share)
+        lines(left, {k: (places[k], [x.skip / (x.skip + x.current) for x in v]) for k, v in groups.items()})
         left.axhline(0.5, color="0.5", linewidth=0.8, linestyle=":")
-        left.set(xlabel="deep block", title="share of the skip in the Linear's norm", ylim=(0, 1))
-        lines(right, worse)
-        right.set(xlabel="deep block", title="loss if it is cut, % more")
+        left.set(title="share of the skip in the norm of the weights", ylim=(0, 1))
+        lines(right, {k: (places[k], [100 * (x.cut / x.loss - 1) for x in v]) for k, v in groups.items()})
+        right.set_title("increase of the loss without it, %")
         right.axhline(0, color="0.4", linewidth=0.8)
         for axes in (left, right):
+            axes.set_xlabel("block that reads the skip")
             axes.xaxis.get_major_locator().set_params(integer=True)
         legend(figure, left)
-    all_cut = {k: 100 * np.mean([x.connections.all_cut / x.connections.loss - 1 for x in v]) for k, v in groups.items()}
+    all_cut = {label: 100 * np.mean([x.all_cut / x.loss - 1 for x in group]) for label, group in groups.items()}
     said = "; ".join(f"{label}: {more:+.0f}%" for label, more in all_cut.items())
-    return Plate(
-        "connections",
-        "How much each long residual connection is used",
-        "Left, how much of the merging Linear reads the shallow block rather than the current stream; right, how much "
-        f"the objective grows when that half is set to 0, one connection at a time. All of them cut at once: {said}.",
-        folder,
+    text = (
+        "Left: how much the weights of a connection read the earlier block rather than the current stream. Right: how "
+        f"much the objective grows when one connection is cut. With all of them cut: {said}."
     )
+    return ReportFigure("connections", "How much each long residual connection is used", text)

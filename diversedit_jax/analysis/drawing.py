@@ -1,4 +1,4 @@
-"""How figures are drawn: each a PNG, an SVG and a CSV of one name, fit for a paper and for the colour-blind."""
+"""Draw figures in one style. Each is a PNG, an SVG and a CSV of the same name, with colours for the colour-blind."""
 
 import contextlib
 import io
@@ -19,7 +19,6 @@ from diversedit_jax.runtime.files import replacing, write_csv
 STYLE = {
     "font.size": 8,
     "axes.titlesize": 8,
-    "axes.labelsize": 8,
     "legend.fontsize": 7,
     "xtick.labelsize": 7,
     "ytick.labelsize": 7,
@@ -34,67 +33,58 @@ STYLE = {
     "svg.hashsalt": "diversedit_jax",  # the same figure is the same file
 }
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
-MARKERS = "os^Dv<P"
+MARKS = tuple(zip(COLOURS, "os^Dv<P", strict=True))
 COLOUR_MAP = "viridis"
 WIDTH = 7.0  # inches, of a page of two columns
 DPI = 200
-MOST_COLUMNS = 6
 
 Row = Sequence[Any]
+Size = tuple[float, float]
 
 
-class Plate(NamedTuple):
-    """A figure on disk, for a report. text: what it shows and how to read it, two sentences."""
+class ReportFigure(NamedTuple):
+    """A figure of a report, in NAME.png, NAME.svg and NAME.csv. text: what it shows and how to read it."""
 
     name: str
     title: str
     text: str
-    folder: Path
-
-    def path(self, suffix: str) -> Path:
-        """Of the PNG, SVG or CSV."""
-        return self.folder / f"{self.name}{suffix}"
 
 
 class Panel(NamedTuple):
-    """A heatmap and what stands above it."""
+    """A heatmap and its title."""
 
     title: str
     matrix: Float[np.ndarray, "l l"]
 
 
 @contextlib.contextmanager
-def drawing(folder: Path, name: str, header: Row, rows: Sequence[Row]) -> Iterator[Figure]:
-    """A new figure in our style, which is written as NAME.png and .svg when it is done, with NAME.csv beside it."""
+def figure(folder: Path, name: str, header: Row, rows: Sequence[Row], size: Size | None = None) -> Iterator[Figure]:
+    """Yield a new figure, then write it as NAME.png and NAME.svg. NAME.csv gets the rows. size: in inches."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(layout="constrained")
-        yield figure
-        for suffix in (".png", ".svg"):
-            with replacing(folder / f"{name}{suffix}") as partial:
-                plain = {"metadata": {"Date": None}} if suffix == ".svg" else {}
-                figure.savefig(partial, format=suffix[1:], dpi=DPI, **plain)
+        drawn = Figure(size, layout="constrained")
+        yield drawn
+        for kind, options in {"png": {}, "svg": {"metadata": {"Date": None}}}.items():
+            with replacing(folder / f"{name}.{kind}") as partial:
+                drawn.savefig(partial, format=kind, dpi=DPI, **options)
     write_csv(folder / f"{name}.csv", [header, *rows])
 
 
 def by_label(items: Sequence[Any]) -> dict[str, list[Any]]:
-    """Items of the same label together: the seeds of a setting."""
+    """Group items by their label: one label is one setting, its items are seeds."""
     groups: dict[str, list[Any]] = {}
     for item in items:
         groups.setdefault(item.label, []).append(item)
     return groups
 
 
-def spaced(items: Sequence[Any], most: int = MOST_COLUMNS) -> list[Any]:
-    """At most so many items, evenly spread, the first and the last among them."""
+def spaced(items: Sequence[Any], most: int = 6) -> list[Any]:
+    """Choose at most `most` items at even distances, the first and the last among them."""
     places = np.unique(np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int))
     return [items[i] for i in places]
 
 
-# --- Heatmaps.
-
-
 def heat(axes: Axes, panel: Panel, low: float) -> Any:
-    """Draw a matrix of similarities, blocks counted from 1; numbers in the cells where they fit."""
+    """Draw a matrix of similarities; blocks count from 1. Up to 6 blocks, the cells show their numbers."""
     blocks = len(panel.matrix)
     image = axes.imshow(panel.matrix, vmin=low, vmax=1, cmap=COLOUR_MAP, extent=(0.5, blocks + 0.5, blocks + 0.5, 0.5))
     axes.set(xticks=block_ticks(blocks), yticks=block_ticks(blocks))
@@ -104,41 +94,32 @@ def heat(axes: Axes, panel: Panel, low: float) -> Any:
     if blocks <= 6:
         for i, j in np.ndindex(blocks, blocks):
             value = panel.matrix[i, j]
-            dark = value < (1 + low) / 2
             text = f"{value:.2f}".replace("0.", ".", 1) if 0 <= value < 1 else f"{value:.2f}"
-            axes.text(j + 1, i + 1, text, ha="center", va="center", fontsize=6, color="white" if dark else "black")
+            colour = "white" if value < (1 + low) / 2 else "black"
+            axes.text(j + 1, i + 1, text, ha="center", va="center", fontsize=6, color=colour)
     return image
 
 
 def block_ticks(blocks: int) -> list[int]:
-    """The blocks that are named at an axis: all of a few, else five."""
-    return (
-        list(range(1, blocks + 1)) if blocks <= 6 else np.unique(np.linspace(1, blocks, 5).round()).astype(int).tolist()
-    )
-
-
-def lowest(panels: Sequence[Panel]) -> float:
-    """The lower end of a colour scale that all panels share: a tenth below their least value."""
-    least = min((float(np.nanmin(panel.matrix)) for panel in panels if np.isfinite(panel.matrix).any()), default=0.0)
-    return min(np.floor(least * 10) / 10, 0.9)
+    """Choose the ticks of an axis of blocks: all of up to 6, else five."""
+    return np.unique(np.linspace(1, blocks, blocks if blocks <= 6 else 5).round()).astype(int).tolist()
 
 
 def heatmaps(figure: Figure, rows: Sequence[Sequence[Panel]], names: Sequence[str] | None, scale: str) -> None:
-    """Rows of heatmaps on one colour scale; `names` stand before the rows."""
+    """Draw rows of heatmaps on one colour scale. names: of the rows. scale: the label of the colour bar."""
     columns = max(map(len, rows))
     side = min((WIDTH - 0.9) / max(columns, 3), 1.9)
     above = [0.16 * (1 + max(panel.title.count("\n") for panel in row)) for row in rows]  # the titles' lines
     figure.set_size_inches(max(side * columns + 1.1, 3.2), (side + 0.16) * len(rows) + sum(above) + 0.2)
-    low = lowest([panel for row in rows for panel in row])
+    finite = [panel.matrix for row in rows for panel in row if np.isfinite(panel.matrix).any()]
+    least = min((float(np.nanmin(matrix)) for matrix in finite), default=0.0)
+    low = min(np.floor(least * 10) / 10, 0.9)  # of the colour scale
     grid = figure.subplots(len(rows), columns, squeeze=False)
-    image = None
     for i, row in enumerate(rows):
-        for j in range(columns):
-            axes = grid[i, j]
-            if j >= len(row):
-                axes.set_axis_off()
-                continue
-            image = heat(axes, row[j], low)
+        for axes in grid[i, len(row) :]:
+            axes.set_axis_off()
+        for j, (axes, panel) in enumerate(zip(grid[i], row, strict=False)):
+            image = heat(axes, panel, low)
             if i == len(rows) - 1 or j >= len(rows[i + 1]):
                 axes.set_xlabel("block")
             if j == 0:
@@ -149,7 +130,7 @@ def heatmaps(figure: Figure, rows: Sequence[Sequence[Panel]], names: Sequence[st
 
 
 def rendered(matrix: Float[np.ndarray, "l l"], scale: str) -> UInt8[np.ndarray, "h w 3"]:
-    """One heatmap as an image."""
+    """Draw one heatmap as an image."""
     with matplotlib.rc_context(STYLE), io.BytesIO() as file:
         figure = Figure(layout="constrained")
         heatmaps(figure, [[Panel("", matrix)]], None, scale)
@@ -159,22 +140,16 @@ def rendered(matrix: Float[np.ndarray, "l l"], scale: str) -> UInt8[np.ndarray, 
 
 
 def entries(prefix: Row, matrix: Float[np.ndarray, "l l"]) -> list[Row]:
-    """The lines of a CSV for a matrix: prefix, block, block, value."""
+    """List a matrix as rows of a CSV: prefix, block, block, value."""
     return [[*prefix, i + 1, j + 1, float(matrix[i, j])] for i, j in np.ndindex(*matrix.shape)]
 
 
-# --- Lines.
+def lines(axes: Axes, groups: Mapping[str, tuple[Sequence[int | float], Sequence[Any]]]) -> None:
+    """Draw a line for each label: the mean over seeds, with a band of one standard deviation.
 
-
-# label: (places, for each seed a value at every place)
-Groups = Mapping[str, tuple[Sequence[int | float], Sequence[Any]]]
-
-
-def lines(axes: Axes, groups: Groups) -> None:
-    """A line for each label: its mean over seeds, and a band of one standard deviation."""
-    for (label, (places, values)), colour, marker in zip(
-        groups.items(), itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False
-    ):
+    groups: label -> (places, for each seed a value at every place).
+    """
+    for (label, (places, values)), (colour, marker) in zip(groups.items(), itertools.cycle(MARKS), strict=False):
         values = np.asarray(values, float)
         mean = values.mean(axis=0)
         axes.plot(places, mean, color=colour, marker=marker, label=label)
@@ -185,7 +160,7 @@ def lines(axes: Axes, groups: Groups) -> None:
 
 
 def legend(figure: Figure, axes: Axes) -> None:
-    """One legend for a figure, above it, in as many columns as fit; none for a single line."""
+    """Draw one legend above the figure, in as many columns as fit; none for a single line."""
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
         width, height = figure.get_size_inches()
@@ -196,7 +171,7 @@ def legend(figure: Figure, axes: Axes) -> None:
 
 
 def thousands(value: float, _position: int = 0) -> str:
-    """Ticks as 500, 50k, 1.5M."""
+    """Format a tick as 500, 50k or 1.5M."""
     for unit, size in (("M", 1e6), ("k", 1e3)):
         if abs(value) >= 10 * size or (abs(value) >= size and value % (size / 10) == 0):
             return f"{value / size:g}{unit}"

@@ -1,4 +1,4 @@
-"""The report of an analysis: one HTML file that holds all it shows, and asks nobody for anything."""
+"""Write the report of an analysis: one HTML file that holds everything it shows and loads nothing."""
 
 import base64
 import html
@@ -6,7 +6,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from diversedit_jax.analysis.drawing import DPI, Plate
+from diversedit_jax.analysis.drawing import DPI, ReportFigure
 from diversedit_jax.runtime.files import write_text
 
 PIXELS_PER_INCH = 140  # of a figure, on a wide page
@@ -32,7 +32,6 @@ dd { margin: 0; min-width: 0; }
 @media (max-width: 32rem) { dl { grid-template-columns: 1fr; } dt { margin-top: .4rem; font-weight: 600; } }
 @media print { nav, .files { display: none; } section { break-inside: avoid; } }
 """
-# Nothing is fetched, no script runs: pictures and styles are in the file.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -40,11 +39,14 @@ def write(
     path: Path,
     title: str,
     summary: Sequence[Sequence[str]],
-    drawn: Sequence[Plate],
+    drawn: Sequence[ReportFigure],
     notes: Sequence[str],
     settings: Mapping[str, str],
 ) -> None:
-    """Write the report. summary: a table, its header first. settings: all that moves a number, in words."""
+    """Write the report beside its figures. summary: a table, header first. settings: what can change a number."""
+    head, *body = ([html.escape(cell) for cell in row] for row in summary)
+    table = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
+    table += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body]
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
@@ -52,10 +54,10 @@ def write(
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>",
         f"<h1>{html.escape(title)}</h1>",
-        _table(summary),
+        f'<div class="wide"><table>{"".join(table)}</table></div>',
         "<nav>" + "".join(f'<a href="#{one.name}">{html.escape(one.title)}</a>' for one in drawn) + "</nav>",
         *(f"<p><strong>Note.</strong> {html.escape(note)}</p>" for note in notes),
-        *map(_section, drawn),
+        *(_section(path.parent, one) for one in drawn),
         "<h2>Settings</h2><dl>",
         *(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in settings.items()),
         "</dl></body></html>",
@@ -63,24 +65,14 @@ def write(
     write_text(path, "\n".join(parts) + "\n")
 
 
-def _section(one: Plate) -> str:
-    image, table = (base64.b64encode(one.path(suffix).read_bytes()).decode() for suffix in (".png", ".csv"))
-    title, width = html.escape(one.title), round(_width(one.path(".png")) * PIXELS_PER_INCH / DPI)
+def _section(folder: Path, one: ReportFigure) -> str:
+    png, table = ((folder / f"{one.name}.{suffix}").read_bytes() for suffix in ("png", "csv"))
+    (pixels,) = struct.unpack(">I", png[16:20])  # the width in the header of a PNG
+    png, table = (base64.b64encode(content).decode() for content in (png, table))
+    title, width = html.escape(one.title), round(pixels * PIXELS_PER_INCH / DPI)
     return (
         f'<section id="{one.name}"><h2>{title}</h2><p>{html.escape(one.text)}</p>'
-        f'<div class="wide"><img alt="{title}" width="{width}" src="data:image/png;base64,{image}"></div>'
+        f'<div class="wide"><img alt="{title}" width="{width}" src="data:image/png;base64,{png}"></div>'
         f'<small class="files"><a download="{one.name}.csv" href="data:text/csv;base64,{table}">{one.name}.csv</a>; '
         f"{one.name}.png and {one.name}.svg lie beside this page</small></section>"
     )
-
-
-def _width(path: Path) -> int:
-    """The width of a PNG, in pixels."""
-    return struct.unpack(">I", path.read_bytes()[16:20])[0]
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = ([html.escape(cell) for cell in row] for row in rows)
-    lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
-    lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body]
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'

@@ -1,13 +1,13 @@
-"""The representations of one checkpoint at one time, measured over many images, a batch at a time.
+"""Measure the representations of one checkpoint at one time over many images, a batch at a time.
 
-What is kept of an image is little: the mean token of every block, and a few tokens. The rest are sums: covariances,
-norms, cosines, and HSIC of minibatches. So the memory is that of one batch, whatever the number of images.
+Of each image only the mean token of every block and a few tokens are kept. Everything else is a sum over batches:
+covariances, norms, cosines, HSIC of minibatches. So more images hardly need more memory.
 """
 
 import contextlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from diversedit_jax.api import Batch
 from diversedit_jax.data import Dataset, pipeline
 from diversedit_jax.errors import ConfigError, RunError
 from diversedit_jax.metrics import similarity
+from diversedit_jax.metrics.linear_probe import linear_probe
 from diversedit_jax.registry import in_range, one_of
 from diversedit_jax.runs.build import Experiment
 from diversedit_jax.runtime.progress import Ticker
@@ -31,15 +32,15 @@ UNITS = {
     "image": "an example is an image, by all its tokens",
 }
 HSICS = ("biased", "unbiased", "minibatch")
-KERNELS = tuple(similarity.KERNELS)
-TOKENS = 2048  # examples at most, where tokens are gathered
-IMAGE_BYTES = 2**30  # at most, where whole images are gathered
+TOKENS = 2048  # the most examples, if an example is a token
+IMAGE_BYTES = 2**30  # the most memory for features of whole images
 
 
 class Estimator(NamedTuple):
-    """A way to compare blocks. unit: of UNITS. kernel: of `similarity.KERNELS`. hsic: of HSICS.
+    """A way to compare blocks.
 
-    multiplier: of the median distance, for `rbf`. degree: of `polynomial`.
+    unit: of UNITS. kernel: of `similarity.KERNELS`. hsic: of HSICS.
+    multiplier: bandwidth of `rbf`, in median distances. degree: of `polynomial`.
     """
 
     unit: str = "pooled"
@@ -49,18 +50,22 @@ class Estimator(NamedTuple):
     degree: int = 3
 
     def gram(self) -> similarity.Kernel:
-        """The kernel with its option."""
-        options = {"rbf": {"multiplier": self.multiplier}, "polynomial": {"degree": self.degree}}
-        return partial(similarity.KERNELS[self.kernel], **options.get(self.kernel, {}))
+        """Bind the kernel to its option."""
+        option = {"rbf": {"multiplier": self.multiplier}, "polynomial": {"degree": self.degree}}
+        return partial(similarity.KERNELS[self.kernel], **option.get(self.kernel, {}))
 
     def name(self) -> str:
-        """In words."""
+        """Describe the estimator in words."""
         option = {"rbf": f", {self.multiplier:g} x median", "polynomial": f", degree {self.degree}"}
         return f"{self.kernel}{option.get(self.kernel, '')} CKA, {self.hsic}, {UNITS[self.unit]}"
 
+    def gathers_images(self) -> bool:
+        """Whether the features of whole images must be kept."""
+        return self.unit == "image" and self.hsic != "minibatch"
+
 
 class Settings(NamedTuple):
-    """How to look. num: images, in batches of `batch`; noises: draws of noise for each; labels: `real` or `null`."""
+    """How to measure. num: images, in batches of `batch`. noises: draws of noise for each. labels: `real` or `null`."""
 
     estimator: Estimator = Estimator()
     num: int = 512
@@ -72,11 +77,11 @@ class Settings(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """One checkpoint at one time; l blocks, d channels. Lists over draws of noise are averaged.
+    """One checkpoint at one time. l blocks, d channels.
 
-    similarity: by the estimator. spread: of its mean off-diagonal over draws of noise, a standard deviation.
-    rows: [l n d] of each unit that was gathered, of the first draw. minibatch: CKA by (unit, kernel).
-    labels: of the images, None where their conditions are not labels.
+    similarity: by the estimator, a mean over draws of noise. All other fields are of the first draw.
+    spread: the standard deviation of the mean similarity over draws of noise.
+    rows: the examples of each unit that was gathered. minibatch: CKA by (unit, kernel).
     """
 
     similarity: Float[np.ndarray, "l l"]
@@ -87,11 +92,10 @@ class Measured(NamedTuple):
     norm: Float[np.ndarray, " l"]
     rows: Mapping[str, Float[np.ndarray, "l n p"]]
     minibatch: Mapping[tuple[str, str], Float[np.ndarray, "l l"]]
-    labels: Int[np.ndarray, " n"] | None
 
 
 def check(settings: Settings) -> None:
-    """Raise ConfigError for what cannot be measured."""
+    """Raise ConfigError for settings that cannot be measured."""
     estimator = settings.estimator
     one_of("--unit", estimator.unit, UNITS)
     one_of("--kernel", estimator.kernel, similarity.KERNELS)
@@ -99,29 +103,23 @@ def check(settings: Settings) -> None:
     one_of("--labels", settings.labels, ("real", "null"))
     in_range("--multiplier", estimator.multiplier, above=0)
     in_range("--degree", estimator.degree, 1)
-    in_range("--num", settings.num, 1)
-    in_range("--batch", settings.batch, 1)
-    in_range("--noises", settings.noises, 1)
+    for name in ("num", "batch", "noises"):
+        in_range(f"--{name}", getattr(settings, name), 1)
     if sharding.filled(settings.batch) < 4:
-        raise ConfigError(f"--batch={settings.batch}: minibatch estimators need at least 4 images at a time")
+        raise ConfigError(f"--batch={settings.batch}: must be at least 4, for the unbiased estimator of HSIC")
 
 
 def split_of(data: Callable[[str], Dataset], split: str | None) -> str:
-    """The split to look at: as asked for, else `test` where the data have it, else `train`."""
-    if split is not None:
-        return split
-    try:
-        data("test")
-    except RunError:
-        return "train"
-    return "test"
+    """Choose the split: the given one, else `test` if the data have it, else `train`."""
+    if split is None:
+        with contextlib.suppress(RunError):
+            data("test")
+            return "test"
+    return split or "train"
 
 
 def batches(dataset: Dataset, settings: Settings, layout: sharding.Layout) -> list[Batch]:
-    """The first whole batches of the data, at most `num` examples, in an order by the seed; placed over all devices.
-
-    ConfigError where there is not one batch.
-    """
+    """Read the first whole batches, at most `num` examples in an order by the seed, onto all devices."""
     batch = sharding.filled(settings.batch)
     count = min(settings.num, len(dataset.source)) // batch
     if not count:
@@ -136,71 +134,53 @@ class Pass(NamedTuple):
 
     experiment: Experiment
     settings: Settings
-    run: Any
+    run: Callable[..., dict[str, Any]]
 
 
 def compiled(experiment: Experiment, settings: Settings) -> Pass:
-    """The pass over a batch, compiled at its first use and once."""
+    """Prepare the pass over a batch. It compiles at its first use."""
     check(settings)
-    copied = sharding.replicated(experiment.layout)
-    return Pass(experiment, settings, jax.jit(partial(_measure, experiment, settings), out_shardings=copied))
+    estimator = settings.estimator
 
+    @jax.jit(out_shardings=sharding.replicated(experiment.layout))
+    def run(learned, frozen, batch, t, key, hidden):  # hidden: whether the network gets the null condition
+        key_tokens, key = jax.random.split(key)
+        stack = features(experiment, learned, frozen, batch, t, key, hidden)
+        blocks, b, n, d = stack.shape
+        tokens = stack.reshape(blocks, b * n, d)
+        mean = tokens.mean(axis=1)
+        centred = tokens - mean[:, None]
+        wanted = -(-TOKENS * b // max(settings.num, b))  # of this batch's tokens
+        some = jax.random.permutation(key_tokens, b * n)[: min(max(wanted, 4), b * n)]
+        rows = {"pooled": stack.mean(axis=2), "token": tokens[:, some]}
+        units = rows | {"image": stack.reshape(blocks, b, n * d)}
+        kernels = {kernel: estimator._replace(kernel=kernel).gram() for kernel in similarity.KERNELS}
+        return {
+            "rows": units if estimator.gathers_images() else rows,
+            "hsic": {
+                (unit, kernel): similarity.hsic_of(units[unit], gram, similarity.hsic_unbiased)
+                for unit in UNITS
+                for kernel, gram in kernels.items()
+            },
+            "token_cosine": similarity.token_cosine(stack),
+            "mean_cosine": similarity.mean_cosine(stack),
+            "norm": jnp.linalg.norm(tokens, axis=-1).mean(axis=1),
+            "mean": mean,
+            "scatter": jnp.einsum("lnd,lne->lde", centred, centred, precision="highest"),
+            "count": b * n,
+            "labels": None if experiment.space.conditions.classes is None else batch["y"],
+        }
 
-def _measure(
-    experiment: Experiment,
-    settings: Settings,
-    learned: Learned,
-    frozen: Any,
-    batch: Batch,
-    t: Array,
-    key: Array,
-    hidden: Array,
-) -> dict[str, Any]:
-    """All that is taken from one batch: rows by unit, and sums. hidden: whether the network sees no conditions."""
-    key_tokens, key = jax.random.split(key)
-    stack = features(experiment, learned, frozen, batch, t, key, hidden)
-    blocks, b, n, d = stack.shape
-    tokens = stack.reshape(blocks, b * n, d)
-    mean = tokens.mean(axis=1)
-    centred = tokens - mean[:, None]
-    wanted = -(-TOKENS * b // max(settings.num, b))
-    some = jax.random.permutation(key_tokens, b * n)[: min(max(wanted, 4), b * n)]
-    rows = {"pooled": stack.mean(axis=2), "token": tokens[:, some]}
-    units = rows | {"image": stack.reshape(blocks, b, n * d)}
-    grams = {(unit, kernel): settings.estimator._replace(kernel=kernel).gram() for unit in UNITS for kernel in KERNELS}
-    hsic = {name: similarity.hsic_of(units[name[0]], gram, similarity.hsic_unbiased) for name, gram in grams.items()}
-    if _gathers_images(settings.estimator):
-        rows = units
-    return {
-        "rows": rows,
-        "hsic": {"/".join(name): found for name, found in hsic.items()},
-        "token_cosine": similarity.token_cosine(stack),
-        "mean_cosine": similarity.mean_cosine(stack),
-        "norm": jnp.linalg.norm(tokens, axis=-1).mean(axis=1),
-        "mean": mean,
-        "scatter": jnp.einsum("lnd,lne->lde", centred, centred, precision="highest"),
-        "count": b * n,
-        "labels": None if experiment.space.conditions.classes is None else batch["y"],
-    }
-
-
-def _gathers_images(estimator: Estimator) -> bool:
-    return estimator.unit == "image" and estimator.hsic != "minibatch"
+    return Pass(experiment, settings, run)
 
 
 def measure(ready: Pass, learned: Learned, frozen: Any, shown: Sequence[Batch], t: float) -> Measured:
-    """Look at a checkpoint at time t. shown: the batches."""
-    settings = ready.settings
-    hidden = settings.labels == "null"
-    found: list[Float[np.ndarray, "l l"]] = []
-    first: dict[str, Any] = {}
+    """Measure a checkpoint on some batches at time t."""
+    settings, estimator = ready.settings, ready.settings.estimator
+    found, first = [], {}
     for draw in range(settings.noises):
-        total = _over_batches(ready, learned, frozen, shown, t, draw, hidden)
-        minibatch = {
-            tuple(name.split("/")): np.asarray(similarity.normalised(jnp.asarray(hsic)))
-            for name, hsic in total["hsic"].items()
-        }
-        estimator = settings.estimator
+        total = _over_batches(ready, learned, frozen, shown, t, draw, hidden=settings.labels == "null")
+        minibatch = {name: np.asarray(similarity.normalised(jnp.asarray(x))) for name, x in total["hsic"].items()}
         if estimator.hsic == "minibatch":
             found.append(minibatch[estimator.unit, estimator.kernel])
         else:
@@ -210,27 +190,45 @@ def measure(ready: Pass, learned: Learned, frozen: Any, shown: Sequence[Batch], 
     return Measured(
         np.mean(found, axis=0),
         float(np.std(averages, ddof=1)) if len(averages) > 1 else 0.0,
-        *(first[name] for name in ("token_cosine", "mean_cosine", "covariance", "norm", "rows", "minibatch", "labels")),
+        *(first[name] for name in Measured._fields[2:]),
     )
 
 
-def pooled(
-    ready: Pass, learned: Learned, frozen: Any, shown: Sequence[Batch], t: float
-) -> tuple[Float[np.ndarray, "l n d"], Int[np.ndarray, " n"]]:
-    """The mean token of every block for every image, where the network does not see the labels; and the labels."""
-    total = _over_batches(ready, learned, frozen, shown, t, 0, hidden=True)
-    return total["rows"]["pooled"], total["labels"]
+def probe_accuracies(
+    ready: Pass, learned: Learned, frozen: Any, fitted: Sequence[Batch], shown: Sequence[Batch] | None, t: float
+) -> Float[np.ndarray, " l"]:
+    """Compute the accuracy of a linear probe of the mean token of every block at time t.
+
+    The probe is fitted to the images in `fitted` and tested on `shown`. None: tested on the last fifth of `fitted`.
+    The network gets the null label, because the probe would read a real label from the network's own condition.
+    """
+
+    def read(images: Sequence[Batch]) -> tuple[Float[np.ndarray, "l n d"], Int[np.ndarray, " n"]]:
+        total = _over_batches(ready, learned, frozen, images, t, 0, hidden=True)
+        return total["rows"]["pooled"], total["labels"]
+
+    rows, labels = read(fitted)
+    if shown is None:
+        cut = max(1, len(labels) * 4 // 5)
+        rows, test_rows, labels, test_labels = rows[:, :cut], rows[:, cut:], labels[:cut], labels[cut:]
+    else:
+        test_rows, test_labels = read(shown)
+    return np.asarray(_probes(rows, labels, test_rows, test_labels, ready.experiment.space.conditions.classes))
+
+
+@jax.jit(static_argnums=4)
+def _probes(rows, labels, test_rows, test_labels, classes: int):
+    return jax.lax.map(lambda block: linear_probe(block[0], labels, block[1], test_labels, classes), (rows, test_rows))
 
 
 def _over_batches(
     ready: Pass, learned: Learned, frozen: Any, shown: Sequence[Batch], t: float, draw: int, hidden: bool
 ) -> dict[str, Any]:
-    """The rows of all batches, and their sums, for one draw of noise."""
-    parts: dict[str, list[np.ndarray]] = {}
-    sums: dict[str, Any] = {}
-    labels: list[np.ndarray | None] = []
+    """Gather the rows of all batches, and average the rest, for one draw of noise."""
+    parts, sums, labels = {}, {}, []
     key = jax.random.fold_in(jax.random.key(ready.settings.seed), draw)
-    with Ticker(sum(map(count_of, shown)), leave=False) as ticker:
+    size = sharding.filled(ready.settings.batch)
+    with Ticker(size * len(shown), leave=False) as ticker:
         for number, batch in enumerate(shown):
             now = jax.random.fold_in(key, number)
             out = jax.device_get(ready.run(learned, frozen, batch, jnp.float32(t), now, hidden))
@@ -238,10 +236,14 @@ def _over_batches(
                 if unit != "token" or sum(part.shape[1] for part in parts.get(unit, [])) < TOKENS:
                     parts.setdefault(unit, []).append(rows)
             labels.append(out.pop("labels"))
-            sums = _merged(sums, out)
-            if _gathers_images(ready.settings.estimator):
-                _check_gathered(parts["image"])
-            ticker.update(count_of(batch))
+            sums = _merged(sums, out | {"batches": 1}) if sums else out | {"batches": 1}
+            held = sum(part.nbytes for part in parts.get("image", []))
+            if held > IMAGE_BYTES:
+                raise ConfigError(
+                    f"--unit=image: the features of {size * (number + 1)} whole images already take "
+                    f"{held / 2**30:.1f} GB: give --hsic=minibatch, which keeps none, or a smaller --num"
+                )
+            ticker.update(size)
     blocks = {unit: np.concatenate(found, axis=1) for unit, found in parts.items()}
     blocks["token"] = blocks["token"][:, :TOKENS]
     count = sums["batches"]
@@ -254,16 +256,8 @@ def _over_batches(
     }
 
 
-def count_of(batch: Batch) -> int:
-    """The number of examples in a batch."""
-    return len(jax.tree.leaves(batch)[0])
-
-
 def _merged(total: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
-    """Sums of two sets of tokens, all of one batch size; the scatter is about the common mean (Chan et al., 1979)."""
-    part = part | {"batches": 1}
-    if not total:
-        return part
+    """Add the sums of two sets of tokens. The scatter is about the common mean (Chan et al., 1979)."""
     n, m = int(total["count"]), int(part["count"])
     between = part["mean"] - total["mean"]
     added = {name: jax.tree.map(np.add, total[name], part[name]) for name in total if name != "mean"}
@@ -272,21 +266,12 @@ def _merged(total: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
     return added
 
 
-def _check_gathered(images: Sequence[np.ndarray]) -> None:
-    held = sum(part.nbytes for part in images)
-    if held > IMAGE_BYTES:
-        raise ConfigError(
-            f"--unit=image: the features of {sum(part.shape[1] for part in images)} whole images already take "
-            f"{held / 2**30:.1f} GB: give --hsic=minibatch, which keeps none, or a smaller --num"
-        )
-
-
 def similar(estimator: Estimator, rows: Float[np.ndarray, "l n p"]) -> Float[np.ndarray, "l l"]:
-    """CKA of gathered rows, biased or unbiased."""
+    """Compute the CKA of gathered rows, biased or unbiased."""
     with jax.default_device(jax.local_devices()[0]):
-        return np.asarray(_similar(estimator)(jnp.asarray(rows)))
+        return np.asarray(_similar(estimator, jnp.asarray(rows)))
 
 
-@cache
-def _similar(estimator: Estimator):
-    return jax.jit(lambda rows: similarity.cka(rows, estimator.gram(), similarity.HSICS[estimator.hsic]))
+@jax.jit(static_argnums=0)
+def _similar(estimator: Estimator, rows: Array) -> Array:
+    return similarity.cka(rows, estimator.gram(), similarity.HSICS[estimator.hsic])

@@ -1,4 +1,4 @@
-"""One network, looked into: every checkpoint at one time, and the last one closely."""
+"""Analyse one network: every checkpoint at one time, then the last checkpoint in detail."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -6,22 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
-from diversedit_jax.analysis import (
-    features,
-    gradient_conflict,
-    known_scores,
-    linear_probes,
-    measure,
-    pca_maps,
-    skip_connections,
-)
-from diversedit_jax.analysis.gradient_conflict import Pull
+from diversedit_jax import sharding
+from diversedit_jax.analysis import features, gradient_conflict, known_scores, measure, pca_maps, skip_connections
 from diversedit_jax.analysis.measure import Estimator, Measured, Settings
-from diversedit_jax.analysis.pca_maps import Maps
-from diversedit_jax.analysis.skip_connections import Connections
-from diversedit_jax.api import AuxLoss, Batch
+from diversedit_jax.api import AuxLoss
 from diversedit_jax.metrics import similarity
 from diversedit_jax.runs.build import frozen_weights
 from diversedit_jax.runs.trained import Trained
@@ -31,18 +21,18 @@ PARTS = {
     "estimators": "CKA with other kernels and examples, CKNNA and Procrustes",
     "probe": "a linear probe of every block",
     "gradients": "the gradients of auxiliary losses against the objective's",
-    "connections": "what each long residual connection weighs, and the loss without it",
+    "connections": "the weights of each long residual connection, and the loss without it",
     "maps": "principal components of features as pictures",
 }
 NEAREST = 10  # neighbours of CKNNA, as in its paper
-FEW = 16  # batches for what needs gradients or many passes
+FEW = 16  # batches for the parts that need gradients or many passes
 
 
 class Look(NamedTuple):
-    """One checkpoint at one time; l blocks, d channels. Means over draws of noise.
+    """One checkpoint at one time, see `measure.Measured`. l blocks, d channels.
 
-    diversity: scores of `similarity.diversity`. usage: shares of variance of the channels, largest first. scores: of
-    the samples of this checkpoint, as far as they are known.
+    diversity: scores of `similarity.diversity`. usage: each channel's share of the variance, the largest first.
+    scores: the known scores of this checkpoint's samples.
     """
 
     label: str
@@ -60,28 +50,29 @@ class Look(NamedTuple):
     norm: Float[np.ndarray, " l"]
     scores: Mapping[str, float]
 
-
-class Close(NamedTuple):
-    """The last checkpoint, closely; None for parts that were not asked for or cannot be had."""
-
-    label: str
-    step: int
-    probe: Float[np.ndarray, " l"] | None = None
-    pulls: Mapping[str, Pull] | None = None
-    connections: Connections | None = None
-    maps: Maps | None = None
-    estimators: Mapping[str, Float[np.ndarray, "l l"]] | None = None
+    @property
+    def mean_similarity(self) -> float:
+        """The mean similarity of two different blocks."""
+        return 1 - self.diversity["all"]
 
 
 class Study(NamedTuple):
-    """A subject's checkpoints at time t, its last one at all times, and closely; what could not be had, in words."""
+    """What was found about one network.
+
+    looks: its checkpoints at one time. times: its last checkpoint at other times. notes: what is left out, and why.
+    All other fields are of the last checkpoint. None: not asked for, or this network has no such thing.
+    """
 
     label: str
     looks: Sequence[Look]
     times: Sequence[Look]
-    close: Close
     about: dict[str, Any]
     notes: Sequence[str]
+    probe: Float[np.ndarray, " l"] | None = None
+    pulls: Mapping[str, gradient_conflict.Pull] | None = None
+    connections: skip_connections.Connections | None = None
+    maps: pca_maps.Maps | None = None
+    estimators: Mapping[str, Float[np.ndarray, "l l"]] | None = None
 
 
 def study(
@@ -92,122 +83,80 @@ def study(
     times: Sequence[float],
     parts: Sequence[str],
     say: Callable[[str], None],
-    weights: str = "ema",
-    supposed: Mapping[str, AuxLoss] | None = None,
+    weights: str,
+    supposed: Mapping[str, AuxLoss],
 ) -> Study:
-    """Look into a network at these steps; `say` gets a line now and then.
+    """Analyse the checkpoints of a network at these steps.
 
-    weights: of `trained.WEIGHTS`. supposed: the losses whose gradients are taken where the network has none.
+    say: called with a line of progress. weights: of `trained.WEIGHTS`. supposed: if the network was trained without
+    auxiliary losses, the gradients of these are taken.
     """
-    experiment, label = found.experiment, found.label
+    experiment, label, details, notes = found.experiment, found.label, {}, list(found.notes)
     frozen = frozen_weights(experiment.components.codec, experiment.layout)
     dataset = found.data(settings.split)
     shown = measure.batches(dataset, settings, experiment.layout)
     ready, known = measure.compiled(experiment, settings), known_scores.found(found.workdir)
     looks, last, learned = [], None, None
     for step in steps:
-        learned = last = None  # freed before the next are read
+        learned = last = None  # free a checkpoint before the next is read
         learned = features.learned(found, step, weights)
         last = measure.measure(ready, learned, frozen, shown, t)
         looks.append(look(label, step, t, last, known.get(step, {})))
         at = f", step {step}" if found.workdir else ""
-        say(f"{label}{at}: mean CKA of two blocks {1 - looks[-1].diversity['all']:.3f} at t = {t:g}")
+        say(f"{label}{at}: mean CKA of two blocks {looks[-1].mean_similarity:.3f} at t = {t:g}")
     at_times = []
     for other in times if "times" in parts else ():
-        one = last if other == t else measure.measure(ready, learned, frozen, shown, other)
-        at_times.append(look(label, steps[-1], other, one, known.get(steps[-1], {})))
-    seen, notes = closely(found, ready, learned, frozen, shown, steps[-1], t, parts, say, supposed or {})
-    if "estimators" in parts:
-        seen["estimators"] = estimators(last, settings.estimator)
-    used = sum(map(measure.count_of, shown))
-    about = found.about | {"steps": list(steps), "images": used, "of": len(dataset.source)}
-    return Study(label, looks, at_times, Close(label, steps[-1], **seen), about, [*found.notes, *notes])
+        measured = last if other == t else measure.measure(ready, learned, frozen, shown, other)
+        at_times.append(look(label, step, other, measured, known.get(step, {})))
 
-
-def closely(
-    found: Trained,
-    ready: measure.Pass,
-    learned: features.Learned,
-    frozen: Any,
-    shown: Sequence[Batch],
-    step: int,
-    t: float,
-    parts: Sequence[str],
-    say: Callable[[str], None],
-    supposed: Mapping[str, AuxLoss],
-) -> tuple[dict[str, Any], list[str]]:
-    """The parts that look at one checkpoint, by their field of `Close`; and what could not be had, in words."""
-    experiment, settings, label = found.experiment, ready.settings, found.label
-    seen, notes = {}, []
-    if "probe" in parts:
-        if experiment.space.conditions.classes is None:
-            notes.append("probes are left out: the conditions of these data are not labels")
-        else:
-            say(f"{label}: linear probes")
-            fitted = measure.batches(found.data("train"), settings._replace(num=2 * settings.num), experiment.layout)
-            tested = None if settings.split == "train" else shown
-            seen["probe"] = linear_probes.accuracies(ready, learned, frozen, fitted, tested, t)
-    if "gradients" in parts:
-        losses = experiment.components.losses or supposed
-        if experiment.components.model.blocks is None:
-            notes.append("gradients are left out: the model does not tell its blocks (Model.blocks)")
-        elif losses:
-            say(f"{label}: gradients")
-            seen["pulls"] = gradient_conflict.pulls(
-                experiment, losses, learned, frozen, shown[:FEW], step, settings.seed
-            )
+    if "probe" in parts and experiment.space.conditions.classes is None:
+        notes.append("probes are left out: the conditions of these data are not labels")
+    elif "probe" in parts:
+        say(f"{label}: linear probes")
+        fitted = measure.batches(found.data("train"), settings._replace(num=2 * settings.num), experiment.layout)
+        tested = None if settings.split == "train" else shown
+        details["probe"] = measure.probe_accuracies(ready, learned, frozen, fitted, tested, t)
+    losses, few = experiment.components.losses or supposed, shown[:FEW]
+    if "gradients" in parts and experiment.components.model.blocks is None:
+        notes.append("gradients are left out: the model does not say which parameters are a block (Model.blocks)")
+    elif "gradients" in parts and losses:
+        say(f"{label}: gradients")
+        details["pulls"] = gradient_conflict.pulls(experiment, losses, learned, frozen, few, step, settings.seed)
     if "connections" in parts:
-        seen["connections"] = skip_connections.used(experiment, learned, frozen, shown[:FEW], settings.seed)
+        details["connections"] = skip_connections.used(experiment, learned, frozen, few, settings.seed)
     if "maps" in parts:
-        seen["maps"] = pca_maps.principal(experiment, learned, frozen, shown[0], t, seed=settings.seed)
-    return seen, notes
+        details["maps"] = pca_maps.principal(experiment, learned, frozen, shown[0], t, seed=settings.seed)
+    if "estimators" in parts:
+        rotated = similarity.procrustes(list(jnp.asarray(last.rows["pooled"])))
+        details["estimators"] = compared(last, settings.estimator) | {"Procrustes": np.asarray(rotated)}
+    images = len(shown) * sharding.filled(settings.batch)
+    about = found.about | {"steps": list(steps), "images": images, "of": len(dataset.source)}
+    return Study(label, looks, at_times, about, notes, **details)
 
 
 def look(label: str, step: int, t: float, found: Measured, known: Mapping[str, float]) -> Look:
-    """What is kept of a measurement."""
+    """Summarise a measurement. known: scores of the samples."""
     covariance = jnp.asarray(found.covariance)
+    rank, participation = similarity.effective_rank(covariance), similarity.participation_ratio(covariance)
     usage = similarity.channel_usage(covariance)
-    return Look(
-        label,
-        step,
-        t,
-        found.similarity,
-        found.spread,
-        found.token_cosine,
-        found.mean_cosine,
-        {name: float(value) for name, value in similarity.diversity(jnp.asarray(found.similarity)).items()},
-        np.asarray(similarity.effective_rank(covariance)),
-        np.asarray(similarity.participation_ratio(covariance)),
-        np.asarray(jnp.sort(usage, axis=1)[:, ::-1]),
-        np.asarray(similarity.channels_used(usage)),
-        found.norm,
-        dict(known),
-    )
-
-
-def estimators(found: Measured, chosen: Estimator) -> dict[str, Float[np.ndarray, "l l"]]:
-    """The blocks compared in other ways, by name."""
-    rows = list(jnp.asarray(found.rows["pooled"]))
-    return compared(found, chosen) | {"Procrustes": np.asarray(similarity.procrustes(rows))}
+    by_block = map(np.asarray, (rank, participation, jnp.sort(usage, axis=1)[:, ::-1], similarity.channels_used(usage)))
+    diversity = {name: float(x) for name, x in similarity.diversity(jnp.asarray(found.similarity)).items()}
+    pairs = found.similarity, found.spread, found.token_cosine, found.mean_cosine
+    return Look(label, step, t, *pairs, diversity, *by_block, found.norm, dict(known))
 
 
 def compared(found: Measured, chosen: Estimator) -> dict[str, Float[np.ndarray, "l l"]]:
-    """By every kernel and kind of example, and by CKNNA."""
-    others = {}
+    """Compare the blocks by every kernel and kind of example, and by CKNNA."""
+    pooled, others = found.rows["pooled"], {}
     for unit in ("pooled", "token"):
         for kernel in similarity.KERNELS:
-            one = chosen._replace(unit=unit, kernel=kernel, hsic="unbiased")
-            others[f"{kernel}, {unit}"] = measure.similar(one, found.rows[unit])
+            estimator = chosen._replace(unit=unit, kernel=kernel, hsic="unbiased")
+            others[f"{kernel}, {unit}"] = measure.similar(estimator, found.rows[unit])
     for kernel in similarity.KERNELS:
         others[f"{kernel}, image"] = found.minibatch["image", kernel]
     biased = chosen._replace(unit="pooled", kernel="linear", hsic="biased")
-    others["linear, pooled, biased"] = measure.similar(biased, found.rows["pooled"])
-    units = [row / np.linalg.norm(row, axis=1, keepdims=True) for row in found.rows["pooled"]]
-    if len(units[0]) > NEAREST:
-        others[f"CKNNA, {NEAREST} nearest"] = np.asarray(_cknna(list(map(jnp.asarray, units))))
+    others["linear, pooled, biased"] = measure.similar(biased, pooled)
+    if len(pooled[0]) > NEAREST:
+        units = [jnp.asarray(row / np.linalg.norm(row, axis=1, keepdims=True)) for row in pooled]
+        others[f"CKNNA, {NEAREST} nearest"] = np.asarray(jax.jit(similarity.cknna, static_argnums=1)(units, NEAREST))
     return others
-
-
-@jax.jit
-def _cknna(units: list[Array]) -> Array:
-    return similarity.cknna(units, NEAREST)

@@ -23,7 +23,6 @@ from diversedit_jax.analysis import (
     heatmaps,
     html_page,
     known_scores,
-    linear_probes,
     measure,
     paper_figures,
     pca_maps,
@@ -33,7 +32,7 @@ from diversedit_jax.analysis.gradient_conflict import Pull
 from diversedit_jax.analysis.measure import Estimator, Settings
 from diversedit_jax.analysis.pca_maps import Maps
 from diversedit_jax.analysis.skip_connections import Connections
-from diversedit_jax.analysis.study import PARTS, Close, Look, Study
+from diversedit_jax.analysis.study import PARTS, Look, Study
 from diversedit_jax.api import Conditions, Space
 from diversedit_jax.config import slot
 from diversedit_jax.data.digits import SHAPE
@@ -218,7 +217,7 @@ def test_the_network_cannot_tell_the_probe_the_label(ready, learned, shown):
     """At t = 1 the image is noise: only the label that the network is given could be read."""
     labels = learned["params"]["label_embed"]["embedding"]
     told = learned | {"params": learned["params"] | {"label_embed": {"embedding": labels.at[:10].multiply(100)}}}
-    assert (linear_probes.accuracies(ready, told, FROZEN, shown, shown, 1.0) < 1).all()
+    assert (measure.probe_accuracies(ready, told, FROZEN, shown, shown, 1.0) < 1).all()
     rows, y = (
         measure.measure(ready, told, FROZEN, shown, 1.0).rows["pooled"],
         np.asarray(jnp.concatenate([b["y"] for b in shown])),
@@ -359,8 +358,8 @@ def test_a_release_needs_no_training_state(tmp_path, monkeypatch):
     (study,) = analyze.run(
         [opened], tmp_path / "out", settings, at=["last"], parts=("gradients", "connections", "maps")
     )
-    assert study.close.pulls.keys() == {"diversity (not trained)"}
-    assert study.close.connections is None
+    assert study.pulls.keys() == {"diversity (not trained)"}
+    assert study.connections is None
     assert (tmp_path / "out" / "report.html").exists()
     with pytest.raises(ConfigError, match=r"sit.safetensors comes without data: say what to show it with --data"):
         trained.of_release(file, family="official_sit", heads=2).data("train")
@@ -387,9 +386,7 @@ def study_of(label, seed=0, depth=5, steps=(5_000, 50_000, 450_000), known=True)
 
     ones = np.ones(depth // 2, np.float32)
     pairs = tuple((depth // 2 - i, depth - depth // 2 + i + 1) for i in range(depth // 2))
-    close = Close(
-        label,
-        steps[-1],
+    details = (
         rng.uniform(0, 1, depth),
         {"diversity": Pull(*rng.uniform(-1, 1, (3, depth)))},
         Connections(pairs, ones, 2 * ones, 0.5, 0.6 * ones, 0.9),
@@ -401,7 +398,8 @@ def study_of(label, seed=0, depth=5, steps=(5_000, 50_000, 450_000), known=True)
         {"linear, pooled": matrix(), "Procrustes": matrix()},
     )
     about = {"images": 32, "of": 360, "capture": "merged"}
-    return Study(label, [one(step, 0.04) for step in steps], [one(steps[-1], t) for t in (0.1, 0.9)], close, about, [])
+    looks, times = [one(step, 0.04) for step in steps], [one(steps[-1], t) for t in (0.1, 0.9)]
+    return Study(label, looks, times, about, [], *details)
 
 
 SEVERAL = [study_of("SiT, <a> & b", 0), study_of("SiT, <a> & b", 1), study_of("DiverseDiT", 2, depth=28)]
@@ -410,19 +408,23 @@ SEVERAL = [study_of("SiT, <a> & b", 0), study_of("SiT, <a> & b", 1), study_of("D
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     folder = tmp_path_factory.mktemp("drawn")
-    return heatmaps.draw_all(folder, SEVERAL, "linear CKA")
+    return folder, heatmaps.draw_all(folder, SEVERAL, "linear CKA")
 
 
 def test_several_runs_stand_side_by_side(drawn):
+    folder, drawn = drawn
     assert {one.name for one in drawn} == {
         *("blocks", "training", "diversity", "timesteps", "scores", "ranks", "channels", "probe"),
         *("gradients", "connections", "maps", "cosines", "estimators"),
     }
     for one in drawn:
-        with Image.open(one.path(".png")) as image:
+        with Image.open(folder / f"{one.name}.png") as image:
             assert image.size[0] <= 7.2 * 200, f"{one.name} is wider than a page"
         assert one.text.endswith(".")
-    with open(next(one for one in drawn if one.name == "blocks").path(".csv"), newline="") as file:
+    with open(folder / "connections.csv", newline="") as file:
+        line = next(csv.DictReader(file))
+    assert (line["from_block"], line["to_block"]) == ("2", "4")
+    with open(folder / "blocks.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 5 * 5 + 28 * 28
     first = np.mean([study.looks[-1].similarity for study in SEVERAL[:2]], axis=0)
@@ -448,8 +450,9 @@ def test_the_layouts_of_the_paper(tmp_path):
 
 
 @pytest.mark.skipif(browser.find() is None, reason="no Chromium: apt-get install chromium")
-def test_the_report_opens_in_a_browser(drawn, tmp_path):
-    report = tmp_path / "report.html"
+def test_the_report_opens_in_a_browser(drawn):
+    folder, drawn = drawn
+    report = folder / "report.html"
     html_page.write(report, "A <report>", analyze.summary(SEVERAL), drawn, ["one & two"], {"time": "0.05"})
     for width in (1200, 390):
         seen = browser.look(report, width)
@@ -489,7 +492,7 @@ def test_what_is_asked_for(opened, workdir, tmp_path):
         analyze.run([opened], tmp_path / "file", SETTINGS)
     other = opened._replace(about=opened.about | {"model": {"depth": 9}})
     with pytest.raises(ConfigError, match=r"names networks of different depth: give each its own, LABEL=PATH"):
-        analyze.check([opened, other])
+        analyze.run([opened, other], tmp_path, SETTINGS)
 
 
 @pytest.mark.parametrize("preset", analyze.PRESETS)

@@ -1,8 +1,8 @@
-"""Train a small vision transformer to classify the digits, and write it as DINOv2's authors write theirs.
+"""Train a small vision transformer to classify the digits, and write it in the format of DINOv2's authors.
 
     python -m tools.studies.digits_encoder runs/encoder.safetensors
 
-It stands in for DINOv2 where nothing can be downloaded: REPA and REG then have features of the digits to align to.
+It replaces DINOv2 if nothing can be downloaded: REPA and REG can align to its features of the digits.
 """
 
 import sys
@@ -20,23 +20,18 @@ from diversedit_jax.models import vit
 from diversedit_jax.weights.vit import export
 
 WIDTH = 48
-ARCH = vit.Architecture(
-    depth=3, width=WIDTH, heads=4, hidden=4 * WIDTH, patch=2, channels=1, side=4, layer_scale=True
-)  # 16 patches of 8 x 8 pixels, as many as the network's tokens
-MEAN, STD = (0.5,), (0.5,)
+# 16 patches of an image of 8 x 8 pixels, as many as the network has tokens
+ARCH = vit.Architecture(depth=3, width=WIDTH, heads=4, hidden=4 * WIDTH, patch=2, channels=1, side=4, layer_scale=True)
 
 
 def slot_of(file: str | Path) -> ConfigDict:
-    """The encoder in `file` as an entry of `config.encoders`."""
-    options = {"side": digits.SHAPE[0], "mean": MEAN, "std": STD, "heads": ARCH.heads, "dtype": "float32"}
+    """Return the encoder in `file` as an entry of config.encoders."""
+    options = {"side": digits.SHAPE[0], "mean": (0.5,), "std": (0.5,), "heads": ARCH.heads, "dtype": "float32"}
     return slot("encoders", "dinov2", file=str(file), **options)
 
 
 def train(file: str | Path, steps: int = 500) -> float:
-    """Train with cross-entropy, write the encoder; returns its accuracy on the held-out digits.
-
-    The classifier reads the class token and the mean of the patch tokens, so that both mean something.
-    """
+    """Train with cross-entropy, write the encoder and return its accuracy on the held-out digits."""
     (images, labels), (test, test_labels) = (digits.levels(split) for split in ("train", "test"))
     images, test = (np.float32(levels / (digits.MAX_LEVEL / 2) - 1) for levels in (images, test))
     model = vit.network(ARCH)
@@ -45,22 +40,22 @@ def train(file: str | Path, steps: int = 500) -> float:
     params = {"encoder": jax.jit(model.init)(key_model), "head": head}
     optimizer = optax.adamw(optax.cosine_decay_schedule(3e-3, steps))
 
-    def logits(params, x):
+    def logits(params, x):  # reads the class token and the mean patch token, so both learn features
         tokens = vit.split(ARCH, model.apply(params["encoder"], x))
         return (tokens.class_token + tokens.patches.mean(axis=1)) @ params["head"]
 
+    def loss(params, x, y):
+        return optax.softmax_cross_entropy_with_integer_labels(logits(params, x), y).mean()
+
     @jax.jit
     def step(params, opt, x, y):
-        def loss(params):
-            return optax.softmax_cross_entropy_with_integer_labels(logits(params, x), y).mean()
-
-        updates, opt = optimizer.update(jax.grad(loss)(params), opt, params)
+        updates, opt = optimizer.update(jax.grad(loss)(params, x, y), opt, params)
         return optax.apply_updates(params, updates), opt
 
     opt, rng = optimizer.init(params), np.random.default_rng(0)
     for _ in range(steps):
         rows = rng.integers(len(images), size=128)
-        noise = 0.5 * rng.standard_normal((len(rows), *digits.SHAPE), dtype=np.float32)  # 1,437 images are few
+        noise = 0.5 * rng.standard_normal((len(rows), *digits.SHAPE), dtype=np.float32)  # against overfitting
         params, opt = step(params, opt, images[rows] + noise, labels[rows])
     arrays = export(jax.device_get(params["encoder"]), "original", ARCH)
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, file)

@@ -2,18 +2,16 @@
 
     python -m tools.studies.methods --out=tools/benchmark/records/methods_digits.json
 
-Every row is configs/digits.py with another method; a REPA or REG row aligns to a small vision transformer that is
-trained first, to classify the digits, and read back from a file as DINOv2 would be. All rows of a seed train in turn,
-some steps at a time, so that their rates can be compared. Finished seeds are kept in --out: the same command goes on.
-
-Writes OUT (.json) and the table beside it (.md).
+Each row is configs/digits.py with another method. REPA and REG align to a small vision transformer that is trained
+first, see digits_encoder.py. All rows of a seed train in turn, some steps at a time, so that their rates can be
+compared. The same command goes on after the seeds that OUT holds. Writes OUT (.json) and the table beside it (.md).
 """
 
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +26,7 @@ from configs import digits as digits_config
 from diversedit_jax import config as configs
 from diversedit_jax import sharding
 from diversedit_jax.analysis.features import features
+from diversedit_jax.api import Batch
 from diversedit_jax.config import slot
 from diversedit_jax.data import digits, pipeline
 from diversedit_jax.errors import ConfigError
@@ -37,90 +36,81 @@ from diversedit_jax.registry import one_of
 from diversedit_jax.runs import build
 from diversedit_jax.runtime import cli
 from diversedit_jax.runtime.cli import silence
+from diversedit_jax.runtime.files import write_json, write_text
 from diversedit_jax.runtime.versions import versions
 from diversedit_jax.sampling.sampler import Sampler
 from diversedit_jax.training.step import initializer, train_step
 from tools.studies import digits_encoder
 
 STEPS = flags.DEFINE_integer("steps", 1500, "Training steps of every run.")
-BATCH = flags.DEFINE_integer("batch_size", 32, "Examples of a step: few, so that many steps fit into the time.")
+BATCH = flags.DEFINE_integer("batch_size", 32, "Examples of a step.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds.")
-NUM = flags.DEFINE_integer("num", 1000, "Samples that are judged.")
-CHUNK = flags.DEFINE_integer("chunk", 50, "Steps that a row trains before it is the next one's turn.")
+NUM = flags.DEFINE_integer("num", 1000, "Samples that are scored.")
+CHUNK = flags.DEFINE_integer("chunk", 50, "Steps that a row trains before the next row's turn.")
 ONLY = flags.DEFINE_list("only", None, "Rows to run, by name; by default all.")
-OUT = flags.DEFINE_string("out", None, "JSON file to write, and to go on from.", required=True)
+OUT = flags.DEFINE_string("out", None, "JSON file to write, and to continue.", required=True)
 
 
 def residuals(config: ConfigDict) -> None:
-    """The long residual connections, as released."""
+    """Add the long residual connections, as released."""
     config.model.skip = "release"
 
 
 def diversity(config: ConfigDict) -> None:
-    """The diversity loss, as released."""
+    """Add the diversity loss, as released."""
     config.losses.diversity = slot("losses", "diversity", preset="release")
 
 
-def diversedit(config: ConfigDict) -> None:
-    """Both."""
-    residuals(config)
-    diversity(config)
-
-
-def encoder(config: ConfigDict) -> None:
-    """The small encoder of digits."""
-    config.encoders.dinov2 = digits_encoder.slot_of(ENCODER["file"])
-
-
 def repa(config: ConfigDict) -> None:
-    """The second of four blocks aligned."""
-    encoder(config)
+    """Align the second of four blocks to the encoder of digits."""
+    config.encoders.dinov2 = digits_encoder.slot_of(ENCODER["file"])
     config.losses.repa = slot("losses", "repa", block=2, width=128)
 
 
 def sra(config: ConfigDict) -> None:
-    """The first block aligned to the third of the EMA network."""
+    """Align the first block to the third block of the EMA network."""
     config.losses.sra = slot("losses", "sra", block=1, teacher_block=3, decay_epochs=None)
 
 
 def dispersive(config: ConfigDict) -> None:
-    """The paper's settings: a quarter of the depth, groups of 16."""
+    """Add the dispersive loss with the paper's settings: at a quarter of the depth, in groups of 16."""
     config.losses.dispersive = slot("losses", "dispersive", blocks=(1,), groups=BATCH.value // 16)
 
 
 def reg(config: ConfigDict) -> None:
-    """The class token of the small encoder beside the image, and the alignment to it."""
-    encoder(config)
+    """Add the class token of the encoder of digits beside the image, and align to the encoder."""
+    repa(config)
+    config.losses.repa.class_token = True
     config.objective = slot("objectives", "reg", width=digits_encoder.WIDTH, time="logit_normal")
-    config.losses.repa = slot("losses", "repa", block=2, width=128, class_token=True)
 
 
 def mean_flow(config: ConfigDict) -> None:
-    """One step of sampling, guidance trained in."""
-    config.objective = slot("objectives", "mean_flow", kappa=1 / 3)  # a scale of 1.5, as the others sample with
+    """Sample in one step. Guidance is trained in, with a scale of 1.5 as for the other rows."""
+    config.objective = slot("objectives", "mean_flow", kappa=1 / 3)
     config.sampler.update({"solver": "mean_flow", "steps": 1, "cfg_scale": 1.0})
 
 
+DIVERSEDIT = (residuals, diversity)
 ROWS = {
     "SiT": (),
     "+ long residuals": (residuals,),
     "+ diversity loss": (diversity,),
-    "DiverseDiT (both)": (diversedit,),
+    "DiverseDiT (both)": DIVERSEDIT,
     "REPA": (repa,),
-    "REPA + DiverseDiT": (repa, diversedit),
+    "REPA + DiverseDiT": (repa, *DIVERSEDIT),
     "SRA": (sra,),
-    "SRA + DiverseDiT": (sra, diversedit),
+    "SRA + DiverseDiT": (sra, *DIVERSEDIT),
     "DispLoss": (dispersive,),
-    "DispLoss + DiverseDiT": (dispersive, diversedit),
-    "DiverseDiT + DispLoss + SRA": (diversedit, dispersive, sra),
+    "DispLoss + DiverseDiT": (dispersive, *DIVERSEDIT),
+    "DiverseDiT + DispLoss + SRA": (*DIVERSEDIT, dispersive, sra),
     "REG": (reg,),
-    "REG + DiverseDiT": (reg, diversedit),
+    "REG + DiverseDiT": (reg, *DIVERSEDIT),
     "MeanFlow (1 step)": (mean_flow,),
-    "MeanFlow + DiverseDiT (1 step)": (mean_flow, diversedit),
+    "MeanFlow + DiverseDiT (1 step)": (mean_flow, *DIVERSEDIT),
 }
-ONCE = {"xla_backend_optimization_level": 0}  # for what runs once a seed: compiling is most of its time
-ENCODER: dict[str, str] = {}  # its file, once it is trained
-COLUMNS = {  # of the table: (title, digits)
+ONCE = {"xla_backend_optimization_level": 0}  # compiler options of programs that run once a seed
+ENCODER: dict[str, str] = {}  # {"file": path}, once it is trained
+COLUMNS = {  # of the table: (title, decimal places)
     "loss": ("velocity error", 3),
     "accuracy": ("accuracy, %", 1),
     "frechet": ("Fréchet distance", 2),
@@ -141,7 +131,7 @@ class Method(NamedTuple):
 
 
 def prepare(changes: tuple[Callable[[ConfigDict], None], ...]) -> Method:
-    """The row that these changes to the config of the digits make; the base is a plain SiT."""
+    """Build and compile a row: a plain SiT on the digits, with changes to its config."""
     config = digits_config.get_config()
     config.model.skip = "none"
     config.losses = ConfigDict()
@@ -157,23 +147,22 @@ def prepare(changes: tuple[Callable[[ConfigDict], None], ...]) -> Method:
     return Method(built, built.sampler(), frozen, init, step, judge)
 
 
-def batches(config: ConfigDict, seed: int):
-    """The training batches of a seed, on the device."""
-    dataset = build.open_data(config)
+def batches(config: ConfigDict, seed: int) -> Iterator[Batch]:
+    """Yield the training batches of a seed, on the device."""
     over_batch = sharding.over_batch(sharding.make())
-    for batch in pipeline.batches(dataset, config.batch_size, seed=seed, num_threads=0):
+    for batch in pipeline.batches(build.open_data(config), config.batch_size, seed=seed, num_threads=0):
         yield jax.device_put(batch, over_batch)
 
 
 def velocity_error(metrics: dict[str, jax.Array]) -> float:
-    """The mean squared error of the velocity per element, which all objectives report under some name."""
+    """Return the mean squared error of the velocity per element. Objectives report it under different names."""
     if "v_loss" in metrics:
         return float(metrics["v_loss"]) / np.prod(digits.SHAPE)
     return float(metrics.get("image", metrics["loss/objective"]))
 
 
 def similarity(method: Method, params: Any) -> float:
-    """The mean linear CKA of two different blocks: tokens of 64 held-out digits at t = 1/4, 1/2 and 3/4."""
+    """Return the mean linear CKA of two different blocks, for tokens of 64 held-out digits at t = 1/4, 1/2 and 3/4."""
     test = build.open_data(method.built.config, "test")
     batch = pipeline.stacked([test.source[i] for i in range(64)])
     key = jax.random.key(0)
@@ -190,7 +179,7 @@ def similarity(method: Method, params: Any) -> float:
 
 
 def train(methods: dict[str, Method], seed: int) -> dict[str, dict[str, float]]:
-    """Train all rows with one seed, in turn, and judge them."""
+    """Train all rows with one seed, in turn, and score them."""
     key_init, key_run = jax.random.split(jax.random.key(seed))
     loaders = {name: batches(method.built.config, seed) for name, method in methods.items()}
     states = {name: method.init(key_init) for name, method in methods.items()}
@@ -198,8 +187,7 @@ def train(methods: dict[str, Method], seed: int) -> dict[str, dict[str, float]]:
     for begin in range(0, STEPS.value, CHUNK.value):
         count = min(CHUNK.value, STEPS.value - begin)
         for name, method in methods.items():
-            started = time.perf_counter()
-            metrics = []
+            started, metrics = time.perf_counter(), []
             for _ in range(count):
                 states[name], found = method.step(states[name], method.frozen, next(loaders[name]), key_run)
                 metrics.append(found)
@@ -210,16 +198,13 @@ def train(methods: dict[str, Method], seed: int) -> dict[str, dict[str, float]]:
         print(f"seed {seed}: step {begin + count} of {STEPS.value}", flush=True)
     results = {}
     for name, method in methods.items():
-
-        def generate(labels: np.ndarray, method=method, ema=states[name]["ema"]) -> np.ndarray:
-            return method.sampler(ema, method.frozen, labels, seed)
-
-        scores = dict(method.judge(generate))
+        ema = states[name]["ema"]
+        scores = dict(method.judge(partial(method.sampler, ema, method.frozen, seed=seed)))
         results[name] = {
             "loss": statistics.mean(errors[name][-100:]),
             "accuracy": 100 * scores["accuracy"],
             "frechet": scores["frechet"],
-            "similarity": similarity(method, states[name]["ema"]),
+            "similarity": similarity(method, ema),
             "rate": 1 / statistics.median(seconds[name]) if seconds[name] else float("nan"),
         }
         print(f"{name:<32}" + "".join(f"{results[name][c]:>10.{COLUMNS[c][1]}f}" for c in COLUMNS), flush=True)
@@ -227,12 +212,9 @@ def train(methods: dict[str, Method], seed: int) -> dict[str, dict[str, float]]:
 
 
 def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    """The mean over seeds and, behind ±, their standard deviation; Markdown."""
+    """Write means over seeds ± standard deviations as a Markdown table."""
     seeds = list(results.values())
-    lines = [
-        f"| | {' | '.join(title for title, _ in COLUMNS.values())} |",
-        f"|---|{'---|' * len(COLUMNS)}",
-    ]
+    lines = [f"| | {' | '.join(title for title, _ in COLUMNS.values())} |", f"|---|{'---|' * len(COLUMNS)}"]
     for name in seeds[0]:
         cells = []
         for column, (_, places) in COLUMNS.items():
@@ -244,7 +226,7 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
 
 
 def main() -> None:
-    """Run what --out does not hold yet, seed after seed."""
+    """Train the seeds that --out does not hold yet."""
     silence()
     out = Path(OUT.value)
     names = ONLY.value or list(ROWS)
@@ -252,21 +234,19 @@ def main() -> None:
     stored = json.loads(out.read_text()) if out.exists() else {"flags": asked, "seeds": {}}
     if stored["flags"] != asked:
         raise ConfigError(f"{out} holds another comparison ({stored['flags']}): remove it, or give its flags")
-    for name in names:
-        one_of("--only", name, ROWS)
+    changes = {name: ROWS[one_of("--only", name, ROWS)] for name in names}
     todo = [seed for seed in range(SEEDS.value) if str(seed) not in stored["seeds"]]
     with tempfile.TemporaryDirectory() as folder:
         ENCODER["file"] = f"{folder}/encoder.safetensors"
         if todo:
-            accuracy = digits_encoder.train(ENCODER["file"])
-            print(f"the encoder recognises {accuracy:.1%} of the held-out digits")
-        methods = {name: prepare(ROWS[name]) for name in names} if todo else {}
+            print(f"the encoder recognises {digits_encoder.train(ENCODER['file']):.1%} of the held-out digits")
+        methods = {name: prepare(change) for name, change in changes.items()} if todo else {}
         for seed in todo:
             stored["seeds"][str(seed)] = train(methods, seed)
             stored["versions"] = versions()
-            out.write_text(json.dumps(stored, indent=2) + "\n")
+            write_json(out, stored)
     text = table(stored["seeds"])
-    out.with_suffix(".md").write_text(text)
+    write_text(out.with_suffix(".md"), text)
     print(text)
 
 

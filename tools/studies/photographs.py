@@ -1,9 +1,9 @@
-"""A folder of real images without a download: crops of the photographs that scikit-image and scikit-learn bundle.
+"""Write a folder of real images without a download: crops of photographs from scikit-image and scikit-learn.
 
     python -m tools.studies.photographs OUT [--size=32] [--num=3200]
 
-OUT/NAME/0000.png, a class for each photograph: astronaut, cat, coffee, ... Crops are squares of random place and
-extent; the same options give the same files. As data they show that everything works, not how well.
+Writes OUT/NAME/0000.png, with a class for each photograph. Crops are squares of random place and size. The same options
+give the same files. These data show that everything works, not how well.
 """
 
 import importlib.util
@@ -15,45 +15,37 @@ from absl import flags
 from PIL import Image
 
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.registry import in_range
 from diversedit_jax.runtime import cli
 
-# class: (package, the file in it)
-PHOTOGRAPHS = {
-    "astronaut": ("skimage", "data/astronaut.png"),
-    "brick": ("skimage", "data/brick.png"),
-    "camera": ("skimage", "data/camera.png"),
+SAME_NAME = ("astronaut", "brick", "camera", "coffee", "coins", "grass", "gravel", "moon")
+PHOTOGRAPHS = {name: ("skimage", f"data/{name}.png") for name in SAME_NAME} | {  # class: (package, file)
     "cat": ("skimage", "data/chelsea.png"),
-    "coffee": ("skimage", "data/coffee.png"),
-    "coins": ("skimage", "data/coins.png"),
     "flower": ("sklearn", "datasets/images/flower.jpg"),
     "galaxies": ("skimage", "data/hubble_deep_field.jpg"),
-    "grass": ("skimage", "data/grass.png"),
-    "gravel": ("skimage", "data/gravel.png"),
-    "moon": ("skimage", "data/moon.png"),
     "motorcycle": ("skimage", "data/motorcycle_left.png"),
     "retina": ("skimage", "data/retina.jpg"),
     "rocket": ("skimage", "data/rocket.jpg"),
     "temple": ("sklearn", "datasets/images/china.jpg"),
     "tissue": ("skimage", "data/ihc.png"),
 }
-EXTENT = (0.25, 0.6)  # of a crop, as a part of the photograph's shorter side
+EXTENT = (0.25, 0.6)  # side of a crop over the photograph's shorter side
 
 
 def photograph(name: str) -> Image.Image:
-    """A photograph in RGB, read from the package that bundles it; nothing of the package is imported."""
+    """Read a photograph in RGB from the package that bundles it. The package is not imported."""
     package, file = PHOTOGRAPHS[name]
     spec = importlib.util.find_spec(package)
-    if spec is None:
-        raise ConfigError(f"{name} is a picture of {package}, which is not installed: pip install -e .[test]")
-    path = Path(spec.origin).parent / file
-    if not path.is_file():
-        raise ConfigError(f"{name} is a picture of {package}, but {path} is missing: pip install -e .[test]")
+    path = Path(spec.origin).parent / file if spec else None
+    if path is None or not path.is_file():
+        reason = f"but {path} is missing" if path else "which is not installed"
+        raise ConfigError(f"{name} is a picture of {package}, {reason}: pip install -e .[test]")
     with Image.open(path) as image:
         return image.convert("RGB")
 
 
 def crops(name: str, size: int, count: int) -> list[Image.Image]:
-    """The first `count` crops of a photograph, size x size pixels."""
+    """Cut the first `count` crops of a photograph, size x size pixels."""
     image = photograph(name)
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     found = []
@@ -66,11 +58,11 @@ def crops(name: str, size: int, count: int) -> list[Image.Image]:
 
 
 def write(out: Path, size: int, num: int) -> int:
-    """Write crops of all photographs into class folders; returns how many."""
-    if size < 1 or num < len(PHOTOGRAPHS):
-        raise ConfigError(f"size = {size}, num = {num}: wanted a positive size and at least {len(PHOTOGRAPHS)} crops")
+    """Write crops of all photographs into class folders, and return how many."""
+    in_range("--size", size, 1)
+    in_range("--num", num, len(PHOTOGRAPHS))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is not an empty folder: crops of before would count as data too")
+        raise ConfigError(f"{out} is not an empty folder: images in it would count as data too")
     each = num // len(PHOTOGRAPHS)
     for name in PHOTOGRAPHS:
         (out / name).mkdir(parents=True, exist_ok=True)
@@ -84,7 +76,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("num", 3200, "Number of crops, over all classes.")
 
     def main(arguments: list[str]) -> None:
-        """Write them."""
+        """Read the arguments and write the crops."""
         if len(arguments) != 1:
             raise ConfigError("usage: python -m tools.studies.photographs OUT; --help says more")
         count = write(Path(arguments[0]).expanduser(), flags.FLAGS.size, flags.FLAGS.num)
