@@ -1,10 +1,10 @@
-"""A set of latents on disk while it is written, and whether it is whole: shards, their checksums, their metadata.
+"""A set of latents on disk: shards, their checksums, the metadata, and the check of a finished set.
 
-Shard s holds the images s * per_shard .. (s + 1) * per_shard - 1 of the collection that could be read, whoever writes
-it. It is written beside its place and renamed when it is whole; then its note says so, `notes/00003.json`: checksum,
-number of records, images that were skipped and why. A shard without a note is written anew. When all have one, the
-metadata of tfds are written, and last `latents.json`, without which a set is not whole. Of two processes that write the
-same shard by mistake the first one ends with an error, and the shard is the other's.
+Shard s holds the readable images s * per_shard .. (s + 1) * per_shard - 1 of the collection, whichever process writes
+it. It appears whole or not at all. Then its note is written, `notes/00003.json`: checksum, number of records, skipped
+images and why. A shard without a note is written anew. When all shards have notes, the metadata of tfds follow. The
+last file is `latents.json`: a set without it is not finished. If two processes write one shard by mistake, the first
+one ends with an error, and the shard is that of the other.
 """
 
 import contextlib
@@ -26,24 +26,25 @@ from diversedit_jax.runtime.files import check_same, replacing, write_json
 
 NAME, SPLIT = "latents", "train"
 PLAN, WHOLE, NOTES = "plan.json", latents.ABOUT, "notes"
-OPTIONS = "group_size:1"  # as grain and tfds read them
 
 
 class Plan(NamedTuple):
-    """What makes a set what it is: the same plan gives the same records, so that another one may not go on with it.
+    """Everything that decides the records of a set."""
 
-    about: what readers need to know; becomes latents.json. features: of tfds. count: of images. per_shard: of images.
-    """
-
-    about: dict[str, Any]
+    about: dict[str, Any]  # for latents.json
     features: tfds.features.FeaturesDict
-    count: int
-    per_shard: int
+    count: int  # of images
+    per_shard: int  # images
 
     @property
     def shards(self) -> int:
         """Number of shards."""
         return -(-self.count // self.per_shard)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The plan as JSON."""
+        return self.about | {"images": self.count, "per_shard": self.per_shard, "features": sorted(self.features)}
 
     def images(self, shard: int) -> range:
         """The images of a shard, by their number in the collection."""
@@ -55,22 +56,19 @@ class Plan(NamedTuple):
 
 
 def features(
-    shape: tuple[int, int, int],
-    size: int,
-    image: str | None,
-    cached: dict[str, tuple[int, ...]],
-    classes: tuple[str, ...],
+    shape: tuple[int, int, int], size: int, image: str | None, cached: dict[str, tuple], classes: tuple[str, ...]
 ) -> tfds.features.FeaturesDict:
-    """The features of a set, as `diversedit_jax.data.latents` describes them, and `key`, the name of the image.
+    """The features of a set: those of `diversedit_jax.data.latents`, and `key`, the name of the image.
 
-    shape: of the latents. image: encoding of the crops of `size` pixels, None for none. cached: features of encoders.
+    shape: of the latents [h w c]. image: encoding of the crops of `size` pixels, or None. cached: shapes of the
+    features of encoders by name.
     """
-    h, w, k = shape
+    h, w, c = shape
 
-    def both(*shape: int) -> tfds.features.Tensor:
+    def both(*shape: int) -> tfds.features.Tensor:  # of the image and its mirror image
         return tfds.features.Tensor(shape=(2, *shape), dtype=np.float16, encoding="bytes")
 
-    found = {"moments": both(h, w, 2 * k), "key": tfds.features.Text()}
+    found = {"moments": both(h, w, 2 * c), "key": tfds.features.Text()}
     found["label"] = tfds.features.ClassLabel(names=list(classes)) if classes else tfds.features.Scalar(np.int32)
     if image is not None:
         found["image"] = tfds.features.Image(shape=(size, size, 3), encoding_format=image)
@@ -79,17 +77,15 @@ def features(
 
 def collection_digest(keys: Sequence[str], labels: np.ndarray) -> str:
     """sha256 of the names and labels of a collection, in hex."""
-    found = hashlib.sha256("\0".join(keys).encode())
-    found.update(np.asarray(labels, "<i4").tobytes())
-    return found.hexdigest()
+    return hashlib.sha256("\0".join(keys).encode() + np.asarray(labels, "<i4").tobytes()).hexdigest()
 
 
 def claim(folder: Path, plan: Plan) -> bool:
-    """Make the folder of a set, or see that it holds one of the same plan, which may be whole: then it returns True.
+    """Make the folder of a set, or check that its set has the same plan; returns whether the set is finished.
 
-    ConfigError for one of another plan, or for a folder that cannot be used.
+    ConfigError for a set with another plan, or for a folder that cannot be used.
     """
-    ours = plan.about | {"images": plan.count, "per_shard": plan.per_shard, "features": sorted(plan.features)}
+    ours = plan.content
     try:
         (folder / NOTES).mkdir(parents=True, exist_ok=True)
         for file in (WHOLE, PLAN):
@@ -106,17 +102,17 @@ def claim(folder: Path, plan: Plan) -> bool:
 
 @contextlib.contextmanager
 def writing(place: Path) -> Iterator[None]:
-    """Within it, what the disk refuses is a DataError that names the file."""
+    """Turn errors of writing into a DataError that names the file."""
     try:
         yield
-    except jax.errors.JaxRuntimeError:  # of the devices that compute what is written
+    except jax.errors.JaxRuntimeError:  # from computing the records
         raise
-    except (OSError, RuntimeError) as error:  # RuntimeError: array_record
+    except (OSError, RuntimeError) as error:  # array_record raises RuntimeError
         raise DataError(f"{place} cannot be written: {str(error).partition(chr(10))[0]}") from error
 
 
 def note(folder: Path, shard: int) -> dict[str, Any] | None:
-    """What was noted of a whole shard; None if it is not whole."""
+    """The note of a shard; None if the shard is not whole."""
     with contextlib.suppress(FileNotFoundError, ValueError):
         return json.loads((folder / NOTES / f"{shard:05d}.json").read_text(encoding="utf-8"))
     return None
@@ -124,17 +120,17 @@ def note(folder: Path, shard: int) -> dict[str, Any] | None:
 
 def write_shard(
     folder: Path, plan: Plan, shard: int, records: Iterable[dict[str, Any]], skipped: dict[str, str]
-) -> int:
-    """Write a shard whole or not at all, then its note; returns its bytes. DataError if the disk does not take it.
+) -> None:
+    """Write a shard, whole or not at all, then its note. DataError if the disk refuses it.
 
-    records: the examples, in order; `skipped` is read when they are at an end: image -> why it is not among them.
+    records: the examples, in order. skipped: missing image -> why, complete when `records` ends.
     """
     place = folder / plan.file(shard)
     checksum, count, size = hashlib.sha256(), 0, 0
-    for left in folder.glob(f".{place.name}.*"):  # by one that was killed
+    for left in folder.glob(f".{place.name}.*"):  # by a killed process
         left.unlink(missing_ok=True)
     with writing(place), replacing(place) as partial:
-        writer = array_record_module.ArrayRecordWriter(str(partial), OPTIONS)
+        writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")  # for random access
         try:
             for example in records:
                 content = serialize(plan.features, example)
@@ -147,35 +143,29 @@ def write_shard(
             raise DataError(f"{place}: {count} records and {len(skipped)} skipped of {len(plan.images(shard))} images")
     found = {"records": count, "bytes": size, "sha256": checksum.hexdigest(), "skipped": skipped}
     write_json(folder / NOTES / f"{shard:05d}.json", found)
-    return size
 
 
 def serialize(features: tfds.features.FeaturesDict, example: dict[str, Any]) -> bytes:
-    """An example as it is stored: the same bytes for the same example, in all processes and versions of protobuf."""
+    """An example as stored bytes: the same in all processes and with all versions of protobuf."""
     parsed = tf_example_pb2.Example.FromString(features.serialize_example(example))
     return parsed.SerializeToString(deterministic=True)
 
 
 def missing(folder: Path, plan: Plan) -> list[int]:
     """The shards that are not whole yet."""
-    return [
-        shard for shard in range(plan.shards) if note(folder, shard) is None or not (folder / plan.file(shard)).exists()
-    ]
+    return [s for s in range(plan.shards) if note(folder, s) is None or not (folder / plan.file(s)).exists()]
 
 
 def finish(folder: Path, plan: Plan) -> dict[str, Any]:
-    """Write the metadata of a set whose shards are all whole; returns what latents.json says."""
+    """Write the metadata of a set with whole shards; returns the content of latents.json."""
     notes = [note(folder, shard) for shard in range(plan.shards)]
-    split = tfds.core.SplitInfo(
-        name=SPLIT,
-        shard_lengths=[found["records"] for found in notes],
-        num_bytes=sum(found["bytes"] for found in notes),
-        filename_template=tfds.core.ShardedFileTemplate(
-            data_dir=str(folder), dataset_name=NAME, split=SPLIT, filetype_suffix="array_record"
-        ),
-    )
-    if not sum(split.shard_lengths):
+    lengths = [found["records"] for found in notes]
+    if not sum(lengths):
         raise DataError(f"{folder}: none of {plan.count} images could be read; see report.json")
+    template = tfds.core.ShardedFileTemplate(
+        str(folder), dataset_name=NAME, split=SPLIT, filetype_suffix="array_record"
+    )
+    split = tfds.core.SplitInfo(SPLIT, lengths, sum(found["bytes"] for found in notes), filename_template=template)
     with writing(folder / "dataset_info.json"):  # check_data would read the shards with TensorFlow
         tfds.folder_dataset.write_metadata(
             data_dir=str(folder), features=plan.features, split_infos=[split], check_data=False
@@ -184,37 +174,36 @@ def finish(folder: Path, plan: Plan) -> dict[str, Any]:
         {"file": plan.file(shard), "records": found["records"], "sha256": found["sha256"]}
         for shard, found in enumerate(notes)
     ]
-    plan_of = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-    whole = plan_of | {"records": sum(split.shard_lengths), "shards": shards}
-    write_json(folder / WHOLE, whole)
-    return whole
+    content = plan.content | {"records": sum(lengths), "shards": shards}
+    write_json(folder / WHOLE, content)
+    return content
 
 
 def whole(folder: Path) -> dict[str, Any]:
-    """What latents.json says of a set; DataError if it is not whole."""
+    """The content of latents.json; DataError if the set is not finished."""
     try:
         found = json.loads((folder / WHOLE).read_text(encoding="utf-8"))
-        lacks = [name for name in ("shape", "classes", "vae", "image", "records", "shards") if name not in found]
-        if lacks:
-            raise ValueError(f"it does not say {lacks[0]!r}; tools.prepare_latents writes it")
+        for name in ("shape", "classes", "vae", "image", "records", "shards"):
+            if name not in found:
+                raise ValueError(f"it has no {name!r}; tools.prepare_latents writes it")
         return found
     except FileNotFoundError:
-        plan = folder / PLAN
-        why = "its preparation is not finished: run the same command again" if plan.exists() else f"it has no {WHOLE}"
+        begun = (folder / PLAN).exists()
+        why = "its preparation is not finished: run the same command again" if begun else f"it has no {WHOLE}"
         raise DataError(f"{folder} is not a whole set of latents: {why}") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{folder / WHOLE} cannot be read: {error}") from error
 
 
 def records(file: Path) -> Iterator[bytes]:
-    """The records of a shard, as they are stored; one that cannot be read raises after those before it."""
+    """The stored records of a shard. A damaged record raises when its turn comes."""
     reader = array_record_module.ArrayRecordReader(str(file), "readahead_buffer_size:0,max_parallelism:0")
     try:
         for begin in range(0, reader.num_records(), 64):
             indices = list(range(begin, min(begin + 64, reader.num_records())))
             try:
                 found = reader.read(indices)
-            except Exception:  # of several kinds; one by one, so that it is clear which
+            except Exception:  # array_record raises several kinds; read one by one to find the damaged record
                 found = (reader.read([index])[0] for index in indices)
             yield from found
     finally:
@@ -222,18 +211,16 @@ def records(file: Path) -> Iterator[bytes]:
 
 
 def verify(folder: Path) -> Iterator[int]:
-    """Read a whole set, yielding the number of records of each good shard; DataError names what is wrong, and where."""
+    """Read a finished set; yields the number of records of each good shard. DataError names a fault and its place."""
     about = whole(folder)
-    classes = len(about["classes"]) if about["classes"] else 1
-    h, w, k = about["shape"]
+    h, w, c = about["shape"]
     for shard in about["shards"]:
         checksum, count = hashlib.sha256(), 0
         file = folder / shard["file"]
         try:
             for count, record in enumerate(records(file), 1):
                 checksum.update(record)
-                wrong = fault(record, (2, h, w, 2 * k), classes)
-                if wrong:
+                if wrong := fault(record, (2, h, w, 2 * c), len(about["classes"] or [0])):
                     raise DataError(f"{file}, record {count - 1}: {wrong}")
         except DataError:
             raise
@@ -242,16 +229,15 @@ def verify(folder: Path) -> Iterator[int]:
         if count != shard["records"]:
             raise DataError(f"{file} has {count} records, {WHOLE} says {shard['records']}")
         if checksum.hexdigest() != shard["sha256"]:
-            raise DataError(f"{file}: its records are not those that were written: the checksum differs")
+            raise DataError(f"{file}: the checksum differs: its records were changed after they were written")
         yield count
-    counts = [shard["records"] for shard in about["shards"]]
     info, _ = latents.open_source(folder, SPLIT)
-    if list(info.splits[SPLIT].shard_lengths) != counts:
+    if list(info.splits[SPLIT].shard_lengths) != [shard["records"] for shard in about["shards"]]:
         raise DataError(f"{folder}: dataset_info.json and {WHOLE} differ in the numbers of records")
 
 
 def fault(record: bytes, shape: tuple[int, ...], classes: int) -> str | None:
-    """What is wrong with a record, None if nothing is."""
+    """The fault of a record; None if it is good."""
     stored = latents.parsed(record)
     moments = np.frombuffer(stored["moments"].bytes_list.value[0], np.float16).astype(np.float32)
     if moments.size != np.prod(shape):

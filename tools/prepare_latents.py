@@ -1,21 +1,21 @@
-"""From images to latents that train: python -m tools.prepare_latents IMAGES OUT --vae=VAE [--size=256]
+"""Turn images into latents to train on: python -m tools.prepare_latents IMAGES OUT --vae=VAE [--size=256]
 
 IMAGES is a folder of class folders, a folder of images without classes, WebDataset .tar files, a .zip with
 dataset.json, or a tfds dataset in array_record files such as imagenet2012. VAE is an autoencoder of Stable Diffusion's
-kind: a folder as diffusers writes it, or a file. Every image is cropped as ADM does and encoded, and so is its mirror
-image; OUT becomes a tfds dataset that `--config.data.data_dir=OUT` trains on, in shards of float16 means and standard
-deviations.
+kind: a folder as diffusers writes it, or a file. Every image is cropped as ADM does. The image and its mirror image are
+encoded. OUT becomes a tfds dataset for `--config.data.data_dir=OUT`: shards of float16 means and standard deviations.
 
-The same command goes on after it was killed: no image is done twice, none is lost, and the records are those of an
-undisturbed run. Several processes may share the work: --process_index=0 .. n-1 --process_count=n, on one machine or on
-several that see OUT. Images that cannot be read are skipped, and listed in OUT/report.json; with --strict they are an
-error. OUT/mosaic.png shows images beside what the autoencoder makes of their latents.
+After a kill, run the same command again: it goes on, and the records are those of an undisturbed run. Several processes
+may share the work, on one machine or on several that see OUT: --process_index=0 .. n-1 --process_count=n. Images that
+cannot be read are skipped and listed in OUT/report.json; with --strict they are an error. OUT/mosaic.png shows images
+beside their reconstructions.
 
     python -m tools.prepare_latents --verify OUT [--vae=VAE]
 
-checks a finished set: checksums, counts, ranges; with the autoencoder it also decodes some of it: OUT/verified.png.
-Records are the same to the bit on one kind of machine with as many devices, hence --batch_size may not change on the
-way; on GPUs with XLA_FLAGS=--xla_gpu_deterministic_ops=true.
+checks a finished set: checksums, counts, ranges. With the autoencoder it also decodes a few records: OUT/verified.png.
+
+Records are equal to the bit on the same kind of machine with the same number of devices, on GPUs with
+XLA_FLAGS=--xla_gpu_deterministic_ops=true. --batch_size may not change between two runs of the same set.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,13 +38,14 @@ from PIL import Image
 
 from diversedit_jax import __version__, encoders, sharding
 from diversedit_jax.codecs import pixels
+from diversedit_jax.codecs.vae import moments
 from diversedit_jax.data import Dataset, image_collections, latents, local_path
 from diversedit_jax.data.image_collections import ImageFiles
 from diversedit_jax.errors import ConfigError, DataError
 from diversedit_jax.models import PRECISIONS
 from diversedit_jax.models import vae as vae_model
+from diversedit_jax.registry import in_range
 from diversedit_jax.runtime import cli
-from diversedit_jax.runtime.cli import silence
 from diversedit_jax.runtime.files import write_json
 from diversedit_jax.runtime.pictures import save_png
 from diversedit_jax.runtime.progress import Ticker, duration
@@ -54,14 +56,14 @@ from tools.latent_shards import Plan
 
 
 class Options(NamedTuple):
-    """What the flags say; see their help below."""
+    """The flags; their help is below."""
 
     vae: str
     size: int = 256
     kind: str | None = None
     split: str = "train"
     unconditional: bool = False
-    image: str = "none"
+    image: str | None = None
     encoder: tuple[str, ...] = ()
     batch_size: int = 32
     per_shard: int = 4096
@@ -76,27 +78,16 @@ JPEG_QUALITY = 95
 SHOWN = 8  # images in the mosaic, and lines of skipped ones
 
 
-class Encoding(NamedTuple):
-    """What computes the features of crops.
-
-    run:    uint8 [b size size 3], b at most `batch` -> float16 [b 2 ...] by name: of the crops, of their mirror images.
-    shapes: of the features of encoders, of one image.
-    """
-
-    run: Callable[[np.ndarray], dict[str, np.ndarray]]
-    batch: int
-    shapes: dict[str, tuple[int, ...]]
-
-
 def prepare(source: str | Path, out: str | Path, options: Options) -> None:
-    """Prepare a set, or what is left of it."""
+    """Prepare a set, or the rest of one that was begun."""
     started = time.monotonic()
     images = image_collections.open_images(source, options.kind, options.split, options.unconditional)
     folder = local_path("OUT", out).absolute()
     release = vae_files.open_vae(local_path("--vae", options.vae))
     check(options, release.arch.factor)
-    encoding = encoder(release, options)
-    plan = planned(images, release, encoding.shapes, options)
+    chosen = cli.named_files("encoder", options.encoder, required=True)
+    encode, shapes = encoder(release, chosen, options)
+    plan = planned(images, release, chosen, shapes, options)
     classes = f"{len(images.classes)} classes" if images.classes else "no classes"
     print(f"{len(images)} images, {classes}: {source}")
     for what, count in images.ignored.items():
@@ -107,25 +98,24 @@ def prepare(source: str | Path, out: str | Path, options: Options) -> None:
 
     mine = range(options.process_index, plan.shards, options.process_count)
     todo = [shard for shard in latent_shards.missing(folder, plan) if shard in mine]
-    whole = sum(len(plan.images(shard)) for shard in mine)
-    left = sum(len(plan.images(shard)) for shard in todo)
+    total, left = (sum(len(plan.images(shard)) for shard in shards) for shards in (mine, todo))
     with (
         ThreadPoolExecutor(options.threads or 2 * (os.cpu_count() or 1)) as pool,
-        Ticker(whole, whole - left) as ticker,
+        Ticker(total, total - left) as ticker,
     ):
         for shard in todo:
             skipped: dict[str, str] = {}
             crops = cropped(images, plan.images(shard), pool, skipped, ticker, options)
-            latent_shards.write_shard(folder, plan, shard, encoded(images, crops, encoding, options.image), skipped)
+            latent_shards.write_shard(folder, plan, shard, encoded(images, crops, encode, options), skipped)
 
     others = latent_shards.missing(folder, plan)
     if others:
         print(f"this process is done; {len(others)} of {plan.shards} shards are left to the others")
         return
     report = summary(folder, plan, images)
-    write_json(folder / "report.json", report | {"ignored": dict(images.ignored)})
+    write_json(folder / "report.json", report)
     about = latent_shards.finish(folder, plan)
-    show(report, about, time.monotonic() - started, folder)
+    show(report, plan, time.monotonic() - started, folder)
     mosaic(folder, images, release, options)
     scale = about["vae"]["scale"]
     more = f" --config.codec.scale={scale}" if scale not in (None, 0.18215) else ""
@@ -133,20 +123,22 @@ def prepare(source: str | Path, out: str | Path, options: Options) -> None:
 
 
 def check(options: Options, factor: int) -> None:
-    """Raise ConfigError for options that cannot be. factor: pixels of a latent."""
+    """Raise ConfigError for options that cannot work. factor: image pixels per latent pixel, along a side."""
+    in_range("--batch_size", options.batch_size, 1)
+    in_range("--per_shard", options.per_shard, 1)
+    in_range("--process_index", options.process_index, 0, options.process_count - 1)
     if options.size < 1 or options.size % factor:
-        raise ConfigError(f"--size={options.size}: must be a multiple of the {factor} pixels of a latent")
-    for name, value in (("batch_size", options.batch_size), ("per_shard", options.per_shard)):
-        if value < 1:
-            raise ConfigError(f"--{name}={value}: must be positive")
-    if not 0 <= options.process_index < options.process_count:
-        raise ConfigError(f"--process_index={options.process_index} is not in 0 .. {options.process_count - 1}")
+        raise ConfigError(f"--size = {options.size}: must be a positive multiple of {factor}, the pixels of a latent")
 
 
 def planned(
-    images: ImageFiles, release: vae_files.Release, shapes: dict[str, tuple[int, ...]], options: Options
+    images: ImageFiles,
+    release: vae_files.Release,
+    chosen: dict[str, dict[str, Any]],
+    shapes: dict[str, tuple[int, ...]],
+    options: Options,
 ) -> Plan:
-    """The plan of the set that the options ask for."""
+    """The plan of the set. chosen: options of the encoders by name. shapes: of their features."""
     factor, size = release.arch.factor, options.size
     shape = (size // factor, size // factor, release.arch.latent_channels)
     about = {
@@ -160,54 +152,47 @@ def planned(
         "resolution": size,
         "precision": options.precision,
         "batch_size": options.batch_size,  # the last bits of the moments depend on it
-        "image": None if options.image == "none" else options.image,
-        "encoders": {
-            name: given | {"file": file_digest(given["file"])} for name, given in chosen_encoders(options).items()
-        },
+        "image": options.image,
+        "encoders": {name: given | {"file": file_digest(given["file"])} for name, given in chosen.items()},
         "collection": {"kind": images.kind, "sha256": latent_shards.collection_digest(images.keys, images.labels)},
         "tool": f"diversedit_jax {__version__}",
     }
-    image = None if options.image == "none" else options.image
-    features = latent_shards.features(shape, size, image, shapes, images.classes)
+    features = latent_shards.features(shape, size, options.image, shapes, images.classes)
     return Plan(about, features, len(images), options.per_shard)
 
 
-def chosen_encoders(options: Options) -> dict[str, dict[str, Any]]:
-    """The encoders to run: name -> the options of `encoders.NAME.make`, `file` among them."""
-    return cli.named_files("encoder", options.encoder, required=True)
+Encode = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
-def encoder(release: vae_files.Release, options: Options) -> Encoding:
-    """What computes the moments, and the features of encoders.
+def encoder(
+    release: vae_files.Release, chosen: dict[str, dict[str, Any]], options: Options
+) -> tuple[Encode, dict[str, tuple[int, ...]]]:
+    """What computes moments and features, and the shapes of one image's features by name.
 
-    All batches have one size, the last of a shard filled up, so that one program is compiled and no result depends on
-    how many processes there are.
+    It maps crops, uint8 [b size size 3], to float16 [b 2 ...] by name: of the crop, then of its mirror image. A batch
+    is filled up to a fixed size: one program is compiled, and no result depends on the number of processes.
     """
     layout = sharding.make()
     network = vae_model.network(release.arch, options.precision)
-    made = {name: encoders.make(name, **given) for name, given in chosen_encoders(options).items()}
-    batch = sharding.filled(options.batch_size)
+    made = {name: encoders.make(name, **given) for name, given in chosen.items()}
+    size = sharding.filled(options.batch_size)
 
     @jax.jit
     def compute(frozen: Any, crops: jax.Array) -> dict[str, jax.Array]:
-        found = {"moments": network.encode(frozen["vae"], crops.astype(jnp.float32) / 127.5 - 1)}
+        found = {"moments": moments(network, frozen["vae"], crops)}
         for name, one in made.items():
             patches, token = one.apply(frozen[name], crops)
             found |= {f"features/{name}": patches} | ({} if token is None else {f"token/{name}": token})
         return jax.tree.map(lambda x: x.astype(jnp.float16), found)
 
-    abstract = {"vae": jax.eval_shape(network.init, jax.random.key(0))}
-    abstract |= {name: jax.eval_shape(one.init) for name, one in made.items()}
-    crops = jax.ShapeDtypeStruct((1, options.size, options.size, 3), np.uint8)
-    found = jax.eval_shape(compute, abstract, crops)
-    shapes = {name: leaf.shape[1:] for name, leaf in found.items() if name != "moments"}
-    frozen: dict[str, Any] = {}
+    @cache
+    def weights() -> Any:  # read only when there is something to do
+        on_host = {"vae": release.read(("encoder",))} | {name: one.init() for name, one in made.items()}
+        return jax.device_put(on_host, sharding.replicated(layout))
 
     def encode(crops: np.ndarray) -> dict[str, np.ndarray]:
-        if not frozen:  # only when there is something to do
-            on_host = {"vae": release.read(("encoder",))} | {name: one.init() for name, one in made.items()}
-            frozen.update(jax.device_put(on_host, sharding.replicated(layout)))
-        padded = np.resize(crops, (batch, *crops.shape[1:]))
+        padded = np.resize(crops, (size, *crops.shape[1:]))
+        frozen = weights()
         try:
             both = [
                 jax.device_get(compute(frozen, jax.device_put(np.ascontiguousarray(side), sharding.over_batch(layout))))
@@ -219,7 +204,11 @@ def encoder(release: vae_files.Release, options: Options) -> Encoding:
             raise ConfigError(f"--batch_size={options.batch_size}: the memory of the devices is too small") from error
         return {name: np.stack([side[name][: len(crops)] for side in both], axis=1) for name in both[0]}
 
-    return Encoding(encode, batch, shapes)
+    abstract = {"vae": jax.eval_shape(network.init, jax.random.key(0))}
+    abstract |= {name: jax.eval_shape(one.init) for name, one in made.items()}
+    crops = jax.ShapeDtypeStruct((1, options.size, options.size, 3), np.uint8)
+    found = jax.eval_shape(compute, abstract, crops)
+    return encode, {name: leaf.shape[1:] for name, leaf in found.items() if name != "moments"}
 
 
 def cropped(
@@ -230,9 +219,9 @@ def cropped(
     ticker: Ticker,
     options: Options,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The images that can be read, in order, decoded ahead by the threads; the others go to `skipped`.
+    """The readable images in order, decoded ahead by threads; the others go to `skipped`.
 
-    DataError if it is the machine that fails, a mount that is gone or too little memory: no image is to blame.
+    DataError if the machine fails (a lost mount, too little memory), which is no fault of an image.
     """
     ahead = image_collections.crops_ahead(images, indices, options.size, pool, 2 * options.batch_size)
     with contextlib.closing(ahead):
@@ -244,24 +233,24 @@ def cropped(
                     raise
                 skipped[images.keys[index]] = str(error).removeprefix(f"{images.keys[index]}: ")
             except (OSError, MemoryError) as error:
-                why = f"{str(error) or type(error).__name__}; the same command goes on when this is mended"
+                why = f"{str(error) or type(error).__name__}; once it is fixed, run the same command again"
                 raise DataError(f"{images.keys[index]}: {why}") from error
             ticker.update(1)
 
 
 def encoded(
-    images: ImageFiles, crops: Iterator[tuple[int, np.ndarray]], encoding: Encoding, image: str
+    images: ImageFiles, crops: Iterator[tuple[int, np.ndarray]], encode: Encode, options: Options
 ) -> Iterator[dict[str, Any]]:
     """The records of these crops."""
-    while batch := list(islice(crops, encoding.batch)):
-        found = encoding.run(np.stack([crop for _, crop in batch]))
+    while batch := list(islice(crops, sharding.filled(options.batch_size))):
+        found = encode(np.stack([crop for _, crop in batch]))
         for row, (index, crop) in enumerate(batch):
             example = {name: values[row] for name, values in found.items()}
             for name, values in example.items():
                 if not np.isfinite(values).all():
                     raise DataError(f"{images.keys[index]}: its {name} are not finite in float16")
             example |= {"key": images.keys[index], "label": int(images.labels[index])}
-            yield example | ({} if image == "none" else {"image": compressed(crop, image)})
+            yield example | ({"image": compressed(crop, options.image)} if options.image else {})
 
 
 def compressed(crop: np.ndarray, kind: str) -> bytes:
@@ -273,28 +262,27 @@ def compressed(crop: np.ndarray, kind: str) -> bytes:
 
 
 def summary(folder: Path, plan: Plan, images: ImageFiles) -> dict[str, Any]:
-    """What became of every image."""
+    """The content of report.json: counts, and why images were skipped."""
     notes = [latent_shards.note(folder, shard) for shard in range(plan.shards)]
     skipped = {key: why for found in notes for key, why in found["skipped"].items()}
     lost = Counter(int(label) for key, label in zip(images.keys, images.labels, strict=True) if key in skipped)
     counts = Counter(images.labels.tolist())
-    names = images.classes or ("all",)
     return {
         "images": plan.count,
         "records": sum(found["records"] for found in notes),
         "bytes": sum(found["bytes"] for found in notes),
-        "per_class": {name: counts[label] - lost[label] for label, name in enumerate(names)},
+        "per_class": {name: counts[i] - lost[i] for i, name in enumerate(images.classes or ("all",))},
         "skipped": skipped,
+        "ignored": dict(images.ignored),
     }
 
 
-def show(report: dict[str, Any], about: dict[str, Any], seconds: float, folder: Path) -> None:
-    """The report, for a person."""
-    counts = sorted(report["per_class"].values())
-    shards = len(about["shards"])
-    print(f"{report['records']} of {report['images']} images in {shards} shards, {duration(seconds)}")
+def show(report: dict[str, Any], plan: Plan, seconds: float, folder: Path) -> None:
+    """Print the report."""
+    print(f"{report['records']} of {report['images']} images in {plan.shards} shards, {duration(seconds)}")
     print(f"  {report['bytes'] / 2**20:.1f} MiB before compression")
-    if about["classes"]:
+    if plan.about["classes"]:
+        counts = sorted(report["per_class"].values())
         print(f"  {len(counts)} classes of {counts[0]} to {counts[-1]} images, median {counts[len(counts) // 2]}")
     for key, why in list(report["skipped"].items())[:SHOWN]:
         print(f"  skipped: {key}: {why}")
@@ -303,26 +291,22 @@ def show(report: dict[str, Any], about: dict[str, Any], seconds: float, folder: 
 
 
 def mosaic(folder: Path, images: ImageFiles, release: vae_files.Release, options: Options) -> None:
-    """mosaic.png: some images above what the decoder makes of the means of their latents."""
+    """Write mosaic.png: a few images above the reconstructions from the means of their latents."""
     dataset = latents.make("train", data_dir=str(folder))
     place = {key: index for index, key in enumerate(images.keys)}
-    keys = [stored(dataset, row)["key"].bytes_list.value[0].decode() for row in some(dataset)]
+    records = [latents.parsed(dataset.source.records[row]) for row in some(dataset)]
+    keys = [record["key"].bytes_list.value[0].decode() for record in records]
     originals = np.stack([image_collections.crop(images, place[key], options.size) for key in keys])
     compare(originals, reconstructed(dataset, release, options.precision), folder / "mosaic.png")
 
 
 def some(dataset: Dataset) -> list[int]:
-    """A few records, over the whole set."""
+    """The numbers of a few records, evenly spread over the set."""
     return np.unique(np.linspace(0, len(dataset.source) - 1, SHOWN).astype(int)).tolist()
 
 
-def stored(dataset: Dataset, row: int) -> Any:
-    """The features of a record, as they are stored."""
-    return latents.parsed(dataset.source.records[row])
-
-
 def reconstructed(dataset: Dataset, release: vae_files.Release, precision: str) -> np.ndarray:
-    """What the decoder makes of the means of some records, uint8 [n size size 3]."""
+    """The decoded means of a few records, uint8 [n size size 3]."""
     network, params = vae_model.network(release.arch, precision), release.read(("decoder",))
     decode = jax.jit(lambda params, z: pixels.decode({}, network.decode(params, z)))
     means = [dataset.source[row]["moments"][..., : dataset.space.shape[-1]].astype(np.float32) for row in some(dataset)]
@@ -330,7 +314,7 @@ def reconstructed(dataset: Dataset, release: vae_files.Release, precision: str) 
 
 
 def compare(originals: np.ndarray, decoded: np.ndarray, place: Path) -> None:
-    """Write images above their reconstructions, small ones enlarged, and print how near they are."""
+    """Write images above their reconstructions, small ones enlarged, and print the PSNR."""
     rows = [np.concatenate(list(row), axis=1) for row in (originals, decoded)]
     large = max(1, 96 // originals.shape[1])
     save_png(place, np.concatenate(rows).repeat(large, axis=0).repeat(large, axis=1))
@@ -340,22 +324,22 @@ def compare(originals: np.ndarray, decoded: np.ndarray, place: Path) -> None:
 
 
 def verify(out: str | Path, vae: str | Path | None, precision: str) -> None:
-    """Check a finished set; with its autoencoder, also decode some of it, beside the crops if they are stored."""
+    """Check a finished set. With its autoencoder, also decode a few records, beside the crops if they are stored."""
     folder = local_path("OUT", out).absolute()
     about = latent_shards.whole(folder)
     release = None if vae is None else vae_files.open_vae(local_path("--vae", vae))
     if release is not None and release.digest != about["vae"]["sha256"]:
         raise ConfigError(f"--vae={vae} is not the autoencoder that made {folder}: the checksum differs")
     begin, count = time.monotonic(), 0
-    with Ticker(about["records"], 0) as ticker:
+    with Ticker(about["records"]) as ticker:
         for records in latent_shards.verify(folder):
             count += records
             ticker.update(records)
-    dataset = latents.make("train", data_dir=str(folder), image=about["image"] is not None)  # training reads it
+    dataset = latents.make("train", data_dir=str(folder), image=about["image"] is not None)  # as training reads it
     seconds = duration(time.monotonic() - begin)
     print(f"{folder} is whole: {count} records in {len(about['shards'])} shards, {seconds}")
     if release is None:
-        print("  give --vae=VAE as well, and some of it is decoded")
+        print("  give --vae=VAE as well to decode a few of them")
         return
     decoded = reconstructed(dataset, release, precision)
     crops = [dataset.source[row].get("image", image) for row, image in zip(some(dataset), decoded, strict=True)]
@@ -367,9 +351,7 @@ def verify(out: str | Path, vae: str | Path | None, precision: str) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("vae", None, "Autoencoder: a folder as diffusers writes it, or a weight file.")
     flags.DEFINE_integer("size", 256, "Side of the crops, in pixels.")
-    flags.DEFINE_enum(
-        "kind", None, list(image_collections.KINDS), "What IMAGES is; by default told by what lies there."
-    )
+    flags.DEFINE_enum("kind", None, list(image_collections.KINDS), "What IMAGES is; by default it is recognised.")
     flags.DEFINE_string("split", "train", "Split of a tfds dataset, or a subfolder of this name.")
     flags.DEFINE_bool("unconditional", False, "Do not read classes.")
     flags.DEFINE_enum("image", "none", ["none", "png", "jpeg"], "Also store the crops, for encoders (REPA, REG).")
@@ -387,16 +369,17 @@ if __name__ == "__main__":
 
     def main(arguments: list[str]) -> None:
         """Read the arguments and run."""
-        silence()
-        checking = flags.FLAGS.verify
-        if len(arguments) != (1 if checking else 2):
-            usage = "--verify OUT" if checking else "IMAGES OUT --vae=VAE"
+        cli.silence()
+        given = flags.FLAGS
+        if len(arguments) != (1 if given.verify else 2):
+            usage = "--verify OUT" if given.verify else "IMAGES OUT --vae=VAE"
             raise ConfigError(f"usage: python -m tools.prepare_latents {usage}; --help says more")
-        if checking:
-            return verify(*arguments, flags.FLAGS.vae, flags.FLAGS.precision)
-        if flags.FLAGS.vae is None:
+        if given.verify:
+            return verify(*arguments, given.vae, given.precision)
+        if given.vae is None:
             raise ConfigError("--vae is required: a folder as diffusers writes it, or a weight file")
-        options = {name: flags.FLAGS[name].value for name in Options._fields}
-        prepare(*arguments, Options(**options | {"encoder": tuple(options["encoder"])}))
+        options = Options(**{name: given[name].value for name in Options._fields})
+        image = None if options.image == "none" else options.image
+        prepare(*arguments, options._replace(image=image, encoder=tuple(options.encoder)))
 
     cli.launch(main, arguments=True)

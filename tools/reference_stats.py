@@ -1,16 +1,19 @@
-"""Statistics of real images, for samples to be compared with.
+"""Compute the statistics of real images that samples are compared with.
 
     python -m tools.reference_stats IMAGES OUT.npz --extractor=inception=FILE
     python -m diversedit_jax.evaluate --workdir=DIR --reference=OUT.npz --extractor=inception=FILE
 
 IMAGES is a folder of images, with or without class folders, WebDataset .tar files, a .zip, a tfds dataset in
-array_record files, or an .npz with `arr_0`. Each image is cropped and resized as ADM does, to --size (an .npz is taken
-as it is). OUT holds mu, sigma, mu_s and sigma_s of all images, as torch-fidelity, pytorch-fid and the script of ADM
-read them, features of --features images for precision, recall and kernel distance, and how all of it was made. With
---images so many images are stored too, which the script of ADM needs.
+array_record files, or an .npz with `arr_0`. Each image is cropped and resized to --size as ADM does; those of an .npz
+stay as they are. OUT holds:
 
-Scores compare between papers only if the reference is theirs: for ImageNet that is VIRTUAL_imagenet256_labeled.npz.
-Images that cannot be read are an error, as a reference of fewer images is another reference.
+- mu, sigma, mu_s and sigma_s of all images, under the names that torch-fidelity, pytorch-fid and ADM's script read;
+- the features of --features images, for precision, recall and kernel distance;
+- --images images, which ADM's script needs;
+- a record of how it was made.
+
+To compare with a paper, use its reference: for ImageNet, VIRTUAL_imagenet256_labeled.npz. An unreadable image is an
+error, because fewer images make another reference.
 """
 
 import contextlib
@@ -27,18 +30,20 @@ from absl import flags
 
 from diversedit_jax import __version__, sharding
 from diversedit_jax.data import image_collections, local_path
+from diversedit_jax.data.image_collections import ImageFiles
 from diversedit_jax.errors import ConfigError, DataError
 from diversedit_jax.evaluation import extractors, image_files, reference_statistics, scoring
 from diversedit_jax.evaluation.extractors import Extractor
+from diversedit_jax.registry import in_range
 from diversedit_jax.runtime import cli
-from diversedit_jax.runtime.files import write_npz
+from diversedit_jax.runtime.files import writable_folder, write_npz
 from diversedit_jax.runtime.progress import Ticker
 
-AHEAD = 512  # crops that are decoded before they are needed
+AHEAD = 512  # crops decoded ahead
 
 
 class Images(NamedTuple):
-    """`count` images in the order of their collection, and what they are."""
+    """`count` images in the order of their collection, and a record of their origin."""
 
     count: int
     stream: Iterator[np.ndarray]
@@ -46,14 +51,13 @@ class Images(NamedTuple):
 
 
 def collection(path: str | Path, size: int, num: int | None, kind: str | None, split: str, threads: int) -> Images:
-    """The images at `path`, cropped; of them `num`, evenly spread over the order."""
+    """The crops of `num` images at `path`, evenly spread over their order; None: of all."""
     path = local_path("images", path)
     if path.suffix in (".npz", ".npy"):
         found = image_files.open_samples(path)
         numbers = chosen(found.count, num)
-        stream = (found.read(int(number), 1)[0] for number in numbers)
-        about = {"name": path.name, "crop": None, "size": list(found.shape[:2])}
-        return Images(len(numbers), stream, about | {"of": found.count})
+        about = {"name": path.name, "crop": None, "size": list(found.shape[:2]), "of": found.count}
+        return Images(len(numbers), (found.read(int(number), 1)[0] for number in numbers), about)
     opened = image_collections.open_images(path, kind, split, unconditional=True)
     numbers = chosen(len(opened), num)
     about = {"name": path.name, "kind": opened.kind, "split": split, "crop": "adm", "size": [size, size]}
@@ -62,14 +66,12 @@ def collection(path: str | Path, size: int, num: int | None, kind: str | None, s
 
 
 def chosen(count: int, num: int | None) -> np.ndarray:
-    """`num` of `count` numbers, evenly spread: the same on every machine."""
+    """`num` of the numbers below `count`, evenly spread; None: all."""
     return np.arange(count) if num is None or num >= count else np.arange(num) * count // max(num, 1)
 
 
-def _decoded(
-    images: image_collections.ImageFiles, numbers: np.ndarray, size: int, threads: int
-) -> Iterator[np.ndarray]:
-    """Crops, decoded ahead by threads. DataError, with its name, for an image that cannot be read."""
+def _decoded(images: ImageFiles, numbers: np.ndarray, size: int, threads: int) -> Iterator[np.ndarray]:
+    """Crops, decoded ahead by threads. DataError names an image that cannot be read."""
     with (
         ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool,
         contextlib.closing(image_collections.crops_ahead(images, numbers.tolist(), size, pool, AHEAD)) as ahead,
@@ -84,7 +86,7 @@ def _decoded(
 def compute(
     images: Images, networks: Sequence[Extractor], batch: int, features: int, stored: int
 ) -> dict[str, np.ndarray]:
-    """The arrays of the file: of all images statistics, of evenly spread ones their features and they themselves."""
+    """The arrays of the file. features, stored: how many images, evenly spread, keep their features or pixels."""
     extract = scoring.extraction(networks, sharding.make(), batch)
     if images.count < 2:
         raise DataError(f"{images.about['name']}: statistics need at least two images, given {images.count}")
@@ -95,12 +97,12 @@ def compute(
     with Ticker(images.count) as ticker:
         while part := list(islice(images.stream, batch)):
             if done == 0:
-                scoring.features_of(networks, part[0].shape)  # says what cannot work before anything compiles
+                scoring.features_of(networks, part[0].shape)  # raises before anything compiles
             found = extract(np.stack(part))
             rows = [row for row in range(len(part)) if done + row in kept]
-            for name, part_of in found.items():
-                totals[name] = totals[name].plus(part_of)
-                single[name].append(part_of.pool[rows])
+            for name, features_of in found.items():
+                totals[name] = totals[name].plus(features_of)
+                single[name].append(features_of.pool[rows])
             whole += [image for row, image in enumerate(part) if done + row in kept_images]
             done += len(part)
             ticker.update(len(part))
@@ -116,20 +118,20 @@ def compute(
 
 
 def write(out: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
-    """The file, whole or not at all."""
+    """Write the file, whole or not at all."""
     write_npz(out, {**arrays, reference_statistics.ABOUT: np.array(json.dumps(about))})
 
 
 if __name__ == "__main__":
     flags.DEFINE_multi_string("extractor", [], "NAME=FILE or NAME=FILE,OPTION=VALUE; may be given several times.")
-    flags.DEFINE_integer("size", 256, "Pixels of a side.")
-    flags.DEFINE_integer("num", None, "Use so many images, evenly spread; by default all.")
-    flags.DEFINE_integer("features", 10_000, "Keep the features of so many images; 0: of none.")
-    flags.DEFINE_integer("images", 0, "Store so many images too.")
-    flags.DEFINE_enum("kind", None, list(image_collections.KINDS), "Of IMAGES, where it is not clear.")
-    flags.DEFINE_string("split", "train", "Of a tfds dataset, or the subfolder of this name.")
+    flags.DEFINE_integer("size", 256, "Side of the crops, in pixels.")
+    flags.DEFINE_integer("num", None, "Number of images to use, evenly spread; by default all.")
+    flags.DEFINE_integer("features", 10_000, "Number of images whose features are kept.")
+    flags.DEFINE_integer("images", 0, "Number of images to store too.")
+    flags.DEFINE_enum("kind", None, list(image_collections.KINDS), "What IMAGES is; by default it is recognised.")
+    flags.DEFINE_string("split", "train", "Split of a tfds dataset, or a subfolder of this name.")
     flags.DEFINE_integer("batch_size", 256, "Images at a time, over all devices.")
-    flags.DEFINE_integer("threads", 0, "That decode; 0: two for each core.")
+    flags.DEFINE_integer("threads", 0, "Threads that decode and crop; 0: two for each core.")
 
     def main(arguments: list[str]) -> None:
         """Read the flags and run."""
@@ -137,24 +139,19 @@ if __name__ == "__main__":
         if len(arguments) != 2:
             raise ConfigError("give IMAGES and OUT.npz")
         for name, least in (("size", 1), ("batch_size", 1), ("num", 2), ("features", 0), ("images", 0)):
-            if given[name].value is not None and given[name].value < least:
-                raise ConfigError(f"--{name}={given[name].value}: must be at least {least}")
+            if given[name].value is not None:
+                in_range(f"--{name}", given[name].value, least)
         out = local_path("OUT", arguments[1])
         if out.suffix != ".npz":
             raise ConfigError(f"OUT must end in .npz, given {out}")
         named = cli.named_files("extractor", given.extractor)
         if not named:
-            raise ConfigError("give a feature network: --extractor=inception=FILE")
-        try:  # now, not after an hour of work
-            out.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"OUT: cannot make {out.parent}: {error.strerror}") from error
-        if not os.access(out.parent, os.W_OK):
-            raise ConfigError(f"OUT: cannot write to {out.parent}")
+            raise ConfigError("--extractor is required, such as --extractor=inception=FILE")
+        writable_folder(out.parent, "OUT")  # fail now, not after an hour of work
         networks = [extractors.make(name, **options) for name, options in named.items()]
         images = collection(arguments[0], given.size, given.num, given.kind, given.split, given.threads)
-        beside = "".join(f", beside {count} x {what}" for what, count in images.about.get("ignored", {}).items())
-        print(f"{images.count} images of {arguments[0]}{beside}", flush=True)
+        ignored = "".join(f", ignored {count} x {what}" for what, count in images.about.get("ignored", {}).items())
+        print(f"{images.count} images of {arguments[0]}{ignored}", flush=True)
         arrays = compute(images, networks, given.batch_size, given.features, given.images)
         about = images.about | {"count": images.count, "tool": f"diversedit_jax {__version__}"}
         about["extractors"] = {one.name: dict(one.about) for one in networks}

@@ -14,9 +14,9 @@ from diversedit_jax.api import Context
 from diversedit_jax.config import slot
 from diversedit_jax.errors import ConfigError
 from tests import ROOT
+from tools.benchmark import __main__ as benchmark
 from tools.benchmark import loss as benchmark_loss
 from tools.benchmark import random_run, timing, variants
-from tools.benchmark import run as benchmark
 from tools.pod_plan import tpu
 
 SMALL = {"depth": 2, "width": 32, "heads": 2, "dtype": "float32"}
@@ -161,9 +161,9 @@ def flags_with(**given):
         ("loss", {"config": "c", "vs": "torch"}, "--vs is not read by `loss`"),
         ("data", {"config": "c", "compare": ["a=1"]}, "--compare is not read by `data`"),
         ("train", {}, "--config is required"),
-        ("train", {"config": "c", "rounds": 0}, "--rounds=0: must be at least 1"),
-        ("loss", {"config": "c", "out": "figures.txt"}, "wanted FILE.json in a folder that exists"),
-        ("loss", {"config": "c", "out": "nowhere/figures.json"}, "wanted FILE.json in a folder that exists"),
+        ("train", {"config": "c", "rounds": 0}, "--rounds = 0: must be at least 1"),
+        ("loss", {"config": "c", "out": "figures.txt"}, "wanted FILE.json in an existing folder"),
+        ("loss", {"config": "c", "out": "nowhere/figures.json"}, "wanted FILE.json in an existing folder"),
     ],
 )
 def test_what_is_refused(kind, given, message):

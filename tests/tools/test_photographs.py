@@ -50,8 +50,8 @@ def test_crops_are_of_their_photograph_in_its_colours(photos):
 
 def test_photographs_that_cannot_be_written_are_refused_in_one_line(photos, tmp_path, monkeypatch):
     for out, size, num, words in [
-        (tmp_path / "a", 0, 64, "size = 0, num = 64: wanted a positive size and at least 16 crops"),
-        (tmp_path / "a", 16, 15, "size = 16, num = 15: wanted a positive size and at least 16 crops"),
+        (tmp_path / "a", 0, 64, "--size = 0: must be at least 1"),
+        (tmp_path / "a", 16, 15, "--num = 15: must be at least 16"),
         (photos, 16, 64, "is not an empty folder"),
         (photos / "cat/0000.png", 16, 64, "is not an empty folder"),
     ]:

@@ -108,8 +108,8 @@ def test_names_of_slices(name, topology, chips, named):
         ("v5e", "wanted a slice such as v5e:4x4 or v5e-16"),
         ("v9-8", "did you mean|known: v4, v5e"),
         ("v5e-7", "known: v5e-1, v5e-4"),
-        ("v4:4x4", "v4 has topologies of 3 numbers"),
-        ("v6e:2x0", "v6e has topologies of 2 numbers"),
+        ("v4:4x4", "v4 has topologies of 3 positive numbers"),
+        ("v6e:2x0", "v6e has topologies of 2 positive numbers"),
     ],
 )
 def test_slices_that_are_none(name, message):
@@ -185,7 +185,7 @@ def test_a_stand_in_is_read_as_the_published_encoder(name, tmp_path, monkeypatch
 
 
 def test_encoders_without_a_published_size_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="no published size of 'mine'"):
+    with pytest.raises(ConfigError, match="the published size of 'mine' is unknown"):
         stand_ins.stand_in("mine", tmp_path)
 
 
@@ -256,7 +256,7 @@ def test_tables():
         "(counted)",
         "(compiler",
         "(estimated",
-        "6 x all-gather of 4 between slices",
+        "sent between slices (counted): 6 x all-gather of 4",
         "MFU 50.0%; 0.93 days",
         "136 chip-hours",
     ]:

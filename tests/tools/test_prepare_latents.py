@@ -188,15 +188,17 @@ def test_the_batch_size_may_not_change_on_the_way(home, straight, tmp_path):
 
 
 def test_a_mount_that_fails_ends_the_run_and_skips_no_image(home, straight, tmp_path, monkeypatch):
-    read, broken = image_collections._read_file, True
+    read, broken = image_collections.read_file, True
 
     def fails(folder, keys, index):
         if broken and index >= 10:
             raise OSError(107, "Transport endpoint is not connected")
         return read(folder, keys, index)
 
-    monkeypatch.setattr(image_collections, "_read_file", fails)
-    with pytest.raises(DataError, match=r"ant/1\d.png: .*Transport endpoint .*; the same command goes on"):
+    monkeypatch.setattr(image_collections, "read_file", fails)
+    with pytest.raises(
+        DataError, match=r"ant/1\d.png: .*Transport endpoint .*; once it is fixed, run the same command again"
+    ):
         prepare(home, tmp_path, image="png")
     broken = False
     prepare(home, tmp_path, image="png")
@@ -245,9 +247,9 @@ def test_two_that_write_one_shard_do_not_harm_it(tmp_path):
 
 def test_what_cannot_work_is_said_at_once(home, tmp_path):
     for options, words in [
-        ({"size": 15}, "--size=15: must be a multiple of the 2 pixels of a latent"),
-        ({"batch_size": 0}, "--batch_size=0: must be positive"),
-        ({"process_index": 1}, r"--process_index=1 is not in 0 .. 0"),
+        ({"size": 15}, "--size = 15: must be a positive multiple of 2, the pixels of a latent"),
+        ({"batch_size": 0}, "--batch_size = 0: must be at least 1"),
+        ({"process_index": 1}, "--process_index = 1: must be at least 0 and at most 0"),
         ({"encoder": ("dinov2",)}, "--encoder=dinov2: wanted NAME=FILE"),
     ]:
         with pytest.raises(ConfigError, match=words):
@@ -310,7 +312,7 @@ def test_verification_finds_what_is_wrong(home, tmp_path, capsys):
     records = about["shards"][1]["records"]
     for change, words in [
         ({"records": records + 1}, rf"00001-of-00003 has {records} records, latents.json says {records + 1}"),
-        ({"sha256": "0"}, r"00001-of-00003: its records are not those that were written"),
+        ({"sha256": "0"}, r"00001-of-00003: the checksum differs"),
     ]:
         shards = [about["shards"][0], about["shards"][1] | change, about["shards"][2]]
         write_json(out / "latents.json", about | {"shards": shards})
@@ -359,7 +361,7 @@ def test_verification_names_the_record(tmp_path):
     (tmp_path / "dataset_info.json").write_text(info.replace('"100"', '"99"'))
     wrong(tmp_path, "dataset_info.json and latents.json differ in the numbers of records")
     write_json(tmp_path / "latents.json", {"records": about["records"]})
-    wrong(tmp_path, "latents.json cannot be read: it does not say 'shape'")
+    wrong(tmp_path, "latents.json cannot be read: it has no 'shape'")
 
 
 def test_verification_decodes_some_records_beside_their_crops(home, straight, tmp_path, capsys):

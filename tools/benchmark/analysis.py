@@ -1,17 +1,22 @@
-"""What an analysis of a large network takes on this machine: memory and time, measured in part and computed in part.
+"""Memory and time of an analysis of a large network on this machine.
 
     python -m tools.benchmark.analysis [--config=FILE] [--out=tools/benchmark/records/analysis_cpu.json]
 
-The network of a config gets random weights and looks at random latents. Measured: the peak of memory while `--count`
-images pass, in batches of `--batch`, and the time of one batch; then, with as many random mean tokens and tokens as
-`--num` images leave, the peak while blocks are compared in every way that `analyze` knows, but for Procrustes, which
-is timed on one pair. Computed: what `--num` images add to the first peak (the rows that are kept of each, twice while
-they are joined), and how long they take. More images change nothing else: what is kept of them besides are sums.
+The network of a config gets random weights and random latents.
+
+- Measured: the peak of memory while `--count` images pass in batches of `--batch`, and the time of a batch.
+- Measured: the peak while all blocks are compared, with random rows as many as `--num` images leave. All comparisons of
+  `analyze` run, except Procrustes, which is timed on one pair.
+- Computed: the memory that `--num` images add to the first peak (the rows of each, twice while they are joined) and
+  their time. Nothing else grows with the images: everything else is a sum.
 """
 
 import json
+import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,21 +31,26 @@ from diversedit_jax.metrics import similarity
 from diversedit_jax.runs import build
 from diversedit_jax.runs.build import Experiment
 from diversedit_jax.runtime import cli
-from diversedit_jax.runtime.cli import silence
+from diversedit_jax.runtime.files import write_json
 from diversedit_jax.runtime.versions import versions
 
 GB = 1e9
 
 
 def peak() -> float:
-    """The most memory that this process has had so far, in GB; Linux counts it in kB."""
-    import resource
+    """The peak of this process's memory so far, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB  # Linux counts in kB
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
+
+def timed(work: Callable, *arguments: Any) -> tuple[float, Any]:
+    """The seconds of a call, and its result."""
+    begin = time.perf_counter()
+    result = work(*arguments)
+    return time.perf_counter() - begin, result
 
 
 def subject_of(config: ConfigDict) -> tuple[Experiment, dict]:
-    """The network of a config and random parameters for it."""
+    """The network of a config, and random parameters for it."""
     config.data, config.codec = slot("data", "synthetic"), slot("codecs", "pixels")
     config.encoders, config.losses = ConfigDict(), ConfigDict()
     experiment = build.build(build.on_this_machine(config), build.open_data(config).space)
@@ -56,20 +66,16 @@ def subject_of(config: ConfigDict) -> tuple[Experiment, dict]:
 def main() -> None:
     """Measure, compute, write."""
     given = flags.FLAGS
-    silence()
+    cli.silence()
     with given.config.unlocked():
         experiment, learned = subject_of(given.config)
     settings = Settings(num=given.count, batch=given.batch)
     with_weights = peak()
     shown = measure.batches(build.open_data(experiment.config, "test"), settings, experiment.layout)
-    ready = measure.compiled(experiment, settings._replace(num=given.num))  # keeps as few tokens of each as for all
-    begin = time.perf_counter()
-    measure.measure(ready, learned, {}, shown[:1], 0.05)
-    compiled = time.perf_counter() - begin
-    begin = time.perf_counter()
-    found = measure.measure(ready, learned, {}, shown, 0.05)
-    seconds = (time.perf_counter() - begin) / len(shown)
-    passing = peak()
+    ready = measure.compiled(experiment, settings._replace(num=given.num))  # keeps as few tokens as for `--num` images
+    compiled, _ = timed(measure.measure, ready, learned, {}, shown[:1], 0.05)
+    seconds, found = timed(measure.measure, ready, learned, {}, shown, 0.05)
+    seconds, passing = seconds / len(shown), peak()
     print(f"{given.count} images: peak {passing:.2f} GB, {seconds:.1f} s for a batch of {given.batch}", flush=True)
 
     blocks, _, width = found.rows["pooled"].shape
@@ -80,24 +86,16 @@ def main() -> None:
         unit: np.stack([base[:n] + rng.standard_normal((n, width), np.float32) for _ in range(blocks)])
         for unit, n in counts.items()
     }
-    many = found._replace(rows=rows)
-    begin = time.perf_counter()
-    study.compared(many, Estimator())
-    comparing = time.perf_counter() - begin
+    comparing, _ = timed(study.compared, found._replace(rows=rows), Estimator())
     print(f"{given.num} rows: peak {peak():.2f} GB, {comparing:.0f} s", flush=True)
-    begin = time.perf_counter()
-    similarity.procrustes([jnp.asarray(x) for x in rows["pooled"][:2]]).block_until_ready()
-    one_pair = time.perf_counter() - begin
+    pair = [jnp.asarray(x) for x in rows["pooled"][:2]]
+    one_pair, _ = timed(lambda: similarity.procrustes(pair).block_until_ready())
 
+    parameters = sum(x.size for x in jax.tree.leaves(learned))
     kept = 2 * blocks * width * 4 * sum(counts.values()) / GB
     record = {
         "command": f"python -m tools.benchmark.analysis --count={given.count} --num={given.num} --batch={given.batch}",
-        "network": {
-            "blocks": blocks,
-            "width": width,
-            "tokens": 256,
-            "parameters": sum(x.size for x in jax.tree.leaves(learned)),
-        },
+        "network": {"blocks": blocks, "width": width, "tokens": 256, "parameters": parameters},
         "measured": {
             "images": given.count,
             "peak_gb_with_weights": round(with_weights, 2),
@@ -118,13 +116,13 @@ def main() -> None:
     }
     print(json.dumps(record, indent=2))
     if given.out:
-        Path(given.out).write_text(json.dumps(record, indent=2) + "\n")
+        write_json(Path(given.out), record)
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", "configs/diversedit.py:xl2", "Whose network is looked at.")
-    flags.DEFINE_integer("count", 32, "Images that pass.")
-    flags.DEFINE_integer("num", 2000, "Images that the result is for.")
+    config_flags.DEFINE_config_file("config", "configs/diversedit.py:xl2", "Config of the network.")
+    flags.DEFINE_integer("count", 32, "Images to pass.")
+    flags.DEFINE_integer("num", 2000, "Images to compute the result for.")
     flags.DEFINE_integer("batch", 8, "Images at a time.")
     flags.DEFINE_string("out", None, "JSON file to write.")
     cli.launch(main)

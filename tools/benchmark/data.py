@@ -1,8 +1,8 @@
-"""Reading training data, in forms in turn, beside what a host of a pod needs that trains the config.
+"""Time the reading of training data, beside the rate that one host of a pod needs to train the config.
 
-Latents as tools.prepare_latents writes them for 256 pixels, random ones, and JPEG photographs of 500 x 375 pixels that
-are decoded and cropped, through the pipeline that training uses; where the config says where its own data lie,
-`config.data.data_dir`, also those, read as `config.input` has it.
+Read through the pipeline of training: random latents of 256 pixels, as tools.prepare_latents writes them; JPEG
+photographs of 500 x 375 pixels, decoded and cropped; and the data of the config, with the options of `config.input`,
+if `config.data.data_dir` is set.
 """
 
 import contextlib
@@ -19,18 +19,17 @@ from ml_collections import ConfigDict
 from diversedit_jax import config as configs
 from diversedit_jax import data
 from diversedit_jax.data import pipeline
-from diversedit_jax.errors import ConfigError
+from diversedit_jax.registry import in_range
 from diversedit_jax.runs import build
 from tools import latent_shards
 from tools.benchmark import random_run, timing
-from tools.benchmark.timing import spread_of
 from tools.pod_plan import tpu
 from tools.studies import photographs
 
 SHAPE = (32, 32, 4)  # latents of 256 pixels
 RECORDS, PHOTOS = 4096, 256
 
-# What is read, and with which options.
+# Name: (kind of data, options of the pipeline).
 FORMS = {
     "latents, calling thread": ("latents", {"num_threads": 0}),
     "latents, 2 threads": ("latents", {"num_threads": 2}),
@@ -40,19 +39,20 @@ FORMS = {
     "crops, 4 threads": ("crops", {"num_threads": 4}),
     "crops, 2 workers": ("crops", {"num_workers": 2, "num_threads": 1}),
 }
-# By kind: examples of a batch, batches of a timing. Threads prepare whole batches, which then come in bursts: there are
-# many more batches than threads.
+# Kind: (examples of a batch, batches of a timing). Many more batches than threads, because batches come in bursts: each
+# thread prepares a whole batch.
 AMOUNTS = {"latents": (256, 64), "crops": (16, 32), "config.data": (256, 64)}
+COLUMNS = {"examples/s": ("per_s", 0), "times the need": ("of_need", 1), "first batch s": ("first_batch_s", 2)}
 
 
 def need(config: ConfigDict, pod: tpu.Slice, mfu: float) -> float:
-    """Images that a host must read in a second, while the chips train a config at this part of their peak."""
+    """Images per second that a host must read if the chips train the config at the share `mfu` of their peak."""
     work = random_run.make(config).work() / config.batch_size
     return pod.peak * mfu / work / pod.hosts
 
 
 def write_latents(folder: Path) -> data.Dataset:
-    """A set of random latents."""
+    """Write a set of random latents."""
     about = {"format": 1, "moments": "mean_std", "shape": list(SHAPE), "classes": None, "vae": {"scale": None}}
     features = latent_shards.features(SHAPE, 256, None, {}, ())
     plan = latent_shards.Plan(about, features, RECORDS, RECORDS // 4)
@@ -71,7 +71,7 @@ def write_latents(folder: Path) -> data.Dataset:
 
 
 def write_photographs(folder: Path) -> data.Dataset:
-    """Photographs as those of ImageNet are on average: 500 x 375 pixels, JPEG."""
+    """Write JPEG photographs of 500 x 375 pixels, the average of ImageNet."""
     folder.mkdir()
     names = list(photographs.PHOTOGRAPHS)
     for number in range(PHOTOS):
@@ -81,13 +81,13 @@ def write_photographs(folder: Path) -> data.Dataset:
 
 
 def once(dataset: data.Dataset, kind: str, options: dict[str, Any]) -> tuple[float, float]:
-    """Seconds to the first batch of a form, and the examples that it reads in a second after that."""
+    """Seconds to the first batch, and the examples per second after that."""
     size, count = AMOUNTS[kind]
     begin = time.perf_counter()
     with contextlib.closing(pipeline.batches(dataset, size, 0, **options)) as loader:
         next(loader)
         first = time.perf_counter() - begin
-        for _ in range(8):  # what was prepared ahead
+        for _ in range(8):  # prepared ahead, while the first was awaited
             next(loader)
         begin = time.perf_counter()
         for _ in range(count):
@@ -96,13 +96,11 @@ def once(dataset: data.Dataset, kind: str, options: dict[str, Any]) -> tuple[flo
 
 
 def main(given: Any) -> tuple[dict[str, Any], str]:
-    """The figures of a benchmark with these flags, and their table."""
-    if not 0 < given.mfu <= 1:
-        raise ConfigError(f"--mfu={given.mfu}: wanted a part of 1")
+    """The figures and their table."""
+    in_range("--mfu", given.mfu, above=0, high=1)
     pod, forms = tpu.parse(given.pod), dict(FORMS)
     wanted = need(given.config, pod, given.mfu)
-    firsts: dict[str, list[float]] = {}
-    rates: dict[str, list[float]] = {}
+    found: dict[str, list[tuple[float, float]]] = {}  # of each form, `once` in each round
     with tempfile.TemporaryDirectory() as home:
         datasets = {"latents": write_latents(Path(home) / "latents")}
         datasets["crops"] = write_photographs(Path(home) / "photographs")
@@ -111,29 +109,14 @@ def main(given: Any) -> tuple[dict[str, Any], str]:
             forms["config.data"] = "config.data", configs.keywords(given.config.input, "config.input", pipeline.batches)
         for _ in range(given.rounds):
             for name, (kind, options) in forms.items():
-                first, rate = once(datasets[kind], kind, options)
-                firsts.setdefault(name, []).append(first)
-                rates.setdefault(name, []).append(rate)
-    rows = [
-        {
-            "name": name,
-            "per_s": timing.spread(values),
-            "of_need": statistics.median(values) / wanted,
-            "first_batch_s": statistics.median(firsts[name]),
-        }
-        for name, values in rates.items()
-    ]
-    lines = [
-        [
-            found["name"],
-            spread_of(found["per_s"], 0),
-            timing.number(found["of_need"], 1),
-            timing.number(found["first_batch_s"], 2),
-        ]
-        for found in rows
-    ]
-    text = timing.table(("", "examples/s", "times the need", "first batch s"), lines)
-    need_of = (
+                found.setdefault(name, []).append(once(datasets[kind], kind, options))
+    rows = []
+    for name, rounds in found.items():
+        firsts, rates = zip(*rounds, strict=True)
+        per_s = timing.spread(rates)
+        row = {"name": name, "per_s": per_s, "of_need": per_s["median"] / wanted}
+        rows.append(row | {"first_batch_s": statistics.median(firsts)})
+    note = (
         f"A host of a {pod.named} that trains this config at {given.mfu:.0%} of its peak needs {wanted:,.0f} images/s."
     )
-    return {"need_per_host": wanted, "rows": rows}, f"{text}\n\n{need_of}"
+    return {"need_per_host": wanted, "rows": rows}, f"{timing.table_of(rows, COLUMNS)}\n\n{note}"

@@ -1,10 +1,10 @@
-"""What an evaluation takes beside sampling: features, moments, distances, in turn.
+"""Time the parts of an evaluation without sampling: features, moments, distances.
 
-Without a file FID's Inception has random weights, which take as long. Features are those of random images of 256
-pixels, through the function that evaluation uses, so in float32 and with their way to the host; its resizing to 299
-pixels is also timed alone. The Frechet distance of 2,048 features is timed beside the usual square root of the product
-of covariances (scipy's sqrtm), whose eigenvalues fall over five orders of magnitude. Precision and recall are of fewer
-images than a paper's, and extrapolated by the number of distances.
+- Features: of random images of 256 pixels, by the function of `evaluate`: float32, with the copy to the host. Resizing
+  to 299 pixels is also timed alone. Without --extractor, FID's Inception gets random weights.
+- Frechet distance: of 2,048 features, beside the usual square root of the product of covariances (scipy's sqrtm). The
+  eigenvalues of these covariances span five orders of magnitude.
+- Precision and recall: of fewer images than in papers, extrapolated by the number of distances.
 """
 
 from typing import Any
@@ -23,11 +23,10 @@ from diversedit_jax.models import inception
 from diversedit_jax.runtime import cli
 from diversedit_jax.runtime.progress import brief, duration
 from tools.benchmark import timing
-from tools.benchmark.timing import spread_of
 
 WIDTH, SIDE = 2048, 256
-PART, GATHERED = 256, 2_048  # images at a time whose moments are merged
-REFERENCE, SAMPLES = 1_000, 5_000  # of precision and recall
+PART, GATHERED = 256, 2_048  # images whose moments are merged at a time
+REFERENCE, SAMPLES = 1_000, 5_000  # images for precision and recall
 PAPER = 10_000, 50_000
 
 
@@ -35,18 +34,12 @@ def random_inception() -> Extractor:
     """FID's Inception with random weights."""
     network = inception.network("highest")
     weights = jax.device_get(jax.jit(network.init)(jax.random.key(0)))
-
-    def apply(params: Any, images: jax.Array) -> Features:
-        return Features(*network.apply(params, images))
-
-    return Extractor("inception", lambda: weights, apply, {"weights": {"name": "random"}})
+    about = {"weights": {"name": "random"}}
+    return Extractor("inception", lambda: weights, lambda *given: Features(*network.apply(*given)), about)
 
 
 def operations(one: Extractor) -> float:
-    """Floating-point operations for one image as XLA counts them: two for a multiply-add, none where one meets padding.
-
-    11.25e9 of Inception: 0.26e9 are the resizing, the rest is 4% below twice its 5.71e9 multiply-adds.
-    """
+    """FLOPs for one image as XLA counts them: two for a multiply-add, none for padding. Inception: 11.25e9."""
     image = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), np.uint8)
     return jax.jit(one.apply).lower(one.init(), image).compile().cost_analysis()["flops"]
 
@@ -61,7 +54,7 @@ def covariance(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def by_sqrtm(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
-    """The Frechet distance as most code computes it."""
+    """The Frechet distance in its usual form."""
     root = scipy.linalg.sqrtm(cov1 @ cov2)
     return float(np.sum((mean1 - mean2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * np.trace(root).real)
 
@@ -71,9 +64,7 @@ def run(one: Extractor, batch: int, rounds: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     layout = sharding.make()
     if batch < 1 or batch % (one.chunk * layout.mesh.size):
-        raise ConfigError(
-            f"--batch_size={batch}: wanted a multiple of {one.chunk} images on {layout.mesh.size} devices"
-        )
+        raise ConfigError(f"--batch_size={batch}: must be a multiple of {one.chunk} x {layout.mesh.size} devices")
     extract = scoring.extraction([one], layout, batch)
     images = rng.integers(0, 256, (batch, SIDE, SIDE, 3), dtype=np.uint8)
     first, second = covariance(0), covariance(1)
@@ -99,8 +90,7 @@ def run(one: Extractor, batch: int, rounds: int) -> dict[str, Any]:
     times = timing.in_turn({name: timing.clocked(form) for name, form in forms.items()}, rounds)
     spreads = {name: timing.spread(values) for name, values in times.items()}
     seconds = {name: found["median"] for name, found in spreads.items()}
-    pairs = REFERENCE**2 + SAMPLES**2 + REFERENCE * SAMPLES
-    wanted = PAPER[0] ** 2 + PAPER[1] ** 2 + PAPER[0] * PAPER[1]
+    pairs, wanted = (a**2 + b**2 + a * b for a, b in ((REFERENCE, SAMPLES), PAPER))
     flops = operations(one)
     return {
         "rows": [{"name": name, "s": found} for name, found in spreads.items()],
@@ -119,8 +109,7 @@ def run(one: Extractor, batch: int, rounds: int) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The figures for a person."""
-    lines = [[row["name"], spread_of(row["s"], 3)] for row in found["rows"]]
+    """The seconds as a table, and notes."""
     share = found["resizing_share"]
     notes = [
         f"Features: {brief(found['features_per_s'])} images/s, {found['features_tflops_per_s']:.3f} TFLOP/s"
@@ -130,14 +119,15 @@ def table(found: dict[str, Any]) -> str:
         f"Frechet distance: {found['frechet_ratio']:.1f} times as fast as by sqrtm, which differs by"
         f" {found['frechet_difference']:.0e} of it.",
     ]
-    for mode, seconds in found["precision_recall_extrapolated_s"].items():
-        sizes = f"{PAPER[0]:,} and {PAPER[1]:,}"
-        notes.append(f"Precision and recall of {sizes}, {mode}: about {duration(seconds)}, extrapolated.")
-    return timing.table(("", "seconds"), lines) + "\n\n" + "\n".join(f"- {note}" for note in notes)
+    notes += [
+        f"Precision and recall of {PAPER[0]:,} and {PAPER[1]:,}, {mode}: about {duration(seconds)}, extrapolated."
+        for mode, seconds in found["precision_recall_extrapolated_s"].items()
+    ]
+    return timing.table_of(found["rows"], {"seconds": ("s", 3)}) + "\n\n" + "\n".join(f"- {note}" for note in notes)
 
 
 def main(given: Any) -> tuple[dict[str, Any], str]:
-    """The figures of a benchmark with these flags, and their table."""
+    """The figures and their table."""
     named = cli.named_files("extractor", [given.extractor] if given.extractor else [])
     one = next((extractors.make(name, **options) for name, options in named.items()), None) or random_inception()
     found = run(one, given.batch_size, given.rounds) | {"weights": dict(one.about["weights"])}

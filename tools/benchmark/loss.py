@@ -1,9 +1,8 @@
-"""Auxiliary losses alone: each loss of variants of a config, with its gradient, on random features of every block.
+"""Time each auxiliary loss of variants of a config alone, with its gradient.
 
-What the network and the objective would give is given: features [b n d] of each block in `model.stream_dtype`, and what
-encoders have seen. A loss with a teacher (SRA) runs it. Memory is what the compiled program needs beside its inputs and
-the gradient: the value of a form that stores no products of features is seen there. In a training step the compiler can
-merge a loss with what is around it; the whole step is timed by `train`.
+The outputs of the network and the encoders are random: features [b n d] of each block in `model.stream_dtype`. A loss
+with a teacher (SRA) runs it. Memory is what the compiled program needs beside its inputs and the gradient. In a
+training step the compiler can fuse a loss with its neighbours: `train` times the whole step.
 """
 
 import time
@@ -17,14 +16,19 @@ from diversedit_jax.api import AuxLoss, Context
 from diversedit_jax.codecs import encoded, null_condition
 from diversedit_jax.errors import ConfigError
 from tools.benchmark import random_run, timing, variants
-from tools.benchmark.timing import spread_of
 
 GIB = 2**30
-AT_LEAST = 0.2  # seconds that a timing takes
+AT_LEAST = 0.2  # seconds of a timing
+COLUMNS = {
+    "ms": ("s", 2, 1e3),
+    "ratio": ("ratio", 3),
+    "temporary GiB": ("temporary_gib", 3),
+    "compile s": ("compile_s", 1),
+}
 
 
 def inputs(run: random_run.Run) -> tuple[Any, Any]:
-    """What a loss reads, random: the batch as the network gets it, and the result of the objective."""
+    """Random inputs of a loss: the batch as the network gets it, and the result of the objective."""
     parts, key = run.experiment.components, jax.random.key(0)
 
     def forward(params: Any, frozen: Any, batch: Any) -> tuple[Any, Any]:
@@ -36,9 +40,8 @@ def inputs(run: random_run.Run) -> tuple[Any, Any]:
 
     def random(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jnp.integer):
-            return jnp.asarray(
-                rng.integers(max(run.experiment.space.conditions.classes or 1, 1), size=leaf.shape), leaf.dtype
-            )
+            classes = run.experiment.space.conditions.classes or 1
+            return jnp.asarray(rng.integers(classes, size=leaf.shape), leaf.dtype)
         return jnp.asarray(rng.standard_normal(leaf.shape, np.float32), leaf.dtype)
 
     params = jax.eval_shape(parts.model.init, key)
@@ -47,10 +50,10 @@ def inputs(run: random_run.Run) -> tuple[Any, Any]:
 
 
 def subject(run: random_run.Run, aux: AuxLoss, prepared: Any, forward: Any, steps: int | None) -> timing.Subject:
-    """A loss, compiled with its gradient with respect to the features and its own parameters."""
+    """A loss, compiled with its gradient for the features and its own parameters."""
     key = jax.random.key(1)
     heads = aux.init(key, forward, prepared) if aux.init else {}
-    weights = run.params()  # of a teacher, where there is one
+    weights = run.params()  # of a teacher
 
     def value(features: Any, heads: Any, forward: Any, prepared: Any, weights: Any) -> jax.Array:
         teacher = run.experiment.components.model.network(weights)
@@ -73,23 +76,8 @@ def subject(run: random_run.Run, aux: AuxLoss, prepared: Any, forward: Any, step
     return timing.Subject(*timing.counted(go, steps, AT_LEAST), facts)
 
 
-def table(rows: timing.Rows) -> str:
-    """The rows of a record for a person."""
-    lines = [
-        [
-            found["name"],
-            spread_of(found["s"], 2, 1e3),
-            spread_of(found["ratio"], 3),
-            timing.number(found["temporary_gib"], 3),
-            timing.number(found["compile_s"], 1),
-        ]
-        for found in rows
-    ]
-    return timing.table(("", "ms", "ratio", "temporary GiB", "compile s"), lines)
-
-
 def main(given: Any) -> tuple[dict[str, Any], str]:
-    """The figures of a benchmark with these flags, and their table."""
+    """The figures and their table."""
     subjects: dict[str, timing.Subject] = {}
     for name, config in variants.of_flags().items():
         run = random_run.make(config)
@@ -101,4 +89,4 @@ def main(given: Any) -> tuple[dict[str, Any], str]:
     if not subjects:
         raise ConfigError("config.losses is empty: there is nothing to time")
     rows = timing.measured(subjects, given.rounds)
-    return {"rows": rows}, table(rows)
+    return {"rows": rows}, timing.table_of(rows, COLUMNS)

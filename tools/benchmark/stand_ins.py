@@ -1,4 +1,4 @@
-"""A config's run without its files: shapes of samples and batches, and encoders in their published size."""
+"""Stand-ins for the files of a config: shapes of examples and batches, and encoders in their published size."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -16,8 +16,9 @@ from diversedit_jax.models import vit
 from diversedit_jax.runs import build
 from diversedit_jax.weights.formats.weights_file import write_safetensors
 from diversedit_jax.weights.vit import LAYOUTS, export
+from tools.benchmark.timing import say
 
-# (depth, width, patch, side of the position table) of the encoders that REPA's and our configs align to.
+# (depth, width, patch, side of the position table) of the encoders of REPA's and our configs.
 ENCODERS = {
     "dinov2": (12, 768, 14, 37),
     "dinov1": (12, 768, 16, 14),
@@ -29,7 +30,7 @@ ENCODERS = {
 
 
 def space(config: ConfigDict) -> Space:
-    """Where the examples of a config live; where its data cannot be opened here, that of ImageNet's latents."""
+    """The space of a config's examples; that of ImageNet's latents if its data need options (such as data_dir)."""
     options = registry.options(registry.factory("data", config.data.name)).values()
     if all(option.default is not option.empty for option in options):
         return build.open_data(config).space
@@ -38,7 +39,7 @@ def space(config: ConfigDict) -> Space:
 
 
 def stored(config: ConfigDict, space: Space) -> dict[str, Any]:
-    """A batch as the data of the config would give it, without its values."""
+    """The shapes of a batch of the config's data."""
     *sides, c = space.shape
     if config.data.get("cached"):
         raise ConfigError("config.data.cached: the shapes of stored features are not known without the data")
@@ -49,10 +50,8 @@ def stored(config: ConfigDict, space: Space) -> dict[str, Any]:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((config.batch_size, *np.shape(x)), np.asarray(x).dtype), one)
 
 
-def take_their_places(
-    config: ConfigDict, folder: Path, say: Callable[[str], None], fill: Callable[..., np.ndarray] = np.zeros
-) -> None:
-    """Give the config files, made in the folder, for encoders that it has none for; and take its autoencoder away."""
+def replace_files(config: ConfigDict, folder: Path, fill: Callable[..., np.ndarray] = np.zeros) -> None:
+    """Write files into the folder for encoders without a file, set them in the config, and unset its autoencoder."""
     for label, encoder in config.encoders.items():
         if encoder.get("file") is None:
             encoder.file = str(stand_in(encoder.name, folder, fill))
@@ -63,9 +62,9 @@ def take_their_places(
 
 
 def stand_in(name: str, folder: Path, fill: Callable[..., np.ndarray] = np.zeros) -> Path:
-    """A file with the arrays of the published encoder `name`, each made by `fill(shape, dtype)`."""
+    """Write a file with the arrays of the published encoder `name`, each made by `fill(shape, dtype)`."""
     if name not in ENCODERS:
-        raise ConfigError(f"config.encoders: no published size of {name!r} is known; give its file")
+        raise ConfigError(f"config.encoders: the published size of {name!r} is unknown; give its file")
     kind = import_module(f"diversedit_jax.encoders.{name}").KIND
     depth, width, patch, side = ENCODERS[name]
     layout = kind.layouts[0]

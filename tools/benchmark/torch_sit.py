@@ -1,11 +1,13 @@
 """SiT, its training step and its sampler in PyTorch, to compare ours with: the program that `torch_twin` starts.
 
-It knows torch and numpy alone, so that no CUDA library of jax shares its process. Written as for a run of one's own:
-scaled_dot_product_attention, torch.compile of the forward pass and the loss as one graph with static shapes (whose
-backward pass recomputes what is cheap, as our `remat` does), fused AdamW, EMA in one operation over all parameters,
-and nothing in the loop that waits for the device. With bfloat16 products run under autocast and parameters stay
-float32; as in our policy, so do the residual stream (unless its dtype is changed), norms, modulation, the time
-embedding and losses. On a GPU float32 products are TF32 (`set_float32_matmul_precision("high")`), jax's default, too.
+It imports only torch and numpy: CUDA libraries of jax and torch cannot share a process. It is written to be fast:
+
+- scaled_dot_product_attention, fused AdamW, EMA in one operation over all parameters, no waiting for the device;
+- torch.compile of forward pass and loss as one graph with static shapes. Its backward pass recomputes cheap values, as
+  our `remat` does;
+- bfloat16: products run under autocast. Parameters, norms, modulation, the time embedding, losses and the residual
+  stream (unless `stream_dtype` says otherwise) stay float32, as in our policy;
+- float32 on a GPU: products are TF32 (`set_float32_matmul_precision("high")`), which is jax's default.
 """
 
 import math
@@ -26,8 +28,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 EPS = 1e-6  # of every LayerNorm
-
-# --- The network, under the names of the published one.
 
 
 class Attention(nn.Module):
@@ -69,44 +69,31 @@ class Block(nn.Module):
 
 
 class SiT(nn.Module):
-    """(x_t [b c h w], t, y) -> (velocity float32, the outputs of all blocks). positions: the table [n d].
+    """(x_t [b c h w], t, y) -> (velocity float32, the outputs of all blocks).
 
-    skip: DiverseDiT's long residual connections as released, from block i to block depth - 1 - i, merged after it.
+    positions: the table [n d]. arch: an Architecture of `weights.dit` as a dict, with `grid` and `stream_dtype`. Its
+    `skip`: DiverseDiT's long residual connections as released, from block i to behind block depth - 1 - i.
     """
 
-    def __init__(
-        self,
-        positions: np.ndarray,
-        grid: tuple[int, int],
-        channels: int,
-        classes: int,
-        depth: int,
-        width: int,
-        heads: int,
-        hidden: int,
-        patch: int,
-        qk_norm: bool,
-        skip: bool,
-        stream_dtype: str,
-    ):
+    def __init__(self, positions: np.ndarray, arch: dict[str, Any]):
         super().__init__()
-        self.grid, self.patch, self.stream = grid, patch, getattr(torch, stream_dtype)
-        pairs = depth // 2 if skip else 0
-        self.deep = range(depth - pairs, depth)  # the blocks that a connection leads to
+        depth, width, patch, channels = (arch[name] for name in ("depth", "width", "patch", "channels"))
+        self.grid, self.patch, self.stream = arch["grid"], patch, getattr(torch, arch["stream_dtype"])
+        pairs = depth // 2 if arch["skip"] else 0
+        self.deep = range(depth - pairs, depth)  # the blocks that end a connection
         self.register_buffer("positions", torch.from_numpy(positions), persistent=False)
         frequencies = torch.exp(-math.log(10_000) * torch.arange(128, dtype=torch.float64) / 128)
         self.register_buffer("frequencies", frequencies.float(), persistent=False)
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(channels, width, patch, stride=patch)})
-        self.t_embedder = nn.ModuleDict(
-            {"mlp": nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))}
-        )
-        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(classes + 1, width)})
-        self.blocks = nn.ModuleList(Block(width, heads, hidden, qk_norm) for _ in range(depth))
+        mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.t_embedder = nn.ModuleDict({"mlp": mlp})
+        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(arch["num_classes"] + 1, width)})
+        block = partial(Block, width, arch["heads"], int(width * arch["mlp_ratio"]), arch["qk_norm"])
+        self.blocks = nn.ModuleList(block() for _ in range(depth))
         self.skip_norms = nn.ModuleList(nn.LayerNorm(2 * width, eps=EPS) for _ in range(pairs))
         self.skip_linears = nn.ModuleList(nn.ModuleDict({"linear": nn.Linear(2 * width, width)}) for _ in range(pairs))
-        self.final_layer = nn.ModuleDict(
-            {"adaLN_modulation": modulation(width, 2), "linear": nn.Linear(width, patch * patch * channels)}
-        )
+        last = {"adaLN_modulation": modulation(width, 2), "linear": nn.Linear(width, patch * patch * channels)}
+        self.final_layer = nn.ModuleDict(last)
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
         x = self.x_embedder["proj"](x_t).flatten(2).transpose(1, 2) + self.positions
@@ -131,27 +118,24 @@ class SiT(nn.Module):
         return torch.einsum("bhwpqc->bchpwq", x).flatten(4, 5).flatten(2, 3), features
 
 
-# --- The diversity loss as released.
-
-
 def diversity(
     features: list[Tensor],
-    pairs: list[tuple[int, int]],
-    weights: tuple[float, float, float],
+    pairs: list,
+    weights: tuple,
     scale: float,
     lo: float,
     hi: float,
     coefficient: float,
     groups: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`losses.diversity.diversity_loss` with the forms of its preset `release`: the loss and its parts."""
+    """`losses.diversity.diversity_loss` with its preset `release`: the loss and its parts."""
     blocks = [f.float().unflatten(0, (groups, -1)).flatten(1, 2) for f in features]  # [g (b n) d]
     first, second = (list(side) for side in zip(*pairs, strict=True))
 
     means = F.normalize(torch.stack([f.mean(dim=1) for f in blocks]), dim=-1, eps=1e-8)  # [l g d]
     orthogonality = (means[first] * means[second]).sum(dim=-1).mean(dim=0)
 
-    # Pair by pair, and the unit features never stored: compiled on a CPU less than half the time of indexing a stack.
+    # One pair at a time, without storing unit features: on a CPU less than half the time of indexing a stack.
     inverse = [1 / f.norm(dim=-1).clamp_min(1e-8) for f in blocks]
     cosines = [((blocks[i] * blocks[j]).sum(dim=-1) * inverse[i] * inverse[j]).mean(dim=-1) for i, j in pairs]
     mutual_information = torch.stack(cosines).abs().mean(dim=0)
@@ -162,33 +146,21 @@ def diversity(
 
     terms = {"orthogonality": orthogonality, "mutual_information": mutual_information, "dispersion": dispersion}
     loss = sum(weight * term for weight, term in zip(weights, terms.values(), strict=True))
-    ramp = torch.where(loss > hi, 1.0, torch.where(loss > lo, (loss - lo) / hi, 0.0))
-    weight = coefficient * ramp
+    weight = coefficient * torch.where(loss > hi, 1.0, torch.where(loss > lo, (loss - lo) / hi, 0.0))
     parts = terms | {"loss": loss, "weight": weight}
     return (weight * loss).mean(), {name: part.mean() for name, part in parts.items()}
 
 
-# --- The training step.
-
-
 class Program(NamedTuple):
-    """run: so many steps, or batches of samples, on data that stay on the device. once: see `Twin`.
+    """A training step or a sampler."""
 
-    compile: a step, or an evaluation of the network of each kind, so that all is compiled.
-    """
-
-    compile: Callable[[], None]
-    run: Callable[[int], None]
-    once: Callable[[dict[str, np.ndarray], int], dict[str, np.ndarray]]
+    compile: Callable[[], Any]  # runs everything that compiles: a step, or a guided and an unguided evaluation
+    run: Callable[[], Any]  # does one step, or one batch of samples, on data on the device
+    once: Callable[[dict[str, np.ndarray], int], dict[str, np.ndarray]]  # see `Twin.once`
 
 
-def load(network: SiT, job: dict[str, Any]) -> None:
+def load(network: SiT, job: dict[str, Any]) -> SiT:
     network.load_state_dict({name: torch.from_numpy(array) for name, array in job["params"].items()}, strict=True)
-
-
-def build_network(job: dict[str, Any]) -> SiT:
-    network = SiT(job["positions"], **job["network"])
-    load(network, job)
     return network.to(job["device"])
 
 
@@ -197,30 +169,30 @@ def autocast(job: dict[str, Any]) -> torch.autocast:
 
 
 def on_device(job: dict[str, Any], array: np.ndarray) -> Tensor:
-    """Images [b h w c] as torch has them, [b c h w]; all else as it is."""
+    """An array as a tensor; images [b h w c] become [b c h w]."""
     tensor = torch.from_numpy(array).to(job["device"])
     return tensor.permute(0, 3, 1, 2).contiguous() if tensor.ndim == 4 else tensor
 
 
 def compiled(job: dict[str, Any], function: Callable) -> Callable:
-    # dynamic=False: the sampler's batch has two sizes, each with its own code
+    # dynamic=False: compile for each of the two batch sizes of the sampler
     return torch.compile(function, fullgraph=True, dynamic=False) if job["compile"] else function
 
 
 def drawn(job: dict[str, Any], batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, noise, t and the labels, some of them dropped."""
+    """x, noise, t and the labels after dropout."""
     if "moments" in batch:
         mean, std = batch["moments"].float().chunk(2, dim=1)
         x = (mean + std * torch.randn_like(mean) - job["bias"]) * job["scale"]
     else:
         x = batch["x"]
     draws = torch.rand(2, len(x), device=x.device)
-    y = batch["y"].masked_fill(draws[1] < job["label_drop"], job["network"]["classes"])
+    y = batch["y"].masked_fill(draws[1] < job["label_drop"], job["network"]["num_classes"])
     return x, torch.randn_like(x), draws[0], y
 
 
 def training(job: dict[str, Any]) -> Program:
-    network = build_network(job)
+    network = load(SiT(job["positions"], job["network"]), job)
     params = list(network.parameters())
     batch = {name: on_device(job, array) for name, array in job["batch"].items()}
 
@@ -253,9 +225,8 @@ def training(job: dict[str, Any]) -> Program:
 
     state = optimizer_and_ema()
 
-    def run(steps: int) -> None:
-        for _ in range(steps):
-            step(*state, *drawn(job, batch))
+    def run() -> None:
+        step(*state, *drawn(job, batch))
 
     def once(inputs: dict[str, np.ndarray], steps: int) -> dict[str, np.ndarray]:
         load(network, job)
@@ -263,21 +234,17 @@ def training(job: dict[str, Any]) -> Program:
         given = [on_device(job, inputs[name]) for name in ("x", "noise", "t", "y")]
         for _ in range(steps):
             metrics = step(optimizer, ema, *given)
-        names = [name for name, _ in network.named_parameters()]
-        metrics |= {f"params/{name}": p.detach() for name, p in zip(names, params, strict=True)}
-        metrics |= {f"ema/{name}": p for name, p in zip(names, ema, strict=True)}
+        for (name, param), average in zip(network.named_parameters(), ema, strict=True):
+            metrics |= {f"params/{name}": param.detach(), f"ema/{name}": average}
         return {name: value.cpu().numpy() for name, value in metrics.items()}
 
-    return Program(lambda: run(1), run, once)
-
-
-# --- The sampler.
+    return Program(run, run, once)
 
 
 def sampling(job: dict[str, Any]) -> Program:
-    """Euler-Maruyama for the linear path with w = 2 t, its last step without noise, as `samplers.euler_maruyama`."""
-    network = build_network(job).eval()
-    if job["dtype"] == "bfloat16":  # once, where autocast would cast them at every step
+    """`solvers.euler_maruyama` for the linear path with w = 2 t; the last step adds no noise."""
+    network = load(SiT(job["positions"], job["network"]), job).eval()
+    if job["dtype"] == "bfloat16":  # autocast would cast them at every step
         for module in network.modules():
             if isinstance(module, nn.Linear | nn.Conv2d) and module not in network.t_embedder["mlp"]:
                 module.to(torch.bfloat16)
@@ -293,7 +260,7 @@ def sampling(job: dict[str, Any]) -> Program:
     def guided(x: Tensor, t: float, y: Tensor) -> Tensor:
         if options["cfg_scale"] == 1 or not low <= t <= high:
             return velocity(x, x.new_full((len(x),), t), y)
-        both = torch.cat([y, torch.full_like(y, job["network"]["classes"])])
+        both = torch.cat([y, torch.full_like(y, job["network"]["num_classes"])])
         v, v_null = velocity(torch.cat([x, x]), x.new_full((2 * len(x),), t), both).chunk(2)
         return v_null + options["cfg_scale"] * (v - v_null)
 
@@ -314,13 +281,11 @@ def sampling(job: dict[str, Any]) -> Program:
 
     @torch.inference_mode()
     def compile() -> None:
-        kinds = {low <= t <= high: t for t in options["times"][:-1]}  # guided or not: a time of each
-        for t in kinds.values():
+        for t in {low <= t <= high: t for t in options["times"][:-1]}.values():  # one guided time, one unguided
             guided(normal(), t, labels)
 
-    def run(batches: int) -> None:
-        for _ in range(batches):
-            sample(normal(), lambda i: normal(), labels)
+    def run() -> None:
+        sample(normal(), lambda i: normal(), labels)
 
     def once(inputs: dict[str, np.ndarray], steps: int) -> dict[str, np.ndarray]:
         x, y = (on_device(job, inputs[name]) for name in ("x", "y"))
@@ -330,84 +295,77 @@ def sampling(job: dict[str, Any]) -> Program:
     return Program(compile, run, once)
 
 
-# --- The process.
+class Worker:
+    """The calls of a `Twin`, each with its job."""
 
-
-def synchronize(job: dict[str, Any]) -> None:
-    if job["device"] == "cuda":
-        torch.cuda.synchronize()
-
-
-def timed(job: dict[str, Any], function: Callable, *arguments: Any) -> float:
-    """Wall seconds of a call, the device's work included."""
-    synchronize(job)
-    begin = time.perf_counter()
-    function(*arguments)
-    synchronize(job)
-    return time.perf_counter() - begin
-
-
-def started(job: dict[str, Any]) -> tuple[Program, dict[str, Any]]:
-    """The program of a job, compiled, and the facts about it. What cannot be compiled runs uncompiled."""
-    build = {"train": training, "sample": sampling}[job["kind"]]
-    why = None if job["compile"] else "not asked for"
-    if job["compile"]:
+    def begin(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Build and compile the job; returns facts about it. It runs uncompiled if torch.compile fails."""
+        self.cuda = job["device"] == "cuda"
+        if job["threads"]:
+            torch.set_num_threads(job["threads"])
+        if self.cuda:
+            torch.set_float32_matmul_precision("high")
+        why = None if job["compile"] else "not asked for"
         try:
-            program = build(job)
-            seconds = timed(job, program.compile)
+            seconds = self._start(job)
         except Exception as error:
-            why = f"{type(error).__name__}: {error}".split("\n\n")[0]  # without advice for developers of PyTorch
+            if not job["compile"]:
+                raise
+            why = f"{type(error).__name__}: {error}".split("\n\n")[0]  # without the advice for PyTorch's developers
             torch._dynamo.reset()
-    if why is not None:
-        program = build(job | {"compile": False})
-        seconds = timed(job, program.compile)
-    cuda = job["device"] == "cuda"
-    facts = {
-        "torch": str(torch.__version__),  # of a class of torch's, which unpickling would import over there
-        "device": torch.cuda.get_device_name() if cuda else f"cpu ({torch.backends.cpu.get_cpu_capability()})",
-        "threads": torch.get_num_threads(),
-        "compile": why is None,
-        "why_not": why,
-        "compile_s": seconds,
-        "parameters": sum(array.size for array in job["params"].values()),
-    }
-    return program, facts
+            seconds = self._start(job | {"compile": False})
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        return {
+            "torch": str(torch.__version__),  # a class of torch's own: unpickling it would import torch
+            "device": torch.cuda.get_device_name() if self.cuda else f"cpu ({torch.backends.cpu.get_cpu_capability()})",
+            "threads": torch.get_num_threads(),
+            "compile": why is None,
+            "why_not": why,
+            "compile_s": seconds,
+            "parameters": sum(array.size for array in job["params"].values()),
+        }
+
+    def _start(self, job: dict[str, Any]) -> float:
+        self.program = {"train": training, "sample": sampling}[job["kind"]](job)
+        return self._timed(self.program.compile)
+
+    def _timed(self, function: Callable[[], Any], count: int = 1) -> float:
+        """Wall seconds of `count` calls, with the device's work."""
+        wait = torch.cuda.synchronize if self.cuda else lambda: None
+        wait()
+        begin = time.perf_counter()
+        for _ in range(count):
+            function()
+        wait()
+        return time.perf_counter() - begin
+
+    def run(self, count: int) -> float:
+        return self._timed(self.program.run, count)
+
+    def once(self, inputs: dict[str, np.ndarray], steps: int) -> dict[str, np.ndarray]:
+        return self.program.once(inputs, steps)
+
+    def peak_bytes(self) -> int | None:
+        return torch.cuda.max_memory_allocated() if self.cuda else None
 
 
 def serve(connection: Connection) -> None:
-    """Answer calls (name, *arguments) with (value, None) or (None, error), until the other end closes.
-
-    The first is `begin`, with the job; then `run`, `once` and `peak_bytes`.
-    """
-    program = None
+    """Answer calls (name, *arguments) of a Worker with (value, None) or (None, error), until the other end closes."""
+    worker = Worker()
     while True:
         try:
             name, *arguments = connection.recv()
         except EOFError:
             return
         try:
-            if name == "begin":
-                (job,) = arguments
-                if job["threads"]:
-                    torch.set_num_threads(job["threads"])
-                if job["device"] == "cuda":
-                    torch.set_float32_matmul_precision("high")
-                program, value = started(job)
-                if job["device"] == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-            elif name == "run":
-                value = timed(job, program.run, *arguments)
-            elif name == "once":
-                value = program.once(*arguments)
-            else:
-                value = torch.cuda.max_memory_allocated() if job["device"] == "cuda" else None
+            answer = getattr(worker, name)(*arguments), None
         except Exception as error:
-            connection.send((None, (f"{type(error).__name__}: {error}", traceback.format_exc())))
-        else:
-            connection.send((value, None))
+            answer = None, (f"{type(error).__name__}: {error}", traceback.format_exc())
+        connection.send(answer)
 
 
 if __name__ == "__main__":
     descriptor = int(sys.argv[1])
-    os.set_inheritable(descriptor, False)  # else a process that torch.compile starts would keep the pipe open
+    os.set_inheritable(descriptor, False)  # else processes of torch.compile keep the pipe open
     serve(Connection(descriptor))

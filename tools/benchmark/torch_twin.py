@@ -1,10 +1,10 @@
-"""Our training step and our sampler in PyTorch, in a process of its own, for a benchmark that times both in turn.
+"""Our training step and our sampler in PyTorch, in a process of its own, to be timed beside ours.
 
     with Twin(job_of(experiment, params, batch, "train")) as twin:
         seconds = twin.run(10)
 
-The process runs `torch_sit`, which says how its step is written. This one never imports torch: its CUDA libraries and
-jax's do not get along in one process. A process of jax that is to share its GPU must not preallocate its memory.
+The process runs `torch_sit`. This module never imports torch: the CUDA libraries of torch and jax conflict in one
+process. To share a GPU, jax must not preallocate its memory.
 """
 
 import contextlib
@@ -30,14 +30,15 @@ from diversedit_jax.diffusion.paths import PATHS
 from diversedit_jax.errors import ConfigError, RunError
 from diversedit_jax.losses import diversity
 from diversedit_jax.models import dit
+from diversedit_jax.registry import one_of
 from diversedit_jax.runs.build import Experiment
 from diversedit_jax.weights import dit as releases
-from diversedit_jax.weights.dit_names import Architecture
+from tools.convert_checkpoint import architecture
 
 PROGRAM = Path(__file__).with_name("torch_sit.py")
 
-# What the twin can do, by the place in a config. What is not here (seed, remat, mesh, ...) is not part of the step's
-# result, or is read by `job_of`.
+# The values that the twin knows, by key of the config. Other keys (seed, remat, mesh, ...) do not change the result, or
+# `job_of` reads them.
 KNOWN = {
     "accumulate": (1,),
     "encoders": ({},),
@@ -64,36 +65,27 @@ KNOWN_SAMPLING = {
     "sampler.guidance_channels": (None,),
     "sampler.token_cfg_scale": (None,),
 }
-# Of the diversity loss: numbers and pairs may differ from `release`, these may not.
-RELEASED = (
-    "redraw",
-    "orthogonality",
-    "mutual_information",
-    "dispersion_absolute",
-    "dispersion_clamp",
-    "dispersion_blocks",
-    "weight",
-    "denominator",
-    "detach_weight",
-)
+# Options of the diversity loss that must be those of its preset `release`.
+RELEASED = ("redraw", "orthogonality", "mutual_information", "weight", "denominator", "detach_weight")
+RELEASED += ("dispersion_absolute", "dispersion_clamp", "dispersion_blocks")
 
 
-class Twin:
-    """The process with a job of `job_of`, compiled; at the end of a `with` it is killed.
+class Twin(contextlib.AbstractContextManager):
+    """The process with a compiled job of `job_of`; the end of a `with` kills it.
 
-    facts: `torch` (its version), `device`, `threads`, `compile` (whether the step is compiled) and `why_not`,
-    `compile_s` (seconds of the first step, or of the sampler's first evaluations, in which all is compiled, without a
-    cache), `parameters`.
+    facts: `torch` (its version), `device`, `threads`, `compile` (whether the step is compiled), `why_not`, `compile_s`
+    (seconds of the first step or evaluations, without a cache) and `parameters`.
 
-    ConfigError without PyTorch; RunError with the traceback for what fails in the process, here or in any call.
+    ConfigError without PyTorch. RunError, with the traceback, if the process fails here or in a call.
     """
 
     def __init__(self, job: Mapping[str, Any]):
         if importlib.util.find_spec("torch") is None:
             raise ConfigError("--vs=torch needs PyTorch: pip install torch")
         self._folder = tempfile.TemporaryDirectory(prefix="torch-twin-")
+        self._log = Path(self._folder.name, "log")
         self._connection, theirs = Pipe()
-        # OpenMP's threads wait by spinning otherwise, and beside other work a step then takes many times as long.
+        # PASSIVE: spinning threads of OpenMP make a step many times slower beside other work.
         with open(self._log, "w") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(PROGRAM), str(theirs.fileno())],
@@ -107,35 +99,32 @@ class Twin:
         try:
             self.facts: dict[str, Any] = self._ask("begin", dict(job))
         except BaseException:
-            self._kill()
+            self.__exit__()
             raise
 
-    def __enter__(self) -> "Twin":
-        return self
-
     def __exit__(self, *error: object) -> None:
-        self._kill()
+        with contextlib.suppress(ProcessLookupError):  # the group may outlive this process
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._connection.close()
+        self._folder.cleanup()
 
     def run(self, count: int) -> float:
-        """Wall seconds of so many training steps, or of so many whole batches of samples, one after another."""
+        """Wall seconds of `count` training steps or batches of samples."""
         return self._ask("run", count)
 
     def peak_bytes(self) -> int | None:
-        """The most memory that was allocated on the GPU at a time since the first step; None on a CPU."""
+        """The peak of allocated GPU memory since the first step; None on a CPU."""
         return self._ask("peak_bytes")
 
     def once(self, inputs: Mapping[str, np.ndarray], steps: int = 1) -> dict[str, np.ndarray]:
-        """What the job's program makes of given draws, for comparing it with ours.
+        """The program's result for given draws, to compare with ours.
 
-        train: `x`, `noise` [b h w c], `t` and `y`, no label dropped, to our metrics, `params/NAME` and `ema/NAME`
-        after so many steps from the job's parameters. sample: `x` [b h w c] at t = 1, `noise` [steps b h w c] and `y`
-        to `x` at t = 0.
+        train: from `x`, `noise` [b h w c], `t` and `y` (no label is dropped) to our metrics, `params/NAME` and
+        `ema/NAME` after `steps` steps from the job's parameters.
+        sample: from `x` [b h w c] at t = 1, `noise` [steps b h w c] and `y` to `x` at t = 0.
         """
         return self._ask("once", dict(inputs), steps)
-
-    @property
-    def _log(self) -> Path:
-        return Path(self._folder.name, "log")
 
     def _ask(self, *call: Any) -> Any:
         try:
@@ -145,7 +134,7 @@ class Twin:
                     raise EOFError
             value, error = self._connection.recv()
         except (EOFError, OSError):
-            with contextlib.suppress(subprocess.TimeoutExpired):  # it has closed its end, and may take a moment to end
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it closed its pipe and may need a moment to end
                 self._process.wait(10)
             code, said = self._process.returncode, self._log.read_text(errors="replace")[-3000:]
             raise RunError(f"the process with PyTorch has ended with code {code}. It wrote: {said}") from None
@@ -153,13 +142,6 @@ class Twin:
             message, traceback = error
             raise RunError(f"PyTorch: {message}\n\n{traceback}")
         return value
-
-    def _kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):  # a group may outlive its head
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        self._connection.close()
-        self._folder.cleanup()
 
 
 def job_of(
@@ -172,74 +154,37 @@ def job_of(
     threads: int | None = None,
     compile: bool = True,
 ) -> dict[str, Any]:
-    """What a config does, as plain data for `Twin`; ConfigError names what it cannot do.
+    """A config as plain data for `Twin`. ConfigError names what the twin cannot do.
 
-    params: of our model. batch: for kind `train` `moments` [b h w 2c] or `x` [b h w c], and `y`; for `sample` the
-    labels `y`. device: `cpu` or `cuda`. threads: of PyTorch on the CPU, by default as many as it takes. compile: by
-    torch.compile.
+    params: of our model. device: `cpu` or `cuda`. threads: of PyTorch on the CPU; None: its default.
+    batch: for kind `train`: `moments` [b h w 2c] or `x` [b h w c], and `y`; for `sample`: the labels `y`.
     """
-    config, (shape, conditions) = experiment.config, experiment.space
-    if kind not in ("train", "sample"):
-        raise ConfigError(f"kind = {kind!r}: must be train or sample")
+    config, shape = experiment.config, experiment.space.shape
+    one_of("kind", kind, ("train", "sample"))
     _check(config, "", KNOWN | (KNOWN_TRAINING if kind == "train" else KNOWN_SAMPLING))
-    latents = "moments" if "moments" in batch else "x"
-    inputs = (latents, "y") if kind == "train" else ("y",)
-    if missing := [name for name in inputs if name not in batch]:
-        raise ConfigError(f"a batch for kind {kind} needs {' and '.join(inputs)}; {' and '.join(missing)} is missing")
     if config.model.out_channels not in (None, shape[-1]):
         raise _not_among("model.out_channels", config.model.out_channels)
-    size = dit.SIZES[config.model.size]
-    depth, width, heads = size._replace(
-        **{name: config.model[name] for name in size._fields if config.model[name] is not None}
-    )
-    patch = config.model.patch
-    arch = Architecture(
-        depth,
-        width,
-        heads,
-        patch,
-        channels=shape[-1],
-        out_channels=shape[-1],
-        num_classes=conditions.classes,
-        mlp_ratio=config.model.mlp_ratio,
-        qk_norm=config.model.qk_norm,
-        skip=config.model.skip == "release",
-    )
-    return (_training(config, depth) if kind == "train" else _sampling(config)) | {
+    arch = architecture(config.model, experiment.space)
+    grid = (shape[0] // arch.patch, shape[1] // arch.patch)
+    return (_training(config, arch.depth) if kind == "train" else _sampling(config)) | {
         "kind": kind,
         "device": device,
         "threads": threads,
         "compile": compile,
         "dtype": config.model.dtype,
-        "network": {
-            "grid": (shape[0] // patch, shape[1] // patch),
-            "channels": shape[-1],
-            "classes": conditions.classes,
-            "depth": depth,
-            "width": width,
-            "heads": heads,
-            "hidden": int(width * arch.mlp_ratio),
-            "patch": patch,
-            "qk_norm": arch.qk_norm,
-            "skip": arch.skip,
-            "stream_dtype": config.model.stream_dtype,
-        },
-        "positions": dit.position_table((shape[0] // patch, shape[1] // patch), width),
+        "network": arch._asdict() | {"grid": grid, "stream_dtype": config.model.stream_dtype},
+        "positions": dit.position_table(grid, arch.width),
         "params": releases.export(jax.device_get(params), "sit", arch),
-        "batch": {name: np.asarray(batch[name]) for name in inputs},
+        "batch": {name: np.asarray(batch[name]) for name in ("moments", "x", "y") if name in batch},
     }
 
 
 def _training(config: ConfigDict, depth: int) -> dict[str, Any]:
-    """The part of a job that is about training alone."""
+    """The part of a job for training."""
     optim = config.optim
+    adamw = {"lr": optim.learning_rate, "betas": (optim.b1, optim.b2)}
     return {
-        "adamw": {
-            "lr": optim.learning_rate,
-            "betas": (optim.b1, optim.b2),
-            "eps": optim.eps,
-            "weight_decay": optim.weight_decay,
-        },
+        "adamw": adamw | {"eps": optim.eps, "weight_decay": optim.weight_decay},
         "clip": inf if optim.clip is None else optim.clip,
         "ema_decay": config.ema_decay,
         "label_drop": config.objective.condition_drop,
@@ -277,20 +222,19 @@ def _diversity(losses: ConfigDict, depth: int) -> dict[str, Any] | None:
 
 
 def _sampling(config: ConfigDict) -> dict[str, Any]:
-    """The part of a job that is about sampling alone; times and interval as our sampler compares them, in float32."""
+    """The part of a job for sampling. Times and interval are float32, in which our sampler compares them."""
     options = config.sampler
     times = solvers.sde_times(options.steps, PATHS["linear"], "velocity", "sigma", "mean", options.last_step)
-    interval = np.asarray(options.guidance_interval, np.float32).tolist()
-    times = times.astype(np.float32).tolist()
+    times, interval = (np.asarray(x, np.float32).tolist() for x in (times, options.guidance_interval))
     return {"sampler": {"times": times, "cfg_scale": float(options.cfg_scale), "interval": interval}}
 
 
 def _check(config: ConfigDict, before: str, known: Mapping[str, tuple]) -> None:
-    """ConfigError for the first place in a config, its names starting with `before`, that has no known value."""
+    """ConfigError for the first key of a config without a known value. before: a prefix for the message."""
     for place, values in known.items():
         *slots, name = place.split(".")
         part = config[slots[0]] if slots else config
-        value = part.get(name)  # None for what a slot of another name lacks; the name itself is checked before
+        value = part.get(name)
         value = value.to_dict() if isinstance(value, ConfigDict) else value
         if value not in values and name in part:
             raise _not_among(before + place, value)

@@ -1,16 +1,15 @@
-"""The training step of variants of a config, in turn: objective, losses, encoders, AdamW, EMA, on data that stay on the
-device. `--vs=torch` adds the config's step in PyTorch (`tools.benchmark.torch_twin`), in a process of its own.
+"""Time the training step of variants of a config: objective, losses, encoders, AdamW, EMA, on data on the device.
 
-Memory is what the compiled program needs: state, batch and temporaries, as the compiler says; of PyTorch what its
-allocator held at most. MFU is as in `diversedit_jax.runtime.flops`; where a device's peak is not known, as of CPUs, `of
-product` is the share of what one large product reaches here. Dispatch is the time until the call of a step returns, in
-most calls while the device is still busy with the one before.
+`--vs=torch` adds the config's step in PyTorch (`tools.benchmark.torch_twin`), in a process of its own.
+
+- Memory: what the compiled program needs (state, batch, temporaries); of PyTorch, the most that its allocator held.
+- MFU: see `diversedit_jax.runtime.flops`. On a device without a known peak, such as a CPU, `of product` is the share of
+  what one large matrix product reaches here.
+- Dispatch: the time until the call of a step returns, usually while the device is busy with the step before.
 """
 
-import contextlib
 import statistics
 import time
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -19,15 +18,24 @@ import jax
 from diversedit_jax import sharding
 from diversedit_jax.runtime import flops
 from diversedit_jax.training.step import train_step
-from tools.benchmark import random_run, timing, variants
-from tools.benchmark.timing import spread_of
+from tools.benchmark import random_run, timing
 
 GIB = 2**30
-AT_LEAST = 0.5  # seconds that a timing takes
+COLUMNS = {
+    "ms a step": ("s", 1, 1e3),
+    "ratio": ("ratio", 3),
+    "images/s": ("images_per_s", 1),
+    "TFLOP/s": ("tflops_per_device", 3),
+    "MFU %": ("mfu", 1, 100),
+    "of product %": ("of_product", 0, 100),
+    "peak GiB": ("peak_gib", 2),
+    "compile s": ("compile_s", 1),
+    "dispatch ms": ("dispatch_ms", 2),
+}
 
 
 def subject(run: random_run.Run, steps: int | None) -> timing.Subject:
-    """The compiled step of a run and its state. steps: in one timing; None: as many as take half a second."""
+    """The compiled step of a run and its state. steps: of one timing; None: as many as take half a second."""
     parts, layout = run.experiment.components, run.experiment.layout
     outputs = (run.shardings, sharding.replicated(layout))
     key = jax.device_put(jax.random.key(1), sharding.replicated(layout))
@@ -57,13 +65,13 @@ def subject(run: random_run.Run, steps: int | None) -> timing.Subject:
         jax.block_until_ready((state, metrics))
         return time.perf_counter() - begin
 
-    form, count = timing.counted(go, steps, AT_LEAST)
+    form, count = timing.counted(go, steps)
     dispatches.clear()
     return timing.Subject(form, count, facts | {"batch_size": run.config.batch_size, "dispatches": dispatches})
 
 
 def completed(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with what follows from its time."""
+    """A row with the rates that follow from its time."""
     rate = row["batch_size"] / row["s"]["median"]
     more: dict[str, Any] = {"images_per_s": rate}
     if "gflop_per_image" in row:
@@ -73,47 +81,14 @@ def completed(row: dict[str, Any]) -> dict[str, Any]:
     return row | more
 
 
-def table(rows: timing.Rows, product: float) -> str:
-    """The rows of a record for a person."""
-    heads = ("", "ms a step", "ratio", "images/s", "TFLOP/s", "MFU %", "of product %", "peak GiB", "compile s")
-    heads += ("dispatch ms",)
-
-    def cells(found: Mapping[str, Any]) -> list[str]:
-        tflops, mfu = found.get("tflops_per_device"), found.get("mfu")
-        share = None if tflops is None or mfu is not None else 100 * tflops / product
-        return [
-            found["name"],
-            spread_of(found["s"], 1, 1e3),
-            spread_of(found["ratio"], 3),
-            timing.number(found["images_per_s"], 1),
-            timing.number(tflops, 3),
-            timing.number(None if mfu is None else 100 * mfu, 1),
-            timing.number(share, 0),
-            timing.number(found.get("peak_gib"), 2),
-            timing.number(found["compile_s"], 1),
-            timing.number(found.get("dispatch_ms"), 2),
-        ]
-
-    return timing.table(heads, [cells(found) for found in rows])
-
-
 def main(given: Any) -> tuple[dict[str, Any], str]:
-    """The figures of a benchmark with these flags, and their table."""
-    subjects: dict[str, timing.Subject] = {}
-    with contextlib.ExitStack() as stack:
-        for name, config in variants.of_flags().items():
-            timing.say(f"compiling {name}")
-            run = random_run.make(config)
-            subjects[name] = subject(run, given.steps)
-            if given.vs and len(subjects) == 1:
-                twin = stack.enter_context(random_run.in_torch(run, "train", run.batch))
-                theirs = twin.facts | {"batch_size": run.config.batch_size}
-                subjects[random_run.torch_name(twin)] = timing.Subject(
-                    *timing.counted(twin.run, given.steps, AT_LEAST), theirs
-                )
-        rows = timing.measured(subjects, given.rounds)
-        if given.vs and (held := twin.peak_bytes()):
-            rows[1]["peak_gib"] = held / GIB
+    """The figures and their table."""
+    rows = random_run.compared(
+        given, "train", lambda run: subject(run, given.steps), lambda run: run.batch, given.steps
+    )
     rows = [completed(row) for row in rows]
     product = timing.product_tflops(given.config.model.get("dtype", "float32"))
-    return {"product_tflops": product, "rows": rows}, table(rows, product)
+    counted = [row for row in rows if "tflops_per_device" in row and "mfu" not in row]
+    shares = {row["name"]: {"of_product": row["tflops_per_device"] / product} for row in counted}
+    table = timing.table_of([row | shares.get(row["name"], {}) for row in rows], COLUMNS)
+    return {"product_tflops": product, "rows": rows}, table

@@ -1,4 +1,4 @@
-"""Variants of a config in words, KEY=VALUE KEY=VALUE ..., as `--compare` of the planner and the benchmarks takes."""
+"""Variants of a config in words, KEY=VALUE KEY=VALUE ..., for `--compare` of the planner and the benchmarks."""
 
 import re
 import runpy
@@ -22,10 +22,10 @@ def varied(
     others: Mapping[str, Callable[[str], Any]] | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> tuple[ConfigDict, dict[str, Any]]:
-    """A copy of the config with other values, and what the words say of `others`: key -> what reads its value.
+    """A copy of the config with the values in `words`, and the values of the keys in `others`.
 
-    `config=FILE`, if it is the first word, takes another config file, and sets the `overrides` in it: what the command
-    line has changed by --config.KEY=VALUE.
+    others: key -> parser of its text, for keys that are not in the config.
+    overrides: changes by --config.KEY=VALUE. The first word may be `config=FILE`: another file, with these overrides.
     """
     others, found = others or {}, {}
     config = configs.copied(config)
@@ -57,19 +57,18 @@ def _update(config: ConfigDict, values: Mapping[str, Any]) -> None:
 
 
 def from_file(name: str) -> ConfigDict:
-    """The config of a file, `FILE` or `FILE:ARGUMENT`, as --config takes it."""
+    """The config of `FILE` or `FILE:ARGUMENT`, the form of --config."""
     path, _, argument = name.partition(":")
-    get_config = runpy.run_path(str(Path(path)))["get_config"]
-    return get_config(*([argument] if argument else []))
+    return runpy.run_path(path)["get_config"](*([argument] if argument else []))
 
 
 def overrides() -> dict[str, Any]:
-    """What --config.KEY=VALUE on the command line has changed."""
+    """The changes by --config.KEY=VALUE on the command line."""
     return dict(config_flags.get_override_values(flags.FLAGS["config"]))
 
 
 def of_flags() -> dict[str, ConfigDict]:
-    """--config and the rows of --compare, by what a table calls them: the file of the config, the words."""
+    """--config and each --compare by their names in a table: the file of the config, the words."""
     given = flags.FLAGS
     path, _, argument = config_flags.get_config_filename(given["config"]).partition(":")
     found = {":".join(filter(None, (Path(path).stem, argument))): given.config}
@@ -77,6 +76,6 @@ def of_flags() -> dict[str, ConfigDict]:
     for words in given.compare:
         name = re.sub(r"^config=\S*?(\w+)\.py", r"\1", words)
         if name in found:
-            raise ConfigError(f"--compare={words}: this is a row already")
+            raise ConfigError(f"--compare={words} : the table has this row already")
         found[name] = varied(given.config, words, overrides=changed)[0]
     return found

@@ -1,10 +1,10 @@
-"""The run that is disturbed: small, and saving every few steps."""
+"""The small run that chaos disturbs. It saves every few steps."""
 
 from ml_collections import ConfigDict
 
 from configs import digits
 
-STEPS, EVERY = 120, 4  # of the run that is killed or damaged
+STEPS, EVERY = 120, 4  # steps of the run; steps between saves
 
 
 def get_config() -> ConfigDict:

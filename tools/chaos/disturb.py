@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,17 +22,17 @@ from tools.chaos.config import STEPS
 from tools.chaos.processes import AS_USER, Processes, alive
 
 LEG = 3  # steps on each topology
-DEVICES = 2  # where the layout is not the question
+DEVICES = 2  # of a run whose topology is not tested
 
 
 def check(holds: bool, what: str, run: Processes | None = None) -> None:
-    """Raise RunError, with the last words of a run, if this does not hold."""
+    """Raise RunError, with the end of the run's output, if `holds` is False."""
     if not holds:
-        raise RunError(what + (f"; its last words:\n{run.out()[-3000:]}" if run else ""))
+        raise RunError(what + (f"; its output ends with:\n{run.out()[-3000:]}" if run else ""))
 
 
 def training(workdir: Path, **options: Any) -> list[str]:
-    """The command of a run; options: config keys, with __ for a dot."""
+    """The command of a run. options: config keys, with __ for a dot."""
     given = [f"--config.{name.replace('__', '.')}={value}" for name, value in options.items()]
     return ["diversedit_jax.train", "--config=tools/chaos/config.py", f"--workdir={workdir}", *given]
 
@@ -42,23 +42,24 @@ def ended(run: Processes) -> list[int]:
     try:
         return run.wait()
     except subprocess.TimeoutExpired:
-        raise RunError(f"the run hangs; its last words:\n{run.out()[-3000:]}") from None
+        check(False, "the run hangs", run)
 
 
 def to_end(workdir: Path, count: int = 1, devices: int = DEVICES, **options: Any) -> str:
-    """Train to the end; what process 0 said."""
+    """Train to the end; returns the output of process 0."""
     with Processes(training(workdir, **options), count, devices, workdir.parent) as run:
         codes = ended(run)
-        check(codes == [0] * count, f"{workdir.name} ended with {codes}", run)
+        check(not any(codes), f"{workdir.name} ended with {codes}", run)
         return run.out()
 
 
-def checkpoints(workdir: Path) -> Checkpoints:
-    return Checkpoints(workdir / "checkpoints")
+def newest(workdir: Path) -> int | None:
+    """The step of the newest complete checkpoint."""
+    return Checkpoints(workdir / "checkpoints").latest()
 
 
 def record(workdir: Path, step: int) -> dict[str, Any]:
-    """What a checkpoint says of its arrays."""
+    """A checkpoint's record of its arrays."""
     return json.loads((workdir / "checkpoints" / str(step) / "meta" / "metadata").read_text())["body"]
 
 
@@ -68,42 +69,39 @@ def losses(workdir: Path) -> dict[int, float]:
 
 
 def check_same(workdir: Path, straight: Path) -> None:
-    """RunError, if a run did not end with the bits of the undisturbed one."""
-    sums = [record(folder, STEPS)["checksums"] for folder in (workdir, straight)]
-    check(sums[0] == sums[1], f"{workdir.name} ended with other arrays than the undisturbed run")
+    """RunError if a run did not end with the bits of the undisturbed one."""
+    found, wanted = (record(folder, STEPS)["checksums"] for folder in (workdir, straight))
+    check(found == wanted, f"{workdir.name} ended with other arrays than the undisturbed run")
     check(losses(workdir) == losses(straight), f"{workdir.name} logged other losses than the undisturbed run")
 
 
 def check_restores(workdir: Path) -> None:
-    """RunError, if the newest checkpoint does not come back with the checksums of when it was saved."""
-    found = checkpoints(workdir)
-    if (step := found.latest()) is None:
-        return
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    leaves = record(workdir, step)["leaves"].items()
-    found.restore(nested({path: jax.ShapeDtypeStruct(*leaf, sharding=here) for path, leaf in leaves}), step)
+    """RunError if the newest checkpoint does not restore with the checksums of its save."""
+    if (step := newest(workdir)) is not None:
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        leaves = record(workdir, step)["leaves"].items()
+        wanted = nested({path: jax.ShapeDtypeStruct(*leaf, sharding=here) for path, leaf in leaves})
+        Checkpoints(workdir / "checkpoints").restore(wanted, step)
 
 
-# --- Kills.
-
-MOMENTS = {"in a save": 5, "while it trains": 4, "while it starts": 1}  # and how often each
+MOMENTS = {"in a save": 5, "while it trains": 4, "while it starts": 1}  # their weights
 
 
 class Kill(NamedTuple):
-    """moment and number: when, and by which signal. torn: whether a half-written checkpoint was left."""
+    """A run that was killed."""
 
     moment: str
-    number: int
+    number: int  # of the signal
     workers: int
     code: int
-    reached: int
-    kept: int
-    torn: bool
+    reached: int  # last step
+    kept: int  # step of the newest checkpoint
+    torn: bool  # whether a half-written checkpoint was left
 
 
-def came(run: Processes, there: Callable[[], bool], seconds: float = 60) -> bool:
-    """Whether something came before the run ended."""
-    deadline = time.monotonic() + seconds
+def came(run: Processes, there: Callable[[], bool]) -> bool:
+    """Wait for `there`; False if the run ended before."""
+    deadline = time.monotonic() + 60
     while not there():
         if run.running[0].poll() is not None:
             return False
@@ -124,7 +122,7 @@ def step_of(out: str) -> int:
 
 
 def at_moment(run: Processes, workdir: Path, moment: str, rng: random.Random) -> bool:
-    """Return when this moment has come; False if the run ended before."""
+    """Wait for a moment; False if the run ended before."""
     if moment == "while it starts":
         begin, wait = time.monotonic(), rng.uniform(0, 6)
         return came(run, lambda: time.monotonic() > begin + wait or "\nstep " in run.out())
@@ -132,59 +130,55 @@ def at_moment(run: Processes, workdir: Path, moment: str, rng: random.Random) ->
     if not came(run, lambda: "\nstep " in run.out()):
         return False
     time.sleep(rng.uniform(0, 1))
-    if moment == "in a save":
-        there = came(run, lambda: bool(temporaries(workdir) - before))
-        time.sleep(rng.uniform(0, 0.2))
-        return there
-    return True
+    if moment == "while it trains":
+        return True
+    there = came(run, lambda: bool(temporaries(workdir) - before))
+    time.sleep(rng.uniform(0, 0.2))
+    return there
 
 
 def life(workdir: Path, rng: random.Random, kill: bool) -> Kill | None:
-    """One start of the run, which is killed; None if it came to its end."""
+    """Start the run and kill it; None if it reached its end."""
     moment = rng.choices(list(MOMENTS), list(MOMENTS.values()))[0]
     number = rng.choice([signal.SIGKILL, signal.SIGTERM])
     workers = rng.choice([0, 0, 0, 2])
-    resumes = checkpoints(workdir).latest()
+    resumes = newest(workdir)
     with Processes(training(workdir, input__num_workers=workers), 1, DEVICES, workdir.parent) as run:
         (process,) = run.running
         there = kill and at_moment(run, workdir, moment, rng)
-        complete = checkpoints(workdir).latest() or 0
+        complete = newest(workdir) or 0
         if there:
             process.send_signal(number)
         (code,) = ended(run)
         deadline = time.monotonic() + 5
         while alive(process.pid):
-            check(time.monotonic() < deadline, "a process of the run was alive 5 s after it", run)
+            check(time.monotonic() < deadline, "a process of the run was alive 5 s after its end", run)
             time.sleep(0.05)
         out = run.out()
         if "\nstep " in out or out.startswith("step "):
             wanted = f"resuming from step {resumes} of" if resumes else "starting a new run"
-            check(wanted in out, f"wanted: {wanted}", run)
+            check(wanted in out, f"the output lacks {wanted!r}", run)
         if code == 0:
             return None
-        check(there and code in ([-number, 42] if number == signal.SIGTERM else [-number]), f"code {code}", run)
-        reached, kept = max(step_of(out), resumes or 0), checkpoints(workdir).latest() or 0
-        check(kept >= complete, f"step {complete} was complete, and {kept} is the newest now", run)
-        check(code != 42 or kept >= reached, f"it stopped and saved {kept}, but had reached {reached}", run)
+        check(there and (code == -number or (code, number) == (42, signal.SIGTERM)), f"code {code}", run)
+        reached, kept = max(step_of(out), resumes or 0), newest(workdir) or 0
+        check(kept >= complete, f"step {complete} was complete, but now {kept} is the newest", run)
+        check(code != 42 or kept >= reached, f"it reached step {reached}, but stopped with {kept} saved", run)
         check_restores(workdir)
         return Kill(moment, number, workers, code, reached, kept, bool(temporaries(workdir)))
 
 
 def killed(out: Path, straight: Path, kills: int, rng: random.Random) -> dict[str, Any]:
-    """Kill runs so many times, and compare each that comes to its end."""
+    """Kill runs `kills` times, and compare each run that reaches its end."""
     done: list[Kill] = []
     finished = 0
     while len(done) < kills or not finished:
         workdir = out / f"killed_{finished}"
         while (one := life(workdir, rng, len(done) < kills)) is not None:
             done.append(one)
-            name = signal.Signals(one.number).name
+            how = f"{signal.Signals(one.number).name} {one.moment}, {one.workers} workers: code {one.code}"
             left = ", a half-written checkpoint left" if one.torn else ""
-            print(
-                f"kill {len(done):>3}/{kills}  {name} {one.moment}, {one.workers} workers: code {one.code}, "
-                f"at step {one.reached}, kept {one.kept}{left}",
-                flush=True,
-            )
+            print(f"kill {len(done):>3}/{kills}  {how}, at step {one.reached}, kept {one.kept}{left}", flush=True)
         check_same(workdir, straight)
         finished += 1
         print(f"run {finished}: arrays and losses equal those of the undisturbed run to the bit", flush=True)
@@ -199,9 +193,6 @@ def killed(out: Path, straight: Path, kills: int, rng: random.Random) -> dict[st
     }
 
 
-# --- Topologies.
-
-
 def layouts() -> list[tuple[int, int, int]]:
     """(data, fsdp, processes) on 8, 4, 2 and 1 devices."""
     meshes = [(devices // fsdp, fsdp) for devices in (8, 4, 2, 1) for fsdp in (1, 2, 4, 8) if fsdp <= devices]
@@ -209,11 +200,11 @@ def layouts() -> list[tuple[int, int, int]]:
 
 
 def moved(out: Path, topologies: int, rng: random.Random) -> dict[str, Any]:
-    """Continue a run on so many layouts, and compare its losses with those of one that stayed on 8 x 1."""
+    """Continue a run on `topologies` layouts, and compare its losses with a run that stays on 8 x 1 devices."""
     known = layouts()
     rng.shuffle(known)
     total = LEG * (topologies + 1)
-    wide = {"model__width": 64, "checkpoint__every": LEG}  # so wide that fsdp splits parameters
+    wide = {"model__width": 64, "checkpoint__every": LEG}  # wide enough for fsdp to split parameters
     straight, workdir = out / "stayed", out / "moved"
     to_end(straight, devices=8, total_steps=total, **wide)
     to_end(workdir, devices=8, total_steps=LEG, **wide)
@@ -229,24 +220,17 @@ def moved(out: Path, topologies: int, rng: random.Random) -> dict[str, Any]:
     return {"restarts": topologies, "layouts": len(set(known[:topologies])), "largest_relative_difference": difference}
 
 
-# --- Damages.
-
-
 class Damage(NamedTuple):
-    """do: what happens to a run's directory before it starts. code, says: how the run must end, and what it must say.
+    """A damage to a run, and how the run must end."""
 
-    With code 0 it must end as the undisturbed run did. limit: the largest file, in bytes, from its first step on; after
-    that it must end well without the limit. flags: more options of the run.
-    """
-
-    do: Callable[[Path], object]
-    code: int = 0
-    says: str = ""
-    limit: int = 0
-    flags: tuple[tuple[str, str], ...] = ()
+    do: Callable[[Path], object]  # damages the run's directory before the start
+    code: int = 0  # the exit code; with 0 the run must end with the bits of the undisturbed one
+    says: str = ""  # a part of the output
+    limit: int = 0  # bytes of a file that it may write after its first step; without the limit it must end well
+    data: Path | None = None  # another data set
 
 
-def newest(workdir: Path) -> Path:
+def last(workdir: Path) -> Path:
     return workdir / "checkpoints" / str(STEPS)
 
 
@@ -271,8 +255,8 @@ def flip(file: Path, rng: random.Random) -> None:
 
 
 def unfinished(workdir: Path) -> None:
-    """The last save is undone, so that the run has steps to do."""
-    shutil.rmtree(newest(workdir))
+    """Remove the last save, so that the run has steps to do."""
+    shutil.rmtree(last(workdir))
 
 
 def torn_metrics(workdir: Path) -> None:
@@ -286,52 +270,56 @@ def read_only(workdir: Path, part: str) -> None:
     (workdir / part).chmod(0o555)
 
 
-def damages(out: Path, rng: random.Random) -> Iterator[tuple[str, Damage]]:
-    """All damages, by what they are."""
+def damages(out: Path, rng: random.Random) -> dict[str, Damage]:
+    """All damages by name."""
+
+    def flip_any(workdir: Path) -> None:
+        flip(rng.choice(sorted(path for path in last(workdir).rglob("*") if path.is_file())), rng)
+
+    def meta(workdir: Path) -> Path:
+        return last(workdir) / "meta" / "metadata"
+
     aside = "is set aside as"
-    yield "largest file cut off", Damage(lambda workdir: cut(largest(newest(workdir))), says=aside)
-    yield "largest file emptied", Damage(lambda workdir: os.truncate(largest(newest(workdir)), 0), says=aside)
-    yield "largest file removed", Damage(lambda workdir: largest(newest(workdir)).unlink(), says=aside)
-    yield "record removed", Damage(lambda workdir: (newest(workdir) / "meta" / "metadata").unlink(), says=aside)
-    yield "record cut off", Damage(lambda workdir: cut(newest(workdir) / "meta" / "metadata"), says=aside)
-    for number in range(4):
-
-        def flip_one(workdir: Path) -> None:
-            flip(rng.choice(sorted(path for path in newest(workdir).rglob("*") if path.is_file())), rng)
-
-        yield f"bit flipped in any file, {number}", Damage(flip_one)
-    yield "bit flipped in the data", Damage(lambda workdir: flip(largest(newest(workdir)), rng))
-    yield "empty directory as a step", Damage(lambda workdir: (newest(workdir).parent / "999").mkdir(), says=aside)
-    yield "every checkpoint cut off", Damage(cut_all, 74, "no whole checkpoint in")
-    yield "config.json cut off", Damage(lambda workdir: cut(workdir / "config.json"), 78, "config.json is damaged")
-    yield "metrics.jsonl torn", Damage(torn_metrics, says="resuming from step")
-    yield "checkpoints read-only", Damage(lambda workdir: read_only(workdir, "checkpoints"), 74, "could not be written")
-    yield "workdir read-only", Damage(lambda workdir: read_only(workdir, "."), 78, "cannot be written")
-    yield "disk full at a save", Damage(unfinished, 74, "could not be written", limit=100_000)
-    yield "disk full at a metric", Damage(unfinished, 74, "cannot write a file", limit=20_000)
     data = out / "damaged_data"
     shutil.copytree(out / "data" / "diversedit_jax", data)
     cut(next(data.rglob("*-train.array_record*")))
-    flag = (("data__data_dir", str(data)),)
-    yield "data cut off", Damage(unfinished, 65, "is damaged", flags=flag)
+    return {
+        "largest file cut off": Damage(lambda workdir: cut(largest(last(workdir))), says=aside),
+        "largest file emptied": Damage(lambda workdir: os.truncate(largest(last(workdir)), 0), says=aside),
+        "largest file removed": Damage(lambda workdir: largest(last(workdir)).unlink(), says=aside),
+        "record removed": Damage(lambda workdir: meta(workdir).unlink(), says=aside),
+        "record cut off": Damage(lambda workdir: cut(meta(workdir)), says=aside),
+        **{f"bit flipped in any file, {number}": Damage(flip_any) for number in range(4)},
+        "bit flipped in the data": Damage(lambda workdir: flip(largest(last(workdir)), rng)),
+        "empty directory as a step": Damage(lambda workdir: (last(workdir).parent / "999").mkdir(), says=aside),
+        "every checkpoint cut off": Damage(cut_all, 74, "no whole checkpoint in"),
+        "config.json cut off": Damage(lambda workdir: cut(workdir / "config.json"), 78, "config.json is damaged"),
+        "metrics.jsonl torn": Damage(torn_metrics, says="resuming from step"),
+        "checkpoints read-only": Damage(lambda workdir: read_only(workdir, "checkpoints"), 74, "could not be written"),
+        "workdir read-only": Damage(lambda workdir: read_only(workdir, "."), 78, "cannot be written"),
+        "disk full at a save": Damage(unfinished, 74, "could not be written", limit=100_000),
+        "disk full at a metric": Damage(unfinished, 74, "cannot write a file", limit=20_000),
+        "data cut off": Damage(unfinished, 65, "is damaged", data=data),
+    }
 
 
 def damaged(out: Path, straight: Path, rng: random.Random) -> dict[str, Any]:
-    """Start runs that are damaged; how many went on, and the exit code of each."""
+    """Start damaged runs; returns how many continued, and the exit code of each."""
     found: dict[str, int] = {}
-    for number, (name, damage) in enumerate(damages(out, rng)):
+    for number, (name, damage) in enumerate(damages(out, rng).items()):
         workdir = out / f"damaged_{number}"
         shutil.copytree(straight, workdir)
         damage.do(workdir)
-        with Processes(training(workdir, **dict(damage.flags)), 1, DEVICES, out, before=AS_USER) as run:
+        options = {"data__data_dir": damage.data} if damage.data else {}
+        with Processes(training(workdir, **options), 1, DEVICES, out, before=AS_USER) as run:
             if damage.limit:
                 check(came(run, lambda run=run: "\nstep " in run.out()), f"{name}: it ended early", run)
                 resource.prlimit(run.running[0].pid, resource.RLIMIT_FSIZE, (damage.limit, resource.RLIM_INFINITY))
             (code,) = ended(run)
             check(code == damage.code, f"{name}: code {code}, wanted {damage.code}", run)
-            check(damage.says in run.out(), f"{name}: it does not say '{damage.says}'", run)
+            check(damage.says in run.out(), f"{name}: the output lacks {damage.says!r}", run)
             said = [line for line in run.out().splitlines() if line.startswith("error: ")]
-            check(len(said) == (code != 0) and "Traceback" not in run.out(), f"{name}: more than one line", run)
+            check(len(said) == (code != 0) and "Traceback" not in run.out(), f"{name}: not one line of error", run)
         if damage.limit:
             to_end(workdir)
         if damage.limit or not code:
@@ -348,8 +336,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     lines = []
     for campaign, figures in found.items():
         lines.append(campaign)
-        flat = {}
         for name, value in figures.items():
-            flat |= {f"{name}: {key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
-        lines += [f"  {name.replace('_', ' '):<46}{value:>10.3g}" for name, value in flat.items()]
+            parts = {f"{name}: {key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+            lines += [f"  {part.replace('_', ' '):<46}{number:>10.3g}" for part, number in parts.items()]
     return "\n".join(lines)

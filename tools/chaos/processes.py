@@ -1,7 +1,4 @@
-"""Programs as one or several processes on this machine, each with some simulated devices, which meet at an address.
-
-What tools.chaos and the tests of faults start, disturb and kill.
-"""
+"""Programs of one or several processes on this machine, each with simulated devices, for tools.chaos and tests."""
 
 import contextlib
 import os
@@ -14,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# Root may write anywhere; without this right it meets a read-only directory as everybody does.
+# Without this right root cannot write to read-only directories, like every other user.
 AS_USER = ["setpriv", "--bounding-set=-dac_override"] if os.geteuid() == 0 else []
 
 
@@ -25,20 +22,20 @@ def free_port() -> int:
 
 
 def alive(group: int) -> list[int]:
-    """The processes of a group that run, as Linux lists them: one that has ended may stay as a zombie."""
+    """The running processes of a group, without zombies."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
+        with contextlib.suppress(OSError):  # the process ended meanwhile
             state, _, of = stat.read_text().rpartition(")")[2].split()[:3]
             if int(of) == group and state not in "ZX":
                 found.append(int(stat.parent.name))
     return found
 
 
-class Processes:
-    """Running processes of one program, each the head of a group; at the end of a `with` they are killed.
+class Processes(contextlib.AbstractContextManager):
+    """Running processes of one program, each the head of a group. The end of a `with` kills them.
 
-    each: one more argument for every process. before: a program that runs them, such as AS_USER.
+    each: one more argument for each process. before: the start of the command, such as AS_USER.
     """
 
     def __init__(
@@ -50,13 +47,12 @@ class Processes:
         each: Sequence[str] = (),
         before: Sequence[str] = (),
     ):
-        place = ["--coordinator", f"127.0.0.1:{free_port()}", "--num_processes", str(count), "--heartbeat=10"]
-        place = place if count > 1 else []
+        place = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}", "--heartbeat=10"]
         self.files = [folder / f"process_{i}_{time.monotonic_ns()}.log" for i in range(count)]
         self.running = []
         for i, file in enumerate(self.files):
-            own = [*place, "--process_id", str(i)] if count > 1 else []
-            own += [each[i]] if each else []
+            own = [*place, f"--process_id={i}"] if count > 1 else []
+            own += each[i : i + 1]
             with open(file, "w") as out:
                 process = subprocess.Popen(
                     [*before, sys.executable, "-m", *arguments, *own],
@@ -68,31 +64,25 @@ class Processes:
                 )
             self.running.append(process)
 
-    def __enter__(self) -> "Processes":
-        return self
-
     def __exit__(self, *error: object) -> None:
-        self.kill()
+        for process in self.running:
+            with contextlib.suppress(ProcessLookupError):  # a group may outlive its head
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
     def out(self, i: int = 0) -> str:
-        """What process i has written, to stdout and stderr."""
+        """The output of process i: stdout and stderr."""
         return self.files[i].read_text(errors="replace")
 
     def wait(self, seconds: float = 180) -> list[int]:
-        """The exit codes of all, once they have ended."""
+        """Wait for the end of all; returns their exit codes."""
         deadline = time.monotonic() + seconds
         return [process.wait(max(deadline - time.monotonic(), 0.1)) for process in self.running]
 
     def until(self, text: str, i: int = 0, seconds: float = 180) -> None:
-        """Return when process i has written this; AssertionError if it ends before."""
+        """Wait until process i has written `text`; AssertionError if it ends before."""
         deadline = time.monotonic() + seconds
         while text not in self.out(i):
             assert self.running[i].poll() is None, self.out(i)[-3000:]
             assert time.monotonic() < deadline, self.out(i)[-3000:]
             time.sleep(0.05)
-
-    def kill(self) -> None:
-        for process in self.running:
-            with contextlib.suppress(ProcessLookupError):  # a group may outlive its head
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()

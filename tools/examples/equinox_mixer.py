@@ -2,7 +2,7 @@
 
     python -m tools.examples.equinox_mixer
 
-As in the paper, all pairs of some random blocks, drawn anew at each step: pairs are an argument and may be traced.
+As in the paper, each step draws random blocks and takes all their pairs: pairs are an argument and may be traced.
 """
 
 import equinox as eqx
@@ -37,7 +37,7 @@ class Block(eqx.Module):
 
 
 class Mixer(eqx.Module):
-    """An image [8 8] to logits [10], and the outputs of all blocks, [16 d] each."""
+    """An image [8 8] to logits [10] and the outputs of all blocks, [16 d] each."""
 
     embed: eqx.nn.Linear
     blocks: list[Block]
@@ -69,7 +69,7 @@ def main(steps: int = 200) -> dict[str, float]:
         logits, features = jax.vmap(model)(x)  # features: [b n d] each
         pairs = select_pairs(DEPTH, "random_layers", k=3, key=key)
         term, parts = diversity_loss(features, pairs)
-        term += 0.1 * dispersive_loss(features[0])  # the first block's features of different examples, pushed apart
+        term += 0.1 * dispersive_loss(features[0])  # pushes the first block's features of the examples apart
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean() + weight * term, parts["loss"]
 
     @eqx.filter_jit
@@ -77,10 +77,6 @@ def main(steps: int = 200) -> dict[str, float]:
         grads, diversity = eqx.filter_grad(loss_of, has_aux=True)(model, x, y, weight, key)
         updates, opt = optimizer.update(grads, opt, eqx.filter(model, eqx.is_array))
         return eqx.apply_updates(model, updates), opt, diversity
-
-    @eqx.filter_jit
-    def predict(model, x):
-        return jax.vmap(model)(x)[0]
 
     results = {}
     for name, weight in [("plain", 0.0), ("diverse", 1.0)]:
@@ -90,7 +86,8 @@ def main(steps: int = 200) -> dict[str, float]:
         for i in range(steps):
             rows = rng.integers(1400, size=64)
             model, opt, diversity = step(model, opt, images[rows], labels[rows], jnp.float32(weight), jax.random.key(i))
-        accuracy = jnp.mean(jnp.argmax(predict(model, images[1400:]), axis=1) == labels[1400:])
+        logits, _ = eqx.filter_jit(jax.vmap(model))(images[1400:])
+        accuracy = jnp.mean(jnp.argmax(logits, axis=1) == labels[1400:])
         results |= {f"{name} L_div": float(diversity), f"{name} accuracy": float(accuracy)}
     return results
 

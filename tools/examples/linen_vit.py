@@ -2,8 +2,8 @@
 
     python -m tools.examples.linen_vit
 
-A loss takes the outputs of the blocks, however the network hands them out; here it returns them. REPA's projector is
-trained beside the network; what it aligns to, an encoder's features, are here the pixels of each token's 4 x 4 patch.
+A loss takes the outputs of the blocks; here the network returns them. REPA's projector is trained beside the network.
+Here it aligns to the pixels of each token's 4 x 4 patch, in place of an encoder's features.
 """
 
 import flax.linen as nn
@@ -29,7 +29,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Images [b 8 8 1] to logits [b 10], and the outputs of all blocks, [b 16 d] each."""
+    """Images [b 8 8 1] to logits [b 10] and the outputs of all blocks, [b 16 d] each."""
 
     depth: int = 4
     width: int = 32
@@ -81,9 +81,8 @@ def main(steps: int = 200) -> dict[str, float]:
         for _ in range(steps):
             rows = rng.integers(1400, size=64)
             params, opt, diversity = step(params, opt, images[rows], labels[rows], weight)
-        accuracy = jnp.mean(
-            jnp.argmax(jax.jit(model.apply)(params["model"], images[1400:])[0], axis=1) == labels[1400:]
-        )
+        logits, _ = jax.jit(model.apply)(params["model"], images[1400:])
+        accuracy = jnp.mean(jnp.argmax(logits, axis=1) == labels[1400:])
         results |= {f"{name} L_div": float(diversity), f"{name} accuracy": float(accuracy)}
     return results
 

@@ -2,7 +2,7 @@
 
     python -m tools.examples.nnx_language_model
 
-Nothing in the loss knows of images or diffusion: [batch, tokens, width] is all that it asks for.
+The loss needs only features [batch, tokens, width]. It knows nothing of images or diffusion.
 """
 
 from pathlib import Path
@@ -34,7 +34,7 @@ class Block(nnx.Module):
 
 
 class LanguageModel(nnx.Module):
-    """Bytes [b n] to logits [b n 256], and the outputs of all blocks, [b n d] each."""
+    """Bytes [b n] to logits [b n 256] and the outputs of all blocks, [b n d] each."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.embed, self.position = nnx.Embed(256, WIDTH, rngs=rngs), nnx.Embed(LENGTH, WIDTH, rngs=rngs)

@@ -12,12 +12,12 @@ from sklearn.datasets import load_digits
 
 from diversedit_jax.losses.diversity import Settings, diversity_loss
 
-# Signed cosines can be driven below zero; their squares are least where the layers are orthogonal.
+# Training can push signed cosines below zero; their squares are smallest for orthogonal layers.
 SETTINGS = Settings(rule="all", orthogonality="squared", mutual_information="squared", weight="constant")
 
 
 def forward(params, x):
-    """Pixels [b 64] to logits [b 10], and the hidden layers, [b 1 d] each."""
+    """Pixels [b 64] to logits [b 10] and the hidden layers, [b 1 d] each."""
     first, *hidden, last = params
     x = x @ first
     features = []

@@ -1,6 +1,6 @@
-"""What a compiled program moves, read from its text: how often each part runs, bytes of memory, bytes between devices.
+"""Counts in the text of a compiled program: how often each part runs, bytes of memory, bytes between devices.
 
-XLA's own count (`compiled.cost_analysis()`) takes the body of a loop once. Here a loop counts as often as it turns.
+XLA's own count (`compiled.cost_analysis()`) takes the body of a loop once. Here every turn of a loop counts.
 """
 
 import re
@@ -10,24 +10,12 @@ from typing import NamedTuple
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 SCATTER = "all-reduce-scatter"  # a fusion of an all-reduce and a slice of it, which runs as a reduce-scatter
-TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')  # of what is sent to other slices
+TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')  # marks what is sent to other slices
 CONTROL = ("while", "conditional", "call")
-# Bytes of an element; packed halves of a byte count as one.
-SIZES = {"pred": 1, "bf16": 2, "token": 0}
-# What moves nothing by itself: names for parts of other values, and marks.
-FREE = (
-    "parameter",
-    "constant",
-    "get-tuple-element",
-    "tuple",
-    "bitcast",
-    "send",
-    "recv",
-    "partition-id",
-    "replica-id",
-    "after-all",
-    "custom-call",
-)
+SLICING = ("dynamic-slice", "slice", "gather")
+# Instructions that move nothing: names for parts of other values, and marks.
+FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "send", "recv")
+FREE += ("partition-id", "replica-id", "after-all", "custom-call")
 ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 CALLED = re.compile(
     r"(?:calls|to_apply|body|true_computation|false_computation)=%([\w.-]+)|branch_computations=\{(.*?)\}"
@@ -35,42 +23,39 @@ CALLED = re.compile(
 
 
 class Instruction(NamedTuple):
-    """A line of a computation. rest: what stands behind the operands. root: whether it is the computation's result."""
+    """A line of a computation."""
 
     name: str
     shape: str
     op: str
     operands: tuple[str, ...]
-    argument: str
-    rest: str
-    root: bool
+    argument: str  # the text in parentheses
+    rest: str  # the text behind them
+    root: bool  # whether it is the computation's result
 
 
 Computation = dict[str, Instruction]
 
 
 class Module(NamedTuple):
-    """A program: its computations by name, and the name of the one where it begins."""
+    """A program."""
 
     computations: Mapping[str, Computation]
-    entry: str
+    entry: str  # the name of the first one
 
 
 class Collective(NamedTuple):
-    """An exchange between devices. sent: bytes that each device sends (ring). group: devices. times: a program runs it.
-
-    between: whether they are slices, not devices of one.
-    """
+    """An exchange."""
 
     kind: str
-    sent: float
-    group: int
-    times: int
-    between: bool
+    sent: float  # bytes that each device sends, in a ring, each time
+    group: int  # number of devices, or of slices
+    times: int  # how often a program runs it
+    between: bool  # whether it is between slices
 
 
 def parse(text: str) -> Module:
-    """The module that a compiled program prints."""
+    """The module in the text of a compiled program."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -91,25 +76,23 @@ def _instruction(name: str, text: str, root: bool) -> Instruction:
         depth += {"(": 1, ")": -1}.get(text[end], 0)
         if not depth:
             break
-    inside = text[op.end() : end]
-    return Instruction(
-        name, text[: op.start()], op[1], tuple(re.findall(r"%([\w.-]+)", inside)), inside, text[end + 1 :], root
-    )
+    argument = text[op.end() : end]
+    operands = tuple(re.findall(r"%([\w.-]+)", argument))
+    return Instruction(name, text[: op.start()], op[1], operands, argument, text[end + 1 :], root)
 
 
 def size(shape: str, memory_only: bool = False) -> int:
-    """Bytes of a shape, of all arrays of a tuple; memory_only: of those in the device's main memory (S(0))."""
+    """Bytes of a shape, or of all arrays of a tuple. memory_only: only arrays in the device's main memory (S(0))."""
     total = 0
     for dtype, dims, layout in ARRAY.findall(shape):
-        if not (memory_only and re.search(r"S\([1-9]\)", layout)):
-            bits = re.search(r"\d+", dtype)
-            of_one = SIZES.get(dtype) if dtype in SIZES else max(int(bits[0]) // 8, 1)
-            total += of_one * prod(int(dim.removeprefix("<=")) for dim in dims.split(",") if dim)
+        if not (memory_only and re.search(r"S\([1-9]\)", layout)) and dtype != "token":
+            each = 1 if dtype == "pred" else max(int(re.search(r"\d+", dtype)[0]) // 8, 1)
+            total += each * prod(int(dim.removeprefix("<=")) for dim in dims.split(",") if dim)
     return total
 
 
 def called(instruction: Instruction) -> list[str]:
-    """The computations that an instruction runs, once; of a loop its body."""
+    """The computations that an instruction runs; of a loop, its body."""
     names = []
     for one, several in CALLED.findall(instruction.rest):
         names += [one] if one else re.findall(r"%([\w.-]+)", several)
@@ -117,7 +100,7 @@ def called(instruction: Instruction) -> list[str]:
 
 
 def turns(module: Module, loop: Instruction) -> int:
-    """How often a loop runs its body: it counts from 0, in steps, to a number that its condition knows; else 1."""
+    """How often a loop runs its body, if it counts from 0 in steps to a constant; else 1."""
     condition, body = (
         module.computations[re.search(rf"{part}=%([\w.-]+)", loop.rest)[1]] for part in ("condition", "body")
     )
@@ -132,7 +115,7 @@ def turns(module: Module, loop: Instruction) -> int:
 
 
 def _inner(module: Module, name: str) -> Iterator[tuple[str, int]]:
-    """The loop bodies and branches in a computation, and how often each runs when it runs once."""
+    """The loop bodies and branches in a computation, and how often each runs in one run of the computation."""
     for instruction in module.computations[name].values():
         if instruction.op in CONTROL:
             more = turns(module, instruction) if instruction.op == "while" else 1
@@ -140,7 +123,7 @@ def _inner(module: Module, name: str) -> Iterator[tuple[str, int]]:
 
 
 def scheduled(module: Module) -> dict[str, int]:
-    """The computations whose instructions run one by one, and how often each runs: the entry, bodies, branches."""
+    """How often each computation runs whose instructions run one by one: the entry, loop bodies, branches."""
     found: dict[str, int] = {}
 
     def visit(name: str, times: int) -> None:
@@ -155,8 +138,8 @@ def scheduled(module: Module) -> dict[str, int]:
 def _exchanges(module: Module) -> Iterator[tuple[str, Instruction, int]]:
     """The collectives of a program: (computation, instruction, how often).
 
-    One that works in the background of others lies in pieces in several fusions, and in loops that turn meanwhile: a
-    channel counts once, in the outermost computation that it is found in.
+    A collective in the background is spread in pieces over several fusions, and over loops that run meanwhile. So a
+    channel counts once, in its outermost computation.
     """
 
     def within(name: str) -> Iterator[tuple[str, Instruction]]:
@@ -181,22 +164,19 @@ def _exchanges(module: Module) -> Iterator[tuple[str, Instruction, int]]:
 
 
 def _leaves(instruction: Instruction) -> bool:
-    """Whether something is sent to other slices."""
+    """Whether an instruction sends to other slices."""
     return instruction.op == "send" and TRANSFER.search(instruction.rest) is not None
 
 
 def collectives(module: Module, devices: int, slices: int = 1) -> list[Collective]:
-    """The exchanges of a program. devices: of one slice, which a program is for.
-
-    Between slices the program hands its part to the host, whose network does the rest: `send` with a kind of transfer.
-    """
+    """The exchanges of a program for slices of `devices` devices. Between slices it is a `send` to the host."""
     found = []
     for place, instruction, times in _exchanges(module):
         between = TRANSFER.search(instruction.rest)
         kind = between[1].lower().replace("_", "-") if between else instruction.op.removesuffix("-start")
         kind = "reduce-scatter" if place.startswith(SCATTER) else kind
         n = slices if between else _group(instruction.rest, devices)
-        given = instruction.operands[:1] if between else instruction.operands  # beside what is sent stands a token
+        given = instruction.operands[:1] if between else instruction.operands  # the second operand of `send` is a token
         held = sum(size(module.computations[place][operand].shape) for operand in given)
         part = (n - 1) / n
         sent = held * {"all-gather": n - 1, "all-reduce": 2 * part, "collective-permute": 1}.get(kind, part)
@@ -205,7 +185,7 @@ def collectives(module: Module, devices: int, slices: int = 1) -> list[Collectiv
 
 
 def _group(rest: str, devices: int) -> int:
-    """How many devices exchange with each other; in a permutation two."""
+    """The number of devices that exchange with each other; two in a permutation."""
     if "source_target_pairs=" in rest:
         return 2
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
@@ -216,15 +196,15 @@ def _group(rest: str, devices: int) -> int:
         sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", found[1])}
         return prod(sizes[name] for name in re.findall(r"'(\w+)'", found[2]))
     if found := re.search(r"replica_groups=(?!\{\})(.{1,60})", rest):
-        raise ValueError(f"groups of devices in an unknown form: {found[1]}")
+        raise ValueError(f"groups of devices have an unknown form: {found[1]}")
     return devices
 
 
 def memory_traffic(module: Module) -> int:
     """Bytes that a program reads from and writes to the device's main memory.
 
-    Of each instruction that is scheduled its operands and results that lie there; of an operand that it only slices the
-    slice, of a result that it updates in place the update. A collective counts once, wherever its pieces are.
+    These are the operands and results there of each scheduled instruction; only the slice of an operand that is sliced,
+    and only the update of a result that is updated in place. A collective counts once.
     """
     total = 0
     for place, instruction, times in _exchanges(module):
@@ -237,41 +217,38 @@ def memory_traffic(module: Module) -> int:
 
 
 def _traffic(module: Module, computation: Computation, instruction: Instruction) -> int:
-    if instruction.op in (*FREE, *CONTROL, *COLLECTIVES) or instruction.op.endswith("-done"):
+    op = instruction.op
+    if op in (*FREE, *CONTROL) or op.endswith("-done") or op.removesuffix("-start") in COLLECTIVES:
         return 0
-    if instruction.op.removesuffix("-start") in COLLECTIVES:
-        return 0
-    if instruction.op.endswith("-start"):  # (what is read, what is written, flags): as much there as here
+    if op.endswith("-start"):  # its shape: (source, result, flags); it reads as many bytes as it writes
         arrays = [found[0] for found in ARRAY.finditer(instruction.shape)][:2]
-        moved = min(map(size, arrays))
-        return sum(moved for array in arrays if size(array, True))
+        return min(map(size, arrays)) * sum(size(array, True) > 0 for array in arrays)
+    inner = module.computations[called(instruction)[0]] if op == "fusion" else None
     total = 0
-    inner = module.computations[called(instruction)[0]] if instruction.op == "fusion" else None
     for i, operand in enumerate(instruction.operands):
         whole = size(computation[operand].shape, True)
-        if whole and inner is not None:
-            whole = min(whole, _read(module, inner, i))
-        elif whole and instruction.op in ("dynamic-slice", "slice", "gather", "dynamic-update-slice") and i == 0:
-            whole = 0 if instruction.op == "dynamic-update-slice" else size(instruction.shape)
-        total += whole
-    written = size(instruction.shape, True)
-    if written and inner is not None:
-        return total + min(written, _written(module, inner, _root(inner)))
-    if instruction.op == "dynamic-update-slice":
+        if whole:
+            total += min(whole, _read(module, inner, i)) if inner else _touched(instruction, i, whole)
+    if op == "dynamic-update-slice":
         return total + size(computation[instruction.operands[1]].shape)
-    return total + written
+    written = size(instruction.shape, True)
+    return total + (min(written, _written(module, inner, _root(inner))) if written and inner else written)
+
+
+def _touched(instruction: Instruction, place: int, whole: int) -> int:
+    """Bytes that an instruction reads of its operand at `place`, which has `whole` bytes."""
+    if place == 0 and instruction.op in SLICING:
+        return size(instruction.shape)
+    return 0 if place == 0 and instruction.op == "dynamic-update-slice" else whole
 
 
 def _result(instruction: Instruction) -> int:
-    """Bytes that a collective writes to main memory.
-
-    Begun in the background, it has its operand before its result. From other slices comes as much as has left.
-    """
+    """Bytes that a collective writes to main memory. From other slices come as many bytes as are sent."""
     if instruction.op == "send":
         return size(ARRAY.search(instruction.shape)[0], True)
     if not instruction.op.endswith("-start") or instruction.op == "all-reduce-start":
         return size(instruction.shape, True)
-    return size([found[0] for found in ARRAY.finditer(instruction.shape)][1], True)
+    return size([found[0] for found in ARRAY.finditer(instruction.shape)][1], True)  # (operand, result)
 
 
 def _root(computation: Computation) -> Instruction:
@@ -279,7 +256,7 @@ def _root(computation: Computation) -> Instruction:
 
 
 def _read(module: Module, computation: Computation, number: int) -> int:
-    """Bytes that a fusion reads of its operand of this number."""
+    """Bytes that a fusion reads of its operand `number`."""
     parameter = next(i for i in computation.values() if i.op == "parameter" and int(i.argument) == number)
     return _read_of(module, computation, parameter)
 
@@ -288,21 +265,17 @@ def _read_of(module: Module, computation: Computation, value: Instruction) -> in
     whole, total = size(value.shape), 0
     for user in computation.values():
         for place in (place for place, operand in enumerate(user.operands) if operand == value.name):
-            if user.op in ("dynamic-slice", "slice", "gather") and place == 0:
-                total += size(user.shape)
-            elif user.op == "bitcast":
+            if user.op == "bitcast":
                 total += _read_of(module, computation, user)
-            elif user.op in (*FREE, *COLLECTIVES):
-                continue
             elif user.op == "fusion":
                 total += _read(module, module.computations[called(user)[0]], place)
-            elif user.op != "dynamic-update-slice" or place:
-                total += whole
+            elif user.op not in (*FREE, *COLLECTIVES):
+                total += _touched(user, place, whole)
     return min(whole, total)
 
 
 def _written(module: Module, computation: Computation, value: Instruction) -> int:
-    """Bytes that a fusion writes for this value of its last line."""
+    """Bytes that a fusion writes for `value`, its root or a part of the root."""
     if value.op in ("parameter", "custom-call", *COLLECTIVES):
         return 0
     if value.op == "tuple":
@@ -318,10 +291,10 @@ def _written(module: Module, computation: Computation, value: Instruction) -> in
 
 
 def cycles(module: Module) -> int:
-    """The cycles that the compiler estimates for the fusions of a program; what else runs, it does not say."""
-    total = 0
-    for name, times in scheduled(module).items():
-        for instruction in module.computations[name].values():
-            found = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
-            total += times * int(found[1]) if found else 0
-    return total
+    """The compiler's estimate of the cycles of a program's fusions; it has none for other instructions."""
+    return sum(
+        times * int(found[1])
+        for name, times in scheduled(module).items()
+        for instruction in module.computations[name].values()
+        if (found := re.search(r'"estimated_cycles":"(\d+)"', instruction.rest))
+    )

@@ -1,11 +1,11 @@
-"""Plans of runs on TPU slices: compiled by the TPU compiler, counted in the program, estimated from both."""
+"""Plans of runs on TPU slices: what the TPU compiler says, what its program contains, and estimates from both."""
 
 import json
 import multiprocessing
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +25,8 @@ from tools.benchmark import stand_ins, timing, variants
 from tools.benchmark.timing import say
 from tools.pod_plan import hlo, tpu
 
-# For the compiler in a machine without TPU: no backend but the CPU, no question to the metadata server, several
-# compilers at a time, and no warnings about a machine that is not there. On a TPU VM they would break the start.
+# For the compiler on a machine without TPU: only the CPU as backend, no request to the metadata server, several
+# compilers at a time, no warnings about a missing TPU. On a TPU VM these values would break the start.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -35,27 +35,26 @@ ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
 }
-MISSING = 'plans need the TPU compiler: pip install "libtpu==0.0.42.*" (205 MB, terms of Google Cloud)'
 PROGRAMS = ("train", "init", "sample", "checksum")
 GIB = 2**30
 
 SOURCES = {
     "fits, memory": "compiler",
-    "flops": "counted: products in the traced step; `performed` with what remat computes again",
-    "hbm_bytes": "counted: operands and results in HBM of what the compiled program runs, loops as often as they turn",
+    "flops": "counted: products in the traced step; `performed` with the recomputation of remat",
+    "hbm_bytes": "counted: operands and results in HBM of the compiled program, with every turn of its loops",
     "sent_bytes": "counted: collectives in the compiled program; a ring's bytes for each chip",
     "compute_ms": "estimated: performed FLOPs at `efficiency` of the published peak",
     "hbm_ms": "estimated: hbm_bytes at the published bandwidth",
     "ici_ms": "estimated: sent_bytes within a slice over two links of a chip, in one direction each",
     "dcn_ms": "estimated: sent_bytes between slices at a chip's share of its host's network",
     "compiler_ms": "estimated: the compiler's cycles for fusions, one after another; the clock that the peak implies",
-    "hidden": "estimated: the largest of compute_ms, hbm_ms, ici_ms and dcn_ms (`bound`) hides all else: the best",
-    "in_turn": "estimated: compiler_ms, ici_ms and dcn_ms, one after another: the worst, but for the host and the data",
+    "hidden": "estimated, the best case: the largest of compute_ms, hbm_ms, ici_ms and dcn_ms (`bound`) hides all else",
+    "in_turn": "estimated, the worst case without host and data: compiler_ms, ici_ms and dcn_ms one after another",
 }
 
 
 class Plan(NamedTuple):
-    """What is planned: the words that ask for it, the config, and where it would run."""
+    """A config on `slices` slices `place`. words: its changes of the first plan's config."""
 
     words: str
     config: ConfigDict
@@ -64,62 +63,54 @@ class Plan(NamedTuple):
 
     @property
     def chips(self) -> int:
-        """Of all slices."""
+        """The chips of all slices."""
         return self.place.chips * self.slices
 
 
 def varied(plan: Plan, words: str, overrides: Mapping[str, Any] | None = None) -> Plan:
-    """The plan with other values: those of `variants.varied`, and `topology` and `slices`."""
-    others = {"topology": tpu.parse, "slices": int}
-    config, found = variants.varied(plan.config, words, others, overrides)
-    place, slices = found.get("topology", plan.place), found.get("slices", plan.slices)
-    return plan._replace(words=words, config=config, place=place, slices=slices)
+    """The plan with other values: keys of the config (see `variants.varied`), `topology` and `slices`."""
+    config, found = variants.varied(plan.config, words, {"topology": tpu.parse, "slices": int}, overrides)
+    return Plan(words, config, found.get("topology", plan.place), found.get("slices", plan.slices))
 
 
 def remedies(plan: Plan) -> list[str]:
-    """What to try where a plan does not fit, in this order; each step keeps those before it.
+    """Words to try, in this order, for a plan that does not fit.
 
-    Parameters are split over few chips first: the fewer, the less the compiler has to do for it.
+    Parameters are split over few chips first, because fewer parts are less work for the compiler.
     """
     config, chips = plan.config, plan.place.chips
     meshes = [f"mesh.data=-1 mesh.fsdp={parts} mesh.tensor=1" for parts in sorted({min(4, chips), chips})]
     found = [words for words in meshes if f"mesh.fsdp={config.mesh.fsdp} " not in words]
     words = f"{meshes[-1]} model.remat=full"
-    if config.model.get("remat") != "full":
-        found.append(words)
+    found += [words] if config.model.get("remat") != "full" else []
     each = config.batch_size // plan.chips
     found += [f"{words} accumulate={parts}" for parts in (2, 4) if each % parts == 0 and parts > config.accumulate]
     found += [f"{words} batch_size={config.batch_size // parts}" for parts in (2, 4, 8) if each % parts == 0]
     return found
 
 
-# --- What is compiled, in a process of its own.
-
-
-def compiled(plan: Plan, programs: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
-    """What the compiler says of a plan, and what can be counted. Needs ENVIRONMENT, before jax knows its devices."""
+def compiled(plan: Plan, programs: Sequence[str]) -> dict[str, Any]:
+    """The compiler's facts about a plan, and counts. Set ENVIRONMENT before jax looks for its devices."""
     config, place = plan.config, plan.place
     options = place.options | ({"num_slices": plan.slices} if plan.slices > 1 else {})
     name = f"{place.generation}:{place.topology}"
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
-    except Exception as error:  # of no one kind
+    except Exception as error:  # libtpu raises several kinds
         raise ConfigError(f"--topology={name}: the compiler refuses it: {error}".splitlines()[0]) from error
     space = stand_ins.space(config)
     with tempfile.TemporaryDirectory() as folder:
-        stand_ins.take_their_places(config, Path(folder), say)
+        stand_ins.replace_files(config, Path(folder))
         experiment = build.build(config, space, devices=devices)
         frozen = jax.eval_shape(experiment.components.codec.init)
     layout, parts = experiment.layout, experiment.components
     parts = parts._replace(codec=parts.codec._replace(init=lambda: frozen))
     experiment = experiment._replace(components=parts)
     frozen = sharding.placed(frozen, sharding.shardings(frozen, layout))
-    over_batch = sharding.over_batch(layout)
-    batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=over_batch), stand_ins.stored(config, space)
-    )
-    key = jax.eval_shape(jax.random.key, 0)
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(layout))
+    batch = stand_ins.stored(config, space)
+    batch = sharding.placed(batch, jax.tree.map(lambda _: sharding.over_batch(layout), batch))
+    replicated = sharding.replicated(layout)
+    key = sharding.placed(jax.eval_shape(jax.random.key, 0), replicated)
     init = initializer(parts, batch)
     abstract = jax.eval_shape(init, key)
     where = sharding.shardings(abstract, layout)
@@ -135,11 +126,9 @@ def compiled(plan: Plan, programs: Sequence[str], say: Callable[[str], None]) ->
     }
 
     def train() -> jax.stages.Lowered:
-        outputs = (where, sharding.replicated(layout))
+        step = jax.jit(partial(train_step, parts), donate_argnums=0, out_shardings=(where, replicated))
         with jax.set_mesh(layout.mesh):
-            return jax.jit(partial(train_step, parts), donate_argnums=0, out_shardings=outputs).lower(
-                state, frozen, batch, key
-            )
+            return step.lower(state, frozen, batch, key)
 
     lowered = {
         "train": train,
@@ -163,7 +152,7 @@ def compiled(plan: Plan, programs: Sequence[str], say: Callable[[str], None]) ->
 
 
 def facts_of(program: jax.stages.Compiled, devices: int, slices: int) -> dict[str, Any]:
-    """The memory of a compiled program on each device, and what its text tells."""
+    """The memory of a compiled program on each device, and counts in its text."""
     memory, module = program.memory_analysis(), hlo.parse(program.as_text())
     sums: dict[tuple, dict[str, Any]] = {}
     for found in hlo.collectives(module, devices, slices):
@@ -189,7 +178,7 @@ def facts_of(program: jax.stages.Compiled, devices: int, slices: int) -> dict[st
 
 
 def out_of_memory(message: str) -> float | None:
-    """GiB that a program needs, by the compiler's message that it does not fit; None if it says something else."""
+    """GiB that a program needs, from the compiler's message that it does not fit; None for other messages."""
     units = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2**10}
     for pattern in (r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", r"\(([\d.]+)([KMGT])\) exceeds available HBM"):
         if found := re.search(pattern, message):
@@ -197,11 +186,8 @@ def out_of_memory(message: str) -> float | None:
     return None
 
 
-# --- What follows from it.
-
-
 def estimate(found: Mapping[str, Any], plan: Plan, efficiency: float) -> dict[str, Any]:
-    """Times of a training step, and the run that follows at best and at worst; see SOURCES for the assumptions."""
+    """Times of a training step, and the run at best and at worst. SOURCES has the assumptions."""
     chip, facts = tpu.GENERATIONS[plan.place.generation], found["programs"]["train"]
     peak = flops.peak(found["device_kind"]) * 1e12
     within, across = (
@@ -238,7 +224,7 @@ def estimate(found: Mapping[str, Any], plan: Plan, efficiency: float) -> dict[st
 
 
 def resident(name: str, programs: Mapping[str, Any]) -> int:
-    """Bytes on a chip while a program of the run works: its own, and the training state and batch where they stay."""
+    """Bytes on a chip while a program of the run works: its own, and the training state and batch that stay there."""
     own = programs[name]["bytes"]
     if name in ("train", "init") or "bytes" not in programs.get("train", {}):
         return own["peak"] + own["code"]
@@ -246,7 +232,7 @@ def resident(name: str, programs: Mapping[str, Any]) -> int:
 
 
 def row_of(plan: Plan, found: Mapping[str, Any], efficiency: float) -> dict[str, Any]:
-    """A plan as it is written: its settings, what was found, what is estimated."""
+    """The record of a plan: its settings, the facts, the estimates."""
     chip, programs = tpu.GENERATIONS[plan.place.generation], found["programs"]
     row = {
         "setting": plan.words,
@@ -262,14 +248,11 @@ def row_of(plan: Plan, found: Mapping[str, Any], efficiency: float) -> dict[str,
     for name, facts in programs.items():
         if facts["fits"]:
             facts["needs_gib"] = resident(name, programs) / GIB
-            facts["fits"] = name == "train" or facts["needs_gib"] <= chip.hbm_gib  # of that the compiler has said it
+            facts["fits"] = name == "train" or facts["needs_gib"] <= chip.hbm_gib  # the compiler checked `train`
     row["fits"] = all(facts["fits"] for facts in programs.values())
     if "bytes" in programs["train"]:
         row["estimate"] = estimate(found, plan, efficiency)
     return row
-
-
-# --- What a person reads.
 
 
 ESTIMATES = {"step ms": ("step_ms", 0, 1), "img/s": ("images_per_sec", 0, 1), "MFU %": ("mfu", 0, 100)}
@@ -277,7 +260,7 @@ ESTIMATES |= {"days": ("days", 1, 1), "chip-h": ("chip_hours", 0, 1)}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows at a glance, in Markdown; estimates from the best to the worst."""
+    """The rows in Markdown. Estimates are best-worst."""
     lines = []
     for row in rows:
         mesh = " ".join(f"{axis} {size}" for axis, size in row["mesh"].items()) or "1"
@@ -286,54 +269,47 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         shown = [word for word in row["setting"].split() if not word.startswith(("topology=", "slices=", "mesh."))]
         cells = [" ".join(shown) or "the config", row["slice"], mesh, f"{row['batch_per_chip']:g}{parts}"]
         cells += [row["remat"], needs, "yes" if row["fits"] else "NO"]
-        cells += [span(row["estimate"], *key) if "estimate" in row else "" for key in ESTIMATES.values()]
+        cells += [span(row["estimate"], *form) if "estimate" in row else "" for form in ESTIMATES.values()]
         lines.append(cells)
     return timing.table(("", "slice", "mesh", "b/chip", "remat", "GiB/chip", "fits", *ESTIMATES), lines)
 
 
-def span(guess: Mapping[str, Any], key: str, digits: int, factor: float = 1) -> str:
-    """An estimate, from the best to the worst where that is known."""
-    runs = [guess["hidden"], guess["in_turn"]]
-    texts = [f"{run[key] * factor:,.{digits}f}" for run in runs if run]
+def span(guess: Mapping[str, Any], key: str, digits: int, factor: float) -> str:
+    """An estimate, best-worst; only the best if both are equal or the worst is unknown."""
+    texts = [timing.cell(run[key], digits, factor) for run in (guess["hidden"], guess["in_turn"]) if run]
     return "-".join(dict.fromkeys(texts))
 
 
 def details(row: Mapping[str, Any], efficiency: float) -> str:
-    """All that is known of one plan, and where it comes from."""
-    lines = [f"memory of a chip in GiB (compiler; of {row['hbm_gib']:.2f}; needs: while the state stays there)"]
+    """All figures of a plan with their sources."""
     kinds = ("arguments", "outputs", "donated", "temporaries", "code", "peak")
-    lines.append("  program   " + "".join(f"{kind:>12}" for kind in (*kinds, "needs")) + "  compile s")
+    memory = []
     for name, facts in row["programs"].items():
-        held = [facts["bytes"][kind] / GIB for kind in kinds] if "bytes" in facts else []
-        numbers = "".join(f"{number:>12.3f}" for number in (*held, facts["needs_gib"]))
-        verdict = "" if facts["fits"] else "  does not fit"
-        lines.append(f"  {name:<10}{numbers.rjust(12 * (len(kinds) + 1))}{facts['compile_s']:>11.0f}{verdict}")
+        held = [timing.cell(facts["bytes"][kind] / GIB, 3) if "bytes" in facts else "" for kind in kinds]
+        held += [timing.cell(facts["needs_gib"], 3), timing.cell(facts["compile_s"], 0)]
+        memory.append([name, *held, "" if facts["fits"] else "does not fit"])
+    lines = [f"memory of a chip in GiB (compiler; of {row['hbm_gib']:.2f}; needs: with the state that stays there)"]
+    lines.append(timing.table(("program", *kinds, "needs", "compile s", "fits"), memory))
     if "estimate" not in row:
         return "\n".join(lines)
     guess, train = row["estimate"], row["programs"]["train"]
     needed, performed = (row["flops"][kind] / 1e12 / row["chips"] for kind in ("needed", "performed"))
-    lines += [
-        "training step, each chip",
-        f"  {needed:.2f} TFLOP needed, {performed:.2f} with what remat computes again (counted)"
-        f"  -> {guess['compute_ms']:.1f} ms (estimated: {efficiency:.0%} of peak)",
-        f"  {train['hbm_bytes'] / 1e9:.1f} GB to and from HBM (counted)"
-        f"  -> {guess['hbm_ms']:.1f} ms (estimated: published bandwidth)",
+    sent: dict[bool, str] = {False: "sent within a slice (counted):", True: "sent between slices (counted):"}
+    for c in train["collectives"]:
+        sent[c["between_slices"]] += f" {c['times']} x {c['kind']} of {c['members']}, {c['sent_bytes'] / 1e9:.3f} GB;"
+    cycles = f"{train['cycles'] / 1e6:.0f} million cycles for fusions (compiler)"
+    parts = [
+        ("compute", f"{needed:.2f} TFLOP needed, {performed:.2f} with remat (counted)", f"{efficiency:.0%} of peak"),
+        ("hbm", f"{train['hbm_bytes'] / 1e9:.1f} GB to and from HBM (counted)", "published bandwidth"),
+        ("ici", sent[False].rstrip(";"), "two links of a chip, one direction"),
+        ("dcn", sent[True].rstrip(";"), "a chip's share of its host's network"),
+        ("compiler", cycles, "one after another, at the clock that the peak implies"),
     ]
-    for found in train["collectives"]:
-        network = "between slices" if found["between_slices"] else "within a slice"
-        lines.append(
-            f"  {found['times']} x {found['kind']} of {found['members']} {network}: "
-            f"{found['sent_bytes'] / 1e9:.3f} GB sent (counted)"
-        )
-    for name, links in (("ici", "two links of a chip, one direction"), ("dcn", "a chip's share of its host's network")):
-        if guess[f"{name}_ms"] != 0:
-            took = "unknown" if guess[f"{name}_ms"] is None else f"{guess[f'{name}_ms']:.1f} ms"
-            lines.append(f"  -> {took} (estimated: {links})")
-    if guess["compiler_ms"] is not None:
-        lines.append(
-            f"  {train['cycles'] / 1e6:.0f} million cycles for fusions (compiler)"
-            f"  -> {guess['compiler_ms']:.1f} ms (estimated: one after another, at the clock that the peak implies)"
-        )
+    lines.append("training step, each chip")
+    for name, amount, assumption in parts:
+        took = guess[f"{name}_ms"]
+        if took != 0:
+            lines.append(f"  {amount}  -> {'unknown' if took is None else f'{took:.1f} ms'} (estimated: {assumption})")
     lines.append(f"run of {row['total_steps']:,} steps, without samples, scores, checkpoints (estimated)")
     about = {"hidden": f"{guess['bound']} hides all else", "in_turn": "the compiler's cycles, then the exchanges"}
     for name, words in about.items():
@@ -346,11 +322,8 @@ def details(row: Mapping[str, Any], efficiency: float) -> str:
     return "\n".join(lines)
 
 
-# --- The program.
-
-
 def in_process(plan: Plan, programs: Sequence[str], seconds: float) -> dict[str, Any]:
-    """`compiled` in a process of its own: it can be ended, and a compiler that dies takes nothing with it."""
+    """`compiled` in a process of its own: a timeout can end it, and a crash of the compiler ends only it."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(theirs, plan._replace(config=plan.config.to_dict()), programs))
@@ -373,7 +346,7 @@ def in_process(plan: Plan, programs: Sequence[str], seconds: float) -> dict[str,
 
 def _answer(pipe, plan: Plan, programs: Sequence[str]) -> None:
     try:
-        pipe.send(compiled(plan._replace(config=ConfigDict(plan.config)), programs, say))
+        pipe.send(compiled(plan._replace(config=ConfigDict(plan.config)), programs))
     except RunError as error:
         pipe.send(type(error)(str(error)))
 
@@ -381,19 +354,11 @@ def _answer(pipe, plan: Plan, programs: Sequence[str]) -> None:
 def record(
     path: Path, command: str, rows: Sequence[Mapping[str, Any]], efficiency: float, hardware: Mapping[str, Any]
 ) -> None:
-    """Write the rows of a command into FILE.json, beside those of other commands, and all tables into FILE.md.
-
-    hardware: of the compiler's machine.
-    """
+    """Add the rows of a command to FILE.json, and write all tables to FILE.md. hardware: of the compiler's machine."""
     held = json.loads(path.read_text()) if path.exists() else {}
     made = {"versions": versions(), "hardware": hardware, "rows": list(rows)}
     plans = held.get("plans", {}) | {command: made}
     text = {"sources": SOURCES, "efficiency": efficiency, "plans": plans}
     path.write_text(json.dumps(text, indent=1) + "\n")
-    path.with_suffix(".md").write_text(page(plans))
-
-
-def page(plans: Mapping[str, Any]) -> str:
-    """The tables of a record, each behind its command, in Markdown."""
-    heads = {command: timing.about({"command": command, **made}) for command, made in plans.items()}
-    return "\n".join(f"{heads[command]}\n\n{table(made['rows'])}\n" for command, made in plans.items())
+    tables = [f"{timing.about({'command': name, **plan})}\n\n{table(plan['rows'])}\n" for name, plan in plans.items()]
+    path.with_suffix(".md").write_text("\n".join(tables))
