@@ -1,7 +1,7 @@
-"""Configs: ml_collections trees whose slots name a factory and hold all of its options.
+"""Configs: ml_collections trees. A slot in such a tree names a factory and holds all of its options.
 
-A config file builds slots with `slot(...)`: the defaults come from the factory's signature, so that a stored config is
-complete, and any option can be set on the command line (`--config.losses.diversity.lo=0.2`).
+Config files build slots with `slot(...)`. Defaults come from the factory's signature, so that a stored config is
+complete and any option can be set on the command line (`--config.losses.diversity.lo=0.2`).
 """
 
 import inspect
@@ -19,50 +19,37 @@ from diversedit_jax.errors import ConfigError
 from diversedit_jax.runtime.files import check_same, differences, write_json
 
 FILE = "config.json"
-
 RESERVED = ("name", "every")  # keys of a slot that are not options of its factory
 
-# What may differ when a run is resumed: how long it runs, where it runs, what it reports and keeps.
-FREE = (
-    "total_steps",
-    "max_skipped",
-    "log_every",
-    "profile",
-    "watchdog",
-    "mesh",
-    "input",
-    "checkpoint",
-    "samples",
-    "evaluators",
-)
+# What may change when a run is resumed.
+FREE = ("total_steps", "max_skipped", "watchdog", "mesh", "input")  # how long and where it runs
+FREE += ("log_every", "profile", "checkpoint", "samples", "evaluators")  # what it reports and keeps
 
 
 def options(build: Callable, **changes: Any) -> ConfigDict:
     """All keyword options of a factory with their defaults, and `changes` to them."""
-    values = {}
+    config = ConfigDict()
     for name, parameter in registry.options(build).items():
-        default = parameter.default
-        required = default is inspect.Parameter.empty
-        values[name] = config_dict.placeholder(_kind(parameter.annotation)) if required or default is None else default
-    config = ConfigDict(values, type_safe=True)
+        unset = parameter.default in (None, inspect.Parameter.empty)
+        config[name] = config_dict.placeholder(_kind(parameter.annotation)) if unset else parameter.default
     for name, value in changes.items():
         if name not in config:
-            raise ConfigError(f"{build.__module__}: no option {name!r}; {registry.suggestion(name, values)}")
+            raise ConfigError(f"{build.__module__}: no option {name!r}; {registry.suggestion(name, config)}")
         config[name] = value
     return config
 
 
 def _kind(annotation: Any) -> type:
-    """The type of an option that is None until it is set: of `int | None`, int."""
+    """The type of an option that is None until it is set: int for `int | None`."""
     choices = typing.get_args(annotation) if typing.get_origin(annotation) in (types.UnionType, typing.Union) else ()
     kinds = [kind for kind in choices or (annotation,) if kind is not type(None)]
     return typing.get_origin(kinds[0]) or kinds[0]
 
 
 def slot(kind: str, name: str, **changes: Any) -> ConfigDict:
-    """The config of a slot: `name`, and all options of what it names, with `changes` to their defaults.
+    """The config of a slot: `name`, and all options of its factory, with `changes` to their defaults.
 
-    Evaluators also have `every`: their interval in steps, 0 for the end of the run only.
+    Evaluators also have `every`: their interval in steps. 0: only at the end of the run.
     """
     config = options(registry.factory(kind, name), **changes)
     config.name = name
@@ -72,7 +59,7 @@ def slot(kind: str, name: str, **changes: Any) -> ConfigDict:
 
 
 def keywords(config: ConfigDict, place: str, build: Callable) -> dict[str, Any]:
-    """The options of a config as keyword arguments; one that is required and not set is an error."""
+    """The options of a config as keyword arguments. ConfigError if a required one is not set."""
     given = {name: _plain(value) for name, value in config.to_dict().items() if name not in RESERVED}
     for name, parameter in registry.options(build).items():
         if parameter.default is inspect.Parameter.empty and given.get(name) is None:
@@ -81,7 +68,7 @@ def keywords(config: ConfigDict, place: str, build: Callable) -> dict[str, Any]:
 
 
 def make(kind: str, config: ConfigDict, place: str, *args: Any) -> Any:
-    """Build the slot that a config describes. `place` is where the config stands, for errors: `config.model`."""
+    """Build the slot that a config describes. place: of the config, for errors, such as `config.model`."""
     given = keywords(config, place, registry.factory(kind, config.name))
     try:
         return registry.make(kind, config.name, *args, **given)
@@ -96,13 +83,13 @@ def _plain(value: Any) -> Any:
 
 
 def claim(workdir: Path, config: ConfigDict) -> list[str]:
-    """Store a run's config in its workdir, or compare it with the one that is stored there.
+    """Store a run's config in its workdir. If one is stored there, compare them first.
 
-    Returns a line for each difference that is allowed (FREE). Any other is a ConfigError.
+    Returns a line for each allowed difference (FREE). Any other difference is a ConfigError.
     """
     notes, given = [], json.loads(json.dumps(config.to_dict()))
     if (workdir / FILE).exists():
-        stored = read(workdir)
+        stored = load(workdir).to_dict()
         kept = [{key: value for key, value in tree.items() if key not in FREE} for tree in (stored, given)]
         check_same(f"{workdir} holds a run", *kept, remedy="use its values or a new workdir")
         notes = [f"config.{key}: {old!r} -> {new!r}" for key, (old, new) in differences(stored, given).items()]
@@ -110,36 +97,25 @@ def claim(workdir: Path, config: ConfigDict) -> list[str]:
     return notes
 
 
-def read(workdir: Path) -> dict[str, Any]:
-    """The config of the run in a workdir, as plain data."""
+def load(workdir: Path) -> ConfigDict:
+    """The config of the run in a workdir. A config of an older version gets the names of this version."""
     try:
         stored = json.loads((workdir / FILE).read_text())
     except FileNotFoundError:
         raise ConfigError(f"{workdir} holds no run: it has no {FILE}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{workdir / FILE} is damaged: {error}") from None
-    return translated(stored)
-
-
-def translated(stored: dict[str, Any]) -> dict[str, Any]:
-    """A stored config with the names that this version uses, whichever version wrote it."""
-    if "prepare" not in stored:
-        return stored
-    codec, model, objective = stored.pop("prepare"), stored["model"], stored["objective"]
-    stored |= {"codec": codec | {"name": "vae" if codec["name"] == "latents" else codec["name"]}, "groups": {}}
-    model.pop("second_time", None)
-    if (width := model.pop("token_width", None)) is not None:
-        objective["width"] = width
-    if "label_drop" in objective:
-        objective["condition_drop"] = objective.pop("label_drop")
-    return stored
+    if "prepare" in stored:
+        codec, model, objective = stored.pop("prepare"), stored["model"], stored["objective"]
+        stored |= {"codec": codec | {"name": "vae" if codec["name"] == "latents" else codec["name"]}, "groups": {}}
+        model.pop("second_time", None)
+        if (width := model.pop("token_width", None)) is not None:
+            objective["width"] = width
+        if "label_drop" in objective:
+            objective["condition_drop"] = objective.pop("label_drop")
+    return ConfigDict(stored)
 
 
 def copied(config: ConfigDict) -> ConfigDict:
-    """A copy that shares nothing with the config, and is not locked. (`ConfigDict(config)` shares what is nested.)"""
+    """A deep copy that is not locked. (`ConfigDict(config)` shares nested configs.)"""
     return ConfigDict(config.to_dict())
-
-
-def load(workdir: Path) -> ConfigDict:
-    """The config of the run in a workdir."""
-    return ConfigDict(read(workdir))

@@ -3,10 +3,10 @@
     python -m diversedit_jax.sample --workdir=DIR --num=64 --cfg_scale=1.8 --guidance_interval=0,0.7
     python -m diversedit_jax.sample --checkpoint=SiT-XL-2-256.pt --family=official_sit --vae=sd-vae-ft-ema --num=8
 
-Uses EMA weights. Where no flag says otherwise a run samples by its own sampler, a release by that of its paper (SDE or
-DDPM, 250 steps; MeanFlow 1 step). Writes DIR/samples_STEP (or what --out says): grid.png, and samples.npz with `arr_0`,
-uint8 images [n h w c], which the ADM evaluator reads, and `labels`. --vae, or config.codec.vae of the run, decodes
-latents; without it they stay float32.
+Samples use the EMA weights. By default a run uses its own sampler, and a release that of its paper (SDE or DDPM, 250
+steps; MeanFlow, 1 step). Files in DIR/samples_STEP, or in --out: grid.png, and samples.npz with `labels` and `arr_0`,
+uint8 images [n h w c], as the ADM evaluator reads them. --vae, or config.codec.vae of the run, decodes latents; without
+it they stay float32.
 """
 
 import time
@@ -17,18 +17,13 @@ import jax
 import numpy as np
 from absl import flags
 
-from diversedit_jax.api import Condition
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.registry import in_range
 from diversedit_jax.runs import flags as run_flags
 from diversedit_jax.runs.trained import Source
-from diversedit_jax.runtime import cli
-from diversedit_jax.runtime.files import write_npz
-from diversedit_jax.runtime.pictures import as_pictures, image_grid, save_png
+from diversedit_jax.runtime import cli, files, pictures
 from diversedit_jax.runtime.progress import duration
 from diversedit_jax.sharding import by_name
-
-MOST_SHOWN = 256  # samples in the grid
 
 
 def run(
@@ -36,23 +31,23 @@ def run(
 ) -> Path:
     """Write `num` samples; returns the folder.
 
-    labels: of the samples, in turn. None: every class in turn, or the conditions of held-out data.
+    labels: to repeat in turn. None: every class in turn, or the conditions of held-out data.
     """
     in_range("num", num, 1)
     y = source.conditions(None, num, seed) if labels is None else repeated(labels, num, source.space.conditions.classes)
     begin = time.monotonic()
     images = source.sampler(source.params, source.frozen, y, seed, source.weak)
-    seconds = time.monotonic() - begin
+    took = f"{duration(time.monotonic() - begin)} (compilation included)"
 
     folder = Path(out).expanduser().absolute() if out else source.folder
     if jax.process_index() != 0:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    write_npz(folder / "samples.npz", {"arr_0": images, **named(y)})
-    took = f"{duration(seconds)} (compilation included)"
+    named = {"labels": y} if isinstance(y, np.ndarray) else {f"condition/{name}": x for name, x in by_name(y).items()}
+    files.write_npz(folder / "samples.npz", {"arr_0": images, **named})
     print(f"{num} samples of {source.name} in {took}: {folder / 'samples.npz'}")
     if images.dtype == np.uint8:
-        save_png(folder / "grid.png", image_grid(as_pictures(images[:MOST_SHOWN])))
+        pictures.save_png(folder / "grid.png", pictures.image_grid(pictures.as_pictures(images[:256])))
         print(f"grid: {folder / 'grid.png'}")
     else:
         print("they are latents, float32: --vae=FILE decodes them")
@@ -60,20 +55,13 @@ def run(
 
 
 def repeated(labels: Sequence[int], num: int, classes: int | None) -> np.ndarray:
-    """These labels in turn. ConfigError for one that the data do not have."""
+    """These labels in turn. ConfigError for a label that the data do not have."""
     if classes is None:
-        raise ConfigError("--labels: the conditions of these data are not labels; leave it out to sample held-out ones")
+        raise ConfigError("--labels: the conditions of these data are not labels. Leave it out for held-out conditions")
     last = max(classes, 1) - 1
     if not len(labels) or min(labels) < 0 or max(labels) > last:
         raise ConfigError(f"labels must be in 0 .. {last}, given {', '.join(map(str, labels))}")
     return np.resize(np.array(labels), num).astype(np.int32)
-
-
-def named(y: Condition) -> dict[str, np.ndarray]:
-    """The conditions as arrays of an .npz: `labels`, or `condition/NAME` for each array."""
-    if isinstance(y, np.ndarray):
-        return {"labels": y}
-    return {f"condition/{name}": leaf for name, leaf in by_name(y).items()}
 
 
 if __name__ == "__main__":
@@ -86,9 +74,8 @@ if __name__ == "__main__":
 
     def main() -> None:
         """Read the flags and run."""
-        labels = flags.FLAGS.labels
-        labels = None if labels is None else run_flags.numbers("labels", labels, int)
-        options = {name: flags.FLAGS[name].value for name in ("num", "seed", "out")}
-        run(run_flags.source(), labels=labels, **options)
+        given = flags.FLAGS
+        labels = None if given.labels is None else run_flags.numbers("labels", given.labels, int)
+        run(run_flags.source(), num=given.num, labels=labels, seed=given.seed, out=given.out)
 
     cli.launch(main, several=True)

@@ -172,8 +172,8 @@ def test_the_best_checkpoints_are_kept(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("metric", "message"),
     [
-        (None, r"metric = None: wanted LABEL/NAME of config.evaluators, known: rated"),
-        ("fid", r"metric = 'fid': wanted LABEL/NAME of config.evaluators, known: rated"),
+        (None, r"metric = None: must be LABEL/NAME of config.evaluators, known: rated"),
+        ("fid", r"metric = 'fid': must be LABEL/NAME of config.evaluators, known: rated"),
         pytest.param(
             "rated/fid", r"metric = 'rated/fid' is not found; did you mean 'rated/value'", marks=pytest.mark.slow
         ),
@@ -221,7 +221,7 @@ def test_data_of_any_number_of_classes_train_and_are_sampled(num_classes, tmp_pa
     with pytest.raises(ConfigError, match=rf"labels must be in 0 .. {max(num_classes - 1, 0)}, given 3"):
         sample.run(source, labels=[3])
     if num_classes == 0:
-        with pytest.raises(ConfigError, match=r"cfg_scale = 2.0: must be 1, the data have no classes to guide to"):
+        with pytest.raises(ConfigError, match=r"cfg_scale = 2.0: must be 1, because the data have no classes"):
             sample.run(source_of(tmp_path, cfg_scale=2.0))
         config.sampler.cfg_scale = 1.5
         with pytest.raises(ConfigError, match=r"cfg_scale = 1.5: must be 1, the data have no classes"):
@@ -420,8 +420,8 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(straight, tmp
         ({"model__patch": 3}, r"model.patch = 3 does not divide 8 x 8"),
         ({"model__heads": 3}, r"model.heads = 3 does not divide the width 16"),
         ({"model__skip": "relase"}, r"model.skip = 'relase' is unknown; did you mean 'release'"),
-        ({"losses__diversity__aligned": 5}, r"aligned block 5 is outside the network: it has blocks 1 to 4"),
-        ({"losses__diversity__groups": 3}, r"a batch of 16 cannot be cut into 3 equal groups"),
+        ({"losses__diversity__aligned": 5}, r"diversity: aligned = 5: must be at least 1 and at most 4"),
+        ({"losses__diversity__groups": 3}, r"groups = 3 must divide the batch of 16"),
         ({"losses__diversity__name": "diversty"}, r"losses: unknown name 'diversty'; did you mean 'diversity'"),
         ({"losses__diversity__preset": "relase"}, r"preset = 'relase' is unknown; did you mean 'release'"),
         ({"data__name": "digit"}, r"data: unknown name 'digit'; did you mean 'digits'"),
@@ -432,9 +432,12 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(straight, tmp
         ({"total_steps": 0}, r"config.total_steps = 0: must be at least 1"),
         ({"max_skipped": -1}, r"config.max_skipped = -1: must be at least 0"),
         ({"profile": "5"}, r"config.profile = '5': wanted FIRST:LAST of steps"),
-        ({"mesh__data": 3}, r"data 3 x fsdp 1 = 3 devices, but JAX sees 8"),
+        ({"mesh__data": 3}, r"data 3 x fsdp 1 x tensor 1 must give the 8 devices that JAX sees"),
         ({"sampler__solver": "hen"}, r"solver = 'hen' is unknown; did you mean 'heun'"),
-        ({"sampler__guidance_interval": (0.7, 0.2)}, r"guidance_interval = 0.7, 0.2"),
+        (
+            {"sampler__guidance_interval": (0.7, 0.2)},
+            r"guidance_interval = \(0.7, 0.2\): must be two times with 0 <= lo <= hi <= 1",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -1,4 +1,4 @@
-"""From a config to the components of a run. What a config can have wrong is found here, before anything compiles."""
+"""From a config to the components of a run. Mistakes in a config are found here, before anything compiles."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,7 @@ from diversedit_jax.weights import dit as releases
 
 
 class Experiment(NamedTuple):
-    """A config, built for examples of `space`, as they are stored. rates: the learning rate at each step, by group."""
+    """A config, built for stored examples of `space`. rates: the learning rate at each step, by group."""
 
     config: ConfigDict
     space: Space
@@ -35,55 +35,63 @@ class Experiment(NamedTuple):
     components: Components
     rates: Mapping[str, optax.Schedule]
 
-    def sampler(self) -> sampler.Sampler:
-        """The sampler of the config."""
-        options = configs.keywords(self.config.sampler, "config.sampler", sampler.make)
-        return sampler.make(*self.sampled(), **options)
+    def sampler(self, **changes: Any) -> sampler.Sampler:
+        """The sampler of the config, with changes to its options."""
+        options = configs.keywords(self.config.sampler, "config.sampler", sampler.make) | changes
+        parts = self.components
+        return sampler.make(parts.model, parts.codec, self.space, parts.objective.predicts, self.layout, **options)
 
     def conditions(self, rule: str | None, num: int, seed: int) -> Condition:
         """The stored conditions of `num` samples, by a rule of `conditioning.RULES`."""
-        held = partial(held_out, partial(open_data, self.config))
-        return conditioning.chosen(rule, num, self.space.conditions, seed, held)
-
-    def sampled(self) -> tuple:
-        """What `sampler.make` needs besides its options."""
-        parts = self.components
-        return parts.model, parts.codec, self.space, parts.objective.predicts, self.layout
+        return conditions(partial(open_data, self.config), self.space, rule, num, seed)
 
 
 def open_data(config: ConfigDict, split: str = "train") -> Dataset:
-    """The data set of a config. ConfigError where its latents are of another scale than `config.codec` takes."""
+    """The data set of a config. ConfigError if its latents have another scale than `config.codec.scale`."""
     dataset = configs.make("data", config.data, "config.data", split)
     scale = config.codec.get("scale", dataset.scale)
     if dataset.scale not in (None, scale):
-        raise ConfigError(
-            f"config.codec.scale = {scale}, but the autoencoder of these latents has {dataset.scale}: "
-            f"set --config.codec.scale={dataset.scale}"
-        )
+        raise ConfigError(f"config.codec.scale = {scale}, but the autoencoder of these latents has {dataset.scale}")
     return dataset
 
 
-def held_out(data: Callable[[str], Dataset], num: int) -> Condition:
-    """The conditions of the first `num` held-out examples, in turn if there are fewer.
+def conditions(data: Callable[[str], Dataset], space: Space, rule: str | None, num: int, seed: int) -> Condition:
+    """The stored conditions of `num` samples, by a rule of `conditioning.RULES`.
 
-    data: split -> data set. Without a test split training examples are taken.
+    data: split -> data set. Held-out examples are those of `test`, or of `train` if there is no such split.
     """
-    try:
-        source = data("test").source
-    except RunError:
-        source = data("train").source
-    return stacked([source[number % len(source)]["y"] for number in range(num)])
+
+    def held_out(num: int) -> Condition:
+        try:
+            source = data("test").source
+        except RunError:
+            source = data("train").source
+        return stacked([source[number % len(source)]["y"] for number in range(num)])
+
+    return conditioning.chosen(rule, num, space.conditions, seed, held_out)
 
 
 def build(config: ConfigDict, space: Space, devices: Sequence[jax.Device] | None = None) -> Experiment:
-    """A run for stored examples of `space`. ConfigError for what cannot work.
-
-    devices: of another machine, to compile for it; by default this one's.
-    """
+    """A run for stored examples of `space`. devices: of another machine, to compile for it; None: of this one."""
     layout = sharding.make(**config.mesh, devices=devices)
-    _check_steps(config, layout)
-    groups = {label: _group(label, group) for label, group in config.groups.items()}
+    for name in ("total_steps", "batch_size", "accumulate", "log_every"):
+        in_range(f"config.{name}", config[name], 1)
+    in_range("config.ema_decay", config.ema_decay, 0, below=1)
+    in_range("config.max_skipped", config.max_skipped, 0)
+    at_once = layout.shards * config.accumulate
+    if config.batch_size % at_once:
+        below = config.batch_size // at_once * at_once
+        nearest = " or ".join(str(size) for size in (below, below + at_once) if size)
+        parts = f" x {config.accumulate} accumulated parts" if config.accumulate > 1 else ""
+        raise ConfigError(
+            f"config.batch_size = {config.batch_size} is not divisible by {layout.shards} (data x fsdp of config.mesh)"
+            f"{parts}; nearest: {nearest}"
+        )
     options = configs.keywords(config.optim, "config.optim", optimizer.make)
+    groups = {
+        label: configs.keywords(group, f"config.groups.{label}", optimizer.make)
+        for label, group in config.groups.items()
+    }
     transform, rates = optimizer.grouped(config.total_steps, options, groups)
     components = components_of(config, space, layout, transform)
     return Experiment(config, space, layout.with_rules(components.model.rules), components, rates)
@@ -101,38 +109,17 @@ def components_of(
     inner = network_space(codec, space)
     encoders = {label: configs.make("encoders", c, f"config.encoders.{label}") for label, c in config.encoders.items()}
     codec = with_encoders(codec, encoders) if encoders else codec
-    cuts = tuple(sorted({block for aux in losses.values() for block in aux.blocks}))
+    read_blocks = tuple(sorted({block for aux in losses.values() for block in aux.blocks}))
     with jax.set_mesh(layout.mesh):  # a network may ask where it will run
-        model = configs.make("models", config.model, "config.model", inner, objective.inputs, cuts)
+        model = configs.make("models", config.model, "config.model", inner, objective.inputs, read_blocks)
     null = space.conditions.null
     return Components(model, codec, objective, losses, transform, config.ema_decay, config.accumulate, null)
 
 
-def _group(label: str, group: ConfigDict) -> dict[str, Any]:
-    given = ConfigDict({name: value for name, value in group.items() if name != "of"})
-    return configs.keywords(given, f"config.groups.{label}", optimizer.make) | {"of": group.of}
-
-
-def _check_steps(config: ConfigDict, layout: sharding.Layout) -> None:
-    for name in ("total_steps", "batch_size", "accumulate", "log_every"):
-        in_range(f"config.{name}", config[name], 1)
-    in_range("config.ema_decay", config.ema_decay, 0, below=1)
-    in_range("config.max_skipped", config.max_skipped, 0)
-    at_once = layout.shards * config.accumulate
-    if config.batch_size % at_once:
-        below = config.batch_size // at_once * at_once
-        nearest = f"{below} or {below + at_once}" if below else f"{at_once}"
-        times = f" x {config.accumulate} accumulated parts" if config.accumulate > 1 else ""
-        raise ConfigError(
-            f"config.batch_size = {config.batch_size} is not divisible by {layout.shards} (data x fsdp of config.mesh)"
-            f"{times}; nearest: {nearest}"
-        )
-
-
 def work(experiment: Experiment, state: Any, batch: Any, again: bool = False) -> int:
-    """The FLOPs of a training step on this state and batch, which may be abstract: see `runtime.flops`.
+    """The FLOPs of a training step on this state and batch, which may be abstract. Raises what tracing raises.
 
-    again: with what rematerialisation computes again. Raises what tracing the step raises.
+    again: also count what rematerialisation computes again.
     """
     config = configs.copied(experiment.config)
     countable = {"attention": "xla", "unroll": False} | ({} if again else {"remat": "none"})
@@ -156,21 +143,21 @@ def on_this_machine(config: ConfigDict) -> ConfigDict:
 
 
 def abstract_params(model: Model, layout: sharding.Layout) -> Params:
-    """The shapes of a model's parameters and where they live."""
+    """The shapes of a model's parameters, with their shardings."""
     abstract = jax.eval_shape(model.init, jax.random.key(0))
     return sharding.placed(abstract, sharding.shardings(abstract, layout))
 
 
 def frozen_weights(codec: Codec, layout: sharding.Layout) -> Any:
-    """The frozen weights of a codec, put where they live. (A program that made them would hold a file.)"""
+    """The frozen weights of a codec, on the devices. They are not made under jit: the program would hold a file."""
     frozen = jax.tree.map(np.asarray, codec.init())
     return sharding.put(frozen, sharding.shardings(frozen, layout))
 
 
 def starting_params(config: ConfigDict, model: Model, wanted: Params) -> Params | None:
-    """The parameters of the release in `config.init_from`, None if there is none.
+    """The parameters of the release in `config.init_from`; None without one.
 
-    wanted: the shapes of the model's. The release may lack what `model.fresh` names, and nothing else.
+    wanted: the shapes of the model's parameters. The release may lack those in `model.fresh`, and no others.
     """
     source = config.init_from
     if source.file is None:
@@ -188,7 +175,7 @@ def starting_params(config: ConfigDict, model: Model, wanted: Params) -> Params 
 
 
 def sample_shape(codec: Codec, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The shape of an image that is decoded from a sample of `shape`. None: samples are not decoded."""
+    """The shape of an image that is decoded from a sample of `shape`; None if samples are not decoded."""
     if codec.decode is None:
         return None
     frozen, x = jax.eval_shape(codec.init), jax.ShapeDtypeStruct((1, *shape), np.float32)
@@ -196,40 +183,37 @@ def sample_shape(codec: Codec, shape: tuple[int, ...]) -> tuple[int, ...] | None
 
 
 def best_by(config: ConfigDict) -> str | None:
-    """The label of the evaluator by whose metric checkpoints are kept, or None. ConfigError if it is not there."""
-    best, metric = in_range("config.checkpoint.best", config.checkpoint.best, 0), config.checkpoint.metric
-    if not best:
+    """The label of the evaluator whose metric chooses the best checkpoints, or None. ConfigError if it is missing."""
+    if not in_range("config.checkpoint.best", config.checkpoint.best, 0):
         return None
+    metric, known = config.checkpoint.metric, ", ".join(config.evaluators) or "none"
     label = (metric or "").partition("/")[0]
     if label not in config.evaluators:
-        known = ", ".join(config.evaluators) or "none"
         raise ConfigError(
-            f"config.checkpoint.metric = {metric!r}: wanted LABEL/NAME of config.evaluators, known: {known}"
+            f"config.checkpoint.metric = {metric!r}: must be LABEL/NAME of config.evaluators, known: {known}"
         )
     return label
 
 
 def to_json(space: Space) -> dict[str, Any]:
-    """A space as plain data, for a checkpoint: sampling then needs no data."""
-
-    def plain(null: Any) -> Any:
-        if isinstance(null, Mapping):
-            return {name: plain(value) for name, value in null.items()}
-        array = np.asarray(null)
-        return [array.dtype.name, list(array.shape), array.ravel().tolist()]
-
-    shape, (null, classes) = list(space.shape), space.conditions
-    return {"shape": shape, "num_classes": classes} | ({"null": plain(null)} if classes is None else {})
+    """A space as plain data, for a checkpoint: sampling then needs no data set."""
+    null, classes = space.conditions
+    stored = {"shape": list(space.shape), "num_classes": classes}
+    if classes is None:
+        arrays = jax.tree.map(np.asarray, null)
+        stored["null"] = jax.tree.map(lambda x: [x.dtype.name, list(x.shape), x.ravel().tolist()], arrays)
+    return stored
 
 
 def from_json(stored: Mapping[str, Any]) -> Space:
-    """The inverse of `to_json`; also for checkpoints of versions that knew labels alone."""
+    """The inverse of `to_json`; also for checkpoints of older versions, which knew only labels."""
 
-    def array(null: Any) -> Any:
-        if isinstance(null, Mapping):
-            return {name: array(value) for name, value in null.items()}
-        dtype, shape, values = null
+    def array(leaf: list) -> np.ndarray:
+        dtype, shape, values = leaf
         return np.array(values, dtype).reshape(shape)
 
     shape, classes = tuple(stored["shape"]), stored["num_classes"]
-    return Space(shape, Conditions.labels(classes) if classes is not None else Conditions(array(stored["null"])))
+    if classes is not None:
+        return Space(shape, Conditions.labels(classes))
+    null = jax.tree.map(array, stored["null"], is_leaf=lambda node: isinstance(node, list))
+    return Space(shape, Conditions(null))

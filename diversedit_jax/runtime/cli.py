@@ -1,4 +1,4 @@
-"""What all programs share: flags, errors as one line with an exit code, and a stop that is asked for."""
+"""What all programs share: flags, errors as one line with an exit code, and stopping on request."""
 
 import ast
 import contextlib
@@ -21,6 +21,9 @@ from jax.experimental import multihost_utils
 from diversedit_jax.errors import EXIT_PREEMPTED, ConfigError, RunError, StorageError
 from diversedit_jax.runtime import processes
 
+NAME = re.compile(r"['\"]([\w./-]+)['\"\\]")  # a quoted name in an error of absl or ml_collections
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # the disk takes no more
+
 
 class Stopped(Exception):
     """The program was asked to stop, and has saved."""
@@ -29,8 +32,8 @@ class Stopped(Exception):
 def launch(main: Callable[..., None], *, arguments: bool = False, several: bool = False) -> None:
     """Parse the flags, run `main`, exit: 0 done, 42 stopped and saved, or an error's own code (see `errors`).
 
-    arguments: what stands beside the flags is given to `main` as a list; else it is an error. several: the program may
-    be one of several processes, which find each other first.
+    arguments: give `main` the list of arguments that are not flags; else they are an error.
+    several:   the program may be one of several processes; they find each other first.
     """
     app.define_help_flags()
     if several:
@@ -42,41 +45,26 @@ def launch(main: Callable[..., None], *, arguments: bool = False, several: bool 
             raise ConfigError(f"unexpected argument {extra[0]!r}")
         if several:
             processes.start(flags.FLAGS)
-        with storage():
-            main(*([extra] if arguments else []))
+        main(*([extra] if arguments else []))
     except Stopped as stop:
         print(stop, file=sys.stderr)
-        sys.exit(EXIT_PREEMPTED)  # all processes are here, and leave together
+        sys.exit(EXIT_PREEMPTED)  # all processes stop at the same step, and leave together
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         processes.leave(130)
-    except RunError as error:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL:  # whichever file was written
+            place = f"cannot write {error.filename or 'a file'}: {error.strerror}"
+            error = StorageError(f"{place}. Whole checkpoints stay; run it again when there is space")
+        if not isinstance(error, RunError):
+            traceback.print_exc()
+            processes.leave(1)
         print(f"error: {error}", file=sys.stderr)
         processes.leave(error.exit_code)
-    except Exception:
-        traceback.print_exc()
-        processes.leave(1)
-
-
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-
-
-@contextlib.contextmanager
-def storage() -> Iterator[None]:
-    """Within it, a disk that takes no more is a StorageError: metrics, samples and the like are written everywhere."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        where = f" {error.filename}" if error.filename else " a file"
-        raise StorageError(
-            f"cannot write{where}: {error.strerror}. Whole checkpoints stay; run it again when there is space"
-        ) from error
 
 
 def parse(argv: Sequence[str]) -> list[str]:
-    """Parse flags and config overrides; returns the other arguments. Whatever is wrong becomes a ConfigError."""
+    """Parse flags and config overrides; returns the other arguments. Every mistake becomes a ConfigError."""
     for path in [argument.split("=", 1)[1] for argument in argv if argument.startswith("--config=")]:
         sys.path.append(str(Path(path).absolute().parent.parent))  # a config file may import its neighbours
     try:
@@ -91,26 +79,23 @@ def parse(argv: Sequence[str]) -> list[str]:
 
 
 def readable(error: Exception) -> str:
-    """A flag's error on one line, an unknown config key and a missing file in our words."""
+    """The error of a flag on one line; for an unknown config key, a missing file or a missing flag in our words."""
     lines = [line.strip() for line in str(error).replace("\\n", "\n").splitlines()] or [type(error).__name__]
-    given = FLAG_NAMES.findall(lines[0])
+    given = NAME.findall(lines[0])
     if isinstance(error, AttributeError | KeyError) and given:
-        meant = FLAG_NAMES.findall(lines[1])[:1] if len(lines) > 1 and "Did you mean" in lines[1] else []
+        meant = NAME.findall(lines[1])[:1] if len(lines) > 1 and "Did you mean" in lines[1] else []
         return f"config: no key {given[0]!r}" + (f"; did you mean {meant[0]!r}?" if meant else "")
     if isinstance(error, FileNotFoundError) or "No such file" in lines[-1]:
-        return f"config: file {error.filename or FLAG_NAMES.findall(lines[-1])[-1]} not found"
+        return f"config: file {error.filename or NAME.findall(lines[-1])[-1]} not found"
     if "must have a value other than None" in lines[0]:
         return f"{lines[0].split('=')[0]} is required"
     return lines[0]
 
 
-FLAG_NAMES = re.compile(r"['\"]([\w./-]+)['\"\\]")
-
-
 def named_files(flag: str, given: Sequence[str], required: bool = False) -> dict[str, dict[str, Any]]:
-    """What a flag `NAME=FILE,OPTION=VALUE,...` that may come several times says: name -> options, `file` among them.
+    """The values of a flag NAME=FILE,OPTION=VALUE,... that may be repeated: name -> options, with `file` among them.
 
-    required: the file may not be left out. Raises ConfigError for another form.
+    required: the file may not be left out. ConfigError for another form.
     """
     found: dict[str, dict[str, Any]] = {}
     for text in given:
@@ -124,7 +109,7 @@ def named_files(flag: str, given: Sequence[str], required: bool = False) -> dict
 
 
 def literal(text: str) -> Any:
-    """A number or another value of Python, or the text itself."""
+    """The Python literal that the text is, or else the text itself."""
     try:
         return ast.literal_eval(text)
     except (SyntaxError, ValueError):
@@ -132,17 +117,24 @@ def literal(text: str) -> Any:
 
 
 @contextlib.contextmanager
-def stop_requests(notify: Callable[[str], None]) -> Iterator[Callable[[int], str | None]]:
-    """Within it, Ctrl-C and SIGTERM end nothing at once; the function given tells which came first, or None.
+def handling(handler: Callable[[int, Any], None], *numbers: int) -> Iterator[None]:
+    """Handle these signals within the context. Outside of the main thread they are left as they are."""
+    before = {}
+    with contextlib.suppress(ValueError):  # not the main thread
+        before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
-    A second Ctrl-C interrupts as usual. Outside of the main thread signals are left as they are. Of several processes
-    all must ask the function at every step, with its number: it answers all of them alike, at the same step, whichever
-    was asked to stop.
+
+@contextlib.contextmanager
+def stop_requests(notify: Callable[[str], None]) -> Iterator[Callable[[int], str | None]]:
+    """Turn Ctrl-C and SIGTERM into requests to stop. Yields step -> the name of the first signal, or None.
+
+    A second Ctrl-C interrupts at once. Each process must ask at every step: all then get the same answer.
     """
-    if jax.process_count() > 1:
-        with interrupts_as_stops(notify):
-            yield lambda step: "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None
-        return
     received: list[str] = []
 
     def receive(number, frame):
@@ -151,43 +143,25 @@ def stop_requests(notify: Callable[[str], None]) -> Iterator[Callable[[int], str
         received.append(signal.Signals(number).name)
         notify(f"{received[0]}: saving after this step (Ctrl-C again quits at once)")
 
-    before = {}
-    with contextlib.suppress(ValueError):  # not the main thread
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, receive)
-    try:
-        yield lambda step: received[0] if received else None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def interrupts_as_stops(notify: Callable[[str], None]) -> Iterator[None]:
-    """Within it, Ctrl-C is a SIGTERM to this process, for which jax stops all of them; it keeps the handler of that."""
-
-    def receive(number, frame):
-        signal.signal(signal.SIGINT, before)
+    def pass_on(number, frame):  # jax stops all processes at a SIGTERM, with a handler of its own
+        signal.signal(signal.SIGINT, interrupt)
         notify("Ctrl-C: stopping all processes after a step (Ctrl-C again quits at once)")
         os.kill(os.getpid(), signal.SIGTERM)
 
-    before = signal.getsignal(signal.SIGINT)
-    with contextlib.suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGINT, receive)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):
-            signal.signal(signal.SIGINT, before)
+    interrupt = signal.getsignal(signal.SIGINT)
+    if jax.process_count() > 1:
+        with handling(pass_on, signal.SIGINT):
+            yield lambda step: "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None
+    else:
+        with handling(receive, signal.SIGINT, signal.SIGTERM):
+            yield lambda step: received[0] if received else None
 
 
 @contextlib.contextmanager
 def watchdog(seconds: float) -> Iterator[Callable[[bool], None]]:
-    """Within it, a program that does not say for so many seconds that it is alive writes the stacks of all its threads
-    and ends, by SIGALRM: a launcher sees code 142, which asks for a restart. 0: no watch is kept.
+    """End a program that gives no sign of life for so many seconds: code 142, which asks for a restart. 0: never.
 
-    The function given says that it is alive; with False, that it will be quiet for a while. It works where the program
-    hangs in a library, too.
+    It first writes the stacks of all threads. Yields alive(): a sign of life; alive(False): pause until the next one.
     """
     if not seconds or not hasattr(signal, "SIGALRM"):
         yield lambda watched=True: None
@@ -207,7 +181,7 @@ def watchdog(seconds: float) -> Iterator[Callable[[bool], None]]:
 
 
 def silence() -> None:
-    """Keep the routine messages of our libraries off the terminal; what matters in them reaches ours as errors."""
+    """Keep routine messages of our libraries off the terminal. What matters in them is raised as an error anyway."""
     absl = logging.getLogger("absl")  # orbax and grain log through it
     if _not_routine not in absl.filters:
         absl.addFilter(_not_routine)
@@ -215,6 +189,6 @@ def silence() -> None:
 
 
 def _not_routine(record: logging.LogRecord) -> bool:
-    """Orbax logs, with a traceback, errors that it also raises: all of it is dropped. Grain keeps its warnings."""
+    """False for messages of orbax, which also raises its errors, and for messages of grain below a warning."""
     source = record.pathname.replace(os.sep, "/")
     return not ("/orbax/" in source or ("/grain/" in source and record.levelno < logging.WARNING))

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and folders of work that a killed program goes on with."""
+"""Files that are written whole or not at all, and folders in which a restarted program continues its work."""
 
 import contextlib
 import csv
@@ -17,7 +17,7 @@ from diversedit_jax.errors import ConfigError
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`. What is written there takes its place, and is on the disk, when this ends."""
+    """Yield a temporary path beside `path`. At the end its content is on the disk, and replaces that of `path`."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield temporary
@@ -35,7 +35,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any, **options: Any) -> None:
-    """Write a JSON file, whole or not at all. options: of json.dumps."""
+    """Write a JSON file, whole or not at all. options: for json.dumps."""
     write_text(path, json.dumps(content, indent=2, **options) + "\n")
 
 
@@ -52,7 +52,7 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as {dotted name: value}, sequences as lists, as JSON has them."""
+    """Nested mappings as {dotted name: value}; tuples become lists, as in JSON."""
     leaves = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
@@ -63,30 +63,23 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The dotted names at which two trees differ, each with both values; None stands for what is missing."""
+    """The dotted names at which two trees differ, each with both values; None for a missing one."""
     old, new = flat(before), flat(now)
     return {key: (old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)}
 
 
 def check_same(what: str, before: Mapping[str, Any], now: Mapping[str, Any], remedy: str) -> None:
-    """Raise ConfigError, naming every difference, if work that was begun with `before` is not that of `now`.
+    """Raise ConfigError, which names every difference, if the settings of work in a folder are not those of now.
 
-    what: the work, such as `DIR holds an evaluation`. remedy: what a person may do.
+    what: the work, such as `DIR holds an evaluation`. remedy: what the user can do.
     """
-    changed = differences(before, json.loads(json.dumps(now)))
-    if changed:
-        said = "; ".join(f"{key}: {_brief(old)} there, {_brief(new)} given" for key, (old, new) in changed.items())
+    if changed := differences(before, json.loads(json.dumps(now))):
+        said = "; ".join(f"{key}: {old!r:.80} there, {new!r:.80} given" for key, (old, new) in changed.items())
         raise ConfigError(f"{what} with other settings ({said}): {remedy}")
 
 
-def _brief(value: Any) -> str:
-    """A value on one line, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def writable_folder(path: str | os.PathLike, what: str = "workdir") -> Path:
-    """A directory to write to, as an absolute path, made if missing; ConfigError, naming `what`, if that cannot be."""
+    """A directory to write to, as an absolute path. It is made if missing; ConfigError if it cannot be written."""
     if "://" in str(path):
         raise ConfigError(f"{what} {path} is a URL: mount the bucket as a directory (gcsfuse) and give its path")
     workdir = Path(path).expanduser().absolute()

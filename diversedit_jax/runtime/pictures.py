@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jaxtyping import Num, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 
 from diversedit_jax.runtime.files import replacing
@@ -14,18 +14,13 @@ from diversedit_jax.runtime.files import replacing
 Pixels = np.ndarray | jax.Array
 
 
-def image_grid(
-    images: Num[Pixels, "n h w c"], columns: int | None = None, scale: int | None = None
-) -> UInt8[np.ndarray, "H W c"]:
-    """Images, uint8 with one channel or three, side by side on white, 2 pixels apart.
+def image_grid(images: UInt8[Pixels, "n h w c"], columns: int | None = None) -> UInt8[np.ndarray, "H W c"]:
+    """Images with one channel or three, side by side on white, 2 pixels apart. columns: None: a square grid.
 
-    `columns` defaults to a square grid. `scale` enlarges each pixel to a square (nearest neighbour); by default the
-    least that makes an image 32 pixels high and wide, so that 8 x 8 digits can be read.
+    Small images are enlarged until they are 32 pixels high and wide, so that 8 x 8 digits can be read.
     """
     images = np.asarray(images)
-    if images.ndim != 4 or images.shape[0] == 0 or images.shape[3] not in (1, 3) or images.dtype != np.uint8:
-        raise ValueError(f"images must be uint8 [n h w 1] or [n h w 3], got {images.dtype} {list(images.shape)}")
-    scale = scale or math.ceil(32 / min(images.shape[1:3]))
+    scale = math.ceil(32 / min(images.shape[1:3]))
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     n, h, w, c = images.shape
     columns = columns or math.ceil(math.sqrt(n))
@@ -38,10 +33,9 @@ def image_grid(
 
 
 def as_pictures(samples: UInt8[Pixels, "n *s c"]) -> UInt8[np.ndarray, "n h w k"]:
-    """Samples of any shape as images that can be looked at.
+    """Samples of any shape as images with one channel or three: the first of two, the first three of more.
 
-    Frames of a video and slices of a volume stand side by side. Of more than three channels the first three are shown,
-    of two the first.
+    Frames of a video and slices of a volume stand side by side.
     """
     images = np.asarray(samples)
     images = images.reshape(len(images), *(1,) * (4 - images.ndim), *images.shape[1:])
@@ -50,14 +44,8 @@ def as_pictures(samples: UInt8[Pixels, "n *s c"]) -> UInt8[np.ndarray, "n h w k"
     return images[..., : 3 if images.shape[-1] >= 3 else 1]
 
 
-def to_uint8(image: Num[Pixels, "..."]) -> UInt8[np.ndarray, "..."]:
-    """Floats in [0, 1] as bytes; bytes as they are."""
-    image = np.asarray(image)
-    return image if image.dtype == np.uint8 else (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
-
-
 def save_png(path: str | os.PathLike, image: UInt8[Pixels, "h w c"]) -> None:
-    """Write an image with one channel or three; a reader never sees half a file."""
+    """Write an image with one channel or three, whole or not at all."""
     image = np.asarray(image)
     with replacing(Path(path)) as temporary:
         Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(temporary, format="png")

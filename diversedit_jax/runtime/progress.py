@@ -4,35 +4,21 @@ import contextlib
 import io
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tqdm import tqdm
 
 
-class Progress:
+class Progress(contextlib.AbstractContextManager):
     """The progress of a run: a live bar on a terminal, elsewhere one line per report.
 
-    progress = Progress(total=1500, start=0, batch_size=128)
-    for step in ...:
-        ...
-        progress.update(step)
-        if step % log_every == 0:
-            rates = progress.report(step, metrics)  # {"steps_per_sec": .., "images_per_sec": ..}, {} at first
-
-    Steps are counted from 1: `start` is the number of steps done before. Rates count from the end of the first step,
-    so without compilation, and without the time in `pause()`. `report` waits for the metrics, so it measures steps
-    that are done and not merely dispatched.
+    total, start: steps of the run, and those done before. Steps are counted from 1: call `update` after each.
+    Rates leave out the first step (compilation) and the time in `pause()`.
     """
 
     def __init__(
-        self,
-        total: int,
-        start: int,
-        batch_size: int,
-        *,
-        stream: io.TextIOBase | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        self, total: int, start: int, batch_size: int, *, stream: io.TextIOBase | None = None, clock=time.monotonic
     ):
         self._total, self._batch_size = total, batch_size
         self._stream, self._clock = stream or sys.stderr, clock
@@ -44,11 +30,9 @@ class Progress:
             form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
             self._bar = tqdm(total=total, initial=start, file=self._stream, bar_format=form, dynamic_ncols=True)
 
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
-        self.close()
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
     def update(self, step: int) -> None:
         """Say that `step` is done; call it after every step."""
@@ -58,8 +42,8 @@ class Progress:
             self._bar.update(step - self._bar.n)
 
     def report(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
-        """Show the metrics; returns the rates since the report before, {} where no step has been timed."""
-        values = {name: float(value) for name, value in metrics.items()}  # waits for the device
+        """Show the metrics. Returns `steps_per_sec` and `images_per_sec` since the last report; {} at first."""
+        values = {name: float(value) for name, value in metrics.items()}  # waits: only steps that are done count
         self.update(step)
         now = self._now()
         rates, parts = {}, []
@@ -73,8 +57,7 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str("  ".join(parts))
         else:
-            width = len(str(self._total))
-            self._print("  ".join([f"step {step:>{width}}/{self._total}", *parts]))
+            self.note("  ".join([f"step {step:>{len(str(self._total))}}/{self._total}", *parts]))
         return rates
 
     @contextlib.contextmanager
@@ -91,41 +74,31 @@ class Progress:
         if self._bar is not None:
             tqdm.write(text, file=self._stream)
         else:
-            self._print(text)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+            print(text, file=self._stream, flush=True)
 
     def _now(self) -> float:
         return self._clock() - self._paused
 
-    def _print(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
 
+class Ticker(contextlib.AbstractContextManager):
+    """Progress through a number of images: a bar on a terminal, which stays if `leave`; elsewhere lines."""
 
-class Ticker:
-    """Progress through a number of images: on a terminal a bar, which stays if asked to `leave`; else lines."""
-
-    def __init__(self, total: int, done: int = 0, every: float = 30.0, leave: bool = True):
+    def __init__(self, total: int, done: int = 0, leave: bool = True):
         tty = sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=done, unit=" images", smoothing=0.05, disable=not tty, leave=leave)
-        self.total, self.done, self.every = total, done, every
+        self.total, self.done, self.first = total, done, done
         self.start = self.said = time.monotonic()
-        self.first = done
 
     def update(self, count: int) -> None:
+        """So many more images are done."""
         self.bar.update(count)
         self.done += count
         now = time.monotonic()
-        if self.bar.disable and now - self.said >= self.every:
+        if self.bar.disable and now - self.said >= 30:
             self.said = now
             rate = (self.done - self.first) / (now - self.start)
             left = duration((self.total - self.done) / rate)
             print(f"{self.done} of {self.total} images, {rate:.1f} images/s, {left} left", file=sys.stderr, flush=True)
-
-    def __enter__(self) -> "Ticker":
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.bar.close()
@@ -138,10 +111,11 @@ def brief(rate: int | float) -> str:
 
 def duration(seconds: int | float) -> str:
     """45s, 1m37s, 2h05m, 3d04h."""
-    seconds = round(seconds)
-    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
     if days:
-        return f"{days}d{hours % 24:02}h"
+        return f"{days}d{hours:02}h"
     if hours:
-        return f"{hours}h{minutes % 60:02}m"
-    return f"{minutes}m{seconds % 60:02}s" if minutes else f"{seconds}s"
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"

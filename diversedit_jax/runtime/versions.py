@@ -1,4 +1,4 @@
-"""What the numbers of a run depend on besides its config: versions, commit, devices, parameters."""
+"""What the results of a run depend on, besides its config: versions, commit, devices, parameters."""
 
 import contextlib
 import importlib.metadata
@@ -17,30 +17,22 @@ _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "te
 
 
 def versions() -> dict[str, str]:
-    """What the numbers of a run depend on: Python, libraries, this package and its git commit, and the devices."""
+    """Python, libraries, this package, the git commit of its checkout (-dirty if it has changes), and the devices."""
     found = {"python": platform.python_version(), "diversedit_jax": diversedit_jax.__version__}
     for library in _LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[library] = importlib.metadata.version(library)
-    if commit := git_commit():
-        found["git_commit"] = commit
-    devices = jax.devices()
-    return found | {"backend": jax.default_backend(), "devices": f"{len(devices)} x {devices[0].device_kind}"}
-
-
-def git_commit() -> str | None:
-    """The commit of the checkout that this package runs from, with `-dirty` if changed; None outside of one."""
-    here = Path(__file__)
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here.parent), *arguments]
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
-    try:
-        git("ls-files", "--error-unmatch", here.name)  # an environment inside someone else's checkout is not ours
-        return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
-    except (OSError, subprocess.SubprocessError):
-        return None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # fails if we are installed in another's checkout
+        if commit := git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"):
+            found["git_commit"] = commit
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return found | {"backend": jax.default_backend(), "devices": devices}
 
 
 def parameter_overview(params: Any) -> str:

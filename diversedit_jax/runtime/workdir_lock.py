@@ -1,4 +1,4 @@
-"""One run at a time in a directory: a lock file that its holder touches now and then, also over a network mount."""
+"""One run at a time in a directory: a lock file that its holder touches regularly. It also works on network mounts."""
 
 import contextlib
 import json
@@ -13,22 +13,35 @@ from typing import Any
 from diversedit_jax.errors import ConfigError
 
 FILE = ".lock"
-TOUCHED = 20.0  # seconds between two touches
-GONE = 60.0  # seconds without one after which the holder is gone
 
 
 @contextlib.contextmanager
-def held(directory: Path, say: Callable[[str], None], touched: float = TOUCHED, gone: float = GONE) -> Iterator[None]:
-    """Hold the lock of a directory. ConfigError, within seconds, if a running process holds it.
+def held(directory: Path, say: Callable[[str], None], touched: float = 20.0, gone: float = 60.0) -> Iterator[None]:
+    """Hold the lock of a directory, and touch it every `touched` seconds. ConfigError if a running process holds it.
 
-    A lock that a killed process left is taken over: at once if it ran on this host, else when nobody has touched it for
-    `gone` seconds. Clocks of hosts are not compared.
+    The lock of a killed process is taken over: at once if it ran on this host, else when nobody has touched the lock
+    for `gone` seconds. The clocks of the hosts need not agree.
     """
     path = directory / FILE
     mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
-    _take(path, mine, say, gone)
+    while True:
+        try:
+            with open(path, "x", encoding="utf-8") as file:
+                json.dump(mine, file)
+            break
+        except FileExistsError:
+            holder = _read(path)
+            _wait_until_gone(path, holder, say, gone)
+            if _read(path) == holder:  # else another process has taken it over by now
+                path.unlink(missing_ok=True)
     ended = threading.Event()
-    thread = threading.Thread(target=_touch, args=(path, ended, touched), daemon=True, name="workdir lock")
+
+    def touch() -> None:
+        while not ended.wait(touched):
+            with contextlib.suppress(OSError):
+                os.utime(path)
+
+    thread = threading.Thread(target=touch, daemon=True, name="workdir lock")
     thread.start()
     try:
         yield
@@ -39,45 +52,22 @@ def held(directory: Path, say: Callable[[str], None], touched: float = TOUCHED, 
             path.unlink(missing_ok=True)
 
 
-def _take(path: Path, mine: dict[str, Any], say: Callable[[str], None], gone: float) -> None:
-    while True:
-        try:
-            with open(path, "x", encoding="utf-8") as file:
-                json.dump(mine, file)
-            return
-        except FileExistsError:
-            holder = _read(path)
-            _wait_until_gone(path, holder, mine, say, gone)
-            if _read(path) == holder:  # else somebody else has taken it over by now
-                path.unlink(missing_ok=True)
-
-
-def _wait_until_gone(
-    path: Path, holder: dict[str, Any], mine: dict[str, Any], say: Callable[[str], None], gone: float
-) -> None:
-    """Return when the holder of a lock is gone; ConfigError if it is there."""
-    here = holder.get("host") == mine["host"]
-    if here and not _alive(holder.get("pid")):
+def _wait_until_gone(path: Path, holder: dict[str, Any], say: Callable[[str], None], gone: float) -> None:
+    """Return when the holder of a lock is gone; ConfigError if it is running."""
+    host, pid = holder.get("host"), holder.get("pid")
+    about = f"process {pid} on {host}, since {holder.get('started')}"
+    refusal = ConfigError(f"{path.parent} is in use by {about}: wait until it ends, or use another workdir")
+    if host == socket.gethostname():
+        if _running(pid):
+            raise refusal
         return
-    about = f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('started')}"
-    refusal = f"{path.parent} is in use by {about}: wait until it ends, or use another workdir"
-    if here:
-        raise ConfigError(refusal)
     say(f"{path.parent} was in use by {about}: waiting {gone:.0f} s for a sign of life")
-    before, deadline = _modified(path), time.monotonic() + gone
-    while time.monotonic() < deadline:
-        time.sleep(min(1.0, gone / 10))
-        now = _modified(path)
-        if now is None:
-            return
-        if now != before:
-            raise ConfigError(refusal)
-
-
-def _touch(path: Path, ended: threading.Event, every: float) -> None:
-    while not ended.wait(every):
-        with contextlib.suppress(OSError):
-            os.utime(path)
+    with contextlib.suppress(OSError):  # the lock may disappear
+        before, deadline = path.stat().st_mtime, time.monotonic() + gone
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, gone / 10))
+            if path.stat().st_mtime != before:
+                raise refusal
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -87,20 +77,11 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _modified(path: Path) -> float | None:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return None
-
-
-def _alive(pid: Any) -> bool:
+def _running(pid: Any) -> bool:
     if not isinstance(pid, int) or pid == os.getpid():
-        return False  # a lock of this very process is one that a former process of the same number left
+        return False  # Our own pid in the file means a stale lock: the pid was reused.
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW with clipping and a schedule, all from optax; groups of parameters may have their own."""
+"""The optimizer: AdamW with clipping and a schedule, from optax. Groups of parameters may have their own."""
 
 import re
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from diversedit_jax.errors import ConfigError
 from diversedit_jax.registry import in_range, one_of
 from diversedit_jax.sharding import name_of
 
-MAIN = "main"  # the group of all parameters that no other group takes
+MAIN = "main"  # the group of all parameters that are in no other group
 
 
 class Optimizer(NamedTuple):
@@ -21,18 +21,6 @@ class Optimizer(NamedTuple):
 
     transform: optax.GradientTransformation
     rates: Mapping[str, optax.Schedule]
-
-
-def schedule(total_steps: int, *, learning_rate: float, decay: str, warmup_steps: int) -> optax.Schedule:
-    """Linear warm-up to `learning_rate`, then `constant`, or `cosine` down to 0 at `total_steps`."""
-    if one_of("optim.decay", decay, ("constant", "cosine")) == "cosine":
-        body = optax.cosine_decay_schedule(learning_rate, max(total_steps - warmup_steps, 1))
-    else:
-        body = optax.constant_schedule(learning_rate)
-    if warmup_steps == 0:
-        return body
-    warmup = optax.linear_schedule(learning_rate / warmup_steps, learning_rate, warmup_steps)
-    return optax.join_schedules([warmup, body], [warmup_steps])
 
 
 def make(
@@ -47,51 +35,59 @@ def make(
     weight_decay: float = 0.0,
     clip: float | None = 1.0,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW, by default as SiT, REPA and DiverseDiT train; and its schedule, for the log.
+    """AdamW and its learning rate at each step. The defaults are those of SiT, REPA and DiverseDiT.
 
-    decay: `constant` or `cosine`. clip: the largest global norm of the gradient of its parameters, or None.
+    decay: `constant`, or `cosine` down to 0 at `total_steps`; both after a linear warm-up of `warmup_steps`.
+    clip:  the largest global norm of the gradient of its parameters, or None.
     """
     in_range("optim.b1", b1, 0, below=1)
     in_range("optim.b2", b2, 0, below=1)
     in_range("optim.weight_decay", weight_decay, 0)
     in_range("optim.learning_rate", learning_rate, above=0)
     in_range("optim.eps", eps, above=0)
-    in_range("optim.clip", 1.0 if clip is None else clip, above=0)
     in_range("optim.warmup_steps", warmup_steps, 0)
-    rate = schedule(total_steps, learning_rate=learning_rate, decay=decay, warmup_steps=warmup_steps)
+    rate = optax.constant_schedule(learning_rate)
+    if one_of("optim.decay", decay, ("constant", "cosine")) == "cosine":
+        rate = optax.cosine_decay_schedule(learning_rate, max(total_steps - warmup_steps, 1))
+    if warmup_steps > 0:
+        warmup = optax.linear_schedule(learning_rate / warmup_steps, learning_rate, warmup_steps)
+        rate = optax.join_schedules([warmup, rate], [warmup_steps])
     adamw = optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-    return (adamw if clip is None else optax.chain(optax.clip_by_global_norm(clip), adamw)), rate
+    if clip is None:
+        return adamw, rate
+    return optax.chain(optax.clip_by_global_norm(in_range("optim.clip", clip, above=0)), adamw), rate
 
 
 def group(of: str, **changes: Any) -> ConfigDict:
-    """An entry of `config.groups`: the parameters whose names fit the pattern `of`, and the options of `make`."""
+    """An entry of `config.groups`: the options of `make` for the parameters whose names fit the pattern `of`."""
     config = configs.options(make, **changes)
     config.of = of
     return config
 
 
 def grouped(total_steps: int, options: Mapping[str, Any], groups: Mapping[str, Mapping[str, Any]]) -> Optimizer:
-    """An optimizer for each group of parameters.
+    """One optimizer for each group of parameters.
 
-    options: those of `make` for all parameters that are in no group.
-    groups:  label -> the options of `make`, and `of`: a pattern (re.search) of the names that the group takes, such as
-             `params/deep/` of the network, `losses/repa/` or `objective/vae/`. The first group that fits takes them.
+    options: of `make`, for all parameters that are in no group.
+    groups:  label -> the options of `make`, and `of`: a pattern (re.search) of the names of its parameters, such as
+             `params/deep/`, `losses/LABEL/` or `objective/`. A parameter belongs to the first group that fits.
     """
+    made = {MAIN: make(total_steps, **options)}
+    for label, group in groups.items():
+        made[label] = make(total_steps, **{name: value for name, value in group.items() if name != "of"})
+    rates = {label: rate for label, (_, rate) in made.items()}
     if not groups:
-        transform, rate = make(total_steps, **options)
-        return Optimizer(transform, {MAIN: rate})
-    own = {label: {name: value for name, value in group.items() if name != "of"} for label, group in groups.items()}
-    made = {label: make(total_steps, **given) for label, given in ({MAIN: options} | own).items()}
+        return Optimizer(made[MAIN][0], rates)
+    patterns = {label: group["of"] for label, group in groups.items()}
 
     def labels(trained: Any) -> Any:
         def label(path, leaf) -> str:
             name = name_of(path)
-            return next((label for label, group in groups.items() if re.search(group["of"], name)), MAIN)
+            return next((label for label, pattern in patterns.items() if re.search(pattern, name)), MAIN)
 
         found = jax.tree_util.tree_map_with_path(label, trained)
-        for unused in groups.keys() - set(jax.tree.leaves(found)):
-            raise ConfigError(f"config.groups.{unused}: no parameter's name fits {groups[unused]['of']!r}")
+        for unused in patterns.keys() - set(jax.tree.leaves(found)):
+            raise ConfigError(f"config.groups.{unused}: no parameter's name fits {patterns[unused]!r}")
         return found
 
-    transform = optax.partition({name: transform for name, (transform, _) in made.items()}, labels)
-    return Optimizer(transform, {name: rate for name, (_, rate) in made.items()})
+    return Optimizer(optax.partition({label: transform for label, (transform, _) in made.items()}, labels), rates)

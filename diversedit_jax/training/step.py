@@ -1,12 +1,11 @@
 """The state of a run, one pytree, and the training step, one function of it.
 
-State: {step, params, ema, losses, objective, memory, ema_memory, opt}.
-
+step               number of steps done.
 params, ema        of the network, and their exponential moving average.
 losses, objective  parameters of auxiliary losses (projectors) and of the objective, trained beside the network.
-memory             what losses and the objective remember from step to step, without gradients: statistics, averages.
+memory             arrays that losses and the objective keep from step to step, without gradients.
 ema_memory         the moving average of `memory`.
-opt                of the optimizer.
+opt                state of the optimizer.
 
 It holds no random state: step i draws from fold_in(key of the run, i).
 """
@@ -30,9 +29,9 @@ TRAINED = ("params", "losses", "objective")
 
 
 class Components(NamedTuple):
-    """All that a training step is made of. None of them knows the names of the others.
+    """The components of a training step. None of them knows the names of the others.
 
-    null: the stored null condition. optimizer: of the trained parameters, a dict with the entries TRAINED.
+    optimizer: for a dict with the entries TRAINED. null: the stored null condition.
     """
 
     model: Model
@@ -46,18 +45,14 @@ class Components(NamedTuple):
 
 
 def initializer(components: Components, batch: Batch) -> Callable[[Array], State]:
-    """key -> the state at step 0. `batch` gives the shapes of a stored batch; its values are not used."""
+    """key -> the state at step 0. batch: a stored batch; only its shapes are used."""
     objective, losses = components.objective, components.losses
 
     def init(key: Array) -> State:
         key_model, key_losses = jax.random.split(key)
         params = components.model.init(key_model)
-
-        def prepare(frozen: Any, batch: Batch) -> Batch:
-            return encoded(components.codec, frozen, batch, key)
-
         frozen = jax.eval_shape(components.codec.init)
-        prepared = _zeros(jax.eval_shape(prepare, frozen, batch))
+        prepared = _zeros(jax.eval_shape(partial(encoded, components.codec, key=key), frozen, batch))
         own = objective.init(jax.random.fold_in(key_losses, len(losses)), prepared) if objective.init else {}
         memory = {"objective": objective.memory(prepared)} if objective.memory else {}
 
@@ -66,7 +61,7 @@ def initializer(components: Components, batch: Batch) -> Callable[[Array], State
             context = Context(key, null, params=own, memory=memory.get("objective"))
             return objective.apply(components.model.network(params), prepared, context)
 
-        forward = _zeros(jax.eval_shape(run, frozen, prepared))  # losses take the shapes, and nothing is computed
+        forward = _zeros(jax.eval_shape(run, frozen, prepared))  # losses need its shapes; nothing is computed
         heads = {
             label: aux.init(jax.random.fold_in(key_losses, i), forward, prepared) if aux.init else {}
             for i, (label, aux) in enumerate(losses.items())
@@ -87,11 +82,9 @@ def initializer(components: Components, batch: Batch) -> Callable[[Array], State
 
 
 def started_from(state: State, given: Params) -> State:
-    """A new state with the parameters in `given`, EMA a copy. What `given` lacks keeps its new values."""
-    params = {
-        name: sharding.put(given[name], jax.tree.map(lambda leaf: leaf.sharding, old)) if name in given else old
-        for name, old in state["params"].items()
-    }
+    """The state with these top-level entries of the parameters; the others stay. The EMA is a copy."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, state["params"])
+    params = state["params"] | {name: sharding.put(value, places[name]) for name, value in given.items()}
     return state | {"params": params, "ema": jax.tree.map(jnp.copy, params)}
 
 
@@ -104,32 +97,30 @@ def total_loss(
     own = context._replace(params=trained["objective"], memory=memory.get("objective"))
     forward = components.objective.apply(components.model.network(trained["params"]), batch, own)
     terms, metrics = {"objective": forward.loss.mean()}, dict(forward.metrics)
-    after = {} if forward.memory is None else {"objective": forward.memory}
-    of_losses = dict(memory.get("losses", {}))
+    after = memory if forward.memory is None else memory | {"objective": forward.memory}
     for i, (label, aux) in enumerate(components.losses.items()):
-        own = {"params": trained["losses"][label], "memory": of_losses.get(label)}
+        own = {"params": trained["losses"][label], "memory": memory.get("losses", {}).get(label)}
         term = aux.apply(forward, batch, context._replace(key=jax.random.fold_in(key_losses, i), **own))
         terms[label] = term.loss
         metrics |= {f"{label}/{name}": value for name, value in term.metrics.items()}
-        of_losses |= {} if term.memory is None else {label: term.memory}
+        if term.memory is not None:
+            after = after | {"losses": after.get("losses", {}) | {label: term.memory}}
     total = sum(terms.values())
     metrics |= {f"loss/{name}": term for name, term in (terms | {"total": total}).items()}
-    after = memory | after | ({"losses": of_losses} if of_losses else {})
     if _shapes(after) != _shapes(memory):
-        raise ConfigError("an objective or a loss returns a memory of other shapes than those that it began with")
+        raise ConfigError("an objective or a loss returns a memory of other shapes than it began with")
     return total, (metrics, after)
 
 
 def train_step(
     components: Components, state: State, frozen: Any, batch: Batch, run_key: Array
 ) -> tuple[State, Metrics]:
-    """One update. Metrics: `loss/total`, `loss/objective`, `loss/<label>`, `<label>/<part>`, `grad_norm`.
+    """One update. Metrics: `loss/total`, `loss/objective`, `loss/LABEL`, `LABEL/METRIC`, `grad_norm`.
 
-    Where a loss or the gradient is not finite, the state stays as it was, except for its step: the batch is skipped.
+    If a loss or the gradient is not finite, the batch is skipped: only the number of the step changes.
 
-    With `accumulate` = k the batch is cut into k parts, whose gradients are averaged: the same update in 1/k of the
-    memory, but losses that couple examples see b/k of them at a time. The parts follow each other, so that each finds
-    the `memory` that the part before left.
+    With `accumulate` = k the gradient is the mean over k parts of the batch, one after another: the same update in 1/k
+    of the memory. Losses that couple examples then see b/k of them at a time.
     """
     trained = {name: state[name] for name in TRAINED}
 
@@ -160,15 +151,14 @@ def train_step(
         **trained,
     }
     metrics["grad_norm"] = optax.tree.norm(grads)
-    decisive = [value for name, value in metrics.items() if not_finite_ends(name)]
-    finite = jnp.isfinite(jnp.stack(decisive)).all()
+    finite = jnp.isfinite(jnp.stack([value for name, value in metrics.items() if must_be_finite(name)])).all()
     before = {name: state[name] for name in after}
     after = jax.tree.map(partial(jax.lax.select, finite), after, before)
     return {"step": state["step"] + 1, **after}, metrics
 
 
 def _averaged(new: Any, old: Any, decay: float) -> Any:
-    """The moving average of a pytree: of its numbers with a fraction; counters are taken as they are."""
+    """The moving average of a pytree of floating-point arrays. Integers are taken as they are: they count."""
 
     def leaf(new: Array, old: Array) -> Array:
         return optax.incremental_update(new, old, 1 - decay) if jnp.issubdtype(new.dtype, jnp.inexact) else new
@@ -176,16 +166,16 @@ def _averaged(new: Any, old: Any, decay: float) -> Any:
     return jax.tree.map(leaf, new, old)
 
 
-def not_finite_ends(metric: str) -> bool:
-    """Whether a step counts as failed where the metric of this name is not finite."""
+def must_be_finite(metric: str) -> bool:
+    """Whether a batch is skipped if the metric of this name is not finite."""
     return metric.startswith("loss/") or metric == "grad_norm"
 
 
 def _accumulated(
     gradient: Callable, memory: State, batch: Batch, key: Array, parts: int
 ) -> tuple[State, tuple[State, Metrics]]:
-    """The mean of `gradient` over equal parts of the batch, one after another; and the last memory."""
-    # part i takes every parts-th example from i on, so that a sharded batch stays where it is
+    """The last memory, and the mean of `gradient` over equal parts of the batch, one after another."""
+    # part i takes examples i, i + parts, ...: a sharded batch stays on its devices
     split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
     keys = jax.random.split(key, parts)
     _, shapes = jax.eval_shape(gradient, memory, jax.tree.map(lambda x: x[0], split), keys[0])
@@ -199,11 +189,9 @@ def _accumulated(
     return memory, jax.tree.map(lambda x: x / parts, total)
 
 
-def _zeros(tree):
-    """Zeros of the shapes of a pytree."""
+def _zeros(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
 
 
-def _shapes(tree) -> Any:
-    """A pytree with the shape and dtype of each array in its place, to compare."""
+def _shapes(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), tree)

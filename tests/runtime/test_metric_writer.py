@@ -68,26 +68,19 @@ def test_resume_drops_what_came_after_and_a_torn_line(tmp_path):
 
 
 def test_tensorboard_reads_every_kind(tmp_path):
-    rng = np.random.default_rng(0)
     with MetricWriter(tmp_path) as writer:
         writer.write_scalars(3, {"loss": 0.25})
-        writer.write_images(3, {"one": np.full((8, 8, 1), 0.5, np.float32), "many": np.zeros((4, 16, 16, 3), np.uint8)})
-        writer.write_texts(3, {"config": "width 64"})
-        writer.write_histograms(3, {"norms": rng.normal(size=1000)}, num_buckets={"norms": 12})
+        writer.write_images(3, {"grey": np.full((8, 8, 1), 128, np.uint8), "coloured": np.zeros((16, 24, 3), np.uint8)})
         writer.write_hparams({"lr": 1e-3, "name": "dit", "ema": True, "mesh": (2, 4)})
-        writer.flush()
     events = events_of(tmp_path)
     tags = events.Tags()
     assert tags["scalars"] == ["loss"]
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(3, 0.25)]
-    assert sorted(tags["images"]) == ["many", "one"]
-    image = np.asarray(Image.open(io.BytesIO(events.Images("one")[0].encoded_image_string)))
+    assert sorted(tags["images"]) == ["coloured", "grey"]
+    image = np.asarray(Image.open(io.BytesIO(events.Images("grey")[0].encoded_image_string)))
     assert image.shape == (8, 8, 3)
     assert (image == 128).all()
-    assert (events.Images("many")[0].height, events.Images("many")[0].width) == (2 * 34 + 2, 2 * 34 + 2)
-    assert tags["histograms"] == ["norms"]
-    assert events.Histograms("norms")[0].histogram_value.num == 1000
-    assert any(tag.startswith("config") for tag in tags["tensors"])
+    assert (events.Images("coloured")[0].height, events.Images("coloured")[0].width) == (16, 24)
 
 
 # Progress.
@@ -197,13 +190,7 @@ def test_a_grid_of_large_images_keeps_their_size():
     images = np.zeros((3, 64, 40, 3), np.uint8)
     assert image_grid(images).shape == (2 * 66 + 2, 2 * 42 + 2, 3)
     assert image_grid(images, columns=3).shape == (66 + 2, 3 * 42 + 2, 3)
-    assert image_grid(images, columns=1, scale=2).shape == (3 * 130 + 2, 82 + 2, 3)
-
-
-@pytest.mark.parametrize("images", [np.zeros((2, 8, 8, 4), np.uint8), np.zeros((2, 8, 8, 3), np.float32)])
-def test_a_grid_refuses_what_is_no_image(images):
-    with pytest.raises(ValueError, match=r"images must be uint8 .* got (uint8 \[2, 8, 8, 4\]|float32)"):
-        image_grid(images)
+    assert image_grid(images, columns=1).shape == (3 * 66 + 2, 42 + 2, 3)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
