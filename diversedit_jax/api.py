@@ -19,10 +19,10 @@ Metrics = dict[str, Array]
 
 
 class Conditions(NamedTuple):
-    """What the examples of a data set are conditioned on.
+    """The kind of condition that the examples of a data set have.
 
-    null:    the condition of one example that says nothing, without a batch axis. Guidance and dropout use it.
-    classes: the number of labels, where a condition is a label 0 .. classes - 1; None for every other condition.
+    null:    the empty condition of one example, without a batch axis. Guidance and dropout use it.
+    classes: the number of labels, if a condition is a label 0 .. classes - 1. None for every other condition.
     """
 
     null: Condition
@@ -35,24 +35,24 @@ class Conditions(NamedTuple):
 
 
 class Space(NamedTuple):
-    """Where examples live. shape: (*spatial, channels) of one example. conditions: what they are conditioned on."""
+    """The space of the examples. shape: (*spatial, channels) of one example."""
 
     shape: tuple[int, ...]
     conditions: Conditions
 
 
 # (x_t [b *s c], t [b], y, **inputs) -> (prediction [b *s c], features).
-# features[k] is the residual stream after k blocks, [b n d]; features[0] is the embedding. `inputs` are those that the
-# objective names in `Objective.inputs`. A network is a closure over its parameters: its caller knows no framework.
+# features[k] is the residual stream after k blocks, [b n d]; features[0] is the embedding. `Objective.inputs` names the
+# `inputs`. A network is a closure over its parameters, so its caller knows no framework.
 Network = Callable[..., tuple[Array, Sequence[Array]]]
 
 
 class Skips(NamedTuple):
-    """The skip connections of a network, as analysis looks at them.
+    """The m skip connections of a network, for analysis.
 
-    pairs: (shallow block, deep block), counted from 1; m of them.
-    norms: params -> ([m], [m]): the norms of the weights that read the current stream, and of those that read the skip.
-    cut:   (params, keep [m]) -> params in which connection i passes keep[i] times its skip.
+    pairs: (from_block, to_block), counted from 1.
+    norms: params -> ([m], [m]): the norms of the weights on the current stream, and of the weights on the skip.
+    cut:   (params, keep [m]) -> params with which connection i passes keep[i] times its skip.
     """
 
     pairs: tuple[tuple[int, int], ...]
@@ -61,16 +61,16 @@ class Skips(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A network as functions of its parameters, and what the rest of the package must know of its inside.
+    """A network as functions of its parameters, and what the package must know about its inside.
 
     init:   key -> params, nested dicts of arrays.
     apply:  (params, x_t, t, y, **inputs) -> (prediction, features), see `Network`.
-    blocks: params -> one subtree for each block, in order. Analysis reads gradients by it. None: it is not told.
+    blocks: params -> one subtree for each block, in order, for the gradients of analysis. None: unknown.
     rules:  how its parameters are split over devices, see `sharding.RULES`.
-    fresh:  top-level names of parameters that a release to start from may lack. They keep their new values.
-    skips:  its skip connections, None if it has none.
-    grid:   tokens along each spatial axis, None if tokens have no places.
-    prefix: how many tokens of the features come before those of x.
+    fresh:  top-level names of parameters that may be missing in a release to start from. They keep their new values.
+    skips:  its skip connections. None: it has none.
+    grid:   tokens along each spatial axis. None: tokens have no places.
+    prefix: the number of tokens in the features before those of x.
     """
 
     init: Callable[[Array], Params]
@@ -91,12 +91,12 @@ class Context(NamedTuple):
     """What a step gives to the objective and to each loss, besides the batch.
 
     key:      random key, different for the objective and for each loss.
-    null:     the condition of one example that says nothing.
+    null:     the null condition of one example, see `Conditions`.
     step:     number of the step, from 0.
-    params:   its own parameters, as its `init` made them.
-    memory:   its own memory, as its `memory` made it or as the step before returned it.
+    params:   the loss's own parameters, as its `init` made them.
+    memory:   the loss's own memory, as its `memory` made it or the last step returned it.
     teacher:  the network with EMA weights.
-    training: False where nobody learns from the pass (analysis): conditions are then never dropped.
+    training: False in analysis. No conditions are dropped then.
     """
 
     key: Array
@@ -111,13 +111,12 @@ class Context(NamedTuple):
 class Forward(NamedTuple):
     """The forward pass of an objective: its loss per example, and everything that auxiliary losses may read.
 
-    loss:     of each example; the step takes the mean.
-    x, noise, t, x_t, y: data, noise, time, what the network saw, and its condition after dropout.
+    loss:     of each example. The step takes the mean.
+    x, noise, t, x_t, y: data, noise, time, the input of the network, and the condition after dropout.
     features: of each block, as the network returns them.
-    rerun:    (network, t [b]) -> (prediction, features) of the same examples with the same noise and conditions, at
-              other times and by another network. A self-distilling loss asks its teacher so. A pytree
-              (`jax.tree_util.Partial`).
-    memory:   the objective's new memory; None leaves it as it was.
+    rerun:    (network, t [b]) -> (prediction, features) of the same examples, noise and conditions at other times and
+              by another network, for losses with a teacher. It is a pytree (`jax.tree_util.Partial`).
+    memory:   the objective's new memory. None leaves it as it was.
     """
 
     loss: Float[Array, " b"]
@@ -136,10 +135,9 @@ class Objective(NamedTuple):
     """What a network learns, and how to sample from it.
 
     apply:    (network, batch, context) -> Forward.
-    predicts: what the network gives, as `diffusion.predictions` describes it: Flow, Diffusion or AverageVelocity. The
-              sampler reads it. None: this objective does not say how to sample, and sampling is an error.
-    inputs:   what the network takes besides x_t, t and y: name -> shape of one example's. The model is built for it.
-    init:     (key, batch) -> parameters of its own, trained beside the network's. None: it has none.
+    predicts: what the network predicts, one of `diffusion.predictions`, for the sampler. None: sampling is an error.
+    inputs:   inputs of the network besides x_t, t and y: name -> shape for one example. The model is built for them.
+    init:     (key, batch) -> its own parameters, trained beside those of the network. None: it has none.
     memory:   (batch) -> the memory of step 0. None: it has none.
     reads:    names in the batch that it needs besides `x` and `y`.
     """
@@ -153,13 +151,12 @@ class Objective(NamedTuple):
 
 
 class Term(NamedTuple):
-    """What an auxiliary loss adds to the objective.
+    """The term that an auxiliary loss adds to the objective.
 
-    loss:    the term as it is added, weighted.
+    loss:    the weighted term.
     metrics: numbers for the log.
-    full:    the term at its full weight, without warm-up, end or adaptive weight: analysis takes its gradient. None:
-             the same as `loss`.
-    memory:  the loss's new memory; None leaves it as it was.
+    full:    the term without warm-up, end or adaptive weight, for the gradients of analysis. None: the same as `loss`.
+    memory:  the loss's new memory. None leaves it as it was.
     """
 
     loss: Array
@@ -172,10 +169,10 @@ class AuxLoss(NamedTuple):
     """An auxiliary loss on the features of a network's blocks.
 
     apply:  (forward, batch, context) -> Term.
-    init:   (key, forward, batch) -> parameters of its own, such as a projector. None: it has none.
+    init:   (key, forward, batch) -> its own parameters, such as a projector. None: it has none.
     memory: (forward, batch) -> the memory of step 0. None: it has none.
-    blocks: the features that `apply` reads one at a time (k as in features[k]). The network splits its loop there, so
-            that reading one block keeps one [b n d] in memory and not all of them. Empty: it reads all blocks.
+    blocks: `apply` reads only these features (k as in features[k]). The network splits its loop there and keeps only
+            these in memory. Empty: it reads all blocks.
     reads:  names in the batch that it needs besides `x` and `y`, such as `features/dinov2`.
     """
 
@@ -186,24 +183,18 @@ class AuxLoss(NamedTuple):
     reads: tuple[str, ...] = ()
 
 
-def unchanged(frozen: Params, value: Any) -> Any:
-    """The value itself: what a codec does with conditions that need no encoding."""
-    return value
-
-
 class Codec(NamedTuple):
     """Both directions between stored data and the network's space, on device, with frozen weights.
 
     init:      () -> frozen weights.
-    encode:    (frozen, batch, key) -> batch with `x` [b *s c]; everything else in the batch is kept.
-    decode:    (frozen, x [b *s c]) -> uint8 images [b ...]. None: no decoder is at hand, samples stay as they are.
-    condition: (frozen, stored condition [b ...]) -> y, as the network takes it. For dropout and guidance the null
-               condition passes through it too.
+    encode:    (frozen, batch, key) -> batch with `x` [b *s c]. It keeps everything else in the batch.
+    decode:    (frozen, x [b *s c]) -> uint8 images [b ...]. None: there is no decoder, and samples stay as they are.
+    condition: (frozen, stored condition [b ...]) -> y for the network. It also gets the null condition.
     shape:     the shape of a stored example -> the shape in the network's space.
     """
 
     init: Callable[[], Params]
     encode: Callable[[Params, Batch, Array], Batch]
     decode: Callable[[Params, Array], Array] | None
-    condition: Callable[[Params, Condition], Condition] = unchanged
+    condition: Callable[[Params, Condition], Condition] = lambda frozen, condition: condition
     shape: Callable[[tuple[int, ...]], tuple[int, ...]] = tuple

@@ -1,7 +1,7 @@
 """Conditions of any kind: dropped for guidance, paired with the null condition, chosen for samples.
 
-A condition is a pytree of arrays [b ...]: labels, text features with a mask, or nothing at all. A null condition is
-that of one example, without the batch axis.
+A condition is a pytree of arrays [b ...]: labels, text features with a mask, or nothing at all. A null condition has no
+batch axis: it belongs to one example.
 """
 
 from collections.abc import Callable
@@ -20,12 +20,12 @@ RULES = ("balanced", "uniform", "data")  # how the conditions of samples are cho
 
 
 def nulls(null: Condition, b: int) -> Condition:
-    """The null condition, b times."""
+    """The null condition b times, [b ...]."""
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (b, *jnp.shape(leaf))), null)
 
 
 def select(mask: Bool[Array, " b"], chosen: Condition, other: Condition) -> Condition:
-    """Example by example `chosen` where the mask is true, else `other`. One of them may lack the batch axis."""
+    """`chosen` for the examples where the mask is true, else `other`. One of them may lack the batch axis."""
 
     def leaf(a: Any, b: Any) -> Array:
         rank = max(jnp.ndim(a), jnp.ndim(b))
@@ -35,9 +35,9 @@ def select(mask: Bool[Array, " b"], chosen: Condition, other: Condition) -> Cond
 
 
 def drop(key: Array, batch: Batch, context: Context, probability: float) -> Condition:
-    """The conditions of a batch, each replaced by the null condition with this probability, for guidance.
+    """The conditions of a batch. Each becomes the null condition with this probability, so that guidance can use it.
 
-    One draw decides for all arrays of an example. Where nobody learns (`context.training` is False) none is dropped.
+    One draw decides for all arrays of an example. Outside training (`context.training` is False) none is dropped.
     """
     if not context.training:
         return batch["y"]
@@ -45,7 +45,7 @@ def drop(key: Array, batch: Batch, context: Context, probability: float) -> Cond
 
 
 def paired(y: Condition, null: Condition) -> Condition:
-    """Each condition followed by the null condition, [2 b ...]: a sharded batch stays where it is."""
+    """Each condition, followed by the null condition, [2 b ...]. In this order a sharded batch stays where it is."""
 
     def leaf(a: Array, n: Any) -> Array:
         return jnp.stack([a, jnp.broadcast_to(n, a.shape)], axis=1).reshape(-1, *a.shape[1:])
@@ -54,12 +54,11 @@ def paired(y: Condition, null: Condition) -> Condition:
 
 
 def labels(rule: str, num: int, classes: int, seed: int) -> Int[np.ndarray, " n"]:
-    """`num` labels: `balanced`, each class in turn, or `uniform`, drawn from a seed. The first do not depend on `num`.
+    """`num` labels: `balanced`, each class in turn, or `uniform`, drawn from a seed. A larger `num` only appends.
 
-    Without classes every label is the null label, 0.
+    Without classes (0) every label is the null label, 0.
     """
-    one_of("labels", rule, RULES[:2])
-    if rule == "balanced":
+    if one_of("labels", rule, RULES[:2]) == "balanced":
         return np.resize(np.arange(max(classes, 1), dtype=np.int32), num)
     return np.random.Generator(np.random.Philox(seed)).integers(0, max(classes, 1), num).astype(np.int32)
 
@@ -69,23 +68,21 @@ def chosen(
 ) -> Condition:
     """The conditions of `num` samples, on the host.
 
-    rule: of RULES. `balanced` and `uniform` are for labels; `data` takes those of held-out examples in their order.
-        None: `balanced` for labels, `data` for all others.
-    held_out: num -> the conditions of so many held-out examples.
+    rule: `balanced` and `uniform` are for labels. `data` takes the conditions of held-out examples in their order.
+        None: `balanced` for labels, `data` for all other conditions.
+    held_out: num -> the conditions of the first `num` held-out examples.
     """
     if rule is None:
         rule = "data" if conditions.classes is None else "balanced"
     if one_of("labels", rule, RULES) == "data":
         return held_out(num)
     if conditions.classes is None:
-        raise ConfigError(
-            f"labels = {rule!r} is for labels, but the conditions of these data are not labels: use 'data'"
-        )
+        raise ConfigError(f"labels = {rule!r} is for labels, but these data have other conditions: use 'data'")
     return labels(rule, num, conditions.classes, seed)
 
 
 def check_guidance(cfg_scale: float, conditions: Conditions) -> None:
-    """Raise ConfigError for a scale of guidance that is out of range, or that the data cannot use."""
+    """Raise ConfigError if a guidance scale is out of range, or if the data have nothing to guide to."""
     in_range("cfg_scale", cfg_scale, 0)
     if conditions.classes == 0 and cfg_scale != 1:
-        raise ConfigError(f"cfg_scale = {cfg_scale}: must be 1, the data have no classes to guide to")
+        raise ConfigError(f"cfg_scale = {cfg_scale}: must be 1, because the data have no classes")

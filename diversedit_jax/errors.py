@@ -1,6 +1,6 @@
-"""The errors a program ends with, each with the exit code that a launcher reads.
+"""The errors that end a program, each with the exit code that a launcher reads.
 
-Codes 42 and 127-255 ask for a restart; the others say that a restart would fail the same way.
+Codes 42 and 127-255 ask for a restart. After the others a restart would fail the same way.
 """
 
 EXIT_PREEMPTED = 42
@@ -27,8 +27,7 @@ class DataError(RunError):
 class WeightsError(RunError):
     """A file of weights that is missing, damaged, or holds more than weights."""
 
-    # That of data: the input is wrong as it stands. 74 is for our own checkpoints, where the disk may be to blame.
-    exit_code = 65
+    exit_code = 65  # as for data: the input is wrong. 74 is for our own checkpoints, which the disk may have damaged.
 
 
 class NonFiniteError(RunError):
@@ -38,7 +37,7 @@ class NonFiniteError(RunError):
 
 
 class StorageError(RunError):
-    """A file that cannot be written, for the disk is full or takes no writes."""
+    """A file that cannot be written: the disk is full or refuses writes."""
 
     exit_code = 74
 
@@ -50,13 +49,13 @@ class CheckpointError(RunError):
 
 
 class UnfitCheckpointError(CheckpointError):
-    """A checkpoint, whole, of another config or of a newer version: the disk is not to blame."""
+    """A whole checkpoint of another config or a newer version. The disk is not to blame."""
 
     exit_code = 78
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint that does not hold what was saved; an older one may be whole. problem: without the remedy."""
+    """A checkpoint that does not hold what was saved. An older one may be whole. problem: without the remedy."""
 
     def __init__(self, problem: str, remedy: str):
         super().__init__(f"{problem}. {remedy}")

@@ -16,21 +16,21 @@ from diversedit_jax.errors import ConfigError
 
 
 def known(slot: str) -> list[str]:
-    """The names that a slot such as `losses` knows: its modules that have a factory."""
+    """The names in a slot such as `losses`: its modules with a factory."""
     package = importlib.import_module(f"diversedit_jax.{slot}")
     names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
     return [name for name in names if hasattr(importlib.import_module(f"{package.__name__}.{name}"), "make")]
 
 
 def suggestion(given: Any, candidates: Iterable[Any]) -> str:
-    """A hint after a mistyped name: the nearest candidate, and all of them."""
+    """A hint for a mistyped name: the nearest candidate, and all of them."""
     candidates = list(map(str, candidates))
     close = difflib.get_close_matches(str(given), candidates, n=1)
     return (f"did you mean {close[0]!r}? " if close else "") + f"known: {', '.join(candidates)}"
 
 
 def one_of(option: str, value: Any, choices: Iterable[Any]) -> Any:
-    """`value`, if it is one of the choices. ConfigError names `option`, the nearest choice and all others."""
+    """`value`, if it is one of the choices. Else a ConfigError names `option`, the nearest choice and all others."""
     choices = list(choices)
     if value not in choices:
         raise ConfigError(f"{option} = {value!r} is unknown; {suggestion(value, choices)}")
@@ -46,10 +46,7 @@ def in_range(
     above: int | float = -math.inf,
     below: int | float = math.inf,
 ) -> Any:
-    """`value`, if low <= value <= high and above < value < below. ConfigError names `option` and the limits.
-
-    A value that is not finite is always outside.
-    """
+    """`value`, if it is finite, low <= value <= high and above < value < below. Else ConfigError names the limits."""
     if not (low <= value <= high and above < value < below and math.isfinite(value)):
         limits = {"at least": low, "more than": above, "at most": high, "less than": below}
         wanted = " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit))
@@ -58,7 +55,7 @@ def in_range(
 
 
 def factory(slot: str, name: str) -> Callable:
-    """The factory that `name` stands for in `slot`. ConfigError for an unknown name lists the known ones."""
+    """The factory with this name in `slot`. ConfigError for an unknown name lists the known ones."""
     if ":" in name:
         path, _, function = name.partition(":")
         try:
@@ -74,13 +71,13 @@ def factory(slot: str, name: str) -> Callable:
 
 
 def options(make: Callable) -> dict[str, inspect.Parameter]:
-    """The keyword-only parameters of a factory: those that a config may set."""
+    """The keyword-only parameters of a factory. A config may set them."""
     parameters = inspect.signature(make).parameters
     return {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
 def make(slot: str, name: str, *args, **kwargs: Any) -> Any:
-    """Build what `name` stands for in `slot`. The program gives the positional arguments, the config the keywords."""
+    """Call a factory. The program gives the positional arguments, the config the keywords."""
     build = factory(slot, name)
     for key in kwargs:
         if key not in options(build):

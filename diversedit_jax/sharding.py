@@ -1,9 +1,9 @@
 """Where arrays live: a mesh with axes (data, fsdp, tensor), and rules from an array's name to its sharding.
 
-The batch is split over `data` and `fsdp`. Parameters, and whatever has their names and shapes (EMA, optimizer moments),
+The batch is split over `data` and `fsdp`. Parameters, and arrays with their names and shapes (EMA, optimizer moments),
 are copied over `data` and split over `fsdp`: each layer is gathered where it is used. Over `tensor` the heads of
 attention and the hidden units of the MLP are split, and computed there (Megatron, arXiv 1909.08053). Only `data` runs
-across slices, or a slow network; the other two stay within one.
+across slices or a slow network. The other two stay within a slice.
 """
 
 import math
@@ -21,37 +21,31 @@ from diversedit_jax.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # what the batch is split over
-SMALLEST = 2**12  # elements; what is smaller is copied to all devices
+SMALLEST = 2**12  # elements; a smaller array is copied to all devices
 
 # (pattern, axes): the first rule whose pattern is found in the name of an array decides how its axes are split:
 #     -                      not split
 #     fsdp, tensor           over this axis of the mesh; fsdp+tensor: over both
-#     *                      the largest of these axes that can be is split over what no other word uses
+#     *                      the largest of these axes that can be split takes the axes of the mesh that are left
 #     ...                    the word before it, for all axes that are left
-# A word that names an axis of the mesh counts as * where the mesh has that axis only once. The rules of a config come
-# first, then those of the model (`Model.rules`), then these. A stack of layers, `blocks`, keeps its layer axis whole.
-RULES = (
-    (r"\bblocks/", "- * ..."),
-    (r"", "* ..."),
-)
+# A word for an axis of the mesh counts as * if that axis has size 1. The rules of a config come first, then those of
+# the model (`Model.rules`), then these. A stack of layers, `blocks`, keeps its layer axis whole.
+RULES = ((r"\bblocks/", "- * ..."), (r"", "* ..."))
 
 
 class Layout(NamedTuple):
-    """The devices of a run, and the rules by which arrays are split over them.
-
-    rules: those of the config; `with_rules` adds those of a model.
-    """
+    """The devices of a run, and the rules that split arrays over them."""
 
     mesh: Mesh
-    rules: tuple[tuple[str, str], ...] = RULES
+    rules: tuple[tuple[str, str], ...] = RULES  # those of the config, then RULES
 
     @property
     def shards(self) -> int:
-        """How many parts a batch is split into."""
+        """The number of parts of a batch."""
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     def with_rules(self, rules: Sequence[tuple[str, str]]) -> "Layout":
-        """The layout with the rules of a model, which come after those of the config."""
+        """The layout with the rules of a model after those of the config."""
         own = self.rules[: len(self.rules) - len(RULES)]
         return self._replace(rules=(*own, *rules, *RULES))
 
@@ -64,51 +58,41 @@ def make(
     rules: Sequence[tuple[str, str]] = (),
     devices: Sequence[jax.Device] | None = None,
 ) -> Layout:
-    """All devices as a mesh of `data` x `fsdp` x `tensor`; one may be -1: what the others leave.
+    """All devices as a mesh of `data` x `fsdp` x `tensor`. One size may be -1: it takes the rest.
 
-    rules: what comes before RULES, in the same form. devices: of another machine, to compile for it.
+    rules: come before RULES, in the same form. devices: of another machine, to compile for it.
     """
     devices = list(jax.devices() if devices is None else devices)
     given = {"data": data, "fsdp": fsdp, "tensor": tensor}
     rest = [name for name, size in given.items() if size == -1]
     known = math.prod(size for size in given.values() if size != -1)
-    if len(rest) > 1 or known < 1 or (rest and len(devices) % known):
-        what = f"{' and '.join(rest)} cannot both be -1" if len(rest) > 1 else f"they cannot be divided by {known}"
-        raise ConfigError(f"config.mesh: {_product(given)} on {len(devices)} devices: {what}")
-    sizes = given | {name: len(devices) // known for name in rest}
+    sizes = given | ({rest[0]: len(devices) // known} if len(rest) == 1 and known > 0 else {})
     if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(devices):
+        product = " x ".join(f"{name} {size}" for name, size in given.items())
         raise ConfigError(
-            f"config.mesh = {_product(sizes)} = {math.prod(sizes.values())} devices, but JAX sees {len(devices)}; "
-            "-1 takes the rest"
+            f"config.mesh: {product} must give the {len(devices)} devices that JAX sees; one size may be -1 (the rest)"
         )
-    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    tpu, shape = devices[0].platform == "tpu", tuple(sizes.values())
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if tpu else 1
     if sizes["data"] % slices:
         raise ConfigError(
             f"config.mesh.data = {sizes['data']} must be a multiple of the {slices} slices; "
             "fsdp and tensor cannot span slices"
         )
-    checked = tuple(_checked(pattern, axes) for pattern, axes in rules)
-    mesh = Mesh(_arranged(devices, tuple(sizes.values()), slices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    return Layout(mesh, (*checked, *RULES))
-
-
-def _product(sizes: dict[str, int]) -> str:
-    return " x ".join(f"{name} {size}" for name, size in sizes.items() if size != 1 or name != "tensor")
-
-
-def _arranged(devices: list[jax.Device], shape: tuple[int, ...], slices: int) -> np.ndarray:
-    """Devices in the shape of a mesh: on TPUs so that neighbours in the mesh have links between them."""
-    if devices[0].platform != "tpu":
-        return np.array(devices).reshape(shape)
-    within = (shape[0] // slices, *shape[1:])
-    options = {"devices": devices, "allow_split_physical_axes": True}
-    if slices > 1:
-        return mesh_utils.create_hybrid_device_mesh(within, (slices, *(1,) * (len(shape) - 1)), **options)
-    return mesh_utils.create_device_mesh(shape, **options)
+    options = {"devices": devices, "allow_split_physical_axes": True}  # neighbours get links between them
+    if not tpu:
+        arranged = np.array(devices).reshape(shape)
+    elif slices > 1:
+        within = (shape[0] // slices, *shape[1:])
+        arranged = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), **options)
+    else:
+        arranged = mesh_utils.create_device_mesh(shape, **options)
+    mesh = Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Layout(mesh, (*(_checked(pattern, axes) for pattern, axes in rules), *RULES))
 
 
 def _checked(pattern: str, axes: str) -> tuple[str, str]:
-    """A rule of a config; ConfigError if it cannot be read."""
+    """A rule of a config. ConfigError if it cannot be read."""
     place = f"config.mesh.rules: ({pattern!r}, {axes!r})"
     try:
         re.compile(pattern)
@@ -121,7 +105,7 @@ def _checked(pattern: str, axes: str) -> tuple[str, str]:
 
 
 def filled(batch: int, devices: int | None = None) -> int:
-    """The next number from `batch` on that the `devices` (all) divide."""
+    """`batch` rounded up to a multiple of the number of devices (None: all)."""
     devices = devices or jax.device_count()
     return -(-batch // devices) * devices
 
@@ -137,10 +121,10 @@ def replicated(layout: Layout) -> NamedSharding:
 
 
 def kept_over_batch(x: jax.Array) -> jax.Array:
-    """x [b ...], of which the compiler is told that it stays split by examples; as it is outside of `jax.set_mesh`.
+    """Tell the compiler that x [b ...] stays split by examples. Does nothing outside `jax.set_mesh`.
 
-    Without it, where parameters are split over the same devices, it may exchange the examples instead of gathering
-    the parameters.
+    Without this the compiler may exchange the examples instead of gathering parameters that are split over the same
+    devices.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not set(BATCH) <= set(mesh.axis_names):
@@ -176,7 +160,7 @@ def _spec(name: str, shape: tuple[int, ...], axes: str, sizes: dict[str, int]) -
         words = (words[:-1] + words[-2:-1] * len(shape))[: len(shape)]
     if len(words) != len(shape):
         raise ConfigError(
-            f"config.mesh.rules: {axes!r} is for another number of axes than those of {name} {list(shape)}"
+            f"config.mesh.rules: {axes!r} must have a word for each of the {len(shape)} axes of {name} {list(shape)}"
         )
     spec = [() if word in "-*" else tuple(axis for axis in word.split("+") if sizes[axis] > 1) for word in words]
     for i, split in enumerate(spec):
@@ -191,27 +175,24 @@ def _spec(name: str, shape: tuple[int, ...], axes: str, sizes: dict[str, int]) -
         if split and fits:
             spec[max(fits, key=lambda i: shape[i])] = split
             break
-    return (
-        PartitionSpec(*(split[0] if len(split) == 1 else split or None for split in spec))
-        if any(spec)
-        else PartitionSpec()
-    )
+    named = (split[0] if len(split) == 1 else split or None for split in spec)
+    return PartitionSpec(*named) if any(spec) else PartitionSpec()
 
 
 def platform() -> str:
-    """Where programs run: on the devices of the mesh that is set, else where jax runs by default."""
+    """The platform of the mesh that is set, else jax's default."""
     device = jax.sharding.get_abstract_mesh().abstract_device  # None where no mesh is set
     return jax.default_backend() if device is None else device.platform
 
 
 def rows(layout: Layout, batch: int) -> list[int]:
-    """The rows of a batch that lie on this process's devices, in order: those that it reads."""
+    """The rows of a batch that lie on the devices of this process, in order. It reads only these."""
     places = over_batch(layout).addressable_devices_indices_map((batch,)).values()
     return sorted({row for place in places for row in range(batch)[place[0]]})
 
 
 def from_rows(local: Mapping[str, Any], layout: Layout, batch: int) -> dict[str, Any]:
-    """The batch, arrays [batch ...] over all devices, from the `rows` that each process has of it."""
+    """A batch over all devices, arrays [batch ...], from the `rows` that each process has."""
     place = over_batch(layout)
     at = {row: i for i, row in enumerate(rows(layout, batch))}
 
@@ -226,27 +207,26 @@ def from_rows(local: Mapping[str, Any], layout: Layout, batch: int) -> dict[str,
 
 
 def placed(tree, shardings):
-    """Abstract arrays with their shardings: what a restore and an ahead-of-time compilation take."""
+    """Abstract arrays with their shardings, for a restore or an ahead-of-time compilation."""
     return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, shardings)
 
 
 def put(tree, shardings):
-    """Arrays that every process has on its host, where they live; `shardings` of each, or one for all."""
+    """Put host arrays that every process has on their devices. shardings: one for each array, or one for all."""
 
     def place(leaf: np.ndarray, where: NamedSharding) -> jax.Array:
         return jax.make_array_from_callback(leaf.shape, where, lambda index: leaf[index])
 
     tree = jax.tree.map(np.asarray, tree)
-    if isinstance(shardings, NamedSharding):
-        return jax.tree.map(lambda leaf: place(leaf, shardings), tree)
-    return jax.tree.map(place, tree, shardings)
+    one = isinstance(shardings, NamedSharding)
+    return jax.tree.map(place, tree, jax.tree.map(lambda leaf: shardings, tree) if one else shardings)
 
 
 def in_chunks(function: Callable[[jax.Array], Any], x: jax.Array, chunk: int, devices: int | None = None) -> Any:
-    """`function` of x [b ...], of at most `chunk` entries of each of the `devices` (all) at a time, for less memory.
+    """`function` of x [b ...], with at most `chunk` entries per device at a time, for less memory.
 
-    Every part takes its entries from all devices, so that a batch that is split over them stays where it is. The result
-    may be a pytree of arrays [b ...].
+    function: the result may be a pytree of arrays [b ...]. devices: None: all.
+    Every part takes entries from all devices, so a batch that is split over them stays where it is.
     """
     devices = devices or jax.device_count()
     rows = len(x) // devices if len(x) % devices == 0 else len(x)
@@ -259,15 +239,13 @@ def in_chunks(function: Callable[[jax.Array], Any], x: jax.Array, chunk: int, de
 
 
 def agreed(numbers: Sequence[int]) -> set[int]:
-    """Numbers that the first process knows, on every process."""
-    if jax.process_count() == 1:
-        return set(numbers)
+    """The numbers of the first process, on every process."""
     count = int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers))))
     mine = np.resize(np.array(numbers or [0], np.int32), count)
     return set(multihost_utils.broadcast_one_to_all(mine).tolist()) if count else set()
 
 
 def wait_for_all(what: str) -> None:
-    """Return when every process has come here."""
+    """Wait until every process is here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)

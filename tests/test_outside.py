@@ -34,7 +34,6 @@ def run(tmp_path_factory):
             assert program.running[0].poll() is None, program.out()
             assert time.monotonic() < deadline, program.out()
             time.sleep(0.05)
-        program.kill()
     return workdir, train.run(config.get_config(), workdir)
 
 
@@ -79,7 +78,7 @@ def test_the_run_is_evaluated_and_analyzed(run, tmp_path):
     settings = analyze.Settings(analyze.Estimator(), num=32, batch=16)
     analyze.run([trained.of_run(run[0], encoders=True)], tmp_path / "analysis", settings, times=(0.5,), at=("last",))
     report = (tmp_path / "analysis" / "report.html").read_text()
-    assert "the conditions of these data are not labels" in report
+    assert "these data have other conditions" in report
     assert "gradients" in report
 
 
@@ -87,7 +86,7 @@ def test_an_objective_that_does_not_say_how_to_sample_is_never_sampled(tmp_path)
     short = config.get_config()
     short.total_steps, short.evaluators = 1, ConfigDict()
     short.objective = slot("objectives", "tests.outside.objective:make", sampled=False)
-    message = r"does not say how to sample .*Objective.predicts is None.*config.samples.num=0"
+    message = r"does not say how to sample from it: Objective.predicts = None, known: .*config.samples.num=0"
     with pytest.raises(ConfigError, match=message):
         train.run(short, tmp_path)
     assert not list(tmp_path.iterdir())

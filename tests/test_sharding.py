@@ -45,12 +45,12 @@ def test_meshes(sizes, shape):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"data": 3}, "data 3 x fsdp 1 = 3 devices, but JAX sees 8"),
-        ({"data": 4, "fsdp": 4}, "data 4 x fsdp 4 = 16 devices, but JAX sees 8"),
-        ({"fsdp": 3}, "data -1 x fsdp 3 on 8 devices: they cannot be divided by 3"),
-        ({"fsdp": 0}, "data -1 x fsdp 0 on 8 devices: they cannot be divided by 0"),
-        ({"fsdp": -1}, "data -1 x fsdp -1 on 8 devices: data and fsdp cannot both be -1"),
-        ({"tensor": 3}, "data -1 x fsdp 1 x tensor 3 on 8 devices: they cannot be divided by 3"),
+        ({"data": 3}, "data 3 x fsdp 1 x tensor 1 must give the 8 devices that JAX sees"),
+        ({"data": 4, "fsdp": 4}, "data 4 x fsdp 4 x tensor 1 must give the 8 devices that JAX sees"),
+        ({"fsdp": 3}, "data -1 x fsdp 3 x tensor 1 must give the 8 devices that JAX sees"),
+        ({"fsdp": 0}, "data -1 x fsdp 0 x tensor 1 must give the 8 devices that JAX sees"),
+        ({"fsdp": -1}, "data -1 x fsdp -1 x tensor 1 must give the 8 devices that JAX sees; one size may be -1"),
+        ({"tensor": 3}, "data -1 x fsdp 1 x tensor 3 must give the 8 devices that JAX sees"),
         ({"data": -2, "fsdp": -4}, "data -2 x fsdp -4"),
         ({"data": 0, "fsdp": 8}, "data 0 x fsdp 8"),
         ({"rules": [("(", "*")]}, "config.mesh.rules: ('(', '*'): missing )"),
@@ -113,7 +113,7 @@ def test_rules_of_a_config_come_first():
     ("name", "shape", "message"),
     [
         ("params/deep/qkv/kernel", (6, 64, 3, 6, 16), "tensor = 4 does not divide axis 3 of params/deep/qkv/kernel"),
-        ("params/deep/qkv/kernel", (6, 64, 48), "'- * - tensor -' is for another number of axes than those of params/"),
+        ("params/deep/qkv/kernel", (6, 64, 48), "'- * - tensor -' must have a word for each of the 3 axes of params/"),
     ],
 )
 def test_what_a_rule_cannot_split_is_named(name, shape, message):

@@ -1,4 +1,4 @@
-"""Codecs: from stored data to the network's space and back, on device. One way per file."""
+"""Codecs: from stored data to the network's space and back, on device. One codec per file."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -17,29 +17,29 @@ make = partial(registry.make, "codecs")
 
 
 def network_space(codec: Codec, stored: Space) -> Space:
-    """The space in which the network works, for stored examples of a space. Its null condition is a shape alone."""
+    """The network's space for stored examples of a space. Its null condition is only a shape."""
     conditions = stored.conditions
     null = jax.eval_shape(lambda frozen: null_condition(codec, frozen, conditions.null), jax.eval_shape(codec.init))
     return Space(codec.shape(stored.shape), Conditions(null, conditions.classes))
 
 
 def encoded(codec: Codec, frozen: Params, batch: Batch, key: Array) -> Batch:
-    """A stored batch in the network's space: with `x`, and `y` as the network takes it."""
+    """A stored batch in the network's space, with `x` and `y` for the network."""
     batch = dict(codec.encode(frozen, batch, key))
     return batch | {"y": codec.condition(frozen, batch["y"])}
 
 
 def null_condition(codec: Codec, frozen: Params, null):
-    """The null condition as the network takes it, without a batch axis, from the stored one."""
+    """The null condition for the network, from the stored one; both without a batch axis."""
     batch = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], null)
     return jax.tree.map(lambda leaf: leaf[0], codec.condition(frozen, batch))
 
 
 def with_encoders(codec: Codec, encoders: Mapping[str, Encoder]) -> Codec:
-    """The codec, which then also runs frozen encoders on the raw `image` [b h w c], values 0 .. 255.
+    """A codec that also runs frozen encoders on the raw `image` [b h w c], values 0 .. 255.
 
-    The batch gets `features/<label>` float32 [b n d], the patch tokens, and from an encoder that has a class token
-    `token/<label>` float32 [b d]. No gradient passes. ConfigError for a batch without `image`, or with these features.
+    The batch gets the patch tokens, `features/<label>` float32 [b n d], and if the encoder has one the class token,
+    `token/<label>` float32 [b d]. No gradient passes.
     """
 
     def init() -> Params:
@@ -49,8 +49,8 @@ def with_encoders(codec: Codec, encoders: Mapping[str, Encoder]) -> Codec:
         batch = dict(codec.encode(frozen["codec"], batch, key))
         if "image" not in batch:
             raise ConfigError(
-                f"config.encoders.{next(iter(encoders))} reads `image`, and a batch has {', '.join(sorted(batch))}: "
-                "set config.data.image=True, for data that hold it"
+                f"config.encoders.{next(iter(encoders))} reads `image`, but a batch has {', '.join(sorted(batch))}: "
+                "set config.data.image=True if the data have images"
             )
         for label, encoder in encoders.items():
             if f"features/{label}" in batch:

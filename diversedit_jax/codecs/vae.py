@@ -1,7 +1,7 @@
 """Latents of a variational autoencoder: images to moments, moments to latents, latents to images.
 
-`tools/prepare_latents.py` stores the moments of every image once. Training draws latents from them anew at each step.
-Latent diffusion (arXiv 2112.10752) scales its latents to about unit variance by 0.18215.
+`tools/prepare_latents.py` stores the moments of every image once. Training draws new latents from them at each step.
+Latent diffusion (arXiv 2112.10752) scales its latents by 0.18215, to about unit variance.
 """
 
 from functools import cache
@@ -20,19 +20,14 @@ from diversedit_jax.weights.vae import open_vae
 
 
 def moments(vae: VAE, params: Params, images: UInt8[Array, "b H W k"]) -> Float[Array, "b h w c2"]:
-    """What an autoencoder says of images: c means, then c standard deviations, before scaling."""
+    """The moments of images: c means, then c standard deviations, before scaling."""
     return vae.encode(params, images.astype(jnp.float32) / 127.5 - 1)
 
 
 def draw(key: Array, moments: Float[Array, "b h w c2"], scale: float, bias: float) -> Float32[Array, "b h w c"]:
-    """(mean + std * noise - bias) * scale; the last axis of `moments` holds c means, then c standard deviations."""
+    """(mean + std * noise - bias) * scale, with mean and std from `moments`."""
     mean, std = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
     return (mean + std * jax.random.normal(key, mean.shape) - bias) * scale
-
-
-def _widened(x: Array) -> Array:
-    """What is stored in half precision, cached features, in float32."""
-    return x.astype(jnp.float32) if x.dtype == jnp.float16 else x
 
 
 def make(
@@ -44,30 +39,33 @@ def make(
     rounding: str = pixels.ROUNDING,
     chunk: int = 8,
 ) -> Codec:
-    """Batches with `moments` [b h w 2c] become batches with `x` float32 [b h w c]; everything else is passed on.
+    """The codec from `moments` [b h w 2c] to `x` float32 [b h w c].
 
     scale, bias: x = (latent - bias) * scale, by default as in latent diffusion, DiT and SiT.
-    vae: the autoencoder that made the latents, a folder or file as `weights.vae.open_vae` takes. Its decoder makes
-        images of samples. None: samples stay latents.
+    vae: the autoencoder that made the latents, a folder or file for `weights.vae.open_vae`. Its decoder turns samples
+        into images. None: samples stay latents.
     precision: of the decoder's products, see `models.vae`.
     rounding: of images to 256 levels, see `codecs.pixels`.
-    chunk: images that a device decodes at a time, each with 224 MiB of activations at 256 x 256 pixels (as XLA plans it
-        on a CPU).
+    chunk: the number of images that a device decodes at a time. Each needs 224 MiB of activations at 256 x 256 pixels
+        (as XLA plans it on a CPU).
     """
     in_range("codec.scale", scale, above=0)
     in_range("codec.chunk", chunk, 1)
     one_of("codec.rounding", rounding, pixels.ROUNDINGS)
 
     def encode(frozen: Params, batch: Batch, key: Array) -> Batch:
+        def widened(x: Array) -> Array:  # cached features may be stored in half precision
+            return x.astype(jnp.float32) if x.dtype == jnp.float16 else x
+
         others = {name: value for name, value in batch.items() if name != "moments"}
-        return {"x": draw(key, batch["moments"], scale, bias), **jax.tree.map(_widened, others)}
+        return {"x": draw(key, batch["moments"], scale, bias), **jax.tree.map(widened, others)}
 
     if vae is None:
         return Codec(dict, encode, decode=None)
     release = open_vae(vae)
     for option, given, wanted in (("scale", scale, release.scale), ("bias", bias, release.shift)):
         if wanted not in (None, given):
-            raise ConfigError(f"codec.{option} = {given}, but {vae} was trained for latents with {wanted}")
+            raise ConfigError(f"codec.{option} = {given}, but the autoencoder {vae} was trained with {wanted}")
     decoder = network(release.arch, precision)
 
     def decode(frozen: Params, x: Float[Array, "b h w c"]) -> UInt8[Array, "b H W k"]:

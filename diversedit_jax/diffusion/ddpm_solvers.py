@@ -16,7 +16,6 @@ from diversedit_jax.diffusion.discrete import Schedule, at
 from diversedit_jax.diffusion.guidance import Velocity
 from diversedit_jax.diffusion.paths import Examples
 from diversedit_jax.diffusion.solvers import Noise
-from diversedit_jax.registry import in_range
 
 
 def ddpm(predict: Velocity, x: Examples, schedule: Schedule, noise: Noise) -> Examples:
@@ -34,7 +33,6 @@ def ddpm(predict: Velocity, x: Examples, schedule: Schedule, noise: Noise) -> Ex
 
 def ddim(predict: Velocity, x: Examples, schedule: Schedule, noise: Noise, eta: float = 0.0) -> Examples:
     """DDIM (Eq. 12). eta = 0 is deterministic, eta = 1 has the posterior's variance. A learned variance is not used."""
-    in_range("eta", eta, 0, 1)
     before = schedule.alphas_bar_prev
     sigma = eta * np.sqrt(discrete.posterior_variance(schedule))  # Eq. 16; 0 in the first step
     direction = np.sqrt(1 - before - sigma**2)
@@ -49,7 +47,7 @@ def ddim(predict: Velocity, x: Examples, schedule: Schedule, noise: Noise, eta: 
 
 def _loop(step: Callable, predict: Velocity, x: Examples, schedule: Schedule, noise: Noise) -> Examples:
     """`step` (x, i, output, draw) -> x for i from the last step of the schedule to 0."""
-    count = in_range("steps", len(schedule.timesteps), 2)
+    count = len(schedule.timesteps)
 
     def body(x, at_step):
         taken, i, timestep = at_step

@@ -4,7 +4,6 @@ x_i = sqrt(alpha_bar_i) x + sqrt(1 - alpha_bar_i) noise. Step i = 0 is the least
 Coefficients are float64 numpy arrays. They are rounded to float32 where they multiply an example.
 """
 
-from collections.abc import Sequence
 from itertools import accumulate, repeat
 from typing import NamedTuple
 
@@ -39,14 +38,14 @@ class Schedule(NamedTuple):
 
 
 class Gaussian(NamedTuple):
-    """Normal distributions, independent for each element of an example."""
+    """Independent normal distributions for the elements of an example."""
 
     mean: Array
     log_variance: Array
 
 
 def from_betas(betas: np.ndarray, num_timesteps: int, timesteps: np.ndarray) -> Schedule:
-    """The schedule of given betas."""
+    """The schedule with these betas."""
     alphas_bar = np.cumprod(1 - betas)
     return Schedule(num_timesteps, timesteps, betas, alphas_bar, np.append(1.0, alphas_bar[:-1]))
 
@@ -59,22 +58,15 @@ def linear(num_timesteps: int) -> Schedule:
     return from_betas(betas, num_timesteps, np.arange(num_timesteps))
 
 
-def spaced(num_timesteps: int, section_counts: Sequence[int]) -> np.ndarray:
-    """The steps to keep: `section_counts[k]` steps of section k, spread from its first to its last (arXiv 2102.09672).
+def spaced(num_timesteps: int, count: int) -> np.ndarray:
+    """`count` of the steps, evenly spaced from the first to the last (arXiv 2102.09672).
 
-    Sections are equally long; the first num_timesteps mod len(section_counts) have one step more. [250] of 1000 keeps
-    0, 4, 8, 12, 16, 20, ..., 999.
+    250 of 1000 are 0, 4, 8, 12, 16, 20, ..., 999.
     """
-    size, longer = divmod(num_timesteps, len(section_counts))
-    begin, kept = 0, []
-    for section, count in enumerate(section_counts):
-        length = size + (section < longer)
-        in_range("steps", count, 1, length)
-        stride = (length - 1) / (count - 1) if count > 1 else 1
-        places = accumulate(repeat(stride, count - 1), initial=0.0)  # a running sum: the reference rounds it so
-        kept += [begin + round(place) for place in places]
-        begin += length
-    return np.array(kept)
+    in_range("steps", count, 1, num_timesteps)
+    stride = (num_timesteps - 1) / (count - 1) if count > 1 else 1
+    places = accumulate(repeat(stride, count - 1), initial=0.0)  # a running sum: the reference rounds it so
+    return np.array([round(place) for place in places])
 
 
 def respace(schedule: Schedule, timesteps: np.ndarray) -> Schedule:
@@ -93,11 +85,6 @@ def posterior_log_variance(schedule: Schedule) -> np.ndarray:
     """The logarithm of `posterior_variance`. The first step, else -inf, takes the value of the second."""
     variance = posterior_variance(schedule)
     return np.log(np.append(variance[1], variance[1:]))
-
-
-def fixed_log_variance(schedule: Schedule) -> np.ndarray:
-    """The logarithm of the variance where it is not learned: beta, in the first step the posterior's of the second."""
-    return np.log(np.append(posterior_variance(schedule)[1], schedule.betas[1:]))
 
 
 def at(values: np.ndarray, i: Index, x: Array) -> Array:
@@ -143,7 +130,9 @@ def reverse(schedule: Schedule, output: Output, x_i: Examples, i: Index) -> Gaus
     noise, v = split(output, x_i.shape[-1])
     mean = posterior(schedule, data_from_noise(schedule, noise, x_i, i), x_i, i).mean
     if v is None:
-        return Gaussian(mean, at(fixed_log_variance(schedule), i, x_i))
+        # beta, but in the first step the posterior variance of the second: its own is 0
+        fixed = np.append(posterior_variance(schedule)[1], schedule.betas[1:])
+        return Gaussian(mean, at(np.log(fixed), i, x_i))
     low, high = (at(v, i, x_i) for v in (posterior_log_variance(schedule), np.log(schedule.betas)))
     fraction = (v + 1) / 2
     return Gaussian(mean, fraction * high + (1 - fraction) * low)

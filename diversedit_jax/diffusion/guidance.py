@@ -1,7 +1,4 @@
-"""Guidance within an interval of times (arXiv 2207.12598, 2404.07724), as a velocity for solvers.
-
-A network is guided by its own prediction without a condition, or by a weaker network (autoguidance, arXiv 2406.02507).
-"""
+"""Guidance within an interval of times (arXiv 2207.12598, 2404.07724), as a velocity for solvers."""
 
 from collections.abc import Callable
 
@@ -10,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from diversedit_jax.api import Condition, Network
-from diversedit_jax.conditioning import nulls, paired
+from diversedit_jax.conditioning import paired
 from diversedit_jax.diffusion.paths import Examples
 
 # (x [b *s c], t, t_step) -> velocity [b *s c]. t_step is the time at which the solver's step began. The interval is
@@ -21,7 +18,6 @@ Velocity = Callable[[Array, Array, Array], Array]
 Scalar = Float[Array, ""] | float
 Interval = tuple[Scalar, Scalar]
 Scale = Float[Array, "..."] | float  # one for all, or one per element of an example
-Evaluation = Callable[[Array, Array], tuple[Array, Array]]  # (x, times [b]) -> (v, v_guide)
 
 
 def guide(
@@ -32,56 +28,24 @@ def guide(
     scale: Scale = 1.0,
     interval: Interval = (0.0, 1.0),
     channels: int | None = None,
+    weak: Network | None = None,
 ) -> Velocity:
-    """Classifier-free guidance: v_null + scale (v_y - v_null) while lo <= t <= hi, else v_y alone.
+    """v_guide + scale (v_y - v_guide) while lo <= t <= hi, else v_y alone, without computing v_guide.
+
+    v_guide is the prediction of the network for the null condition (classifier-free guidance), or that of `weak`.
 
     scale, interval: may be traced, so that one compiled sampler serves all their values.
     channels: guide only the first channels, so many (DiT and SiT: 3 of 4). None: all.
+    weak: a smaller or less trained network for the same task, which gets the same conditions (autoguidance, arXiv
+        2406.02507). To add classifier-free guidance, let it use the null condition.
     """
+    low, high = interval
 
-    def both(x, times):
+    def both(x: Examples, times: Float[Array, " b"]) -> tuple[Array, Array]:
+        if weak is not None:
+            return network(x, times, y)[0], weak(x, times, y)[0]
         v = network(jnp.repeat(x, 2, axis=0), jnp.repeat(times, 2), paired(y, null))[0]
         return v[0::2], v[1::2]
-
-    return _guided(network, y, both, scale, interval, channels)
-
-
-def autoguide(
-    network: Network,
-    weak: Network,
-    y: Condition,
-    *,
-    scale: Scale = 1.0,
-    interval: Interval = (0.0, 1.0),
-    channels: int | None = None,
-) -> Velocity:
-    """Autoguidance: v_weak + scale (v - v_weak) while lo <= t <= hi, else v alone. Other arguments as for `guide`.
-
-    weak: a smaller or less trained network for the same task. It gets the same conditions. As in the paper, it replaces
-        classifier-free guidance. For both at once, pass `unconditional(weak, null)`.
-    """
-
-    def both(x, times):
-        return network(x, times, y)[0], weak(x, times, y)[0]
-
-    return _guided(network, y, both, scale, interval, channels)
-
-
-def unconditional(network: Network, null: Condition) -> Network:
-    """The network with the null condition in place of every condition."""
-    return lambda x, t, y: network(x, t, nulls(null, len(x)))
-
-
-def over_span(network: Network, span: Scalar) -> Network:
-    """A network of t alone, from one of two times (MeanFlow), at a fixed span t - r. Span 0 gives the velocity."""
-    return lambda x, t, y: network(x, t, y, span=jnp.full_like(t, span))
-
-
-def _guided(
-    network: Network, y: Condition, both: Evaluation, scale: Scale, interval: Interval, channels: int | None
-) -> Velocity:
-    """v_guide + scale (v - v_guide) within the interval, `network` alone outside, where v_guide is not computed."""
-    low, high = interval
 
     def velocity(x: Examples, t: Float[Array, ""], t_step: Float[Array, ""]) -> Float[Array, "b *s k"]:
         times = jnp.full(len(x), t)
@@ -98,3 +62,8 @@ def _guided(
         return jax.lax.cond(active, guided, plain, x)
 
     return velocity
+
+
+def over_span(network: Network, span: Scalar) -> Network:
+    """A network of t alone, from one of two times (MeanFlow), at a fixed span t - r. Span 0 gives the velocity."""
+    return lambda x, t, y: network(x, t, y, span=jnp.full_like(t, span))

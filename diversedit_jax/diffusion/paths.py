@@ -127,11 +127,6 @@ def data_from_velocity(path: Path, v: Values, x: Values, t: At) -> Values:
     return (path.d_sigma(t) * x - path.sigma(t) * v) / wronskian(path, t)
 
 
-def velocity_from_data(path: Path, data: Values, x: Values, t: At) -> Values:
-    """The velocity from E[x | x_t], where sigma(t) > 0."""
-    return (path.d_sigma(t) * x - wronskian(path, t) * data) / path.sigma(t)
-
-
 def noise_from_velocity(path: Path, v: Values, x: Values, t: At) -> Values:
     """E[noise | x_t] from the velocity."""
     return (path.alpha(t) * v - path.d_alpha(t) * x) / wronskian(path, t)
@@ -142,27 +137,21 @@ def velocity_from_noise(path: Path, noise: Values, x: Values, t: At) -> Values:
     return (path.d_alpha(t) * x + wronskian(path, t) * noise) / path.alpha(t)
 
 
-def score_from_noise(path: Path, noise: Values, t: At) -> Values:
-    """The score from the noise, where sigma(t) > 0."""
-    return -noise / path.sigma(t)
-
-
-def noise_from_score(path: Path, score: Values, t: At) -> Values:
-    """The noise from the score."""
-    return -path.sigma(t) * score
-
-
 def score_from_velocity(path: Path, v: Values, x: Values, t: At) -> Values:
     """The score from the velocity, where sigma(t) > 0 (SiT, Eq. 9, written without alpha / alpha')."""
-    return score_from_noise(path, noise_from_velocity(path, v, x, t), t)
+    return -noise_from_velocity(path, v, x, t) / path.sigma(t)
 
 
 def velocity_from_score(path: Path, score: Values, x: Values, t: At) -> Values:
     """The velocity from the score, where alpha(t) > 0."""
-    return velocity_from_noise(path, noise_from_score(path, score, t), x, t)
+    return velocity_from_noise(path, -path.sigma(t) * score, x, t)
 
 
-TO_VELOCITY = {"noise": velocity_from_noise, "score": velocity_from_score, "data": velocity_from_data}
+TO_VELOCITY = {
+    "noise": velocity_from_noise,
+    "score": velocity_from_score,
+    "data": lambda path, data, x, t: (path.d_sigma(t) * x - wronskian(path, t) * data) / path.sigma(t),  # sigma(t) > 0
+}
 
 
 def as_velocity(network: Network, path: Path, prediction: str) -> Network:

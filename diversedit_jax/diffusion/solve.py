@@ -107,7 +107,7 @@ def ancestral(name: str, predicts: Diffusion, given: Options) -> Solve:
     """A sampler of the discrete diffusion on `steps` of its steps: `ddpm` or `ddim`."""
     in_range("steps", given.steps, 2)
     in_range("eta", given.eta, 0, 1)
-    kept = discrete.spaced(predicts.schedule.num_timesteps, [given.steps])
+    kept = discrete.spaced(predicts.schedule.num_timesteps, given.steps)
     schedule = discrete.respace(predicts.schedule, kept)
     options = {"eta": given.eta} if name == "ddim" else {}
 
@@ -135,20 +135,19 @@ NAMES = tuple(dict.fromkeys(name for known in SOLVERS.values() for name in known
 def make(name: str, predicts: Any, options: Options) -> Solve:
     """The solver `name` for a network that predicts this. ConfigError if it cannot solve it."""
     one_of("solver", name, NAMES)
-    if predicts is None:
+    kind = type(predicts)
+    if kind not in SOLVERS:
+        known = ", ".join(known.__name__ for known in SOLVERS)
         raise ConfigError(
-            "the objective does not say how to sample from its network (Objective.predicts is None); "
+            f"the objective does not say how to sample from it: Objective.predicts = {predicts!r}, known: {known}; "
             "to train without samples, set config.samples.num=0"
         )
-    kind = type(predicts).__name__
-    if type(predicts) not in SOLVERS:
-        known = ", ".join(known.__name__ for known in SOLVERS)
-        raise ConfigError(f"the sampler does not know {kind} (Objective.predicts); known: {known}")
-    build = SOLVERS[type(predicts)].get(name)
-    if build is None:
-        known = ", ".join(SOLVERS[type(predicts)])
-        raise ConfigError(f"solver = {name!r} cannot solve what this network predicts ({kind}); one of: {known}")
-    return build(name, predicts, options)
+    if name not in SOLVERS[kind]:
+        known = ", ".join(SOLVERS[kind])
+        raise ConfigError(
+            f"solver = {name!r} cannot solve what this network predicts ({kind.__name__}); known: {known}"
+        )
+    return SOLVERS[kind][name](name, predicts, options)
 
 
 def evaluations(name: str, steps: int, last_step_kind: str) -> int | None:

@@ -20,8 +20,6 @@ from diversedit_jax.registry import in_range, one_of
 Grid = Float[np.ndarray, " s"]  # decreasing times; a solver takes s - 1 steps
 Noise = Callable[[Array], Array]  # index of a step -> standard normal [b *s c]
 
-# Times.
-
 
 def uniform_times(steps: int, first: float = 1.0, last: float = 0.0) -> np.ndarray:
     """steps + 1 equidistant times from `first` to `last`."""
@@ -52,9 +50,6 @@ def sde_times(steps: int, path: Path, prediction: str, diffusion: str, last: str
 def _spans(times: np.ndarray, x: Array) -> tuple[Array, Array]:
     times = jnp.asarray(times, x.dtype)
     return times[:-1], times[1:]
-
-
-# Ordinary differential equations.
 
 
 def euler(velocity: Velocity, x: Examples, times: Grid) -> Examples:

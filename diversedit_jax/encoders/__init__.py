@@ -1,11 +1,11 @@
-"""Frozen image encoders whose features REPA and REG align to, one published encoder per file.
+"""Frozen image encoders for REPA and REG, one published encoder per file.
 
-The preprocessing and the choice of features are those of REPA's code (arXiv 2410.06940). An encoder runs on the raw
-image at every step, inside of the compiled step, with weights that are its argument.
+Preprocessing and choice of features are those of REPA's code (arXiv 2410.06940). An encoder runs on the raw images in
+every compiled training step. Its weights are an argument.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 class Encoder(NamedTuple):
     """A frozen encoder.
 
-    init:  () -> frozen weights: arrays on the host, read from the file at the first call.
+    init:  () -> frozen weights: arrays on the host. The first call reads the file.
     apply: (frozen, images [b h w c] with values 0 .. 255) -> (patch tokens [b n d], class token [b d] or None).
     width: d.
     """
@@ -36,27 +36,14 @@ class Encoder(NamedTuple):
     width: int
 
 
-def make(name: str, **options) -> Encoder:
-    """The encoder `name` as an `Encoder`; the options are the keywords of `encoders.<name>.make`."""
-    return registry.make("encoders", name, **options)
+# make(name, **options): the encoder `name`; the options are the keywords of `encoders.<name>.make`.
+make = partial(registry.make, "encoders")
 
 
 def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Float[Array, "b h w c"]:
     """(images / 255 - mean) / std, channel by channel, in float32."""
     mean, std = (np.asarray(values, np.float32) for values in (mean, std))
     return (images.astype(jnp.float32) / 255 - mean) / std
-
-
-def published_side(name: str, images: Array, patch: int, sizes: tuple[int, ...]) -> int:
-    """The side in pixels at which REPA runs an encoder: 16 patches for each 256 pixels. `sizes`: of images it takes."""
-    side = images.shape[1]
-    if images.shape[1:3] != (side, side) or side not in sizes:
-        wanted = " or ".join(f"{size} x {size}" for size in sizes)
-        raise ConfigError(
-            f"{name}: images of {images.shape[1]} x {images.shape[2]} pixels have no published rule, "
-            f"{wanted} have: set the encoder's side"
-        )
-    return 16 * patch * side // 256
 
 
 def build(
@@ -71,26 +58,31 @@ def build(
     resize_first: bool = False,
     sizes: tuple[int, ...] = (256,),
 ) -> Encoder:
-    """The encoder in a file; see the options of `encoders.dinov2.make`.
+    """The encoder in a file. For the options see `encoders.dinov2.make`.
 
-    resize_first: resize images before they are normalised, not after. sizes: of images with a published rule.
+    side: None: 16 patches for each 256 pixels, as in REPA's code, for images of `sizes`.
+    resize_first: resize images before they are normalised, not after.
     """
     name, release = kind.name, open_encoder(kind, file, heads, position, dtype)
     arch = release.arch
     network = vit.network(arch, position, dtype)
     for option, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, arch.channels):
-            raise ConfigError(f"{name}: {option} has {len(values)} values, the encoder {arch.channels} channels")
+            raise ConfigError(f"{name}: {option} has {len(values)} values, the encoder has {arch.channels} channels")
     in_range(f"{name}: std", min(std), above=0)
     if side is not None and (side < 1 or side % arch.patch):
-        raise ConfigError(f"{name}: side = {side} is not a multiple of its patches of {arch.patch} pixels")
+        raise ConfigError(f"{name}: side = {side} must be a multiple of its patches of {arch.patch} pixels")
 
     def apply(frozen: Params, images: Array) -> tuple[Float[Array, "b n d"], Float[Array, "b d"] | None]:
         if images.ndim != 4 or images.shape[-1] != arch.channels:
             raise ConfigError(f"{name}: wanted images [b h w {arch.channels}], given {list(images.shape)}")
-        wanted = published_side(name, images, arch.patch, sizes) if side is None else side
+        height, width = images.shape[1:3]
+        if side is None and (height != width or height not in sizes):
+            rule = "there is a published rule only for " + " or ".join(f"{size} x {size}" for size in sizes)
+            raise ConfigError(f"{name}: the images have {height} x {width} pixels, {rule} pixels: set side")
+        pixels = 16 * arch.patch * height // 256 if side is None else side
         x = images.astype(jnp.float32)
-        x = normalise(sized(x, wanted), mean, std) if resize_first else sized(normalise(x, mean, std), wanted)
+        x = normalise(sized(x, pixels), mean, std) if resize_first else sized(normalise(x, mean, std), pixels)
         tokens = vit.split(arch, network.apply(frozen, x))
         return tokens.patches, tokens.class_token
 
@@ -103,7 +95,7 @@ def factory(
     std: tuple[float, ...] = IMAGENET_STD,
     resize_first: bool = False,
 ) -> Callable[..., Encoder]:
-    """The `make` of an encoder that has no options of its own. mean, std: what it was trained with."""
+    """The `make` of an encoder without special options. mean, std: of its training data."""
 
     def make(
         *,
@@ -120,5 +112,5 @@ def factory(
 
 
 def sized(x: Float[Array, "b h w c"], side: int) -> Float[Array, "b side side c"]:
-    """Images of a square of `side` pixels, resized if they are not."""
+    """Images, resized to side x side pixels if needed."""
     return x if x.shape[1:3] == (side, side) else bicubic.resize(x, side)

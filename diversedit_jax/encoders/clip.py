@@ -1,7 +1,7 @@
 """The vision transformer of CLIP (arXiv 2103.00020).
 
-Features are the patch tokens that the last block gives, without the last norm and projection: so does REPA's code.
-Images of 256 pixels are resized to 224 and then normalised, with CLIP's own statistics.
+Features are the patch tokens after the last block, without the last norm and projection, as in REPA's code. Images of
+256 pixels are resized to 224 and then normalised with CLIP's own statistics.
 """
 
 from diversedit_jax.encoders import CLIP_MEAN, CLIP_STD, factory
@@ -12,12 +12,11 @@ KIND = Kind(
     "clip",
     ("hf_clip", "clip"),
     {768: 12, 1024: 16},
-    aside=(*TEXT, "logit_scale", "visual.proj", "visual_projection.", "vision_model.embeddings.position_ids"),
+    ignored=(*TEXT, "logit_scale", "visual.proj", "visual_projection.", "vision_model.embeddings.position_ids"),
     final_norm=False,
     activation="quick_gelu",
     eps=1e-5,
 )
 
-# From a file of Hugging Face, or a state dict under OpenAI's names. OpenAI's own files are programs (TorchScript) and
-# are refused.
+# From a file of Hugging Face, or a state dict with OpenAI's names. OpenAI's own files are TorchScript: refused.
 make = factory(KIND, CLIP_MEAN, CLIP_STD, resize_first=True)

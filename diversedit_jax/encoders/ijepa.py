@@ -19,8 +19,8 @@ def make(
     heads: int | None = None,
     dtype: str = "bfloat16",
 ) -> Encoder:
-    """I-JEPA from a file of its authors, such as `IN1K-vit.h.14-300e.pth.tar`; options as `dinov2`'s.
+    """I-JEPA from a file of its authors, such as `IN1K-vit.h.14-300e.pth.tar`. For other options see `dinov2.make`.
 
-    weights: the entry of the file: `encoder`, as REPA takes it, or `target_encoder`, its EMA, which I-JEPA evaluates.
+    weights: the entry of the file: `encoder` (REPA) or `target_encoder`, its EMA, which I-JEPA evaluates.
     """
     return build(KIND._replace(entry=weights), file, side, mean, std, heads, dtype)

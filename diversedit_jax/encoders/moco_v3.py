@@ -16,7 +16,7 @@ MISSPELT = {
 
 
 def rename(name: str) -> str:
-    """A name below `state_dict` without the encoder's prefix, and spelt right."""
+    """A name in `state_dict` without the encoder's prefix, with the spelling corrected."""
     name = name.removeprefix("base_encoder.")
     for wrong, right in MISSPELT.items():
         name = name.replace(wrong, right)
@@ -28,7 +28,7 @@ KIND = Kind(
     ("original",),
     HEADS | {384: 12},  # its ViT-S has heads of half the usual width
     entry="state_dict",
-    aside=("head.", "momentum_encoder.", "predictor."),
+    ignored=("head.", "momentum_encoder.", "predictor."),
     rename=rename,
 )
 

@@ -1,8 +1,8 @@
 """The representation-diversity loss of DiverseDiT (arXiv 2603.04239, Eqs. 9-15), in its published readings.
 
-The paper, the authors' release and their later constant-weight branch differ; `PRESETS` holds all three. The functions
-take the outputs of L blocks, one [b n d] each, as a tuple, a list, or one array [l b n d], from any framework, and
-compute in float32 (float64 for float64 input). Blocks are counted from 0 here; `aligned` is a block's depth, from 1.
+The paper, the authors' release and their later constant-weight branch differ. `PRESETS` holds all three. The functions
+take the outputs of L blocks, one [b n d] each, as a tuple, a list, or one array [l b n d], from any framework. They
+compute in float32 (float64 for float64 input). Blocks are counted from 0 here. `aligned` is a depth, counted from 1.
 """
 
 from collections.abc import Sequence
@@ -16,15 +16,24 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from diversedit_jax.api import AuxLoss, Term
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.registry import one_of
+from diversedit_jax.losses._shared import in_groups
+from diversedit_jax.registry import in_range, one_of
 
 EPS = 1e-8
 
 Features = Sequence[Float[Array | np.ndarray, "b n d"]] | Float[Array | np.ndarray, "l b n d"]
 Pairs = Sequence[tuple[int, int]] | np.ndarray | Array  # [p 2]; a traced array where pairs are redrawn in the step
 
-RULES = ("release", "random_layers", "random_pairs", "all", "adjacent", "mirror")
-COMPLETE = ("random_layers", "all")  # rules that compare every two of some blocks
+COSINE_FORMS = {"signed": lambda cosine: cosine, "abs": jnp.abs, "squared": lambda cosine: cosine**2}
+CHOICES = {
+    "rule": ("release", "random_layers", "random_pairs", "all", "adjacent", "mirror"),
+    "orthogonality": tuple(COSINE_FORMS),
+    "mutual_information": tuple(COSINE_FORMS),
+    "dispersion_blocks": ("all", "selected"),
+    "weight": ("adaptive", "constant"),
+    "denominator": ("hi", "hi-lo"),
+    "detach": (None, "first", "second"),
+}
 
 
 def select_pairs(
@@ -38,9 +47,9 @@ def select_pairs(
 ) -> Pairs:
     """The pairs of blocks that are compared, [p 2], blocks counted from 0.
 
-    release:        the released code's fixed list of at most `k` pairs, row by row: from block 0, or, where the block
-                    at depth `aligned` (from 1) is aligned to an encoder, from block k - aligned - 1, negative ones
-                    counting from the end. In effect, mostly one block against the next ten.
+    release:        the released code's fixed list of at most `k` pairs, row by row. It starts at block 0. If the block
+                    at depth `aligned` (from 1) is aligned to an encoder, it starts at block k - aligned - 1 (a negative
+                    number counts from the end). In effect it is mostly one block against the next ten.
     random_layers:  all pairs among `k` random blocks (the paper, suppl. B).
     random_pairs:   `k` random pairs.
     all, adjacent:  every pair; each block with the next.
@@ -48,15 +57,16 @@ def select_pairs(
 
     The random rules draw with `key` if given (traced, redrawn at every step), else once from `seed`.
     """
-    if num_blocks < 2:
-        raise ValueError(f"diversity compares blocks: at least 2 are needed, the network has {num_blocks}")
-    if aligned is not None and not 1 <= aligned <= num_blocks:
-        raise ValueError(f"aligned block {aligned} is outside the network: it has blocks 1 to {num_blocks}")
-    least = 2 if rule == "random_layers" else 1
-    if k < least:
-        raise ValueError(f"rule {rule!r} with k = {k} compares nothing: k must be at least {least}")
+    one_of("diversity: rule", rule, CHOICES["rule"])
+    in_range("diversity: number of blocks", num_blocks, 2)
+    in_range("diversity: aligned", 1 if aligned is None else aligned, 1, num_blocks)
+    in_range(f"diversity: k of rule {rule!r}", k, 2 if rule == "random_layers" else 1)
+    np_or_jnp = np if key is None else jnp  # numpy's draw is known inside jit as well
+
+    def permuted(n: int) -> np.ndarray | Array:
+        return np.random.default_rng(seed).permutation(n) if key is None else jax.random.permutation(key, n)
+
     upper = np.stack(np.triu_indices(num_blocks, 1), axis=1)
-    np_or_jnp = np if key is None else jnp  # what numpy draws is known inside of jit as well
     match rule:
         case "release":
             limit = min(k, len(upper))
@@ -64,25 +74,19 @@ def select_pairs(
             walk = [(i % num_blocks, j % num_blocks) for i in rows for j in range(i + 1, num_blocks)]
             pairs = np.array([(i, j) for i, j in walk if i != j][:limit])
         case "random_layers":
-            chosen = np_or_jnp.sort(_permutation(key, seed, num_blocks)[:k])
+            chosen = np_or_jnp.sort(permuted(num_blocks)[:k])
             pairs = chosen[np.stack(np.triu_indices(len(chosen), 1), axis=1)]
         case "random_pairs":
-            pairs = np_or_jnp.asarray(upper)[_permutation(key, seed, len(upper))[:k]]
+            pairs = np_or_jnp.asarray(upper)[permuted(len(upper))[:k]]
         case "all":
             pairs = upper
         case "adjacent":
             pairs = np.array([(i, i + 1) for i in range(num_blocks - 1)])
         case "mirror":
             pairs = np.array([(i, num_blocks - 1 - i) for i in range(num_blocks // 2)])
-        case _:
-            raise ValueError(f"unknown pair rule {rule!r}; known: {', '.join(RULES)}")
     if len(pairs) == 0:
         raise ValueError(f"rule {rule!r} with k = {k} and aligned = {aligned} gives no pair for {num_blocks} blocks")
     return pairs
-
-
-def _permutation(key: PRNGKeyArray | None, seed: int, n: int) -> np.ndarray | Array:
-    return np.random.default_rng(seed).permutation(n) if key is None else jax.random.permutation(key, n)
 
 
 def orthogonality(
@@ -94,11 +98,11 @@ def orthogonality(
     block of every pair.
     """
     means = jnp.stack([f.mean(axis=(0, 1)) for f in _blocks(features)])
-    pairs = _known_or_traced(pairs, len(means))
+    pairs = _checked_pairs(pairs, len(means))
     units = means / _norm(means, axis=1)
     first, second = _detach(units, units, detach)
     cosines = jnp.sum(first[pairs[:, 0]] * second[pairs[:, 1]], axis=1)
-    return _of_cosine(cosines, of_cosine).mean()
+    return COSINE_FORMS[of_cosine](cosines).mean()
 
 
 def mutual_information(
@@ -107,10 +111,10 @@ def mutual_information(
     """L_MI: the mean over pairs of the mean cosine between two blocks' features of the same token (Eqs. 11-12).
 
     of_cosine, applied to each pair's mean: `abs` as released, `signed` as in the paper, or `squared`. Known pairs cost
-    one reduction each; traced pairs cost the [l l] matrix of all mean cosines.
+    one reduction each. Traced pairs cost the [l l] matrix of all mean cosines.
     """
     blocks = _blocks(features)
-    pairs = _known_or_traced(pairs, len(blocks))
+    pairs = _checked_pairs(pairs, len(blocks))
     scales = [1 / _norm(f, axis=-1) for f in blocks]  # [b n 1]: the unit features are never stored
     tokens = blocks[0].shape[0] * blocks[0].shape[1]
     if isinstance(pairs, np.ndarray):
@@ -124,14 +128,14 @@ def mutual_information(
         first, second = _detach(units, units, detach)
         highest = jax.lax.Precision.HIGHEST
         cosines = jnp.einsum("lbnd,mbnd->lm", first, second, precision=highest)[pairs[:, 0], pairs[:, 1]] / tokens
-    return _of_cosine(cosines, of_cosine).mean()
+    return COSINE_FORMS[of_cosine](cosines).mean()
 
 
 def mutual_information_among(features: Features, block_weights: Float[Array, " l"] | None = None) -> Float[Array, ""]:
-    """The signed L_MI over all pairs of blocks, of which the pair (i, j) counts w_i w_j, without visiting the pairs.
+    """The signed L_MI over all pairs of blocks, where the pair (i, j) has the weight w_i w_j. It visits no pairs.
 
-    The sum over pairs of w_i w_j <u_i, u_j>, u a token's unit features, is (|sum_i w_i u_i|^2 - sum_i |w_i u_i|^2) / 2:
-    the work is linear in the blocks, and no unit features are stored. With `block_weights` of 0 and 1 (None: all 1) it
+    The sum over pairs of w_i w_j <u_i, u_j>, u a token's unit features, is (|sum_i w_i u_i|^2 - sum_i |w_i u_i|^2) / 2.
+    The work is linear in the blocks, and no unit features are stored. With `block_weights` of 0 and 1 (None: all 1) it
     is `mutual_information` over the pairs among the blocks of weight 1.
     """
     blocks = _blocks(features)
@@ -155,10 +159,10 @@ def dispersion(
 ) -> Float[Array, ""]:
     """L_disp: minus the variance over channels of the channels' mean normalised activation (Eqs. 13-14).
 
-    Each block is normalised along the samples (b n), channel by channel; the means over samples are averaged over the
-    blocks (with `block_weights`, if given) and divided by the largest; their population variance is divided by `scale`.
-    `absolute` averages magnitudes and `clamp` limits the variance to [0, 1], both as released. The paper writes
-    neither: its form divides by a signed maximum and is unbounded.
+    Each channel of each block is normalised along the samples (b n). The means over samples are averaged over the
+    blocks (weighted by `block_weights`) and divided by the largest. Their population variance is divided by `scale`.
+    absolute: average magnitudes. clamp: limit the variance to [0, 1]. The release does both. The paper does neither:
+    its form divides by a signed maximum and is unbounded.
     """
     usage = []
     for f in _blocks(features):
@@ -175,13 +179,11 @@ def adaptive_weight(
 ) -> Float[Array, ""]:
     """The weight of the diversity loss (Eq. 15): 0 up to `lo`, a ramp, 1 above `hi`.
 
-    The published ramp (loss - lo) / hi jumps from 0.8 to 1 at `hi`; denominator `hi-lo` makes it continuous. The
-    release lets the gradient pass through the weight; `detach` stops it.
+    denominator: the published ramp (loss - lo) / hi jumps from 0.8 to 1 at `hi`; `hi-lo` makes it continuous.
+    detach: stop the gradient through the weight. The release lets it pass.
     """
-    if not 0 <= lo < hi:
-        raise ValueError(f"the weight's ramp needs 0 <= lo < hi, given lo = {lo}, hi = {hi}")
-    if denominator not in ("hi", "hi-lo"):
-        raise ValueError(f"the ramp's denominator is 'hi' or 'hi-lo', given {denominator!r}")
+    in_range("diversity: lo", lo, 0, below=hi)
+    one_of("diversity: denominator", denominator, CHOICES["denominator"])
     loss = jax.lax.stop_gradient(loss) if detach else loss
     ramp = (loss - lo) / (hi if denominator == "hi" else hi - lo)
     return jnp.where(loss > hi, 1.0, jnp.where(loss > lo, ramp, 0.0))
@@ -237,35 +239,29 @@ def diversity_loss(
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """L_div = w_orth L_orth + w_MI L_MI + w_disp L_disp, times its adaptive weight and coefficient (Eqs. 9-15).
 
-    Args:
-        features: the outputs of L blocks, [b n d] each.
-        pairs: [p 2], from `select_pairs`; by default those of `settings`, which for the rules `random_layers` and `all`
-            cost less than the same pairs given (see `mutual_information_among`).
-        aligned: the depth (from 1) of the block aligned to an encoder, for the released pair rule.
-        key, seed: the draw of the random rules: with `key`, if given, where `settings` redraw, else from `seed`.
-        groups: the statistics, and the weight, are taken within each of `groups` equal parts of the batch and averaged;
-            the published runs took them per GPU, 32 examples each.
-        detach: stop the gradient of the `first` or the `second` block of each pair.
+    pairs: [p 2], from `select_pairs`. None: those of `settings`. The rules `random_layers` and `all` then cost less
+        than the same pairs given (see `mutual_information_among`).
+    aligned: the depth (from 1) of the block that is aligned to an encoder, for the released pair rule.
+    key, seed: draw the pairs of the random rules. `key` is used where it is given and `settings` redraw, else `seed`.
+    groups: take the statistics and the weight within each of so many equal parts of the batch, and average. The
+        published runs took them per GPU, 32 examples each.
+    detach: stop the gradient of the `first` or the `second` block of each pair.
 
-    Returns: the weighted loss, and its parts: orthogonality, mutual_information, dispersion, loss (unweighted), weight.
+    Returns the weighted loss and its parts: orthogonality, mutual_information, dispersion, loss (unweighted), weight.
     """
     blocks = _blocks(features)
-    complete = pairs is None and settings.rule in COMPLETE
+    complete = pairs is None and settings.rule in ("random_layers", "all")  # all pairs of some blocks
     if pairs is None:
         key = key if settings.redraw else None
         pairs = select_pairs(len(blocks), settings.rule, k=settings.k, aligned=aligned, key=key, seed=seed)
-    pairs = _known_or_traced(pairs, len(blocks))
+    pairs = _checked_pairs(pairs, len(blocks))
     compute = partial(_diversity_loss, pairs=pairs, complete=complete, settings=settings, detach=detach)
     if groups == 1:
         return compute(blocks)
-    batch = blocks[0].shape[0]
-    if groups < 1 or batch % groups:
-        raise ValueError(f"a batch of {batch} cannot be cut into {groups} equal groups")
-    split = tuple(f.reshape(groups, batch // groups, *f.shape[1:]) for f in blocks)
-    return jax.tree.map(jnp.mean, jax.vmap(compute)(split))
+    return jax.tree.map(jnp.mean, jax.vmap(compute)([in_groups(f, groups) for f in blocks]))
 
 
-def _diversity_loss(blocks: tuple[Array, ...], *, pairs: Pairs, complete: bool, settings: Settings, detach: str | None):
+def _diversity_loss(blocks: Sequence[Array], *, pairs: Pairs, complete: bool, settings: Settings, detach: str | None):
     s = settings
     selected = jnp.zeros(len(blocks), blocks[0].dtype).at[pairs.reshape(-1)].set(1)
     if complete and s.mutual_information == "signed" and detach is None:
@@ -274,22 +270,17 @@ def _diversity_loss(blocks: tuple[Array, ...], *, pairs: Pairs, complete: bool, 
         information = mutual_information_among(compared, weights)
     else:
         information = mutual_information(blocks, pairs, of_cosine=s.mutual_information, detach=detach)
+    chosen = selected if s.dispersion_blocks == "selected" else None
+    how = {"absolute": s.dispersion_absolute, "scale": s.dispersion_scale, "clamp": s.dispersion_clamp}
     terms = {
         "orthogonality": orthogonality(blocks, pairs, of_cosine=s.orthogonality, detach=detach),
         "mutual_information": information,
-        "dispersion": dispersion(
-            blocks,
-            absolute=s.dispersion_absolute,
-            scale=s.dispersion_scale,
-            clamp=s.dispersion_clamp,
-            block_weights=selected if s.dispersion_blocks == "selected" else None,
-        ),
+        "dispersion": dispersion(blocks, **how, block_weights=chosen),
     }
     loss = sum(weight * term for weight, term in zip(s.weights, terms.values(), strict=True))
+    weight = jnp.ones_like(loss)
     if s.weight == "adaptive":
         weight = adaptive_weight(loss, s.lo, s.hi, denominator=s.denominator, detach=s.detach_weight)
-    else:
-        weight = jnp.ones_like(loss)
     return s.coefficient * weight * loss, terms | {"loss": loss, "weight": s.coefficient * weight}
 
 
@@ -342,42 +333,26 @@ def make(
     return AuxLoss(apply)
 
 
-CHOICES = {
-    "rule": RULES,
-    "orthogonality": ("signed", "abs", "squared"),
-    "mutual_information": ("signed", "abs", "squared"),
-    "dispersion_blocks": ("all", "selected"),
-    "weight": ("adaptive", "constant"),
-    "denominator": ("hi", "hi-lo"),
-    "detach": (None, "first", "second"),
-}
-
-
 def _blocks(features: Features) -> tuple[Array, ...]:
-    """The features as a tuple in at least float32; an error names the block whose shape is wrong."""
+    """The features of the blocks, checked, in at least float32."""
     shapes = [jnp.shape(f) for f in features]
-    if len(shapes) < 2:
-        raise ValueError(f"diversity compares blocks: at least 2 are needed, given {len(shapes)}")
+    in_range("diversity: number of blocks", len(shapes), 2)
     for index, shape in enumerate(shapes):
-        if len(shape) != 3:
-            raise ValueError(f"block {index}: features have shape {shape}, wanted [batch, tokens, width]")
-        if shape != shapes[0]:
-            raise ValueError(f"block {index}: features have shape {shape}, but block 0 has {shapes[0]}")
+        if len(shape) != 3 or shape != shapes[0]:
+            wanted = f"wanted [batch, tokens, width], the same for every block; block 0 has {shapes[0]}"
+            raise ValueError(f"block {index}: features have shape {shape}, {wanted}")
     return tuple(jnp.asarray(f).astype(jnp.promote_types(jnp.result_type(f), jnp.float32)) for f in features)
 
 
-def _known_or_traced(pairs: Pairs, num_blocks: int) -> np.ndarray | Array:
-    """Pairs [p 2]: checked, as numpy's array, where their values are known; traced ones as they are."""
+def _checked_pairs(pairs: Pairs, num_blocks: int) -> np.ndarray | Array:
+    """Known pairs as a numpy array [p 2]. Traced pairs as they are, not checked."""
     if isinstance(pairs, jax.core.Tracer):
         return pairs
     pairs = np.asarray(pairs)
     if pairs.ndim != 2 or pairs.shape[1] != 2 or not len(pairs):
         raise ValueError(f"pairs have shape {pairs.shape}, wanted [pairs, 2]")
     if pairs.min() < 0 or pairs.max() >= num_blocks:
-        wrong = pairs[((pairs < 0) | (pairs >= num_blocks)).any(axis=1)][0]
-        raise ValueError(
-            f"the pair {tuple(wrong.tolist())} is outside the network: it has blocks 0 to {num_blocks - 1}"
-        )
+        raise ValueError(f"pairs = {pairs.tolist()}: the network has blocks 0 to {num_blocks - 1}")
     return pairs
 
 
@@ -387,11 +362,6 @@ def _norm(x: Array, axis: int | tuple[int, ...]) -> Array:
 
 
 def _detach(first, second, which: str | None):
-    """Stop the gradient of the `first` or the `second` of two pytrees."""
-    if which == "first":
-        return jax.lax.stop_gradient(first), second
-    return first, jax.lax.stop_gradient(second) if which == "second" else second
-
-
-def _of_cosine(cosine: Array, form: str) -> Array:
-    return {"signed": cosine, "abs": jnp.abs(cosine), "squared": cosine**2}[form]
+    """Two pytrees, with the gradient of the `first` or the `second` stopped. None: of neither."""
+    stop = jax.lax.stop_gradient
+    return stop(first) if which == "first" else first, stop(second) if which == "second" else second

@@ -1,48 +1,43 @@
 """Representation alignment: a block's features, through a projector, against a frozen encoder's (REPA, arXiv
 2410.06940).
 
-The targets are in the batch: `features/<encoder>` [b n k], one for each of the network's tokens, and, for REG (arXiv
-2507.01467), `token/<encoder>` [b k], the class token. Frozen encoders put them there (`config.encoders`), or the data.
+The batch has the targets: `features/<encoder>` [b n k], one for each token of the network. For REG (arXiv 2507.01467)
+it also has `token/<encoder>` [b k], the class token. Frozen encoders put them there (`config.encoders`), or the data.
 The functions take features of any framework and compute in float32.
 """
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diversedit_jax.api import AuxLoss, Batch, Params, Term
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.losses import _projector as projector
+from diversedit_jax.losses._shared import head as project
+from diversedit_jax.losses._shared import init_head, unit
 from diversedit_jax.registry import in_range, one_of
 
 SIMILARITIES = ("cosine", "nt_xent")
-EPS = 1e-12  # the smallest length that is divided by, torch's default
 
 
 def init_projector(key: PRNGKeyArray, d: int, width: int, k: int) -> Params:
-    """The projector's parameters: three linear layers, d -> width -> width -> k, as `_projector.init` has them."""
-    return projector.init(key, (d, width, width, k))
-
-
-def project(params: Params, features: Float[Array, "b n d"], dtype: DTypeLike = jnp.float32) -> Float[Array, "b n k"]:
-    """The features in the encoder's space: Linear, SiLU, Linear, SiLU, Linear; matmuls in `dtype`."""
-    return projector.apply(params, features, dtype)
+    """The parameters of the projector d -> width -> width -> k. `project` applies it."""
+    return init_head(key, (d, width, width, k))
 
 
 def alignment(
     z: Float[Array, "b n k"], targets: Float[Array, "..."], similarity: str = "cosine", tau: float = 0.1
 ) -> Float[Array, " b"]:
-    """How far projected tokens are from their targets, averaged over tokens. No gradient passes to the targets.
+    """How far the projected tokens of each example are from their targets; the mean over tokens.
 
-    targets: [b n k], as z. similarity: `cosine`: minus the cosine of each token and its target, REPA's loss; `nt_xent`:
-    the cross-entropy by which a token finds its target among all of its image, at temperature tau.
+    targets: [b n k], as z. No gradient passes to them.
+    similarity: `cosine` is minus the cosine of each token and its target, REPA's loss. `nt_xent` is the cross-entropy
+        with which a token finds its target among all targets of its image, at temperature tau.
     """
     one_of("repa: similarity", similarity, SIMILARITIES)
     if z.shape != targets.shape:
         raise ConfigError(
-            f"the projected features are {_axes(z)}, the targets {_axes(targets)}: the encoder must give one token for "
-            "each of the network's"
+            f"the projected features are {list(z.shape)} (batch, tokens, width), the targets {list(targets.shape)}: "
+            "the encoder must give one token for each token of the network"
         )
     z, targets = unit(z), jax.lax.stop_gradient(unit(targets))
     if similarity == "cosine":
@@ -50,13 +45,6 @@ def alignment(
     logits = jnp.einsum("bnk,bmk->bnm", z, targets, precision=jax.lax.Precision.HIGHEST) / tau
     own = jnp.diagonal(logits, axis1=1, axis2=2)
     return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - own, axis=-1)
-
-
-def unit(x: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
-    """The vectors along an axis at length 1, in at least float32; a zero vector stays zero and gets no gradient."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    squares = jnp.sum(x * x, axis=axis, keepdims=True)
-    return x * jnp.where(squares > EPS**2, jax.lax.rsqrt(jnp.maximum(squares, EPS**2)), 0)
 
 
 def weight_at(
@@ -72,21 +60,19 @@ def weight_at(
 
 
 def names(encoder: str, class_token: bool = False) -> tuple[str, ...]:
-    """Where an encoder's tokens are in a batch: its class token, if asked for, and its patch tokens."""
+    """The names of an encoder's tokens in a batch: the class token if asked for, then the patch tokens."""
     return (f"token/{encoder}",) * class_token + (f"features/{encoder}",)
 
 
 def targets_of(batch: Batch, encoder: str, class_token: bool = False) -> Float[Array, "b n k"]:
     """The encoder's patch tokens in the batch, behind its class token if asked for."""
-    tokens = []
-    for name in names(encoder, class_token):
-        if name not in batch:
-            raise ConfigError(
-                f"repa: the batch has {', '.join(sorted(batch))}, and not {name}: configure config.encoders.{encoder}, "
-                "or store these features with the data"
-            )
-        tokens.append(batch[name] if name.startswith("features/") else batch[name][:, None])
-    return jnp.concatenate(tokens, axis=1)
+    if missing := [name for name in names(encoder, class_token) if name not in batch]:
+        raise ConfigError(
+            f"repa: the batch has {', '.join(sorted(batch))}, and not {missing[0]}: configure "
+            f"config.encoders.{encoder}, or store these features with the data"
+        )
+    features = batch[f"features/{encoder}"]
+    return jnp.concatenate([batch[f"token/{encoder}"][:, None], features], axis=1) if class_token else features
 
 
 def make(
@@ -105,17 +91,17 @@ def make(
 ) -> AuxLoss:
     """REPA for the trainer, by default with its settings for L and XL; its authors align block 4 of B.
 
-    encoder: the label of `config.encoders` whose features are the targets. block: whose output is projected, from 1.
+    encoder: the label in `config.encoders` whose features are the targets. block: its output is projected, from 1.
     coefficient: of the term. width: of the projector's hidden layers.
-    similarity, tau: see `alignment`. The temperature of the paper's `nt_xent` is not known to us: 0.1 is our choice.
-    class_token: the class token is a target too, the first: for REG, whose network has one more token.
+    similarity, tau: see `alignment`. We do not know the temperature of the paper's `nt_xent`: 0.1 is our choice.
+    class_token: the class token is the first target. For REG, whose network has one more token.
     warmup_steps: the weight grows linearly from 0 over so many steps.
-    until: the step from which on the term is exactly 0, as HASTE stops it (arXiv 2505.16792); None: never.
+    until: from this step on the term is exactly 0, as HASTE stops it (arXiv 2505.16792). None: it never stops.
     decay_steps: the weight falls linearly to 0 over so many steps before `until`.
     dtype: of the projector's matmuls.
 
     Several alignments (encoder, block, weight) are several labels in `config.losses`. The released code averages over
-    encoders: with m of them, 0.5 / m each.
+    encoders: with m of them, use 0.5 / m each.
     """
     in_range("repa: warmup_steps", warmup_steps, 0)
     in_range("repa: decay_steps", decay_steps, 0)
@@ -123,7 +109,7 @@ def make(
     in_range("repa: tau", tau, above=0)
     one_of("repa: similarity", similarity, SIMILARITIES)
     if decay_steps and until is None:
-        raise ConfigError(f"repa: decay_steps = {decay_steps} end at `until`, which is not set")
+        raise ConfigError(f"repa: decay_steps = {decay_steps} needs `until`, which is not set")
     compute = jnp.dtype(dtype)
 
     def init(key, forward, batch):
@@ -137,7 +123,3 @@ def make(
         return Term(weight * loss, {"loss": loss, "weight": weight}, full=coefficient * loss)
 
     return AuxLoss(apply, init, blocks=(block,), reads=names(encoder, class_token))
-
-
-def _axes(x: Array) -> str:
-    return f"{list(x.shape)} (batch, tokens, width)"

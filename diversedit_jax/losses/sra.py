@@ -1,52 +1,46 @@
 """Self-representation alignment: a block's features, through a head, against a later block of the EMA network at a
 less noisy time (SRA, arXiv 2505.02831).
 
-The teacher sees the same examples with the same noise and the same dropped labels. The functions take features of any
-framework, [b n d], and compute in float32.
+The teacher sees the same examples with the same noise and the same dropped conditions. The functions take features of
+any framework, [b n d], and compute in float32.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diversedit_jax.api import AuxLoss, Params, Term
+from diversedit_jax.api import AuxLoss, Term
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.losses import _projector as projector
-from diversedit_jax.losses.repa import unit
+from diversedit_jax.losses._shared import head, init_head, unit
 from diversedit_jax.registry import in_range, one_of
 
 BETA = 0.05  # of smooth L1: below it the error is quadratic
 
 
-def init_head(key: PRNGKeyArray, d: int) -> Params:
-    """The head's parameters: d -> 2 d -> d, as `_projector.init` has them."""
-    return projector.init(key, (d, 2 * d, d))
-
-
 def earlier(
     key: PRNGKeyArray, t: Float[Array, " b"], t_max: float = 0.2, num_timesteps: int | None = None
 ) -> Float[Array, " b"]:
-    """The teacher's times: t less a draw from U[0, t_max) per example, at least 0.
+    """The teacher's times: t minus a draw from U[0, t_max) per example, at least 0.
 
-    num_timesteps: t counts steps, 0 .. num_timesteps - 1; the draw is a whole number of them below t_max *
-    num_timesteps, and the teacher's step at least 1 (SRA on DiT).
+    num_timesteps: t counts steps, 0 .. num_timesteps - 1. The draw is then a whole number of steps below t_max *
+        num_timesteps, and the teacher's step is at least 1 (SRA on DiT).
     """
     if num_timesteps is not None:
         lag = jax.random.randint(key, t.shape, 0, round(t_max * num_timesteps))
         return jnp.maximum(t - lag, 1.0)
     lag = t_max * jax.random.uniform(key, t.shape)
-    # A t above 1 counts steps: without num_timesteps the teacher would be wrong everywhere, and nothing would tell.
+    # A t above 1 counts steps. Without num_timesteps the teacher would be silently wrong: NaN stops the run.
     return jnp.where(t > 1, jnp.nan, jnp.maximum(t - lag, 0.0))
 
 
 def smooth_l1(a: Array, b: Array) -> Array:
-    """|a - b| - beta / 2, and (a - b)^2 / (2 beta) where |a - b| < beta."""
+    """|a - b| - beta / 2; where |a - b| < beta: (a - b)^2 / (2 beta)."""
     gap = jnp.abs(a - b)
     return jnp.where(gap < BETA, gap**2 / (2 * BETA), gap - BETA / 2)
 
 
 def one_minus_cosine(a: Array, b: Array, axis: int) -> Array:
-    """1 - the cosine of the vectors along an axis."""
+    """1 - cosine of the vectors along an axis."""
     return 1 - jnp.sum(unit(a, axis) * unit(b, axis), axis=axis)
 
 
@@ -62,10 +56,10 @@ DISTANCES = {
 def mean_distance(
     student: Float[Array, "b n d"], teacher: Float[Array, "b n d"], form: str = "smooth_l1"
 ) -> Float[Array, " b"]:
-    """The mean distance of each example's features from the teacher's, to which no gradient passes.
+    """The mean distance of each example's features from the teacher's. No gradient passes to the teacher.
 
-    form: `smooth_l1` (the paper), `l1`, `l2` (squared), `cosine`: 1 - cosine of each token's channels, or
-    `cosine_tokens`: of each channel's tokens, as the authors' code has it.
+    form: `smooth_l1` (the paper), `l1`, `l2` (squared), `cosine` (1 - cosine of each token's channels) or
+        `cosine_tokens` (1 - cosine of each channel's tokens, as in the authors' code).
     """
     student, teacher = (x.astype(jnp.float32) for x in (student, jax.lax.stop_gradient(teacher)))
     errors = DISTANCES[form](student, teacher)
@@ -101,13 +95,14 @@ def make(
 ) -> AuxLoss:
     """SRA for the trainer, by default with the paper's settings for SiT-B at 256 pixels; L: 6 -> 16, XL: 8 -> 20.
 
-    block, teacher_block: the outputs compared, from 1. The teacher runs no further than its own.
-    t_max: how much earlier the teacher's time may be. num_timesteps: of an objective whose times are steps (ddpm:
-        1000); on DiT-XL SRA takes blocks 8 -> 16 and the coefficient 0.04.
-    distance: `smooth_l1`, `l1`, `l2`, `cosine` or `cosine_tokens`, see `mean_distance`. The authors' later default,
-        because smooth L1 grows with the features' norm: `cosine_tokens`, coefficient 0.5, decay_epochs None.
-    coefficient: of the term, constant up to the epoch decay_from_epoch (counted from 0), then divided by 10 over each
-        decay_epochs epochs of steps_per_epoch steps; None: constant. At 512 pixels 99 and 800.
+    block, teacher_block: their outputs are compared, from 1. The teacher runs no further than `teacher_block`.
+    t_max: how much earlier the teacher's time may be.
+    num_timesteps: of an objective whose times are steps (ddpm: 1000). On DiT-XL SRA takes blocks 8 -> 16 and the
+        coefficient 0.04.
+    distance: see `mean_distance`. The authors' later default is `cosine_tokens`, coefficient 0.5, decay_epochs None,
+        because smooth L1 grows with the norm of the features.
+    coefficient: of the term. It is constant up to the epoch decay_from_epoch (counted from 0). Then decay_epochs epochs
+        of steps_per_epoch steps divide it by 10 (None: never). At 512 pixels the authors take 99 and 800.
     dtype: of the head's matmuls.
     """
     one_of("sra: distance", distance, DISTANCES)
@@ -119,12 +114,13 @@ def make(
     compute = jnp.dtype(dtype)
 
     def init(key, forward, batch):
-        return init_head(key, forward.features[block].shape[-1])
+        d = forward.features[block].shape[-1]
+        return init_head(key, (d, 2 * d, d))
 
     def apply(forward, batch, context):
         t = earlier(context.key, forward.t, t_max, num_timesteps)
         _, seen = forward.rerun(context.teacher, t)
-        student = projector.apply(context.params, forward.features[block], compute)
+        student = head(context.params, forward.features[block], compute)
         loss = mean_distance(student, seen[teacher_block], distance).mean()
         weight = weight_at(context.step, coefficient, decay_from_epoch, decay_epochs, steps_per_epoch)
         metrics = {"distance": loss, "weight": weight, "lag": (forward.t - t).mean()}

@@ -1,11 +1,10 @@
 """Frechet distance between Gaussians fitted to two sets of features (FID, arXiv 1706.08500), in float64 on the host.
 
 |mean1 - mean2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). With C = F F^T, the trace of (C1 C2)^(1/2) is the sum of the singular
-values of F1^T F2: no square root of a product that is not symmetric, and exact to rounding also for covariances without
-full rank (fewer samples than dimensions), where the matrix square root of scipy turns complex.
+values of F1^T F2. This is exact to rounding, also for covariances without full rank (fewer samples than dimensions),
+where the matrix square root of scipy turns complex.
 
-Features may come in batches of any size: the moments of each are merged into those of all,
-`functools.reduce(merged, map(moments, batches))`.
+Features may come in batches of any size: `functools.reduce(merged, map(moments, batches))` has the moments of all.
 """
 
 from typing import NamedTuple
@@ -14,10 +13,11 @@ import numpy as np
 from jaxtyping import Float
 
 from diversedit_jax.metrics.checks import check_finite, check_sets
+from diversedit_jax.registry import in_range
 
 
 class Moments(NamedTuple):
-    """What the Gaussian of a set of features needs, in a form that can be merged: float64, on the host."""
+    """The Gaussian of a set of features, in a form that can be merged: float64, on the host."""
 
     count: int  # n samples
     mean: Float[np.ndarray, " d"]
@@ -25,10 +25,8 @@ class Moments(NamedTuple):
 
     @property
     def covariance(self) -> Float[np.ndarray, "d d"]:
-        """The unbiased estimate, scatter / (n - 1). Raises ValueError for fewer than two samples."""
-        if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 samples, given {self.count}")
-        return self.scatter / (self.count - 1)
+        """The unbiased estimate, scatter / (n - 1)."""
+        return self.scatter / (in_range("samples of a covariance", self.count, 2) - 1)
 
     @property
     def gaussian(self) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "d d"]]:
@@ -37,10 +35,7 @@ class Moments(NamedTuple):
 
 
 def moments(features: np.ndarray) -> Moments:
-    """Moments of one batch of features [n d], n >= 1; larger batches are quicker to merge.
-
-    Raises ValueError for another shape or values that are not finite.
-    """
+    """Moments of one batch of features [n d], n >= 1. Larger batches are quicker to merge."""
     features = np.asarray(features, np.float64)
     check_sets(1, features=features)
     mean = features.mean(axis=0)
@@ -51,11 +46,10 @@ def moments(features: np.ndarray) -> Moments:
 def merged(a: Moments, b: Moments) -> Moments:
     """Moments of two batches together (Chan, Golub and LeVeque, 1979).
 
-    Only deviations from means are ever squared, so a large mean costs no digits. Raises ValueError if the dimensions
-    differ.
+    Only deviations from means are squared, so a large mean costs no digits.
     """
     if a.mean.shape != b.mean.shape:
-        raise ValueError(f"moments of {len(a.mean)} and of {len(b.mean)} dimensions cannot be merged")
+        raise ValueError(f"moments of {len(a.mean)} and {len(b.mean)} dimensions cannot be merged")
     count = a.count + b.count
     apart = b.mean - a.mean
     scatter = np.outer(apart * (a.count * b.count / count), apart)
@@ -65,27 +59,21 @@ def merged(a: Moments, b: Moments) -> Moments:
 
 
 def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
-    """The squared Frechet distance of two Gaussians, means [d] and covariances [d d]; at least 0.
-
-    Raises ValueError if the dimensions differ or a value is not finite.
-    """
+    """The squared Frechet distance of two Gaussians, means [d] and covariances [d d]; at least 0."""
     mean1, cov1, mean2, cov2 = (np.asarray(a, np.float64) for a in (mean1, cov1, mean2, cov2))
     if mean1.ndim != 1 or mean1.shape != mean2.shape or not cov1.shape == cov2.shape == (len(mean1),) * 2:
-        raise ValueError(
-            "means [d] and covariances [d d] must have one d, "
-            f"given {mean1.shape}, {cov1.shape} and {mean2.shape}, {cov2.shape}"
-        )
-    for name, values in {"mean1": mean1, "cov1": cov1, "mean2": mean2, "cov2": cov2}.items():
-        check_finite(name, values)
+        given = f"{mean1.shape}, {cov1.shape} and {mean2.shape}, {cov2.shape}"
+        raise ValueError(f"means [d] and covariances [d d] must have one d, given {given}")
+    check_finite(mean1=mean1, cov1=cov1, mean2=mean2, cov2=cov2)
     overlap = np.linalg.svd(factor(cov1).T @ factor(cov2), compute_uv=False).sum()
     distance = np.sum((mean1 - mean2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * overlap
     return max(float(distance), 0.0)  # rounding may leave -1e-12 for equal arguments
 
 
 def factor(cov: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d r"]:
-    """F with F F^T = cov: of full rank by Cholesky, otherwise by eigenvectors, r of them.
+    """F with F F^T = cov: by Cholesky if cov has full rank, else by r eigenvectors.
 
-    Eigenvalues that rounding may have made count as 0. Kept, they would add up: one of 1e-16 has a root of 1e-8.
+    Eigenvalues as small as rounding count as 0. Otherwise their roots would add up: 1e-16 has the root 1e-8.
     """
     try:
         return np.linalg.cholesky(cov)  # a sixth of the time

@@ -1,14 +1,15 @@
 """Kernel distance of two sets of features (KID, arXiv 1801.01401), in float64 on the host.
 
-The squared maximum mean discrepancy with the kernel k(x, y) = (x.y / d + 1)^3, by the estimator without bias: 0 on
-average for two sets of one distribution, and so as often below 0 as above. It needs fewer samples than the Frechet
-distance. The value is the mean over random subsets.
+This is the unbiased estimator of the squared maximum mean discrepancy with the kernel k(x, y) = (x.y / d + 1)^3. For
+two sets of one distribution it is 0 on average, so it may be negative. It needs fewer samples than the Frechet
+distance.
 """
 
 import numpy as np
 from jaxtyping import Float
 
 from diversedit_jax.metrics.checks import check_sets
+from diversedit_jax.registry import in_range
 
 
 def kernel_distance(
@@ -16,14 +17,12 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """Mean and standard deviation over `subsets` of the kernel distance of features [m d] and [n d].
 
-    Each subset takes `subset_size` rows of both, every row at most once. The standard deviation is that of one subset;
-    subsets share rows, so the mean varies by more than its `subsets`-th root.
-    Raises ValueError if a set has fewer rows than a subset, subset_size < 2, subsets < 1, the dimensions differ or a
-    value is not finite.
+    Each random subset takes `subset_size` rows of both sets, every row at most once. The standard deviation is that of
+    one subset. Subsets share rows, so the mean varies by more than this divided by sqrt(subsets).
     """
     reference, samples = (np.asarray(features) for features in (reference, samples))
-    if subset_size < 2 or subsets < 1:
-        raise ValueError(f"subset_size must be at least 2 and subsets 1, given {subset_size} and {subsets}")
+    in_range("subset_size", subset_size, 2)
+    in_range("subsets", subsets, 1)
     check_sets(subset_size, reference=reference, samples=samples)
     rng = np.random.default_rng(seed)
 
@@ -35,7 +34,7 @@ def kernel_distance(
 
 
 def squared_discrepancy(x: Float[np.ndarray, "m d"], y: Float[np.ndarray, "n d"]) -> np.floating:
-    """The estimate of MMD^2 without bias: no row is compared with itself (Gretton et al., JMLR 2012, Eq. 3)."""
+    """The unbiased estimate of MMD^2: no row is compared with itself (Gretton et al., JMLR 2012, Eq. 3)."""
     return mean_of_pairs(kernel(x, x)) + mean_of_pairs(kernel(y, y)) - 2 * kernel(x, y).mean()
 
 

@@ -1,4 +1,4 @@
-"""What a linear classifier reads from a representation: ridge regression to the classes, in closed form."""
+"""A linear probe of a representation: ridge regression to the classes, in closed form."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -12,13 +12,13 @@ def linear_probe(
     classes: int,
     ridge: float = 1e-2,
 ) -> Float[Array, ""]:
-    """The share of test rows whose class has the largest output of a ridge regression fitted to `rows`.
+    """The accuracy on test rows of a ridge regression that is fitted to `rows`.
 
-    Channels are standardised by the rows; the targets are the centred one-hot classes; `ridge` is added to the
-    covariance of the standardised rows.
+    Channels are standardised by `rows`. The targets are the centred one-hot classes. `ridge` is added to the
+    covariance.
     """
     mean, std = rows.mean(axis=0), rows.std(axis=0)
-    scale = 1 / jnp.where(std > 1e-6 * std.max(), std, jnp.inf)  # a channel that does not vary says nothing
+    scale = 1 / jnp.where(std > 1e-6 * std.max(), std, jnp.inf)  # drop channels that do not vary
     x, test = (rows - mean) * scale, (test_rows - mean) * scale
     y = jnp.eye(classes, dtype=rows.dtype)[labels]
     bias = y.mean(axis=0)

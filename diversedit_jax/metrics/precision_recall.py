@@ -1,12 +1,11 @@
 """Improved precision and recall (arXiv 1904.06991): are samples like the reference, and do they cover it?
 
-A set is thought of as the union of balls around its points; the radius of each ball is the distance to the k-th nearest
-other point. Precision is the share of samples inside of some ball of the reference, recall the share of the reference
-inside of some ball of the samples. Runs on the device in blocks of pairs, so no matrix of all distances is ever held.
+A set is the union of balls around its points. The radius of a ball is the distance to the k-th nearest other point.
+Precision is the share of samples inside a ball of the reference, recall the share of the reference inside a ball of the
+samples. The device works in blocks of pairs, so it never holds a matrix of all distances.
 
 There are two arithmetics. ADM's evaluator, whose numbers papers print, works in float16, which moves values by up to
-0.01. Even that is not one number, for hardware differs in how it accumulates; here sums are accumulated in float32 and
-rounded once.
+0.01. Hardware differs in how it accumulates float16. Here sums are accumulated in float32 and rounded once.
 """
 
 from functools import partial
@@ -18,10 +17,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32
 
 from diversedit_jax.metrics.checks import check_sets
+from diversedit_jax.registry import in_range, one_of
 
 
 class Block(NamedTuple):
-    """Consecutive rows of a set, padded with zeros to b rows, and their squared norms; both also rounded to float16."""
+    """Consecutive rows of a set, padded with zeros to b rows, and their squared norms, also rounded to float16."""
 
     rows: Float32[Array, "b d"]
     norms: Float32[Array, " b"]
@@ -40,17 +40,14 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Precision and recall, each in [0, 1], of features [m d] and [n d].
 
-    distances: "exact" in float32; "float16" rounds features, norms, products and their sums to float16 as ADM's
-    evaluator does, and computes again in float32 a block with a value that is not finite. ADM's blocks are
-    10,000 x 10,000, these at most block x block, so beyond the range of float16 fewer distances are computed again.
-    block: the most rows of a block; needs memory for a few matrices of block x block beside both sets.
-    Raises ValueError for sets of fewer than k + 1 points, dimensions that differ, values that are not finite, k < 1,
-    block < 1 or an unknown name.
+    distances: `exact` in float32. `float16` rounds features, norms, products and their sums to float16 as ADM's
+        evaluator does. A block with a value that is not finite is computed again in float32. ADM's blocks are
+        10,000 x 10,000. These are at most block x block, so fewer distances are computed again.
+    block: the most rows of a block. Memory holds both sets and a few matrices of block x block.
     """
-    if distances not in DISTANCES:
-        raise ValueError(f"distances must be one of {', '.join(DISTANCES)}, given {distances}")
-    if k < 1 or block < 1:
-        raise ValueError(f"k and block must be at least 1, given {k} and {block}")
+    one_of("distances", distances, DISTANCES)
+    in_range("k", k, 1)
+    in_range("block", block, 1)
     sets = [np.asarray(features) for features in (reference, samples)]
     check_sets(k + 1, reference=sets[0], samples=sets[1])
     squared, block = DISTANCES[distances], min(block, max(map(len, sets)))
@@ -63,18 +60,29 @@ def precision_recall(
             in_samples, in_reference = inside(u, radii[i], v, radii_samples[j], squared=squared)
             covered[i] |= in_samples
             realistic[j] |= in_reference
-    return share(realistic, len(sets[1])), share(covered, len(sets[0]))
+    precision, recall = np.concatenate(realistic)[: len(sets[1])], np.concatenate(covered)[: len(sets[0])]
+    return float(precision.mean()), float(recall.mean())
 
 
 def blocks(features: np.ndarray, most: int) -> list[Block]:
-    """Features [n d] on the device in blocks of one size, at most `most` rows: the functions below compile once."""
+    """Features [n d] on the device in blocks of one size, at most `most` rows, so that functions compile once."""
     count = -(-len(features) // most)
     size = -(-len(features) // count)
-    return [_block(features[start : start + size], size) for start in range(0, len(features), size)]
+
+    def block(rows: np.ndarray) -> Block:
+        valid = np.arange(size) < len(rows)
+        rows = np.pad(rows.astype(np.float32), ((0, size - len(rows)), (0, 0)))
+        with np.errstate(over="ignore"):  # float16() looks for inf
+            rows16 = rows.astype(np.float16)
+            norms16 = np.square(rows16).sum(axis=1, dtype=np.float32).astype(np.float16)
+        rounded = rows16.astype(np.float32), norms16.astype(np.float32)
+        return jax.device_put(Block(rows, np.square(rows).sum(axis=1), *rounded, valid))
+
+    return [block(features[start : start + size]) for start in range(0, len(features), size)]
 
 
 def squared_radii(parts: list[Block], k: int, squared) -> list[Float32[Array, " b"]]:
-    """The squared distance of each point to the k-th nearest other one; -1, which holds nothing, where padded."""
+    """The squared distance of each point to the k-th nearest other one. Padding gets -1: an empty ball."""
     radii = []
     for u in parts:
         nearest = jnp.full((len(u.rows), k + 1), jnp.inf)  # one more: each point finds itself
@@ -91,10 +99,10 @@ def exact(u: Block, v: Block) -> Float32[Array, "b c"]:
 
 
 def float16(u: Block, v: Block) -> Float32[Array, "b c"]:
-    """The same with each operation rounded to float16; in float32 if a value of the block is beyond its range."""
+    """The same with each operation rounded to float16. In float32 if a value of the block is beyond float16."""
     product = jnp.einsum("bd,cd->bc", u.rows16, v.rows16, precision="highest")
     rough = _rounded(_rounded(u.norms16[:, None] - _rounded(2 * product)) + v.norms16)
-    # Before they are clamped: -inf, from a product beyond the range, is not a distance of 0.
+    # Test before clamping: -inf, from a product beyond the range, is not a distance of 0.
     return jax.lax.cond(jnp.isfinite(rough).all(), lambda: jnp.maximum(rough, 0), lambda: exact(u, v))
 
 
@@ -103,7 +111,7 @@ DISTANCES = {"exact": exact, "float16": float16}
 
 @partial(jax.jit, static_argnames="squared")
 def nearer(nearest: Float32[Array, "b k1"], u: Block, v: Block, *, squared) -> Float32[Array, "b k1"]:
-    """The smallest distances of the rows of u, ascending: those known and those to the rows of v."""
+    """The smallest distances of the rows of u, ascending, among those known and those to the rows of v."""
     distances = jnp.where(v.valid, squared(u, v), jnp.inf)
     return -jax.lax.top_k(-jnp.concatenate([nearest, distances], axis=1), nearest.shape[1])[0]
 
@@ -112,26 +120,11 @@ def nearer(nearest: Float32[Array, "b k1"], u: Block, v: Block, *, squared) -> F
 def inside(
     u: Block, radii_u: Float32[Array, " b"], v: Block, radii_v: Float32[Array, " c"], *, squared
 ) -> tuple[Bool[Array, " b"], Bool[Array, " c"]]:
-    """Which rows of u lie inside of some ball of v, and which of v in one of u."""
+    """Which rows of u lie inside a ball of v, and which rows of v inside a ball of u."""
     distances = squared(u, v)
     return (distances <= radii_v).any(axis=1), (distances <= radii_u[:, None]).any(axis=0)
 
 
-def share(found: list[Bool[Array, " b"]], n: int) -> float:
-    """The share of True among the first n."""
-    return float(np.concatenate(found)[:n].mean())
-
-
-def _block(rows: np.ndarray, size: int) -> Block:
-    valid = np.arange(size) < len(rows)
-    rows = np.pad(rows.astype(np.float32), ((0, size - len(rows)), (0, 0)))
-    with np.errstate(over="ignore"):  # inf is what float16() looks for
-        rows16 = rows.astype(np.float16)
-        norms16 = np.square(rows16).sum(axis=1, dtype=np.float32).astype(np.float16)
-    rounded = rows16.astype(np.float32), norms16.astype(np.float32)
-    return jax.device_put(Block(rows, np.square(rows).sum(axis=1), *rounded, valid))
-
-
 def _rounded(x: Float[Array, "b c"]) -> Float[Array, "b c"]:
-    """float32 rounded to float16; a pair of conversions might be optimised away."""
+    """float32 rounded to float16. The compiler might remove a pair of conversions."""
     return jax.lax.reduce_precision(x, exponent_bits=5, mantissa_bits=10)

@@ -1,14 +1,14 @@
 """How alike the blocks of a network are, and how rich each is: the CKA family, cosines, ranks, scores of diversity.
 
-A representation is a matrix of n examples, `rows` [n p]; what one example is, a token, an image's mean token or a whole
-image, is the caller's choice. DiverseDiT's analysis (arXiv 2603.04239, section 3.2) compares all blocks of a network at
+A representation is a matrix of n examples, `rows` [n p]. The caller chooses what an example is: a token, an image's
+mean token, or a whole image. DiverseDiT's analysis (arXiv 2603.04239, section 3.2) compares all blocks of a network at
 one time by centred kernel alignment (CKA, Kornblith et al., arXiv 1905.00414):
 
     similar = cka([rows_of_block_1, rows_of_block_2, ...], kernel=rbf)      # [l l], 1 on the diagonal
     diversity(similar)                                                      # {"all": .., "adjacent": .., ...}
 
-More data than memory: HSIC is additive over batches. `normalised` of a sum of `hsic_of(batch, hsic=hsic_unbiased)` is
-minibatch CKA (Nguyen et al., arXiv 2010.15327), which does not depend on the batch size on average; covariances, norms
+For more data than memory: HSIC is additive over batches. `normalised` of a sum of `hsic_of(batch, hsic=hsic_unbiased)`
+is minibatch CKA (Nguyen et al., arXiv 2010.15327). On average it does not depend on the batch size. Covariances, norms
 and cosines are sums too.
 """
 
@@ -19,14 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from diversedit_jax.registry import in_range
+
 Rows = Float[Array, "n p"]
 Examples = Float[Array, "n _"]  # representations of the same examples may differ in width
 Representations = Sequence[Examples] | Float[Array, "l n p"]  # of l blocks
 Gram = Float[Array, "n n"]
 Similarity = Float[Array, "l m"]
-Kernel = Callable[[Rows], Gram]
-
-# --- Kernels: how alike two examples are.
+Kernel = Callable[[Rows], Gram]  # how alike every two examples are
 
 
 def inner(rows: Rows) -> Gram:
@@ -35,7 +35,7 @@ def inner(rows: Rows) -> Gram:
 
 
 def linear(rows: Rows) -> Gram:
-    """k(u, v) = <u - m, v - m> with the mean example m: HSIC is that of <u, v>, which float32 would lose beside m."""
+    """k(u, v) = <u - m, v - m> with the mean example m. HSIC is that of <u, v>, but float32 loses less."""
     return inner(rows - rows.mean(axis=0))
 
 
@@ -56,7 +56,7 @@ def rbf(rows: Rows, multiplier: float = 1.0) -> Gram:
 
 KERNELS = {"linear": linear, "polynomial": polynomial, "rbf": rbf}
 
-# --- The Hilbert-Schmidt independence criterion of every two of two sets of Gram matrices of the same n examples.
+# The Hilbert-Schmidt independence criterion (HSIC) of every two of two sets of Gram matrices of the same n examples.
 
 
 def hsic_biased(k: Float[Array, "l n n"], m: Float[Array, "m n n"]) -> Similarity:
@@ -65,19 +65,17 @@ def hsic_biased(k: Float[Array, "l n n"], m: Float[Array, "m n n"]) -> Similarit
 
 
 def hsic_unbiased(k: Float[Array, "l n n"], m: Float[Array, "m n n"]) -> Similarity:
-    """The unbiased estimator of Song et al. (JMLR 2012, Eq. 5), n >= 4: 0 on average for what is unrelated.
+    """The unbiased estimator of Song et al. (JMLR 2012, Eq. 5), n >= 4. Its CKA may exceed 1 a little.
 
-    CKA of it may exceed 1 a little.
+    For unrelated representations it is 0 on average.
     """
-    # Centring changes nothing but the rounding: what is the same for all examples would be most of the sums.
+    # Centring changes only the rounding: what all examples share would be most of the sums.
     return _unbiased(_centred(k), _centred(m))
 
 
 def _unbiased(k: Float[Array, "l n n"], m: Float[Array, "m n n"]) -> Similarity:
-    """Eq. 5 as it stands, also of matrices that are not symmetric."""
-    n = k.shape[1]
-    if n < 4:
-        raise ValueError(f"the unbiased estimator of HSIC needs at least 4 examples, given {n}")
+    """Eq. 5 as it stands, also for matrices that are not symmetric."""
+    n = in_range("examples of the unbiased estimator of HSIC", k.shape[1], 4)
     k, m = (g * (1 - np.eye(n, dtype=g.dtype)) for g in (k, m))
     sums = k.sum(axis=(1, 2))[:, None] * m.sum(axis=(1, 2))[None]
     rows = jnp.einsum("ln,mn->lm", k.sum(axis=1), m.sum(axis=2), precision="highest")
@@ -97,15 +95,11 @@ def _traces(k: Float[Array, "l n n"], m: Float[Array, "m n n"]) -> Similarity:
 
 HSICS = {"biased": hsic_biased, "unbiased": hsic_unbiased}
 
-# --- Centred kernel alignment and its relatives.
-
 
 def hsic_of(representations: Representations, kernel: Kernel = linear, hsic: Callable = hsic_biased) -> Similarity:
-    """HSIC of every two of l representations of the same examples, [l l]. Takes the memory of 2 l Gram matrices."""
-    if isinstance(representations, Array):
-        grams = jax.vmap(kernel)(representations)
-    else:
-        grams = jnp.stack([kernel(rows) for rows in representations])
+    """HSIC of every two of l representations of the same examples, [l l]. Needs memory for 2 l Gram matrices."""
+    one_array = isinstance(representations, Array)
+    grams = jax.vmap(kernel)(representations) if one_array else jnp.stack([kernel(rows) for rows in representations])
     found = hsic(grams, grams)
     return (found + found.T) / 2  # symmetric to the last bit
 
@@ -117,30 +111,29 @@ def normalised(hsic: Float[Array, "l l"]) -> Float[Array, "l l"]:
 
 
 def cka(representations: Representations, kernel: Kernel = linear, hsic: Callable = hsic_biased) -> Float[Array, "l l"]:
-    """Centred kernel alignment of every two of l representations of the same n examples.
+    """Centred kernel alignment of every two of l representations of the same n examples, in l^2 n^2 work.
 
-    1 for representations that are equal up to rotation and scale (with `linear` and `rbf`). Takes l^2 n^2 work.
+    It is 1 for representations that are equal up to rotation and scale (with `linear` and `rbf`).
     """
     return normalised(hsic_of(representations, kernel, hsic))
 
 
 def cknna(representations: Representations, nearest: int = 10, unbiased: bool = True) -> Float[Array, "l l"]:
-    """Centred kernel nearest-neighbour alignment (Huh et al., arXiv 2405.07987, section 2): CKA of linear kernels that
-    keep of every example only those among its `nearest` neighbours that both representations share.
+    """Centred kernel nearest-neighbour alignment (Huh et al., arXiv 2405.07987, section 2).
 
-    As the authors compute it: HSIC of the masked kernels, unbiased, with an example not its own neighbour; biased, it
-    is. They normalise rows to unit length first. ValueError unless 2 <= nearest <= n - 1.
+    CKA of linear kernels. For each example they keep only the neighbours that are among the `nearest` in both
+    representations. As in the authors' code, an example is its own neighbour in the biased estimator only. The authors
+    normalise rows to unit length first.
     """
     n = len(representations[0])
-    if not 2 <= nearest <= n - 1:
-        raise ValueError(f"cknna needs 2 <= nearest <= n - 1 neighbours, given nearest = {nearest}, n = {n}")
+    in_range(f"nearest neighbours of {n} examples", nearest, 2, n - 1)
     grams = jnp.stack([inner(rows) for rows in representations])
     ranked = jnp.where(np.eye(n, dtype=bool), -jnp.inf, grams) if unbiased else grams
     _, found = jax.lax.top_k(ranked, nearest)
     near = jnp.zeros_like(grams).at[jnp.arange(len(grams))[:, None, None], jnp.arange(n)[None, :, None], found].set(1)
     hsic = _unbiased if unbiased else hsic_biased  # masks are not symmetric
 
-    def row(one: tuple[Array, Array]) -> Array:  # of block i: the mask is each pair's own
+    def row(one: tuple[Array, Array]) -> Array:  # of block i; each pair has its own mask
         def pair(other: tuple[Array, Array]) -> Array:
             masks = one[1] * other[1]
             return hsic((masks * one[0])[None], (masks * other[0])[None])[0, 0]
@@ -151,10 +144,10 @@ def cknna(representations: Representations, nearest: int = 10, unbiased: bool = 
 
 
 def procrustes(representations: Representations) -> Float[Array, "l l"]:
-    """|X^T Y|_* / (|X|_F |Y|_F) of centred X and Y: 1 if a rotation and a scale turn one into the other, in [0, 1].
+    """|X^T Y|_* / (|X|_F |Y|_F) of centred X and Y, in [0, 1]: 1 if a rotation and a scale turn one into the other.
 
-    1 minus half the squared Procrustes distance of the shapes (Ding et al., arXiv 2108.01661). Takes the singular
-    values of l^2 / 2 matrices [p p].
+    It is 1 minus half the squared Procrustes distance (Ding et al., arXiv 2108.01661). It computes the singular values
+    of l^2 / 2 matrices [p p].
     """
     centred = [rows - rows.mean(axis=0) for rows in representations]
     units = [rows / jnp.linalg.norm(rows) for rows in centred]
@@ -163,9 +156,6 @@ def procrustes(representations: Representations) -> Float[Array, "l l"]:
         cross = jnp.einsum("np,nq->pq", units[i], units[j], precision="highest")
         found = found.at[[i, j], [j, i]].set(jnp.linalg.svd(cross, compute_uv=False).sum())
     return found
-
-
-# --- Cosines of features of the same width.
 
 
 def token_cosine(features: Float[Array, "l b n d"]) -> Float[Array, "l l"]:
@@ -185,48 +175,40 @@ def _unit(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-# --- How rich one block is, by the covariance of its features, [.. d d].
+# How rich one block is: measures of the covariance of its features, [.. d d].
 
 
 def effective_rank(covariance: Float[Array, "*l d d"]) -> Float[Array, "*l"]:
-    """exp of the entropy of the normalised singular values (Roy and Vetterli, 2007), between 1 and d.
+    """exp of the entropy of the normalised singular values of the centred features, in [1, d] (Roy and Vetterli, 2007).
 
-    The singular values are those of the centred features: the square roots of the covariance's eigenvalues.
+    The singular values are the square roots of the eigenvalues of the covariance.
     """
-    values = jnp.sqrt(_eigenvalues(covariance))
+    values = jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(covariance), 0))
     shares = values / values.sum(axis=-1, keepdims=True)
     return jnp.exp(-jnp.sum(jnp.where(shares > 0, shares * jnp.log(jnp.where(shares > 0, shares, 1)), 0), axis=-1))
 
 
 def participation_ratio(covariance: Float[Array, "*l d d"]) -> Float[Array, "*l"]:
-    """(sum lambda)^2 / sum lambda^2 of the covariance's eigenvalues, between 1 and d: how many directions share the
-    variance (Gao et al., bioRxiv 214262)."""
+    """How many directions share the variance: (sum lambda)^2 / sum lambda^2 of the eigenvalues, in [1, d] (Gao et al.,
+    bioRxiv 214262)."""
     trace = jnp.trace(covariance, axis1=-2, axis2=-1)
     return trace**2 / jnp.sum(covariance**2, axis=(-2, -1))
 
 
 def channel_usage(covariance: Float[Array, "*l d d"]) -> Float[Array, "*l d"]:
-    """The share of each channel in the variance of its block; shares of a block add up to 1."""
+    """The share of each channel in the variance of its block. The shares of a block add up to 1."""
     variances = jnp.diagonal(covariance, axis1=-2, axis2=-1)
     return variances / variances.sum(axis=-1, keepdims=True)
 
 
 def channels_used(usage: Float[Array, "*l d"]) -> Float[Array, "*l"]:
-    """1 / sum of squared shares, between 1 (one channel varies) and d (all alike)."""
+    """1 / sum of squared shares: between 1 (one channel varies) and d (all vary alike)."""
     return 1 / jnp.sum(usage**2, axis=-1)
 
 
-def _eigenvalues(covariance: Float[Array, "*l d d"]) -> Float[Array, "*l d"]:
-    return jnp.maximum(jnp.linalg.eigvalsh(covariance), 0)
-
-
-# --- One number for a network.
-
-
 def off_diagonal_mean(similarity: Float[Array, "l l"]) -> Float[Array, ""]:
-    """The mean similarity of two different blocks: the lower, the more diverse the network."""
-    off = ~np.eye(len(similarity), dtype=bool)
-    return similarity[off].mean()
+    """The mean similarity of two different blocks. It is lower for a more diverse network."""
+    return similarity[~np.eye(len(similarity), dtype=bool)].mean()
 
 
 # (i, j, number of blocks) -> the weight of a pair of blocks i < j in a score of diversity
@@ -242,11 +224,9 @@ def diversity(similarity: Float[Array, "l l"]) -> dict[str, Float[Array, ""]]:
     """Scores of diversity: weighted means of 1 - similarity over pairs of different blocks, by name.
 
     all: every pair alike. adjacent: each block and the next. mirrored: block i and block L - 1 - i, which a long
-    residual connection joins. distant: every pair, weighted by how far the blocks are apart.
+    residual connection joins. distant: every pair, weighted by the distance of the two blocks.
     """
-    i, j = np.triu_indices(len(similarity), 1)
-    if len(i) == 0:
-        raise ValueError(f"diversity compares blocks: at least 2 are needed, given {len(similarity)}")
+    i, j = np.triu_indices(in_range("number of blocks", len(similarity), 2), 1)
     apart = 1 - similarity[i, j]
     weights = {name: weigh(i, j, len(similarity)) for name, weigh in DIVERSITIES.items()}
     return {name: jnp.sum(apart * w.astype(apart.dtype)) / w.sum() for name, w in weights.items()}

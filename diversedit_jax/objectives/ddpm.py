@@ -1,5 +1,5 @@
-"""DDPM as DiT trains it: the noise of a discrete diffusion, and its variance by the variational bound (DiT, arXiv
-2212.09748, section 3.1; improved DDPM, arXiv 2102.09672)."""
+"""DDPM as DiT trains it: the network predicts the noise of a discrete diffusion, and its variance, which the
+variational bound trains (DiT, arXiv 2212.09748, section 3.1; improved DDPM, arXiv 2102.09672)."""
 
 from functools import partial
 
@@ -25,15 +25,22 @@ def regress(
     noise: Float[Array, "b *s c"],
     t: Int[Array, " b"],
     y: Condition,
+    learn_sigma: bool = True,
 ) -> Forward:
-    """The squared error of the predicted noise and, if the network predicts variances, the bound's term at step t.
+    """The squared error of the predicted noise, and with `learn_sigma` the term of the variational bound at step t.
 
-    schedule: not respaced. The network gets the step itself, 0 .. num_timesteps - 1, as a float; so does Forward.t.
+    schedule: not respaced. The network and Forward.t get the step itself, 0 .. num_timesteps - 1, as a float.
     """
     x_t = discrete.diffuse(schedule, x, noise, t)
     step = t.astype(jnp.float32)
     rerun = Partial(partial(run_at, schedule), x, noise, y)
     output, features = rerun(network, step)
+    wanted = x.shape[-1] * (2 if learn_sigma else 1)
+    if output.shape[-1] != wanted:
+        raise ConfigError(
+            f"the network predicts {output.shape[-1]} channels, but config.objective.learn_sigma = {learn_sigma} needs "
+            f"{wanted}: set config.model.out_channels"
+        )
     output = output.astype(jnp.float32)
     predicted, v = discrete.split(output, x.shape[-1])
     loss = jnp.mean((predicted - noise) ** 2, axis=per_example(x))
@@ -46,16 +53,17 @@ def regress(
 
 
 def run_at(schedule: Schedule, x: Array, noise: Array, y: Condition, network: Network, step: Float[Array, " b"]):
-    """The network's output at steps, as floats, of the diffusion of x by noise (see `Forward.rerun`)."""
+    """The output of the network at these steps (floats) of the diffusion of x by noise, see `Forward.rerun`."""
     return network(discrete.diffuse(schedule, x, noise, step.astype(jnp.int32)), step, y)
 
 
 def make(*, num_timesteps: int = 1000, condition_drop: float = 0.1, learn_sigma: bool = True) -> Objective:
     """The objective of DiT, with its defaults.
 
-    num_timesteps:  of the diffusion, betas linear from 1e-4 to 0.02 (at 1000).
-    condition_drop: the probability with which a condition becomes the null condition.
-    learn_sigma:    the network has twice the channels (`model.out_channels`), the second half for the variance.
+    num_timesteps:  steps of the diffusion, with betas linear from 1e-4 to 0.02 (at 1000).
+    condition_drop: the probability that a condition becomes the null condition.
+    learn_sigma:    the network has twice the channels (`config.model.out_channels`). The second half gives the
+        variance.
     """
     in_range("condition_drop", condition_drop, 0, 1)
     schedule = discrete.linear(num_timesteps)
@@ -63,20 +71,9 @@ def make(*, num_timesteps: int = 1000, condition_drop: float = 0.1, learn_sigma:
     def apply(network: Network, batch: Batch, context: Context) -> Forward:
         key_t, key_noise, key_drop = jax.random.split(context.key, 3)
         x = batch["x"]
-
-        def checked(x_t, t, y):
-            output, features = network(x_t, t, y)
-            wanted = x.shape[-1] * (2 if learn_sigma else 1)
-            if output.shape[-1] != wanted:
-                raise ConfigError(
-                    f"the network predicts {output.shape[-1]} channels, and objective ddpm with learn_sigma = "
-                    f"{learn_sigma} needs {wanted}: set model.out_channels"
-                )
-            return output, features
-
         t = jax.random.randint(key_t, (len(x),), 0, num_timesteps)
         noise = jax.random.normal(key_noise, x.shape)
         y = conditioning.drop(key_drop, batch, context, condition_drop)
-        return regress(checked, schedule, x, noise, t, y)
+        return regress(network, schedule, x, noise, t, y, learn_sigma)
 
     return Objective(apply, predicts=Diffusion(schedule))

@@ -3,7 +3,7 @@
 It may also regress the noise, the score or the data, which determine the velocity.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
 
 import jax
@@ -20,30 +20,23 @@ from diversedit_jax.errors import ConfigError
 from diversedit_jax.registry import in_range, one_of
 
 
-def velocity_error(path: Path, prediction: Array, x: Array, noise: Array, t: Float[Array, " b"]) -> Array:
-    """v - dx_t/dt."""
-    return prediction - paths.velocity(path, x, noise, t)
-
-
-def noise_error(path: Path, prediction: Array, x: Array, noise: Array, t: Float[Array, " b"]) -> Array:
-    """The predicted noise minus the noise."""
-    return prediction - noise
-
-
-def score_error(path: Path, prediction: Array, x: Array, noise: Array, t: Float[Array, " b"]) -> Array:
-    """sigma score + noise: the error of the score in units of the noise, finite at every t."""
-    return over(path.sigma(t), x) * prediction + noise
-
-
 def data_error(path: Path, prediction: Array, x: Array, noise: Array, t: Float[Array, " b"]) -> Array:
     """The predicted data minus the data."""
     return prediction - x
 
 
-ERRORS = {"velocity": velocity_error, "noise": noise_error, "score": score_error, "data": data_error}
+bound = cache(partial)  # the same function at every call: two `Forward.rerun` then have one tree structure
 
-# Weights of a noise or score error. `velocity` makes it the error of the velocity, `likelihood` makes it a bound on
-# the negative log-likelihood of the diffusion (Song et al., arXiv 2101.09258), up to its constant.
+ERRORS = {
+    "velocity": lambda path, prediction, x, noise, t: prediction - paths.velocity(path, x, noise, t),
+    "noise": lambda path, prediction, x, noise, t: prediction - noise,
+    # The error of the score in units of the noise, sigma score + noise, is finite at every t.
+    "score": lambda path, prediction, x, noise, t: over(path.sigma(t), x) * prediction + noise,
+    "data": data_error,
+}
+
+# Weights of a noise or score error. `velocity` makes it the error of the velocity. `likelihood` makes it a bound on the
+# negative log-likelihood of the diffusion (Song et al., arXiv 2101.09258), up to a constant.
 WEIGHTS = {
     "none": lambda path, t: jnp.ones_like(t),
     "velocity": lambda path, t: (paths.wronskian(path, t) / path.alpha(t)) ** 2,
@@ -58,27 +51,21 @@ def regress(
     noise: Float[Array, "b *s c"],
     t: Float[Array, " b"],
     y: Condition,
-    error: Callable[..., Array] = velocity_error,
+    error: Callable[..., Array] = ERRORS["velocity"],
     weight: Callable[[Path, Array], Array] = WEIGHTS["none"],
 ) -> Forward:
-    """The squared error of the prediction, weighted; a mean over the elements of each example, in float32."""
-    rerun = Partial(along(path), x, noise, y)
+    """The weighted squared error of the prediction, a mean over the elements of each example, in float32."""
+    rerun = Partial(bound(run_at, path), x, noise, y)
     prediction, features = rerun(network, t)
     if prediction.shape != x.shape:
-        raise ConfigError(f"the network predicts {prediction.shape[1:]}, flow matching needs {x.shape[1:]}")
+        raise ConfigError(f"the network predicts {prediction.shape[1:]}, but flow matching needs {x.shape[1:]}")
     squared = jnp.mean(error(path, prediction.astype(jnp.float32), x, noise, t) ** 2, axis=per_example(x))
     x_t = paths.interpolate(path, x, noise, t)
     return Forward(weight(path, t) * squared, x, noise, t, x_t, y, features, metrics={}, rerun=rerun)
 
 
-@cache
-def along(path: Path) -> Callable[..., tuple[Array, Sequence[Array]]]:
-    """`run_at` on a path: the same function at every call, so that two `Forward.rerun` have one tree structure."""
-    return partial(run_at, path)
-
-
 def run_at(path: Path, x: Array, noise: Array, y: Condition, network: Network, t: Float[Array, " b"]):
-    """The network's output at times t of the path between x and noise (see `Forward.rerun`)."""
+    """The output of the network at times t of the path between x and noise, see `Forward.rerun`."""
     return network(paths.interpolate(path, x, noise, t), t, y)
 
 
@@ -95,10 +82,10 @@ def make(
     """The objective of SiT, REPA and DiverseDiT, by default with their path, times and dropout.
 
     path:       `linear`, `cosine` (SiT's GVP) or `vp`.
-    prediction: `velocity`, `noise`, `score` or `data`; `paths.training_times` cuts the training times off for it.
+    prediction: `velocity`, `noise`, `score` or `data`. `paths.training_times` gives its interval of times.
     weight:     of a noise or score error: `none`, `velocity` or `likelihood`.
     time:       `uniform`, or `logit_normal` with `time_mean` and `time_std`.
-    condition_drop: the probability with which a condition becomes the null condition, for classifier-free guidance.
+    condition_drop: the probability that a condition becomes the null condition, for classifier-free guidance.
     """
     in_range("condition_drop", condition_drop, 0, 1)
     curve = paths.make(path)

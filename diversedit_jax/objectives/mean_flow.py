@@ -1,4 +1,4 @@
-"""MeanFlow: the network regresses the average velocity between two times, by which one step leads from noise to data
+"""MeanFlow: the network regresses the average velocity between two times, so that one step leads from noise to data
 (arXiv 2505.13447)."""
 
 import jax
@@ -33,69 +33,45 @@ def regress(
 ) -> Forward:
     """The squared error of the average velocity from t back to r <= t, summed over each example's elements, in float32.
 
-    The target is v - (t - r) du/dt, the MeanFlow identity (section 4.1). du/dt is taken along the flow, and v is guided
-    where the condition is kept (see `guided_velocity`). No gradient passes through the target. The loss is
-    e / (e + eps)^power, its denominator a constant (section 4.3); power 0 leaves the error e as it is.
+    The target is v - (t - r) du/dt, the MeanFlow identity (section 4.1), with du/dt along the flow. No gradient passes
+    through it. The loss is e / (e + eps)^power with a constant denominator (section 4.3). Power 0 gives e itself.
 
     y: conditions of all examples. Where `dropped`, the network gets `null` instead, and v is not guided.
-    Features are those of the primal pass. Metrics: `raw`, the mean of e; `v_loss`, the mean squared distance to the
-    velocity, also summed over elements.
+    omega, kappa, interval: while lo <= t <= hi, v becomes omega v + (1 - omega - kappa) u(null) + kappa u(y), where u
+        is the network's own velocity. The network then learns the guidance that a sampler would give at the scale omega
+        / (1 - kappa) (section 4.2 and the appendix). Terms of weight 0 are not computed.
+    Metrics: `raw`, the mean of e; `v_loss`, the mean squared distance of u to the velocity, summed like e.
     """
     path = PATHS["linear"]
 
     def predict(x_t, t, y, span):
         u, features = network(x_t, t, y, span=span)
         if u.shape != x.shape:
-            raise ConfigError(f"the network predicts {u.shape[1:]}, MeanFlow needs {x.shape[1:]}")
+            raise ConfigError(f"the network predicts {u.shape[1:]}, but MeanFlow needs {x.shape[1:]}")
         return u.astype(jnp.promote_types(u.dtype, jnp.float32)), features
 
     x_t, v = paths.interpolate(path, x, noise, t), paths.velocity(path, x, noise, t)
-    guided = guided_velocity(predict, x_t, v, t, y, null, omega, kappa, interval)
-    guided = jnp.where(over(dropped, x), v, guided)
+    guided = omega * v
+    for weight, given in ((1 - omega - kappa, nulls(null, len(x))), (kappa, y)):
+        if weight:
+            guided += weight * predict(x_t, t, given, span=jnp.zeros_like(t))[0]
+    active = (interval[0] <= t) & (t <= interval[1]) & ~dropped
+    guided = jax.lax.stop_gradient(jnp.where(over(active, x), guided, v))
     y = select(dropped, null, y)
 
     # r stays where it is: the span grows with t.
     moving = guided, jnp.ones_like(t), jnp.ones_like(t)
     u, du_dt, features = jax.jvp(lambda x_t, t, span: predict(x_t, t, y, span), (x_t, t, t - r), moving, has_aux=True)
     target = jax.lax.stop_gradient(guided - over(jnp.clip(t - r, 0, 1), x) * du_dt)
-    error = _squared(u - target)
+    error, v_error = (jnp.sum((u - wanted) ** 2, axis=per_example(x)) for wanted in (target, v))
     loss = error / jax.lax.stop_gradient((error + eps) ** power)
-    metrics = {"raw": error.mean(), "v_loss": _squared(u - v).mean()}
+    metrics = {"raw": error.mean(), "v_loss": v_error.mean()}
     return Forward(loss, x, noise, t, x_t, y, features, metrics, Partial(run_at, x, noise, r, y))
 
 
-def guided_velocity(
-    network: Network,
-    x_t: Float[Array, "b *s c"],
-    v: Float[Array, "b *s c"],
-    t: Float[Array, " b"],
-    y: Condition,
-    null: Condition,
-    omega: float,
-    kappa: float,
-    interval: tuple[float, float],
-) -> Float[Array, "b *s c"]:
-    """omega v + (1 - omega - kappa) u(null) + kappa u(y) while lo <= t <= hi, else v; a constant.
-
-    u is the network's own velocity, at span 0. The network so learns the guidance that a sampler would give at a scale
-    of omega / (1 - kappa) (section 4.2 and the appendix). A pass with weight 0 is not made.
-    """
-    low, high = interval
-    total = omega * v
-    for weight, given in ((1 - omega - kappa, nulls(null, len(x_t))), (kappa, y)):
-        if weight:
-            total += weight * network(x_t, t, given, span=jnp.zeros_like(t))[0]
-    inside = (low <= t) & (t <= high)
-    return jax.lax.stop_gradient(jnp.where(over(inside, v), total, v))
-
-
 def run_at(x: Array, noise: Array, r: Array, y: Condition, network: Network, t: Float[Array, " b"]):
-    """The network's output at other times t, with the same end r of the span, or t if r > t (`Forward.rerun`)."""
+    """The output of the network at other times t for the same r, or r = t where r > t, see `Forward.rerun`."""
     return network(paths.interpolate(PATHS["linear"], x, noise, t), t, y, span=jnp.maximum(t - r, 0))
-
-
-def _squared(error: Float[Array, "b *s c"]) -> Float[Array, " b"]:
-    return jnp.sum(error**2, axis=per_example(error))
 
 
 def first(number: Int[Array, " g"] | int, b: int, groups: int) -> Bool[Array, " b"]:
@@ -122,35 +98,35 @@ def make(
 ) -> Objective:
     """The objective of MeanFlow, by default as its authors train the size B.
 
-    equal: the portion of examples with r = t, whose target is the velocity itself: the first of the batch (positional)
-        or each example with this probability. For the others t and r are the later and the earlier of two draws.
-    condition_drop: the probability with which a condition becomes the null condition. drop = `independent`: of each
-        example. drop = `first`: their number is drawn alike, and the first examples lose theirs. Then, with
-        `positional`, the network hardly sees the null condition with r < t, and `cfg_scale` cannot guide long steps.
-    groups: parts of the batch in which the first are counted: its authors' devices.
-    omega, kappa, guidance_interval: see `guided_velocity`. 1 and 0: no guidance, and no passes for it.
-    power, eps: of the loss's weight, see `regress`.
+    equal: the portion of examples with r = t. Their target is the velocity itself. For the others t and r are the later
+        and the earlier of two draws.
+    positional: the first examples of the batch have r = t. False: each example has, with this probability.
+    condition_drop: the probability that a condition becomes the null condition.
+    drop: `independent` draws for each example. `first` draws the same number, and the first examples lose their
+        conditions. Together with `positional` the network then hardly sees the null condition with r < t, and
+        `cfg_scale` cannot guide long steps.
+    groups: parts of the batch in which the first examples are counted. For its authors these were devices.
+    omega, kappa, guidance_interval: see `regress`. 1 and 0 give no guidance at no cost.
+    power, eps: of the loss, see `regress`.
     time, time_mean, time_std: of both draws, see `times.make`.
     """
-    low, high = guidance_interval
+    interval = times.check_interval("guidance_interval", guidance_interval)
     in_range("equal", equal, 0, 1)
     in_range("condition_drop", condition_drop, 0, 1)
     one_of("drop", drop, ("first", "independent"))
     in_range("groups", groups, 1)
-    in_range("guidance_interval[0]", low, 0, high)
-    in_range("guidance_interval[1]", high, low, 1)
     in_range("kappa", kappa, 0, below=1)  # the scale of guidance is omega / (1 - kappa)
     in_range("power", power, 0)
     in_range("eps", eps, above=0)
     draw_times = times.make(time, mean=time_mean, std=time_std)
-    options = {"omega": omega, "kappa": kappa, "interval": (low, high), "power": power, "eps": eps}
+    options = {"omega": omega, "kappa": kappa, "interval": interval, "power": power, "eps": eps}
 
     def apply(network: Network, batch: Batch, context: Context) -> Forward:
         keys = jax.random.split(context.key, 5)
         x, b = batch["x"], len(batch["x"])
         parts = groups if context.training else 1
         if b % parts:
-            raise ConfigError(f"a batch of {b} is not divisible by groups = {parts}")
+            raise ConfigError(f"config.objective.groups = {parts} must divide the batch of {b}")
         t, r = (pick(draw_times(keys[0], b), draw_times(keys[1], b)) for pick in (jnp.maximum, jnp.minimum))
         same = first(int(equal * (b // parts)), b, parts) if positional else jax.random.bernoulli(keys[2], equal, (b,))
         noise = jax.random.normal(keys[3], x.shape)

@@ -3,9 +3,6 @@
 The network denoises the class token as one more token.
 """
 
-from collections.abc import Callable, Sequence
-from functools import cache, partial
-
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
@@ -17,7 +14,7 @@ from diversedit_jax.diffusion import paths, times
 from diversedit_jax.diffusion.paths import Path, per_example
 from diversedit_jax.diffusion.predictions import Flow
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.objectives.flow_matching import velocity_error
+from diversedit_jax.objectives.flow_matching import bound
 from diversedit_jax.registry import in_range
 
 
@@ -32,22 +29,21 @@ def regress(
     y: Condition,
     token_weight: float = 0.03,
 ) -> Forward:
-    """The squared error of the velocity of x, a mean over its elements, + token_weight times that of the token.
+    """The mean squared error of the velocity of x plus token_weight times that of the token.
 
-    x and token are at the same time t of the path, each under its own noise. Metrics: `image` and `token`, the two
-    errors without the weight. In the result, features have 1 + n tokens, the class token's first; x, noise and x_t are
-    without the token.
+    x and token are at the same time t of the path, each with its own noise. Metrics: `image` and `token`, both errors
+    without the weight. The features have 1 + n tokens, the class token first. x, noise and x_t are without the token.
     """
-    rerun = Partial(along(path), x, noise, token, token_noise, y)
+    rerun = Partial(bound(run_at, path), x, noise, token, token_noise, y)
     (image, cls), features = rerun(network, t)
     if (image.shape, cls.shape) != (x.shape, token.shape):
         raise ConfigError(
-            f"the network predicts {image.shape[1:]} and a token {cls.shape[1:]}, REG needs {x.shape[1:]} and "
+            f"the network predicts {image.shape[1:]} and a token {cls.shape[1:]}, but REG needs {x.shape[1:]} and "
             f"{token.shape[1:]}"
         )
 
     def squared(prediction: Array, x: Array, noise: Array) -> Float[Array, " b"]:
-        error = velocity_error(path, prediction.astype(jnp.float32), x, noise, t)
+        error = prediction.astype(jnp.float32) - paths.velocity(path, x, noise, t)
         return jnp.mean(error**2, axis=per_example(x))
 
     errors = {"image": squared(image, x, noise), "token": squared(cls, token, token_noise)}
@@ -56,23 +52,8 @@ def regress(
     return Forward(loss, x, noise, t, paths.interpolate(path, x, noise, t), y, features, metrics, rerun)
 
 
-@cache
-def along(path: Path) -> Callable[..., tuple[tuple[Array, Array], Sequence[Array]]]:
-    """`run_at` on a path: the same function at every call, so that two `Forward.rerun` have one tree structure."""
-    return partial(run_at, path)
-
-
-def run_at(
-    path: Path,
-    x: Array,
-    noise: Array,
-    token: Array,
-    token_noise: Array,
-    y: Condition,
-    network: Network,
-    t: Float[Array, " b"],
-):
-    """The network's output where x and token are at times t of the path to their noises (see `Forward.rerun`)."""
+def run_at(path: Path, x, noise, token, token_noise, y: Condition, network: Network, t: Float[Array, " b"]):
+    """The output of the network at times t of the paths of x and of the token, see `Forward.rerun`."""
     c_t = paths.interpolate(path, token, token_noise, t)
     return network(paths.interpolate(path, x, noise, t), t, y, token=c_t)
 
@@ -90,10 +71,10 @@ def make(
 ) -> Objective:
     """The objective of REG, with its defaults.
 
-    encoder:      the class tokens are batch[`token/<encoder>`] [b width].
-    width:        of the class tokens; 768 for DINOv2-B. The model is built for it.
-    token_weight: of the token's error beside that of the image.
-    path, time, time_mean, time_std, condition_drop: as those of `flow_matching`.
+    encoder:      the batch has its class tokens, `token/<encoder>` [b width].
+    width:        of the class tokens, 768 for DINOv2-B. The model is built for it.
+    token_weight: weight of the error of the token.
+    path, time, time_mean, time_std, condition_drop: see `flow_matching.make`.
     """
     in_range("width", width, 1)
     in_range("condition_drop", condition_drop, 0, 1)
@@ -105,7 +86,7 @@ def make(
     def apply(network: Network, batch: Batch, context: Context) -> Forward:
         if name not in batch:
             raise ConfigError(
-                f"objective reg needs the class tokens {name}, the batch has {', '.join(sorted(batch))}: "
+                f"objective reg needs the class tokens {name}, but the batch has {', '.join(sorted(batch))}: "
                 f"configure config.encoders.{encoder}"
             )
         key_t, key_noise, key_token, key_drop = jax.random.split(context.key, 4)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,24 +16,20 @@ from diversedit_jax.api import Codec, Condition, Conditions, Model, Network, Par
 from diversedit_jax.codecs import null_condition
 from diversedit_jax.conditioning import check_guidance
 from diversedit_jax.diffusion import image_and_token, solve
-from diversedit_jax.diffusion.guidance import Velocity, autoguide, guide
+from diversedit_jax.diffusion.guidance import Velocity, guide
 from diversedit_jax.diffusion.predictions import Diffusion
 from diversedit_jax.diffusion.solvers import normal_per_image
 from diversedit_jax.diffusion.times import check_interval
 from diversedit_jax.errors import ConfigError, NonFiniteError
 from diversedit_jax.registry import in_range
 
-Item = TypeVar("Item")
-
 
 @dataclass(frozen=True)
 class Sampler:
-    """Draws samples. Its program is compiled at the first call, and serves every scale and interval of guidance.
+    """Draws samples. The first call compiles its program, which then serves every scale and interval of guidance.
 
-    sampler(params, frozen, conditions, seed) -> samples [n ...] on the host: uint8 images; float32 without a decoder.
-
-    Sample i depends only on the seed, on i and on its condition, up to rounding: not on the batch size or the devices.
-    The exception is `dopri5`, which chooses its steps for a whole batch.
+    Sample i depends only on the seed, on i and on its condition, up to rounding. The batch size and the devices change
+    nothing, except for `dopri5`, which chooses its steps for a whole batch.
     """
 
     run: Callable[..., tuple[Array, Array]]  # the compiled program of a batch
@@ -56,11 +52,12 @@ class Sampler:
         cfg_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
     ) -> np.ndarray:
-        """The samples of these stored conditions [n ...]. NonFiniteError if one of them is not finite.
+        """Samples [n ...] on the host: uint8 images, or float32 without a decoder. NonFiniteError if not finite.
 
+        conditions: as stored, [n ...].
         weak: parameters of a less trained state. It guides the samples (autoguidance), with the scale `cfg_scale`.
         first: the number of the first sample.
-        cfg_scale, guidance_interval: None: the sampler's own.
+        cfg_scale, guidance_interval: None: those of the sampler.
         """
         scale = self.cfg_scale if cfg_scale is None else cfg_scale
         interval = self.guidance_interval if guidance_interval is None else guidance_interval
@@ -78,7 +75,7 @@ class Sampler:
                 index = np.minimum(np.arange(begin, begin + size), count - 1)  # the last batch is filled up
                 rows = jax.tree.map(lambda leaf, index=index: np.asarray(leaf)[index], (conditions, keys))
                 y, k = sharding.put(rows, sharding.over_batch(self.layout))
-                with jax.set_mesh(self.layout.mesh):  # it reads `finite` of the batch before: no two run at a time
+                with jax.set_mesh(self.layout.mesh):  # reading the last `finite` keeps two batches from running at once
                     images, finite = self.run(params, weak, frozen, y, k, *guidance, finite)
                 yield begin, images, finite
 
@@ -105,11 +102,11 @@ class Sampler:
 
 
 class State(NamedTuple):
-    """What solver and guidance work on: x, or x and its class token packed into one vector.
+    """The state of solver and guidance: x, or x and its class token packed into one vector.
 
     shape:    of one example.
-    channels: guide only the first, so many. None: all.
-    scales:   cfg_scale -> the guidance scale, one for all or one per number.
+    channels: guide only the first channels, so many. None: all.
+    scales:   cfg_scale -> the guidance scale, one for all or one per element.
     network:  the network of x (and token) -> the network of this state.
     x:        states -> x.
     """
@@ -122,12 +119,11 @@ class State(NamedTuple):
 
 
 def state_of(predicts: Any, shape: tuple[int, ...], channels: int | None, token_cfg_scale: float | None) -> State:
-    """The state for a network that predicts this, of x of a shape, with the guidance options of `make`."""
+    """The state for what a network predicts. shape: of x. channels, token_cfg_scale: options of `make`."""
     width = getattr(predicts, "token", None)
-    if token_cfg_scale is not None:
-        in_range("token_cfg_scale", token_cfg_scale)
-        if width is None:
-            raise ConfigError(f"token_cfg_scale = {token_cfg_scale}: the network has no class token")
+    if token_cfg_scale is not None and width is None:
+        raise ConfigError(f"token_cfg_scale = {token_cfg_scale}: the network has no class token")
+    in_range("token_cfg_scale", token_cfg_scale or 0)
     if width is None:
         channels = shape[-1] if isinstance(predicts, Diffusion) and channels is None else channels
         return State(shape, channels, jnp.float32, lambda network: network, lambda x: x)
@@ -162,14 +158,13 @@ def make(
     eta: float = 0.0,
     batch_size: int = 256,
 ) -> Sampler:
-    """A sampler for what a network predicts (`Objective.predicts`), by default as the papers sample without guidance.
+    """A sampler for what a network predicts (`Objective.predicts`). The defaults are the papers', without guidance.
 
     space: of stored examples.
-    solver: a name of `diffusion.solve`. Its other options (steps, diffusion, diffusion_norm, last_step_kind, last_step,
-        rtol, atol, eta) are those of `diffusion.solve.Options`, which says which solver reads them.
+    solver, steps, diffusion, diffusion_norm, last_step_kind, last_step, rtol, atol, eta: see `diffusion.solve.Options`.
     cfg_scale, guidance_interval, guidance_channels: see `guidance.guide`.
-    token_cfg_scale: of networks that denoise a class token with x: the scale of the token, in the same interval. None:
-        cfg_scale. 0 or less: the token is not guided. The token is not returned.
+    token_cfg_scale: guidance scale of the class token, for networks that denoise one with x. None: cfg_scale. 0 or
+        less: do not guide the token. The samples do not hold the token.
     batch_size: samples at a time, over all devices.
     """
     given = solve.Options(steps, diffusion, diffusion_norm, last_step_kind, last_step, rtol, atol, eta)
@@ -181,7 +176,7 @@ def make(
         in_range("guidance_channels", guidance_channels, 1, shape[-1])
     state = state_of(predicts, shape, guidance_channels, token_cfg_scale)
 
-    @partial(jax.jit, out_shardings=sharding.replicated(layout))  # so that every process can read the result
+    @partial(jax.jit, out_shardings=sharding.replicated(layout))  # every process can read the result
     def run(params: Params, weak: Params | None, frozen: Any, y: Condition, keys: Array, scale, interval, before):
         start, path_keys = jax.vmap(jax.random.split, out_axes=1)(jax.random.wrap_key_data(keys))
         x = jax.vmap(lambda key: jax.random.normal(key, state.shape))(start)
@@ -190,9 +185,9 @@ def make(
 
         def guided(convert: solve.Convert) -> Velocity:
             network = convert(state.network(model.network(params)))
-            if weak is not None:
-                return autoguide(network, convert(state.network(model.network(weak))), y, **options)
-            return guide(network, y, null_condition(codec, frozen, space.conditions.null), **options)
+            weak_network = None if weak is None else convert(state.network(model.network(weak)))
+            null = null_condition(codec, frozen, space.conditions.null)
+            return guide(network, y, null, weak=weak_network, **options)
 
         x = state.x(solution(guided, x, normal_per_image(path_keys, state.shape)))
         finite = before & jnp.isfinite(x).all()
@@ -201,7 +196,7 @@ def make(
     return Sampler(run, state.scales, space.conditions, layout, batch_size, cfg_scale, interval)
 
 
-def one_late(items: Iterator[Item]) -> Iterator[Item]:
+def one_late(items: Iterator[Any]) -> Iterator[Any]:
     """Yield items one step late, so that the host never waits for the batch that it has just dispatched."""
     last = next(items)
     for item in items:

@@ -7,8 +7,9 @@ import pytest
 from scipy import stats
 
 from diversedit_jax.api import Context
-from diversedit_jax.diffusion import ddpm_solvers, discrete, solvers
+from diversedit_jax.diffusion import ddpm_solvers, discrete, solve, solvers
 from diversedit_jax.diffusion.discrete import Gaussian
+from diversedit_jax.diffusion.predictions import Diffusion
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.objectives import ddpm
 
@@ -112,23 +113,18 @@ def test_the_bound_trains_the_variance_alone():
     assert (jnp.abs(of_variance).max(axis=(1, 2, 3)) > 0).all()
 
 
-def test_respacing_follows_the_section_counts():
-    found = discrete.spaced(1000, [250])
+def test_respacing_is_even_from_the_first_step_to_the_last():
+    found = discrete.spaced(1000, 250)
     np.testing.assert_array_equal(found, np.unique(found))
     np.testing.assert_array_equal(found, [round(k * 999 / 249) for k in range(250)])
     np.testing.assert_array_equal(found[[0, 1, 2, 124, 125, 249]], [0, 4, 8, 497, 502, 999])
-    np.testing.assert_array_equal(discrete.spaced(1000, [1000]), np.arange(1000))
-    # the example of the reference: 300 steps as 10 + 15 + 20
-    found = discrete.spaced(300, [10, 15, 20])
-    assert [(found // 100 == part).sum() for part in range(3)] == [10, 15, 20]
-    assert [*found[[0, 9, 10, 24, 25, 44]]] == [0, 99, 100, 199, 200, 299]
-    np.testing.assert_array_equal(discrete.spaced(10, [2, 2, 2]), [0, 3, 4, 6, 7, 9])  # 4 + 3 + 3
-    with pytest.raises(ConfigError, match="a section of 1000 steps cannot keep 1001: wanted 1 to 1000"):
-        discrete.spaced(1000, [1001])
+    np.testing.assert_array_equal(discrete.spaced(1000, 1000), np.arange(1000))
+    with pytest.raises(ConfigError, match="steps = 1001: must be at least 1 and at most 1000"):
+        discrete.spaced(1000, 1001)
 
 
 def test_a_respaced_diffusion_keeps_its_marginals():
-    kept = discrete.spaced(1000, [50])
+    kept = discrete.spaced(1000, 50)
     few = discrete.respace(WHOLE, kept)
     np.testing.assert_allclose(few.alphas_bar, WHOLE.alphas_bar[kept], rtol=1e-9)
     np.testing.assert_array_equal(few.timesteps, kept)
@@ -166,7 +162,7 @@ def test_ddim_converges_to_the_flow_of_the_gaussian():
     start = jnp.linspace(-2, 2, 16).reshape(1, 4, 4, 1)
     errors = []
     for steps in (25, 50, 100, 1000):
-        few = discrete.respace(WHOLE, discrete.spaced(1000, [steps]))
+        few = discrete.respace(WHOLE, discrete.spaced(1000, steps))
         x = ddpm_solvers.ddim(exact, start, few, lambda i: jnp.zeros((1, 4, 4, 1)))
         errors.append(float(jnp.abs(x - (MEAN + STD * start)).max()))
     np.testing.assert_allclose(np.divide(errors[:2], errors[1:3]), 2, atol=0.2, err_msg=f"first order: {errors}")
@@ -174,7 +170,7 @@ def test_ddim_converges_to_the_flow_of_the_gaussian():
 
 
 def test_ddim_with_eta_1_is_ancestral_sampling_with_the_posteriors_variance():
-    few = discrete.respace(WHOLE, discrete.spaced(1000, [7]))
+    few = discrete.respace(WHOLE, discrete.spaced(1000, 7))
     start, *noises = draws(8)
     noise = jnp.stack(noises)
 
@@ -209,13 +205,15 @@ def test_what_does_not_fit_together_is_refused():
     def network(x, t, y):
         return x, ()
 
-    with pytest.raises(ConfigError, match=r"predicts 3 channels, .*learn_sigma = True needs 6: set model.out_channels"):
+    with pytest.raises(
+        ConfigError, match=r"predicts 3 channels, .*learn_sigma = True needs 6: set config.model.out_channels"
+    ):
         ddpm.make().apply(network, batch, CONTEXT)
     forward = ddpm.make(learn_sigma=False).apply(network, batch, CONTEXT)
     assert forward.metrics.keys() == {"mse"}
     with pytest.raises(ConfigError, match="num_timesteps = 20: must be at least 21"):
         ddpm.make(num_timesteps=20)
     with pytest.raises(ConfigError, match="steps = 1: must be at least 2"):
-        ddpm_solvers.ddim(exact, draws(1)[0], discrete.respace(WHOLE, np.array([5])), lambda i: 0.0)
+        solve.make("ddim", Diffusion(WHOLE), solve.Options(steps=1))
     with pytest.raises(ConfigError, match=r"eta = 1\.5: must be at least 0 and at most 1"):
-        ddpm_solvers.ddim(exact, draws(1)[0], WHOLE, lambda i: 0.0, eta=1.5)
+        solve.make("ddim", Diffusion(WHOLE), solve.Options(eta=1.5))

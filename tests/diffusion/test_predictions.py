@@ -83,5 +83,5 @@ def test_what_does_not_fit_together_is_refused():
     with pytest.raises(ConfigError, match="weight = 'velocty' is unknown; did you mean 'velocity'"):
         flow_matching.make(prediction="noise", weight="velocty")
     x, noise, _, t, y = inputs()
-    with pytest.raises(ConfigError, match=r"predicts \(4, 4, 4\), flow matching needs \(4, 4, 2\)"):
+    with pytest.raises(ConfigError, match=r"predicts \(4, 4, 4\), but flow matching needs \(4, 4, 2\)"):
         regress(lambda x, t, y: (jnp.concatenate([x, x], -1), ()), paths.make("linear"), x, noise, t, y)

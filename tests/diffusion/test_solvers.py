@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diversedit_jax.diffusion import paths, solvers
-from diversedit_jax.diffusion.guidance import autoguide, guide, unconditional
+from diversedit_jax.diffusion.guidance import guide
 from diversedit_jax.errors import ConfigError
 from tests import reference
 
@@ -268,21 +268,25 @@ def strong(x, t, y):
 
 def test_autoguidance_moves_away_from_the_weak_network():
     y, x, t = jnp.array([2, 5]), jnp.zeros((2, 3, 3, 4)), jnp.float32(0.5)
-    v = autoguide(strong, shift_network, y, scale=3.0, channels=3)(x, t, t)
+    v = guide(strong, y, None, weak=shift_network, scale=3.0, channels=3)(x, t, t)
     np.testing.assert_allclose(v[0, 0, 0], [32, 32, 32, 12])  # 2 + 3 (12 - 2)
     np.testing.assert_allclose(v[1, 2, 1], [35, 35, 35, 15])
-    outside = autoguide(strong, shift_network, y, scale=3.0, interval=(0.6, 1.0))(x, t, t)
+    outside = guide(strong, y, None, weak=shift_network, scale=3.0, interval=(0.6, 1.0))(x, t, t)
     np.testing.assert_array_equal(outside, strong(x, t, y)[0])
 
 
 def test_autoguidance_by_itself_is_a_no_op():
     y, x, t = jnp.array([2, 5]), jnp.ones((2, 3, 3, 4)), jnp.float32(0.5)
-    np.testing.assert_array_equal(autoguide(strong, strong, y, scale=7.5)(x, t, t), strong(x, t, y)[0])
+    np.testing.assert_array_equal(guide(strong, y, None, weak=strong, scale=7.5)(x, t, t), strong(x, t, y)[0])
 
 
 def test_autoguidance_by_the_unconditional_network_is_classifier_free_guidance():
     y, x, t = jnp.array([2, 5]), jnp.ones((2, 3, 3, 4)), jnp.float32(0.5)
-    auto = autoguide(strong, unconditional(strong, np.int32(6)), y, scale=2.5, channels=2)(x, t, t)
+
+    def unconditional(x, t, y):
+        return strong(x, t, jnp.full_like(y, 6))
+
+    auto = guide(strong, y, None, weak=unconditional, scale=2.5, channels=2)(x, t, t)
     np.testing.assert_allclose(auto, guide(strong, y, np.int32(6), scale=2.5, channels=2)(x, t, t))
 
 
@@ -293,7 +297,7 @@ def test_outside_the_interval_the_weak_network_does_not_run():
         jax.debug.callback(lambda t: calls.append(float(t[0])), t)
         return x, ()
 
-    velocity = autoguide(strong, weak, jnp.array([0, 1]), scale=2.0, interval=(0.0, 0.55))
+    velocity = guide(strong, jnp.array([0, 1]), None, weak=weak, scale=2.0, interval=(0.0, 0.55))
     jax.jit(lambda x: solvers.euler(velocity, x, solvers.uniform_times(4)))(jnp.ones((2, 1, 1, 1)))
     jax.effects_barrier()
     assert sorted(calls) == [0.25, 0.5]

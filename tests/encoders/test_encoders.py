@@ -316,9 +316,9 @@ def test_files_that_do_not_fit(tmp_path):
 def test_options_that_do_not_fit(tmp_path):
     file = write(tmp_path / "file", "dinov2")
     for options, message in [
-        ({"mean": (0.5, 0.5)}, "mean has 2 values, the encoder 3 channels"),
+        ({"mean": (0.5, 0.5)}, "mean has 2 values, the encoder has 3 channels"),
         ({"std": (0.0,)}, "std = 0.0: must be more than 0"),
-        ({"side": 7}, "side = 7 is not a multiple of its patches of 2 pixels"),
+        ({"side": 7}, "side = 7 must be a multiple of its patches of 2 pixels"),
         ({"heads": 3}, "heads = 3 does not divide the width 16"),
         ({"position": "timm"}, "position = 'timm' is unknown"),
         ({"dtype": "float16"}, "dtype = 'float16' is unknown"),
@@ -341,7 +341,10 @@ def test_features_are_those_of_repa(name, tmp_path):
     for size in (256, 512):
         shape = jax.ShapeDtypeStruct((2, size, size, 3), np.uint8)
         if size == 512 and not name.startswith("dinov2"):
-            with pytest.raises(ConfigError, match="512 x 512 pixels have no published rule, 256 x 256 have: set"):
+            with pytest.raises(
+                ConfigError,
+                match="the images have 512 x 512 pixels, there is a published rule only for 256 x 256 pixels: set side",
+            ):
                 jax.eval_shape(encoder.apply, encoder.init(), shape)
             continue
         patches, token = jax.eval_shape(encoder.apply, encoder.init(), shape)

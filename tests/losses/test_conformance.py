@@ -89,7 +89,7 @@ def forward(features) -> Forward:
     t = jnp.linspace(0.05, 0.95, BATCH)
     x_t = (1 - t)[:, None, None, None] * x + t[:, None, None, None] * noise
     y = batch()["y"]
-    rerun = Partial(flow_matching.along(paths.make("linear")), x, noise, y)
+    rerun = Partial(flow_matching.bound(flow_matching.run_at, paths.make("linear")), x, noise, y)
     return Forward(jnp.ones(BATCH), x, noise, t, x_t, y, features, metrics={}, rerun=rerun)
 
 

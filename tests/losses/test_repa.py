@@ -8,8 +8,8 @@ import pytest
 from diversedit_jax import losses
 from diversedit_jax.api import Context
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.losses import _projector as projector
 from diversedit_jax.losses import repa
+from diversedit_jax.losses._shared import head, init_head
 from tests.losses.test_conformance import BATCH, TOKENS, WIDTH, batch, features, forward
 
 K = batch()["features/dinov2"].shape[-1]
@@ -34,8 +34,8 @@ def test_the_projector_is_three_layers_born_as_xavier_has_it():
 
 
 def test_a_head_in_half_precision_is_near_the_one_in_full():
-    params, x = projector.init(jax.random.key(0), (24, 48, 24)), features()[1]
-    full, half = projector.apply(params, x), projector.apply(params, x, jnp.bfloat16)
+    params, x = init_head(jax.random.key(0), (24, 48, 24)), features()[1]
+    full, half = head(params, x), head(params, x, jnp.bfloat16)
     assert half.dtype == jnp.float32
     assert 0 < jnp.abs(half - full).max() < 0.05 * jnp.abs(full).max()
 
@@ -117,7 +117,7 @@ def test_only_its_block_is_read():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"decay_steps": 5}, "decay_steps = 5 end at `until`, which is not set"),
+        ({"decay_steps": 5}, "decay_steps = 5 needs `until`, which is not set"),
         ({"warmup_steps": -1}, "warmup_steps = -1: must be at least 0"),
         ({"width": 0}, "width = 0: must be at least 1"),
     ],

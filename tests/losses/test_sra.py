@@ -14,8 +14,8 @@ from diversedit_jax import losses, models, objectives
 from diversedit_jax.api import Codec, Conditions, Context, Space
 from diversedit_jax.diffusion import paths
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.losses import _projector as projector
 from diversedit_jax.losses import sra
+from diversedit_jax.losses._shared import head
 from diversedit_jax.objectives.flow_matching import regress
 from diversedit_jax.training.step import Components, initializer, train_step
 from tests import reference
@@ -35,7 +35,7 @@ def compared():
     space = Space(shape, Conditions.labels(config["num_classes"]))
     model = models.make("dit", space, {}, (block, teacher_block), patch=config["patch_size"], **dims)
     student, ema = (reference.released(name, "sit", config["num_heads"]) for name in ("sra_student", "sra_teacher"))
-    head = {
+    released = {
         f"fc{i}": {
             "kernel": jnp.asarray(arrays[f"ap_head.linear{i}.weight"].T),
             "bias": jnp.asarray(arrays[f"ap_head.linear{i}.bias"]),
@@ -48,7 +48,7 @@ def compared():
     np.testing.assert_allclose(whole.loss, gold["denoising_loss"], rtol=1e-5)
     t = jnp.clip(gold["t"] - gold["t_max"] * gold["offset_u"], 0, 1).astype(jnp.float32)
     _, seen = whole.rerun(model.network(ema), t)
-    return projector.apply(head, whole.features[block]), seen[teacher_block], gold
+    return head(released, whole.features[block]), seen[teacher_block], gold
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -103,7 +103,8 @@ def test_the_weight_falls_tenfold_in_a_thousand_epochs_after_the_149th():
 
 def test_the_head_has_the_published_number_of_parameters():
     for d, millions in ((768, 2.36), (1024, 4.20), (1152, 5.31)):
-        shapes = jax.eval_shape(partial(sra.init_head, d=d), jax.random.key(0))
+        whole = forward([jax.ShapeDtypeStruct((2, 4, d), jnp.float32)] * 9)
+        shapes = jax.eval_shape(lambda key, whole=whole: losses.make("sra").init(key, whole, {}), jax.random.key(0))
         assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e6 == pytest.approx(millions, abs=0.01)
 
 
@@ -140,7 +141,7 @@ def test_the_teacher_is_asked_at_the_earlier_times():
     assert (t <= whole.t).all()
     assert len(np.unique(whole.t - t)) > 2, "not a draw for each example"
     assert metrics["lag"] == pytest.approx(float((whole.t - t).mean()), rel=1e-5)
-    student, (_, seen) = projector.apply(params, whole.features[3]), whole.rerun(teacher, t)
+    student, (_, seen) = head(params, whole.features[3]), whole.rerun(teacher, t)
     assert value == pytest.approx(0.2 * float(sra.mean_distance(student, seen[8]).mean()), rel=1e-5)
 
 

@@ -55,8 +55,8 @@ def test_probabilities_are_the_softmax_also_of_large_logits():
         (np.full(4, 0.25), 5, r"given shape \(4,\)"),
         (np.full((3, 4), np.nan), 5, "12 of 12 values of probabilities are not finite"),
         (np.diag([1, 1.01, 0.9]), 5, "2 of 3 rows of probabilities do not sum to 1: row 1 to 1.01"),
-        (np.array([[1.5, -0.5]]), 5, "negative, given -0.5"),
-        (np.eye(2), 0, "split must be at least 1, given 0"),
+        (np.array([[1.5, -0.5]]), 5, "the smallest probability = -0.5: must be at least 0"),
+        (np.eye(2), 0, "split = 0: must be at least 1"),
     ],
 )
 def test_what_is_no_distribution_is_an_error(given, split, said):

@@ -100,7 +100,7 @@ def test_off_diagonal_mean_leaves_the_diagonal_out():
 
 
 def test_too_few_examples_are_an_error():
-    with pytest.raises(ValueError, match="at least 4 examples, given 3"):
+    with pytest.raises(ValueError, match="examples of the unbiased estimator of HSIC = 3: must be at least 4"):
         cka([rows(0, 3), rows(1, 3)], hsic=hsic_unbiased)
 
 
@@ -141,7 +141,7 @@ def test_cknna_of_all_neighbours_is_unbiased_cka():
     np.testing.assert_allclose(
         cknna(far_from_alike(), nearest=39), cka(far_from_alike(), hsic=hsic_unbiased), rtol=1e-4, atol=1e-5
     )
-    with pytest.raises(ValueError, match=r"2 <= nearest <= n - 1 neighbours, given nearest = 40, n = 40"):
+    with pytest.raises(ValueError, match="nearest neighbours of 40 examples = 40: must be at least 2 and at most 39"):
         cknna(far_from_alike(), nearest=40)
 
 
@@ -213,5 +213,5 @@ def test_scores_of_diversity_by_hand():
         }
     )
     assert found["all"] == pytest.approx(1 - float(off_diagonal_mean(similar)))
-    with pytest.raises(ValueError, match="at least 2 are needed, given 1"):
+    with pytest.raises(ValueError, match="number of blocks = 1: must be at least 2"):
         diversity(jnp.ones((1, 1)))

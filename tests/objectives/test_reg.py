@@ -40,9 +40,9 @@ def batch():
     return {"x": normal(0, BATCH, *SHAPE), "y": jnp.arange(BATCH) % CLASSES, "token/dinov2": normal(1, BATCH, K)}
 
 
-def make(cuts=(), inputs=None, **options) -> Model:
+def make(read_blocks=(), inputs=None, **options) -> Model:
     given = {"depth": 4, "width": 16, "heads": 2, "mlp_ratio": 2.0} | options
-    return models.make("dit", SPACE, {"token": (K,)} if inputs is None else inputs, cuts, **given)
+    return models.make("dit", SPACE, {"token": (K,)} if inputs is None else inputs, read_blocks, **given)
 
 
 def trained(model: Model):
@@ -316,7 +316,9 @@ def test_what_is_missing_or_wrong_is_said():
         objectives.make("reg", width=7).apply(echo, batch(), CONTEXT)
     x, t, y, token = inputs()
     short = lambda *inputs, token: ((inputs[0][..., :1], token), ())  # noqa: E731
-    with pytest.raises(ConfigError, match=r"predicts \(4, 4, 1\) and a token \(3,\), REG needs \(4, 4, 2\) and \(3,\)"):
+    with pytest.raises(
+        ConfigError, match=r"predicts \(4, 4, 1\) and a token \(3,\), but REG needs \(4, 4, 2\) and \(3,\)"
+    ):
         reg.regress(short, LINEAR, x, x, token, token, t, y)
     for options in ({"condition_drop": 1.5}, {"token_weight": -1.0}, {"width": 0}):
         ((name, value),) = options.items()

@@ -152,12 +152,12 @@ def test_discrete_diffusions_are_sampled(solver, learn_sigma):
         (Flow(), {"solver": "dopri5", "rtol": 0.0}, r"rtol = 0.0: must be more than 0"),
         (Flow(prediction="x"), {}, r"prediction = 'x' is unknown"),
         (DIFFUSION, {"solver": "ddim", "eta": 2.0}, r"eta = 2.0: must be at least 0 and at most 1"),
-        (DIFFUSION, {"solver": "ddpm", "steps": 1001}, r"a section of 1000 steps cannot keep 1001"),
-        (None, {}, r"the objective does not say how to sample from its network"),
+        (DIFFUSION, {"solver": "ddpm", "steps": 1001}, r"steps = 1001: must be at least 1 and at most 1000"),
+        (None, {}, r"Objective.predicts = None, known: Flow, .* set config.samples.num=0"),
         (
             "velocity",
             {},
-            r"the sampler does not know str \(Objective.predicts\); known: Flow, AverageVelocity, Diffusion",
+            r"Objective.predicts = 'velocity', known: Flow, AverageVelocity, Diffusion",
         ),
     ],
 )

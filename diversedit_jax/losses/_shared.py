@@ -1,0 +1,46 @@
+"""What several losses share: heads (linear layers with SiLU between them), unit vectors, groups of a batch."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from diversedit_jax.api import Params
+
+EPS = 1e-12  # the smallest length that is divided by, torch's default
+xavier = jax.nn.initializers.xavier_uniform()
+
+
+def init_head(key: PRNGKeyArray, widths: Sequence[int]) -> Params:
+    """Parameters of the layers widths[0] -> widths[1] -> ...: kernels [in, out], Xavier-uniform, and biases, zero."""
+    sizes = list(pairwise(widths))
+    return {
+        f"fc{i}": {"kernel": xavier(layer_key, size), "bias": jnp.zeros(size[1])}
+        for i, (layer_key, size) in enumerate(zip(jax.random.split(key, len(sizes)), sizes, strict=True), 1)
+    }
+
+
+def head(params: Params, x: Float[Array, "*b d"], dtype: DTypeLike = jnp.float32) -> Float[Array, "*b k"]:
+    """The output of the layers in float32. Matmuls are in `dtype`."""
+    for i in range(1, len(params) + 1):
+        layer = params[f"fc{i}"]
+        x = jax.nn.silu(x) if i > 1 else x
+        x = x.astype(dtype) @ layer["kernel"].astype(dtype) + layer["bias"].astype(dtype)
+    return x.astype(jnp.float32)
+
+
+def unit(x: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
+    """The vectors along an axis at length 1, in at least float32. A zero vector stays zero and gets no gradient."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    squares = jnp.sum(x * x, axis=axis, keepdims=True)
+    return x * jnp.where(squares > EPS**2, jax.lax.rsqrt(jnp.maximum(squares, EPS**2)), 0)
+
+
+def in_groups(x: Float[Array, "b ..."], groups: int) -> Float[Array, "g b_g ..."]:
+    """A batch as `groups` equal parts, in their order."""
+    if groups < 1 or len(x) % groups:
+        raise ValueError(f"groups = {groups} must divide the batch of {len(x)}")
+    return x.reshape(groups, -1, *x.shape[1:])
