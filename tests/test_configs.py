@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
 
 from configs import default
 from diversedit_jax import config as configs
@@ -80,15 +81,19 @@ def test_one_step_traces_at_full_size(name, latents):
         encoder.update({"name": "dinov2", "file": str(DATA / "dinov2.safetensors"), "heads": 4})
     if "vae" in config.codec:
         config.codec.vae = None  # decoding has tests of its own
-    if "width" in config.objective:
-        config.objective.width = 48  # of that small one
     dataset = build.open_data(config)
     assert dataset.space.shape[0] == side
     parts = build.build(config, dataset.space).components
-    count = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(parts.model.init, jax.random.key(0))))
     wanted = MILLIONS.get(name.removesuffix(",256").replace("512", "256").removesuffix(",256"))
     if wanted is not None:
+        bare = configs.copied(config)
+        bare.encoders, bare.losses = ConfigDict(), ConfigDict()
+        init = build.build(bare, build.open_data(config).space).components.model.init
+        count = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))))
         assert count / 1e6 == pytest.approx(wanted, abs=0.01)
+    if "width" in config.objective:
+        config.objective.width = 48  # of the class token of that small DINOv2
+        parts = build.build(config, dataset.space).components
     loader = pipeline.batches(dataset, config.batch_size, seed=config.seed, num_threads=0)
     batch = jax.tree.map(jnp.asarray, next(loader))
     loader.close()

@@ -78,7 +78,7 @@ def test_the_run_is_evaluated_and_analyzed(run, tmp_path):
     settings = analyze.Settings(analyze.Estimator(), num=32, batch=16)
     analyze.run([trained.of_run(run[0], encoders=True)], tmp_path / "analysis", settings, times=(0.5,), at=("last",))
     report = (tmp_path / "analysis" / "report.html").read_text()
-    assert "these data have other conditions" in report
+    assert "the conditions of these data are not labels" in report
     assert "gradients" in report
 
 

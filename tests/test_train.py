@@ -224,7 +224,7 @@ def test_data_of_any_number_of_classes_train_and_are_sampled(num_classes, tmp_pa
         with pytest.raises(ConfigError, match=r"cfg_scale = 2.0: must be 1, because the data have no classes"):
             sample.run(source_of(tmp_path, cfg_scale=2.0))
         config.sampler.cfg_scale = 1.5
-        with pytest.raises(ConfigError, match=r"cfg_scale = 1.5: must be 1, the data have no classes"):
+        with pytest.raises(ConfigError, match=r"cfg_scale = 1.5: must be 1, because the data have no classes"):
             train.run(config, tmp_path / "guided")
 
 
