@@ -1,4 +1,4 @@
-"""Evaluation as its user sees it: scores with all that moves them, the same after a kill, and clear refusals."""
+"""Evaluation as its user sees it: its scores, the same after a kill, and its refusals."""
 
 import csv
 import json

@@ -149,7 +149,7 @@ def test_stopped_and_resumed_equals_straight_to_the_bit(straight, tmp_path, capf
 
 
 def test_the_best_checkpoints_are_kept(tmp_path, capsys):
-    """Values 3, 1, 2 at steps 2, 4, 6, of which the newest step stays anyhow."""
+    """Values 3, 1, 2 at steps 2, 4, 6. The newest step is always kept."""
     config = tiny(checkpoint__every=0)
     config.checkpoint.update({"keep": 1, "keep_every": 0, "best": 1, "metric": "rated/value"})
     config.evaluators.rated = slot("evaluators", "tests.parts:rated", values=(3.0, 1.0, 2.0))
@@ -355,7 +355,7 @@ def test_a_workdir_that_another_run_holds_is_refused(tmp_path):
 
 
 class Sleeping(list):
-    """Examples, of which one takes the last process for ever."""
+    """Examples. One of them takes the last process for ever."""
 
     def __getitem__(self, index):
         if index == 3 and jax.process_index() == jax.process_count() - 1:

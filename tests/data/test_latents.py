@@ -18,7 +18,7 @@ SHAPE = (4, 6, 2)
 
 
 def moments(index: int) -> np.ndarray:
-    """Moments [2 h w 2c] of which every number tells its record and whether it is mirrored."""
+    """Moments [2 h w 2c]: every number says its record and whether it is mirrored."""
     return np.stack([np.full((4, 6, 4), index, np.float16), np.full((4, 6, 4), index + 100, np.float16)])
 
 

@@ -1,6 +1,6 @@
 """A project that sees the library from outside: its own data, codec, network, objective and loss, by config alone.
 
-Examples are 8 x 8 grey images. A condition is a set of vectors, `context` [3 2], of which `mask` [3] says which count.
+Examples are 8 x 8 grey images. A condition is a set of vectors, `context` [3 2]; `mask` [3] says which of them count.
 Their sum v decides the mean of an image; around it every pixel is normal. In the network's space, 4 x 4 x 4, that is
 
     x ~ N(sum_j v_j PATTERN_j, DEVIATION^2),

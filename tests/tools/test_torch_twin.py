@@ -29,7 +29,7 @@ KEY = jax.random.key(0)
 
 
 def config_of(skip: str = "release", diversity: bool = True, **model):
-    """A small network, and an optimizer of which every option matters in two steps."""
+    """A small network, and an optimizer whose options all matter in two steps."""
     config = default.get_config()
     config.batch_size = BATCH
     config.mesh.data, config.mesh.fsdp = 1, -1

@@ -130,8 +130,8 @@ def compared(
                 arrays = {key: np.asarray(values) for key, values in batch(run).items()}
                 job = job_of(run.experiment, run.params(), arrays, kind, device=device, threads=os.cpu_count())
                 twin = stack.enter_context(Twin(job))
-                facts = twin.facts | {"batch_size": len(arrays["y"])}
-                facts |= {"first_s": time.perf_counter() - begin} if kind == "sample" else {}
+                facts = twin.facts | ({"first_s": time.perf_counter() - begin} if kind == "sample" else {})
+                facts["batch_size"] = len(arrays["y"])
                 if not facts["compile"]:
                     say(f"torch.compile does not work here: {facts['why_not']}")
                 theirs = f"PyTorch {facts['torch']}, {'compiled' if facts['compile'] else 'eager'}"
