@@ -88,10 +88,8 @@ def build(config: ConfigDict, space: Space, devices: Sequence[jax.Device] | None
             f"{parts}; nearest: {nearest}"
         )
     options = configs.keywords(config.optim, "config.optim", optimizer.make)
-    groups = {
-        label: configs.keywords(group, f"config.groups.{label}", optimizer.make)
-        for label, group in config.groups.items()
-    }
+    given = config.groups.items()
+    groups = {label: configs.keywords(group, f"config.groups.{label}", optimizer.make) for label, group in given}
     transform, rates = optimizer.grouped(config.total_steps, options, groups)
     components = components_of(config, space, layout, transform)
     return Experiment(config, space, layout.with_rules(components.model.rules), components, rates)
@@ -186,12 +184,10 @@ def best_by(config: ConfigDict) -> str | None:
     """The label of the evaluator whose metric chooses the best checkpoints, or None. ConfigError if it is missing."""
     if not in_range("config.checkpoint.best", config.checkpoint.best, 0):
         return None
-    metric, known = config.checkpoint.metric, ", ".join(config.evaluators) or "none"
-    label = (metric or "").partition("/")[0]
+    label = (config.checkpoint.metric or "").partition("/")[0]
     if label not in config.evaluators:
-        raise ConfigError(
-            f"config.checkpoint.metric = {metric!r}: must be LABEL/NAME of config.evaluators, known: {known}"
-        )
+        wanted = f"must be LABEL/NAME of config.evaluators, known: {', '.join(config.evaluators) or 'none'}"
+        raise ConfigError(f"config.checkpoint.metric = {config.checkpoint.metric!r}: {wanted}")
     return label
 
 
