@@ -784,7 +784,7 @@ def test_the_guide_names_what_there_is():
     text = (LAUNCH / "README.md").read_text()
     for script, command in re.findall(r"launch/(\w+\.sh) (\w+)", text):
         assert command in [name.split()[0] for name in COMMANDS[script]], f"{script} {command}"
-    for name in re.findall(r"\b(?:launch|tools|configs)/[\w/]+\.\w+", text):
+    for name in re.findall(r"(?<![\w/])(?:launch|tools|tests|configs)/[\w/]+\.\w+", text):
         assert (ROOT / name).exists(), name
     variables = set(re.findall(r"^([A-Z_]+)=", (LAUNCH / "env.example").read_text(), re.MULTILINE))
     others = {"LAUNCH_ENV", "JAX_LOCAL_DEVICE_IDS", "PERMISSION_DENIED"}
