@@ -41,6 +41,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 KINDS = ("folder", "tar", "zip", "tfds")
 MAX_PIXELS = 2**27  # of an image: a larger one could exhaust the memory. Pillow's own limit is higher, 1.8e8
 INDEX = "dataset.json"
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of compression in a zip
+DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, struct.error)  # a wrong checksum, wrong codes, an end too early
 Place = tuple[Path, int, int]  # a tar file, and offset and size of an image in it
 
 
@@ -284,12 +286,14 @@ class ZipReader:
                 with zipfile.ZipFile(self.path) as file:
                     self._directory.update(file.NameToInfo)
         info = self._directory[self.names[index]]
+        if info.compress_type not in METHODS:
+            raise DataError(f"{info.filename}: compressed by method {info.compress_type}: wanted none, or deflate")
         try:
             with open(self.path, "rb") as file:
                 file.seek(info.header_offset + 26)
                 file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)  # the name again, and extra fields
                 return zipfile.ZipExtFile(file, "r", info).read()
-        except (zipfile.BadZipFile, NotImplementedError, EOFError, struct.error, zlib.error) as error:
+        except DAMAGED as error:
             raise DataError(f"{info.filename}: damaged in the zip: {str(error) or 'truncated'}") from error
 
 

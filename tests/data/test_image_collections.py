@@ -368,3 +368,32 @@ def test_pixels_of_a_folder_are_a_data_set(tmp_path):
         dataset.source[3]
     plain = data.make("images", "train", data_dir=str(tmp_path), size=8, unconditional=True)
     assert (plain.space.conditions, plain.transform) == (Conditions.labels(0), None)
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut in the content", "cut in the header"])
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED], ids=["stored", "deflated"])
+def test_a_zip_that_is_damaged_while_it_is_read_is_named(method, damage, tmp_path):
+    """Its directory is read once, so later damage shows at a member."""
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w", method) as file:
+        file.writestr("a.png", encoded(picture(0)))
+        file.writestr("b.png", encoded(picture(1)))
+    images = image_collections.open_images(path)
+    assert images.read(0) == encoded(picture(0))
+    content = bytearray(path.read_bytes())
+    begin = content.index(b"PK\3\4", 1)  # of b.png
+    if damage == "changed":
+        content[begin + 60] ^= 0xFF
+    path.write_bytes(
+        content[: {"changed": None, "cut in the content": begin + 60, "cut in the header": begin + 20}[damage]]
+    )
+    with pytest.raises(DataError, match=r"b.png: damaged in the zip: \w+"):
+        images.read(1)
+
+
+def test_a_zip_is_stored_or_deflated(tmp_path):
+    with zipfile.ZipFile(tmp_path / "set.zip", "w", zipfile.ZIP_BZIP2) as file:
+        file.writestr("a.png", encoded(picture(0)))
+    images = image_collections.open_images(tmp_path / "set.zip")
+    with pytest.raises(DataError, match=r"a.png: compressed by method 12: wanted none, or deflate"):
+        images.read(0)
