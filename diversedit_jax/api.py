@@ -52,7 +52,7 @@ class Skips(NamedTuple):
 
     pairs: (from_block, to_block), counted from 1.
     norms: params -> ([m], [m]): the norms of the weights on the current stream, and of the weights on the skip.
-    cut:   (params, keep [m]) -> params with which connection i passes keep[i] times its skip.
+    cut:   (params, keep [m]) -> params. Connection i then passes keep[i] times its skip.
     """
 
     pairs: tuple[tuple[int, int], ...]

@@ -270,8 +270,9 @@ class DiT(nnx.Module):
             h, outputs, _ = run(plain, h, (part(self.deep, 0, alone),), half)
             features += outputs
         if self.skip:
-            layers, separate = (part(self.deep, alone), self.merges, skips), (self.skip.merge, self.capture)
-            h, outputs, _ = run(merged, h, layers, half + alone, separate=separate == ("post", "block"))
+            layers = (part(self.deep, alone), self.merges, skips)
+            separate = self.skip.merge == "post" and self.capture == "block"
+            h, outputs, _ = run(merged, h, layers, half + alone, separate)
             features += outputs
         return self._output(h, c), tuple(features)
 
