@@ -42,7 +42,7 @@ def test_an_old_run_resumes_to_the_same_metrics(kind, folder):
     found, wanted = metrics(folder / "run" / "metrics.jsonl"), metrics(folder / "whole.jsonl")
     assert {5, 6, 7, 8} <= set(wanted)
     for step in (5, 6, 7, 8):
-        assert found[step] == pytest.approx(wanted[step], rel=1e-3, abs=1e-6), step
+        assert found[step] == pytest.approx(wanted[step], rel=1e-4, abs=1e-6), "float32, summed in another order"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -62,11 +62,11 @@ def test_an_old_run_gets_the_same_scores_and_analysis(kind, folder):
     judges = evaluate.judges_of((), (), str(run), few=True)
     ((_, scores),) = evaluate.run(judges, [{}], lambda point: images, folder / "scores")
     wanted = json.loads((folder / "scores.json").read_text())["scores"]
-    assert scores == pytest.approx(wanted, rel=0.02, abs=0.02)
+    assert scores == pytest.approx(wanted, rel=1e-3, abs=1e-3), "1 of 1,797 digits may have another neighbour"
 
     settings = analyze.Settings(num=32, batch=16)
     analyze.run([trained.of_run(run, encoders=True)], folder / "analysis", settings, times=(0.5,), at=("last",))
     with (folder / "analysis" / "blocks.csv").open() as found, (folder / "blocks.csv").open() as wanted:
         for one, other in zip(csv.DictReader(found), csv.DictReader(wanted), strict=True):
             assert (one["block"], one["other"]) == (other["block"], other["other"])
-            assert float(one["similarity"]) == pytest.approx(float(other["similarity"]), rel=1e-3)
+            assert float(one["similarity"]) == pytest.approx(float(other["similarity"]), rel=1e-5)
