@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +61,13 @@ def test_meshes(sizes, shape):
 def test_meshes_that_cannot_be(sizes, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         sharding.make(**sizes)
+
+
+def test_only_data_spans_slices():
+    devices = [mock.Mock(spec=jax.Device, platform="tpu", slice_index=index // 4) for index in range(8)]
+    message = "config.mesh.data = 1 must be a multiple of the 2 slices; fsdp and tensor cannot span slices"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        sharding.make(fsdp=8, data=1, devices=devices)
 
 
 def spec(name: str, shape: tuple[int, ...], layout: sharding.Layout) -> PartitionSpec:
