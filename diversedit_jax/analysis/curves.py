@@ -108,6 +108,7 @@ def channels(folder: Path, studies: Sequence[Study]) -> ReportFigure:
                 axes.plot(np.arange(1, len(row) + 1), 100 * row, color=colour)
             axes.axhline(100 / usage.shape[1], color="0.5", linewidth=0.8, linestyle=":")
             axes.set(title=label, xlabel="channel, by its share", yscale="log")
+            axes.xaxis.get_major_locator().set_params(integer=True)
             axes.yaxis.set_major_formatter("{x:g}")
             axes.grid(alpha=0.25, linewidth=0.5)
         grid[0].set_ylabel("share of variance, %")
@@ -135,8 +136,7 @@ def block_lines(axes: Axes, groups: Mapping[str, Sequence[Any]], field: str, fac
     """Draw `factor` times a field over the blocks, a line for each label."""
     values = {label: [factor * np.asarray(getattr(one, field)) for one in group] for label, group in groups.items()}
     lines(axes, {label: (range(1, len(seeds[0]) + 1), seeds) for label, seeds in values.items()})
-    axes.set_xlabel("block")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="block", xticks=drawing.block_ticks(max(len(seeds[0]) for seeds in values.values())))
 
 
 PER_BLOCK = {
