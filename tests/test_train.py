@@ -34,6 +34,7 @@ from diversedit_jax.weights import dit as releases
 from tests import ROOT
 from tests.data.test_latents import write
 from tests.runtime.test_metric_writer import events_of
+from tests.runtime.test_profiler import steps_in
 from tools.chaos.processes import AS_USER, Processes
 
 
@@ -108,10 +109,7 @@ def test_a_run_leaves_what_it_says(straight, capfd):
         parts = sum(record[f"loss/{term}"] for term in ("objective", "diversity"))
         assert record["loss/total"] == pytest.approx(parts, rel=1e-6)
     assert all(record["tflops_per_device"] > 0 for record in records(workdir) if "steps_per_sec" in record)
-    (file,) = workdir.glob("plugins/profile/*/*.xplane.pb")
-    planes = jax.profiler.ProfileData.from_file(str(file)).planes
-    events = [event for plane in planes for line in plane.lines for event in line.events]
-    assert {dict(event.stats)["step_num"] for event in events if event.name == "train"} == {4, 5}
+    assert steps_in(workdir) == {4, 5}
     train.run(config, workdir)
     out, err = capfd.readouterr()
     assert "nothing to do: the checkpoint is at step 6" in err
