@@ -54,6 +54,7 @@ def test_an_old_run_gives_the_same_samples(kind, folder):
     assert off.max() <= 1, "levels of 256; another machine may round another way"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["diversedit"])
 def test_an_old_run_gets_the_same_scores_and_analysis(kind, folder):
     run = folder / "run"

@@ -97,7 +97,9 @@ def test_an_objective_that_does_not_say_how_to_sample_is_never_sampled(tmp_path)
         trained.drawing(trained.of_run(tmp_path))
 
 
-@pytest.mark.parametrize("shape", [(4, 8, 8, 4), (4, 4, 4, 1)], ids=["video", "volume"])
+@pytest.mark.parametrize(
+    "shape", [(4, 8, 8, 4), pytest.param((4, 4, 4, 1), marks=pytest.mark.slow)], ids=["video", "volume"]
+)
 def test_videos_and_volumes_train_and_sample(shape, tmp_path):
     own = config.get_config()
     own.update({"total_steps": 20, "batch_size": 16})

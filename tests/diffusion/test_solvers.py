@@ -157,7 +157,7 @@ def gaussian_samples(solver, path, form, times, last="mean", count=40_000):
 
 SOLVERS = [solvers.euler_maruyama, solvers.sde_heun]
 EVERY = [(solver, form, path) for solver in SOLVERS for form in solvers.DIFFUSIONS for path in paths.PATHS]
-QUICK = {(SOLVERS[0], "sbdm", "linear"), (SOLVERS[1], "sigma", "linear")}
+QUICK = {(SOLVERS[1], "sigma", "linear")}  # euler_maruyama has quick tests below
 
 
 @pytest.mark.parametrize(

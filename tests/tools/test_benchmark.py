@@ -122,6 +122,7 @@ def _without_losses():
     return config
 
 
+@pytest.mark.slow
 def test_a_loss_reads_random_features_and_what_encoders_have_seen(monkeypatch):
     config = small(repa.get_config())
     config.losses.repa.block, config.encoders.dinov2.side = 1, 56  # 4 x 4 patches, as the latents have
@@ -189,6 +190,13 @@ def started(tmp_path, kind: str, *words: str):
 DIGITS = f"--config={ROOT}/configs/digits.py"
 
 
+def test_a_loss_is_timed(tmp_path):
+    (row,) = started(tmp_path, "loss", DIGITS, "--config.model.depth=2", "--config.batch_size=8")["rows"]
+    assert row["name"] == "digits: diversity"
+    assert row["s"]["median"] > 0
+
+
+@pytest.mark.slow
 def test_a_training_step_is_timed(tmp_path):
     words = ["--compare=model.remat=full", "--steps=1", "--config.model.depth=2", "--config.batch_size=8"]
     first, second = started(tmp_path, "train", DIGITS, *words)["rows"]
@@ -205,7 +213,6 @@ def test_the_other_kinds_run(tmp_path):
     words = ["--config.sampler.steps=4", "--config.sampler.batch_size=2"]
     (row,) = started(tmp_path, "sample", DIGITS, *words)["rows"]
     assert row["images_per_s"] == pytest.approx(2 / row["s"]["median"])
-    assert [row["name"] for row in started(tmp_path, "loss", DIGITS)["rows"]] == ["digits: diversity"]
     found = started(tmp_path, "data", f"--config={ROOT}/configs/diversedit.py:b2")
     assert found["rows"][0]["per_s"]["median"] / found["need_per_host"] == pytest.approx(found["rows"][0]["of_need"])
     assert started(tmp_path, "eval", "--batch_size=16")["features_per_s"] > 0

@@ -143,7 +143,7 @@ def on_one_device():
         pytest.param((2, 4, 1), False, marks=pytest.mark.slow),
         pytest.param((1, 8, 1), False, marks=pytest.mark.slow),
         ((2, 2, 2), False),
-        ((2, 2, 2), True),
+        pytest.param((2, 2, 2), True, marks=pytest.mark.slow),
         pytest.param((4, 1, 2), False, marks=pytest.mark.slow),
         pytest.param((1, 8, 1), True, marks=pytest.mark.slow),
     ],
