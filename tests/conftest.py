@@ -6,6 +6,8 @@ import shutil
 import tempfile
 from importlib.metadata import version
 
+from tools.chaos.processes import IN_ORDER
+
 # Before jax is imported, and for the processes that tests start: a machine with an accelerator runs the same tests.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -14,7 +16,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has what the process tha
     # form of fusions half of that. A flag that a jaxlib does not know would end the process.
     fast = ["--xla_backend_optimization_level=0"]
     fast += ["--xla_cpu_use_fusion_emitters=false"] if version("jaxlib").startswith("0.10.") else []
-    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *fast]).strip()
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *fast, IN_ORDER]).strip()
 
     # What one test has compiled, another need not: many start the same small run, some of them as a process.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="diversedit-xla-")

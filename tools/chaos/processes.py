@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+# The default schedule lets simulated devices begin collectives in different orders. On few cores they then wait for
+# each other until XLA ends the process.
+IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 # Without this right root cannot write to read-only directories, like every other user.
 AS_USER = ["setpriv", "--bounding-set=-dac_override"] if os.geteuid() == 0 else []
 
@@ -49,6 +52,7 @@ class Processes(contextlib.AbstractContextManager):
     ):
         place = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}", "--heartbeat=10"]
         self.files = [folder / f"process_{i}_{time.monotonic_ns()}.log" for i in range(count)]
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {IN_ORDER}".strip()
         self.running = []
         for i, file in enumerate(self.files):
             own = [*place, f"--process_id={i}"] if count > 1 else []
@@ -57,7 +61,7 @@ class Processes(contextlib.AbstractContextManager):
                 process = subprocess.Popen(
                     [*before, sys.executable, "-m", *arguments, *own],
                     cwd=ROOT,
-                    env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
+                    env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": flags},
                     stdout=out,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
