@@ -189,7 +189,7 @@ def test_a_run_of_dits_formulation_trains_and_samples():
     batch = jax.tree.map(jnp.asarray, next(loader))
     loader.close()
     key = jax.random.key(0)
-    with pytest.raises(ConfigError, match=r"set model\.out_channels"):
+    with pytest.raises(ConfigError, match=r"set config\.model\.out_channels"):
         jax.eval_shape(initializer(parts, batch), key)
     config.model.out_channels = 2 * dataset.space.shape[-1]
     experiment = build.build(config, dataset.space)
