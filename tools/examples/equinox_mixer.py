@@ -86,7 +86,7 @@ def main(steps: int = 200) -> dict[str, float]:
         for i in range(steps):
             rows = rng.integers(1400, size=64)
             model, opt, diversity = step(model, opt, images[rows], labels[rows], jnp.float32(weight), jax.random.key(i))
-        logits, _ = eqx.filter_jit(jax.vmap(model))(images[1400:])
+        logits, _ = eqx.filter_jit(eqx.filter_vmap(model))(images[1400:])
         accuracy = jnp.mean(jnp.argmax(logits, axis=1) == labels[1400:])
         results |= {f"{name} L_div": float(diversity), f"{name} accuracy": float(accuracy)}
     return results
