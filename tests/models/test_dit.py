@@ -268,11 +268,12 @@ def temporaries(skip: str, depth: int, read=None, read_blocks=(), **options) -> 
 
 def check_cut(skip: str, read: int, **options):
     """One feature costs itself and its cotangent, and the slices of the parameters (0.4), whatever the depth."""
-    depth = 12
+    depth = 24
     plain = temporaries(skip, depth, **options)
     cut = temporaries(skip, depth, read, (read,), **options) - plain
     whole = temporaries(skip, depth, read, **options) - plain
-    assert whole > 5, f"without a cut block {read} costs {whole:.2f} features: the test no longer sees the stack of 6"
+    # The stack is half the depth. XLA's order of operations moves each number by up to one feature.
+    assert whole > 10, f"without a cut block {read} costs {whole:.2f} features: the test no longer sees the stack of 12"
     assert cut < 2.75, f"cut there, block {read} costs {cut:.2f} features more than reading none"
 
 
@@ -281,7 +282,7 @@ def test_reading_one_block_does_not_keep_the_stack():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("read", [3, 8])
+@pytest.mark.parametrize("read", [3, 16])
 def test_nor_does_reading_it_before_its_merge(read):
     check_cut("release", read, remat="full", capture="block")
 
@@ -289,7 +290,7 @@ def test_nor_does_reading_it_before_its_merge(read):
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["named", "full"])
 @pytest.mark.parametrize("skip", SKIPS)
-@pytest.mark.parametrize("read", [2, 4, 8])
+@pytest.mark.parametrize("read", [2, 8, 16])
 def test_reading_one_block_does_not_keep_the_stack_in_any_form(skip, read, remat):
     check_cut(skip, read, remat=remat)
 
