@@ -42,7 +42,7 @@ def test_an_old_run_resumes_to_the_same_metrics(kind, folder):
     found, wanted = metrics(folder / "run" / "metrics.jsonl"), metrics(folder / "whole.jsonl")
     assert {5, 6, 7, 8} <= set(wanted)
     for step in (5, 6, 7, 8):
-        assert found[step] == pytest.approx(wanted[step], rel=1e-4, abs=1e-6), "float32, summed in another order"
+        assert found[step] == pytest.approx(wanted[step], rel=1e-4, abs=1e-6), f"step {step}, in float32"
 
 
 @pytest.mark.parametrize("kind", KINDS)
