@@ -64,6 +64,11 @@ def test_order_of_convergence_on_a_gaussian_flow(path, solver, order):
     np.testing.assert_allclose(slopes, order, atol=0.1, err_msg=f"errors {errors}")
 
 
+def noise_of(shape):
+    """Noise of a whole batch by one key: for many small images a key for each takes far longer."""
+    return lambda i: jax.random.normal(jax.random.fold_in(jax.random.key(0), i), shape)
+
+
 @pytest.mark.parametrize(
     ("path", "scale"),
     [
@@ -75,12 +80,9 @@ def test_order_of_convergence_on_a_gaussian_flow(path, solver, order):
 def test_the_sde_keeps_the_marginal(path, scale):
     mean, std, count = 0.7, 0.4, 40_000
     curve = paths.make(path)
-    keys = jax.random.split(jax.random.key(0), count)
-    noise = solvers.normal_per_image(keys, (1, 1, 1))
-    start = jax.vmap(lambda key: jax.random.normal(key, (1, 1, 1)))(keys)
-    times = solvers.last_step_times(400, last=0.005)
+    times, noise = solvers.last_step_times(400, last=0.005), noise_of((count, 1, 1, 1))
     velocity = gaussian_velocity(mean, std, curve)
-    x = solvers.euler_maruyama(velocity, start, times, noise, curve, diffusion=lambda t: scale * curve.sigma(t))
+    x = solvers.euler_maruyama(velocity, noise(400), times, noise, curve, diffusion=lambda t: scale * curve.sigma(t))
     # four standard errors, and the bias of a first-order method at 400 steps
     assert abs(float(x.mean()) - mean) < 4 * std / count**0.5 + 2e-3
     assert abs(float(x.std()) - std) < 4 * std / (2 * count) ** 0.5 + 2e-3
@@ -148,11 +150,8 @@ def exact_velocity(path):
 def gaussian_samples(solver, path, form, times, last="mean", count=40_000):
     """Samples of N(0.7, 0.4^2) by a stochastic solver with the exact velocity."""
     curve = paths.make(path)
-    keys = jax.random.split(jax.random.key(0), count)
-    noise = solvers.normal_per_image(keys, (1, 1, 1))
-    start = jax.vmap(lambda key: jax.random.normal(key, (1, 1, 1)))(keys)
-    w = solvers.diffusion(form, curve)
-    return solver(exact_velocity(curve), start, times, noise, curve, w, last)
+    noise = noise_of((count, 1, 1, 1))
+    return solver(exact_velocity(curve), noise(len(times)), times, noise, curve, solvers.diffusion(form, curve), last)
 
 
 SOLVERS = [solvers.euler_maruyama, solvers.sde_heun]

@@ -23,6 +23,7 @@ from diversedit_jax.training.step import initializer, train_step
 from diversedit_jax.weights import dit as releases
 from diversedit_jax.weights.formats.weights_file import write_safetensors
 from tests import reference
+from tests.diffusion.test_solvers import noise_of
 from tests.training.test_step import assert_close, layout_of, parts
 from tools import convert_checkpoint
 
@@ -374,8 +375,7 @@ def test_the_sde_keeps_the_joint_marginal():
         return (v[:, :1, None, None], v[:, 1:]), ()
 
     count = 40_000
-    keys = jax.random.split(jax.random.key(0), count)
-    noise = solvers.normal_per_image(keys, (2,))
+    noise = noise_of((count, 2))
     velocity = guide(image_and_token.packed(network, (1, 1, 1)), jnp.zeros(count, int), np.int32(1))
     times = solvers.last_step_times(400, last=0.005)
     pairs = np.asarray(solvers.euler_maruyama(velocity, noise(400), times, noise))
