@@ -26,14 +26,10 @@ LOSS = {
 BOTH = {("ddpm", "sra"): {"num_timesteps": 1000}, ("reg", "repa"): {"class_token": True}}
 
 LOSSES, OBJECTIVES = registry.known("losses"), registry.known("objectives")
-DEFAULT = {"flow_matching": {"dispersive", "diversity"}}
 CHOICES = [chosen for n in range(4) for chosen in combinations(LOSSES, n)]
-
-
-def case(objective: str, chosen: tuple[str, ...]):
-    """By default one runs."""
-    marks = [] if set(chosen) == DEFAULT.get(objective) else [pytest.mark.slow]
-    return pytest.param(objective, chosen, marks=marks, id="-".join((objective, *chosen)))
+CASES = [
+    pytest.param(objective, chosen, id="-".join((objective, *chosen))) for objective in OBJECTIVES for chosen in CHOICES
+]
 
 
 def stored() -> dict[str, jax.Array]:
@@ -55,7 +51,8 @@ def run_of(objective: str, chosen: tuple[str, ...]) -> Components:
     return Components(model, codec, trained, made, transform, ema_decay=0.9, null=conditions.null)
 
 
-@pytest.mark.parametrize(("objective", "chosen"), [case(o, c) for o in OBJECTIVES for c in CHOICES])
+@pytest.mark.slow
+@pytest.mark.parametrize(("objective", "chosen"), CASES)
 def test_it_trains(objective, chosen):
     parts = run_of(objective, chosen)
     layout = sharding.make(data=2, fsdp=4).with_rules(parts.model.rules)

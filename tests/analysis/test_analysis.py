@@ -228,6 +228,7 @@ def test_the_network_cannot_tell_the_probe_the_label(ready, learned, shown):
 # --- Gradients, connections, maps.
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_the_objective_pulls_where_it_pulls(experiment, learned, shown):
     found = gradient_conflict.pulls(experiment, experiment.components.losses, learned, FROZEN, shown, step=10)
     assert found.keys() == {"diversity", "same", "against"}

@@ -190,6 +190,7 @@ def started(tmp_path, kind: str, *words: str):
 DIGITS = f"--config={ROOT}/configs/digits.py"
 
 
+@pytest.mark.slow
 def test_a_loss_is_timed(tmp_path):
     (row,) = started(tmp_path, "loss", DIGITS, "--config.model.depth=2", "--config.batch_size=8")["rows"]
     assert row["name"] == "digits: diversity"
