@@ -78,7 +78,8 @@ install() {
   fi
   echo "Installing into $venv (about a minute the first time)" >&2
   rm -f "$stamp"
-  "$python" -m pip install --disable-pip-version-check --progress-bar off "${pip_options[@]}" \
+  # Python compiles what it imports; to compile all that is installed takes half a minute.
+  "$python" -m pip install --no-compile --disable-pip-version-check --progress-bar off "${pip_options[@]}" \
     --editable "$root${extras:+[$extras]}" >"$log" 2>&1 || {
     tail -n 25 "$log" >&2
     echo "The installation into $venv failed; pip's last lines are above, all of them in $log" >&2
