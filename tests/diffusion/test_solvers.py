@@ -13,7 +13,9 @@ from tests import reference
 LINEAR = paths.make("linear")
 
 
-@pytest.mark.parametrize(("name", "skip"), [("plain", "none"), ("diversedit", "release")])
+@pytest.mark.parametrize(
+    ("name", "skip"), [pytest.param("plain", "none", marks=pytest.mark.slow), ("diversedit", "release")]
+)
 def test_samplers_equal_the_reference(name, skip):
     gold = reference.numbers(f"samplers_{name}")
     network = reference.model(skip).network(reference.params(f"sit_{name}"))
@@ -187,7 +189,9 @@ def test_sbdm_on_the_vp_path_is_the_reverse_of_its_diffusion():
     np.testing.assert_allclose(solvers.diffusion("sbdm", paths.make("vp"))(t), 0.1 + 19.9 * t, rtol=1e-5)
 
 
-@pytest.mark.parametrize("last", solvers.LAST_STEPS)
+@pytest.mark.parametrize(
+    "last", [pytest.param(last, marks=[] if last == "mean" else pytest.mark.slow) for last in solvers.LAST_STEPS]
+)
 def test_last_steps_end_at_the_data(last):
     times = solvers.sde_times(400, LINEAR, "velocity", "sigma", last, 0.04)
     x = gaussian_samples(solvers.euler_maruyama, "linear", "sigma", times, last)

@@ -96,7 +96,7 @@ def test_what_is_not_a_release_is_refused_in_one_line(tmp_path, kind, words):
     [
         ("sit_diversedit", {"solver": "heun"}),
         pytest.param("official_sit", {"cfg_scale": 4.0, "guidance_channels": 3}, marks=pytest.mark.slow),
-        ("official_dit", {}),
+        pytest.param("official_dit", {}, marks=pytest.mark.slow),
         ("meanflow", {}),
         pytest.param("meanflow", {"solver": "euler", "cfg_scale": 2.0}, marks=pytest.mark.slow),
     ],

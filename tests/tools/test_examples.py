@@ -11,7 +11,7 @@ FOLDER = ROOT / "tools" / "examples"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
 
 
-SLOW = {"equinox_mixer", "nnx_language_model"}
+SLOW = {"equinox_mixer", "linen_vit", "nnx_language_model"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else []) for n in NAMES])
