@@ -277,10 +277,6 @@ def check_cut(skip: str, read: int, **options):
     assert cut < 2.75, f"cut there, block {read} costs {cut:.2f} features more than reading none"
 
 
-def test_reading_one_block_does_not_keep_the_stack():
-    check_cut("release", 3, remat="full")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("read", [3, 16])
 def test_nor_does_reading_it_before_its_merge(read):
@@ -291,7 +287,7 @@ def test_nor_does_reading_it_before_its_merge(read):
 @pytest.mark.parametrize("remat", ["named", "full"])
 @pytest.mark.parametrize("skip", SKIPS)
 @pytest.mark.parametrize("read", [2, 8, 16])
-def test_reading_one_block_does_not_keep_the_stack_in_any_form(skip, read, remat):
+def test_reading_one_block_does_not_keep_the_stack(skip, read, remat):
     check_cut(skip, read, remat=remat)
 
 

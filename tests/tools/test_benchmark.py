@@ -95,6 +95,7 @@ def small(config):
     return config
 
 
+@pytest.mark.slow
 def test_weights_and_data_are_random_and_no_gradient_is_zero():
     """A benchmark of zeros measures another thing: adaLN-Zero starts with gates of zero."""
     run = random_run.make(_without_losses())
