@@ -339,7 +339,7 @@ def test_a_run_is_analysed_and_everything_lies_in_one_folder(opened, tmp_path, c
 
 
 @pytest.mark.slow
-def test_a_release_needs_no_training_state(tmp_path, monkeypatch):
+def test_a_release_needs_no_training_state(tmp_path):
     """The official SiT's layout, its weights random, on images of digits."""
     dims = {"depth": 2, "width": WIDTH, "heads": 2}
     model = models.make("official_sit", Space(SHAPE, Conditions.labels(10)), {}, **dims)
