@@ -85,7 +85,7 @@ def of_file(path: str | Path, num: int | None) -> Images:
     if count > found.count:
         raise ConfigError(f"--num={num}: {path} has {found.count} images")
     about = {"kind": "file", "name": Path(path).name, "of": found.count, "sha256": found.digest()}
-    return Images(count, found.shape, FILE_BATCH, found.read, None, about, f"{count} images of {path}")
+    return Images(count, found.shape, FILE_BATCH, found.read, None, about, f"{count} images of {found.path}")
 
 
 def of_source(source: Source, varied: Point, draw: Sampler, num: int, rule: str | None, seed: int) -> Images:

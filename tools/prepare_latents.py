@@ -61,7 +61,7 @@ class Options(NamedTuple):
     vae: str
     size: int = 256
     kind: str | None = None
-    split: str = "train"
+    split: str | None = None
     unconditional: bool = False
     image: str | None = None
     encoder: tuple[str, ...] = ()
@@ -88,8 +88,7 @@ def prepare(source: str | Path, out: str | Path, options: Options) -> None:
     chosen = cli.named_files("encoder", options.encoder, required=True)
     encode, shapes = encoder(release, chosen, options)
     plan = planned(images, release, chosen, shapes, options)
-    classes = f"{len(images.classes)} classes" if images.classes else "no classes"
-    print(f"{len(images)} images, {classes}: {source}")
+    print(images)
     for what, count in images.ignored.items():
         print(f"  ignored: {count} x {what}")
     if latent_shards.claim(folder, plan):
@@ -352,7 +351,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("vae", None, "Autoencoder: a folder as diffusers writes it, or a weight file.")
     flags.DEFINE_integer("size", 256, "Side of the crops, in pixels.")
     flags.DEFINE_enum("kind", None, list(image_collections.KINDS), "What IMAGES is; by default it is recognised.")
-    flags.DEFINE_string("split", "train", "Split of a tfds dataset, or a subfolder of this name.")
+    flags.DEFINE_string("split", None, "Split of a tfds dataset, or a subfolder of this name; by default train.")
     flags.DEFINE_bool("unconditional", False, "Do not read classes.")
     flags.DEFINE_enum("image", "none", ["none", "png", "jpeg"], "Also store the crops, for encoders (REPA, REG).")
     flags.DEFINE_multi_string(

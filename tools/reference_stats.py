@@ -43,26 +43,30 @@ AHEAD = 512  # crops decoded ahead
 
 
 class Images(NamedTuple):
-    """`count` images in the order of their collection, and a record of their origin."""
+    """`count` images in the order of their collection, which lies at `path`, and a record of their origin."""
 
+    path: Path
     count: int
     stream: Iterator[np.ndarray]
     about: dict[str, Any]
 
 
-def collection(path: str | Path, size: int, num: int | None, kind: str | None, split: str, threads: int) -> Images:
+def collection(
+    path: str | Path, size: int, num: int | None, kind: str | None, split: str | None, threads: int
+) -> Images:
     """The crops of `num` images at `path`, evenly spread over their order; None: of all."""
     path = local_path("images", path)
     if path.suffix in (".npz", ".npy"):
         found = image_files.open_samples(path)
         numbers = chosen(found.count, num)
         about = {"name": path.name, "crop": None, "size": list(found.shape[:2]), "of": found.count}
-        return Images(len(numbers), (found.read(int(number), 1)[0] for number in numbers), about)
+        return Images(found.path, len(numbers), (found.read(int(number), 1)[0] for number in numbers), about)
     opened = image_collections.open_images(path, kind, split, unconditional=True)
     numbers = chosen(len(opened), num)
+    split = split or "train" if opened.kind == "tfds" else split
     about = {"name": path.name, "kind": opened.kind, "split": split, "crop": "adm", "size": [size, size]}
     about |= {"of": len(opened), "ignored": dict(opened.ignored)}
-    return Images(len(numbers), _decoded(opened, numbers, size, threads), about)
+    return Images(opened.path, len(numbers), _decoded(opened, numbers, size, threads), about)
 
 
 def chosen(count: int, num: int | None) -> np.ndarray:
@@ -129,7 +133,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("features", 10_000, "Number of images whose features are kept.")
     flags.DEFINE_integer("images", 0, "Number of images to store too.")
     flags.DEFINE_enum("kind", None, list(image_collections.KINDS), "What IMAGES is; by default it is recognised.")
-    flags.DEFINE_string("split", "train", "Split of a tfds dataset, or a subfolder of this name.")
+    flags.DEFINE_string("split", None, "Split of a tfds dataset, or a subfolder of this name; by default train.")
     flags.DEFINE_integer("batch_size", 256, "Images at a time, over all devices.")
     flags.DEFINE_integer("threads", 0, "Threads that decode and crop; 0: two for each core.")
 
@@ -151,7 +155,7 @@ if __name__ == "__main__":
         networks = [extractors.make(name, **options) for name, options in named.items()]
         images = collection(arguments[0], given.size, given.num, given.kind, given.split, given.threads)
         ignored = "".join(f", ignored {count} x {what}" for what, count in images.about.get("ignored", {}).items())
-        print(f"{images.count} images of {arguments[0]}{ignored}", flush=True)
+        print(f"{images.count} images of {images.path}{ignored}", flush=True)
         arrays = compute(images, networks, given.batch_size, given.features, given.images)
         about = images.about | {"count": images.count, "tool": f"diversedit_jax {__version__}"}
         about["extractors"] = {one.name: dict(one.about) for one in networks}

@@ -168,7 +168,7 @@ def npy_files(name: str, path: Path) -> NpyReader:
         names = labels or [file.relative_to(path).as_posix() for file in path.rglob("*.npy")]
     elif path.is_file():
         names, labels = image_collections.zip_index(path)
-        if INDEX not in names:
+        if labels is None:
             raise missing
         names = labels or names
     else:

@@ -5,15 +5,19 @@
     tar      WebDataset: a .tar file, or a folder of them. KEY.jpg (.jpeg, .png, .webp) beside KEY.cls, a label in
              digits, or KEY.json with `label`.
     zip      Images, and dataset.json for their classes: {"labels": [[name, label], ...]}, as EDM2 and REPA pack them.
+             Without it, class folders. All may lie in one folder of the zip.
     tfds     A data set in array_record files with features `image` and `label`, such as imagenet2012. Opening it reads
              every record once for names and labels: minutes for ImageNet.
 
+A folder of splits holds folders named train, val, test or the like, and no others. Its `train` is then the collection.
 Images are sorted by name. Bytes of a name that are not UTF-8 become backslashes. Without labels there are no classes.
 """
 
 import io
 import json
+import math
 import os
+import re
 import struct
 import tarfile
 import threading
@@ -41,6 +45,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 KINDS = ("folder", "tar", "zip", "tfds")
 MAX_PIXELS = 2**27  # of an image: a larger one could exhaust the memory. Pillow's own limit is higher, 1.8e8
 INDEX = "dataset.json"
+SPLIT = re.compile(r"(train|training|val|valid|validation|dev|eval|test|testing)[-_]?\d*", re.IGNORECASE)
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of compression in a zip
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, struct.error)  # a wrong checksum, wrong codes, an end too early
 Place = tuple[Path, int, int]  # a tar file, and offset and size of an image in it
@@ -50,11 +55,13 @@ Place = tuple[Path, int, int]  # a tar file, and offset and size of an image in 
 class ImageFiles:
     """A collection. Many threads may read it, and it can be sent to other processes.
 
-    keys: unique names of the images. labels: int32 [n], all 0 without classes. classes: their names, or ().
+    path: where it lies, with the split if that is a folder. keys: unique names of the images.
+    labels: int32 [n], all 0 without classes. classes: their names, or ().
     read: index -> the encoded image. ignored: kind of other file -> how many there are.
     """
 
     kind: str
+    path: Path
     keys: Sequence[str]
     labels: np.ndarray
     classes: tuple[str, ...]
@@ -64,23 +71,31 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def __str__(self) -> str:
+        classes = {0: "no classes", 1: "1 class"}.get(len(self.classes), f"{len(self.classes)} classes")
+        return f"{len(self)} images, {classes}: {self.path}"
+
 
 def open_images(
-    path: str | Path, kind: str | None = None, split: str = "train", unconditional: bool = False
+    path: str | Path, kind: str | None = None, split: str | None = None, unconditional: bool = False
 ) -> ImageFiles:
     """Open the collection at `path`. DataError, in one line, if there is none.
 
     kind: one of KINDS; None: what lies at `path` decides. unconditional: do not read labels.
-    split: of a tfds data set; for other kinds a subfolder of this name, if there is one.
+    split: of a tfds data set, or a subfolder of this name. None: `train`, where `path` has splits.
     """
     path = local_path("images", path)
     if kind is not None:
         one_of("images: kind", kind, KINDS)
     if not path.exists():
         raise DataError(f"images: {path} does not exist")
-    path = path / split if (path / split).is_dir() else path
     kind = kind or _kind(path)
-    open_kind = {"folder": _folder, "tar": _tars, "zip": _zip, "tfds": partial(_tfds, split=split)}[kind]
+    if kind == "tfds":
+        open_kind = partial(_tfds, split=split or "train")
+    else:
+        path = _split(path, split)
+        kind = _kind(path) if kind == "folder" else kind  # a split may hold tar files
+        open_kind = {"folder": _folder, "tar": _tars, "zip": _zip}[kind]
     images = open_kind(path, labelled=not unconditional)
     if not images.keys:
         others = "; ".join(f"{count} x {name}" for name, count in images.ignored.items()) or "nothing else"
@@ -100,6 +115,22 @@ def _kind(path: Path) -> str:
     if (path / "dataset_info.json").is_file():
         return "tfds"
     return "tar" if any(path.glob("*.tar")) else "folder"
+
+
+def _split(path: Path, split: str | None) -> Path:
+    """The folder of a split: `path` itself if it has no splits and none is asked for."""
+    below = []
+    if path.is_dir():
+        below = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not _is_hidden(entry.name))
+    if split in below:
+        return path / split
+    if split is not None:
+        raise DataError(f"images: {path} has no split {split!r}; its folders: {', '.join(below) or 'none'}")
+    if not below or not all(map(SPLIT.fullmatch, below)):
+        return path
+    if "train" not in below:
+        raise DataError(f"images: {path} has folders that look like splits, and none named train: {', '.join(below)}")
+    return path / "train"
 
 
 def _is_hidden(name: str) -> bool:
@@ -124,7 +155,7 @@ def _numbered(
     if numbers.min(initial=0) < 0:
         raise DataError(f"images: {keys[numbers.argmin()]} in {path} has the label {numbers.min()}, wanted 0 or more")
     classes = tuple(map(str, range(numbers.max() + 1))) if labels and len(keys) else ()
-    return ImageFiles(kind, keys, numbers, classes, read, ignored)
+    return ImageFiles(kind, path, keys, numbers, classes, read, ignored)
 
 
 def _folder(path: Path, labelled: bool) -> ImageFiles:
@@ -135,14 +166,23 @@ def _folder(path: Path, labelled: bool) -> ImageFiles:
     if listed is not None:
         ignored["*.json"] -= 1 if labelled else 0  # the index itself is used
         return _numbered("folder", path, keys, listed, read, +ignored)
-    tops = [key.partition("/")[0] if "/" in key else "" for key in keys]
+    if labelled and (deeper := sorted(path.glob(f"*/{INDEX}"))):
+        raise DataError(f"images: {deeper[0]} lists labels: give {deeper[0].parent}, or set unconditional")
+    return _by_folder("folder", path, keys, read, ignored)
+
+
+def _by_folder(
+    kind: str, path: Path, keys: list[str], read: Callable[[int], bytes], ignored: Counter[str], top: str = ""
+) -> ImageFiles:
+    """A collection whose classes are the folders in `top`."""
+    tops = [key.removeprefix(top).rpartition("/")[0].partition("/")[0] for key in keys]
     classes = sorted({top for top in tops if top})
     if classes and "" in tops:
         both = f"in folders ({classes[0]}) and beside them ({keys[tops.index('')]})"
         raise DataError(f"images: {path} has images {both}: give each image a folder, or set unconditional")
     number = {name: label for label, name in enumerate(classes)}
     labels = np.array([number.get(top, 0) for top in tops], np.int32)
-    return ImageFiles("folder", keys, labels, tuple(classes), read, ignored)
+    return ImageFiles(kind, path, keys, labels, tuple(classes), read, ignored)
 
 
 def index_labels(content: Mapping[str, Any]) -> dict[str, int]:
@@ -297,12 +337,21 @@ class ZipReader:
             raise DataError(f"{info.filename}: damaged in the zip: {str(error) or 'truncated'}") from error
 
 
-def zip_index(path: Path) -> tuple[list[str], dict[str, int]]:
-    """The names in a zip, sorted, and the labels of its dataset.json; {} if it has none."""
+def zip_index(path: Path) -> tuple[list[str], dict[str, int] | None]:
+    """The names in a zip, sorted, and the labels of its dataset.json; None if it has none, {} if it has no labels.
+
+    The names in the dataset.json are relative to its folder.
+    """
     try:
         with zipfile.ZipFile(path) as file:
             names = sorted(info.filename for info in file.infolist() if not info.is_dir())
-            return names, index_labels(json.loads(file.read(INDEX))) if INDEX in names else {}
+            indices = [name for name in names if name.rpartition("/")[2] == INDEX and not _is_hidden(name)]
+            if len(indices) > 1:
+                raise DataError(f"images: {path} holds several {INDEX}: {', '.join(indices[:3])}")
+            if not indices:
+                return names, None
+            listed = index_labels(json.loads(file.read(indices[0])))
+            return names, {indices[0].removesuffix(INDEX) + name: label for name, label in listed.items()}
     except (zipfile.BadZipFile, OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"images: {path} cannot be read: {type(error).__name__}: {error}") from error
 
@@ -311,10 +360,18 @@ def _zip(path: Path, labelled: bool) -> ImageFiles:
     names, listed = zip_index(path)
     visible = [name for name in names if not _is_hidden(name)]
     keys = [name for name in visible if name.lower().endswith(SUFFIXES)]
-    others = (name for name in visible if not name.lower().endswith(SUFFIXES) and name != INDEX)
+    others = (name for name in visible if not name.lower().endswith(SUFFIXES) and name.rpartition("/")[2] != INDEX)
     ignored = Counter(f"*{Path(name).suffix}" for name in others)
     ignored += Counter({"hidden file or folder": len(names) - len(visible)})
+    if listed is None and labelled:
+        return _by_folder("zip", path, keys, ZipReader(path, keys), ignored, _wrapper(keys))
     return _numbered("zip", path, keys, listed if labelled else {}, ZipReader(path, keys), ignored)
+
+
+def _wrapper(keys: Sequence[str]) -> str:
+    """The one folder of an archive that holds all class folders, with its slash; "" if there is none."""
+    tops = {key.partition("/")[0] for key in keys}
+    return f"{tops.pop()}/" if len(tops) == 1 and all(key.count("/") > 1 for key in keys) else ""
 
 
 def _tfds(path: Path, labelled: bool, split: str) -> ImageFiles:
@@ -335,7 +392,7 @@ def _tfds(path: Path, labelled: bool, split: str) -> ImageFiles:
             keys.append(stored[name].bytes_list.value[0].decode() if name else f"{split}-{index:08d}")
             labels[index] = stored["label"].int64_list.value[0] if label is not None else 0
     classes = () if label is None else tuple(getattr(label, "names", map(str, range(labels.max() + 1))))
-    return ImageFiles("tfds", keys, labels, classes, partial(_read_record, records), {})
+    return ImageFiles("tfds", path, keys, labels, classes, partial(_read_record, records), {})
 
 
 def _read_record(records: Any, index: int) -> bytes:
@@ -345,7 +402,8 @@ def _read_record(records: Any, index: int) -> bytes:
 def decode(content: bytes) -> Image.Image:
     """Decode an image to RGB as ADM does: drop transparency, do not apply EXIF orientation.
 
-    16-bit images lose their lower byte. The content decides the format, not the name. DataError for a damaged image.
+    16-bit images lose their lower byte. The content decides the format, not the name. DataError for a damaged image,
+    and for one whose range of values is not known.
     """
     if not content:
         raise DataError("an empty file")
@@ -354,8 +412,14 @@ def decode(content: bytes) -> Image.Image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{image.width} x {image.height} pixels: more than {MAX_PIXELS}")
             image.load()
+            if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):  # of a PNG, I has 16 bits
+                kind = "floating-point numbers" if image.mode == "F" else "32-bit integers"
+                raise DataError(f"values are {kind} of unknown range: wanted 8 or 16 bits")
             if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                values = np.asarray(image)
+                if 0 < values.max() < 256:
+                    raise DataError(f"values have 16 bits, the largest is {values.max()} of 65535: stored as 8 bits?")
+                image = Image.fromarray((values >> 8).astype(np.uint8))
             return image.convert("RGB")
     except (DataError, MemoryError):
         raise
@@ -367,13 +431,23 @@ def decode(content: bytes) -> Image.Image:
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
     """Resize an image and cut out its middle, uint8 [size size 3], as ADM does (guided-diffusion, arXiv 2105.05233).
 
-    A box filter halves it while the shorter side is at least 2 * size; bicubic resizing does the rest.
+    A box filter halves it while the shorter side is at least 2 * size; bicubic resizing does the rest. Of an image so
+    long that the resized one would have more than MAX_PIXELS, only the middle is resized: equal but for rounding.
     """
     while min(image.size) >= 2 * size:
         image = image.resize(tuple(side // 2 for side in image.size), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize(tuple(round(side * scale) for side in image.size), Image.Resampling.BICUBIC)
-    left, top = ((side - size) // 2 for side in image.size)
+    sides = [round(side * scale) for side in image.size]
+    corner = [(side - size) // 2 for side in sides]
+    if math.prod(sides) > MAX_PIXELS:
+        box = [
+            (at + part) * side / resized
+            for part in (0, size)
+            for at, side, resized in zip(corner, image.size, sides, strict=True)
+        ]
+        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
+    left, top = corner
+    image = image.resize(tuple(sides), Image.Resampling.BICUBIC)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 

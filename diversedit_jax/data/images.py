@@ -45,6 +45,6 @@ def make(
     probability 1/2. Every draw decodes an image: use `config.input.num_workers` if that is slow.
     """
     in_range("images: size", size, 1)
-    images = image_collections.open_images(data_dir, kind, split, unconditional)
+    images = image_collections.open_images(data_dir, kind, None if split == "train" else split, unconditional)
     space = Space((size, size, 3), Conditions.labels(len(images.classes)))
     return Dataset(Pixels(images, size), flip if mirror else None, space)

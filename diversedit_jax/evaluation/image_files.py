@@ -26,10 +26,12 @@ DAMAGED += (struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
 class SampleFiles(NamedTuple):
     """Images on disk, in the order of the file or of the names. shape: (h, w, c) of each.
 
+    path: of the file or folder that holds them, with the split if that is a folder.
     read: (first, count) -> uint8 [count h w c].
     digest: () -> sha256 in hex: of the content of a file, or of the names, sizes and times in a folder.
     """
 
+    path: Path
     count: int
     shape: tuple[int, int, int]
     read: Callable[[int, int], np.ndarray]
@@ -58,7 +60,7 @@ def of_array(path: Path, images: np.ndarray) -> SampleFiles:
     def read(first: int, count: int) -> np.ndarray:
         return np.array(images[first : first + count])
 
-    return SampleFiles(len(images), images.shape[1:], read, partial(_digest, path))
+    return SampleFiles(path, len(images), images.shape[1:], read, partial(_digest, path))
 
 
 def _digest(path: Path) -> str:
@@ -148,4 +150,4 @@ def _of_images(path: Path) -> SampleFiles:
                 raise DataError(f"{path}: {sizes}: wanted images of one size")
         return np.stack(found)
 
-    return SampleFiles(len(images), shape, read, partial(_digest, path))
+    return SampleFiles(images.path, len(images), shape, read, partial(_digest, images.path))

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import tarfile
 import warnings
 import zipfile
@@ -132,8 +133,37 @@ def test_images_without_folders_have_no_classes(tmp_path):
 def test_the_subfolder_of_a_split_is_taken(tmp_path):
     folder(tmp_path / "train")
     folder(tmp_path / "val")
-    assert len(image_collections.open_images(tmp_path)) == 5
+    images = image_collections.open_images(tmp_path)
+    assert str(images) == f"5 images, 3 classes: {tmp_path / 'train'}"
     assert image_collections.open_images(tmp_path, split="val").classes == CLASSES
+    with pytest.raises(DataError, match=r"has no split 'test'; its folders: train, val"):
+        image_collections.open_images(tmp_path, split="test")
+
+
+@pytest.mark.parametrize("name", ["train", "test", "val"])
+def test_a_class_may_be_named_like_a_split(name, tmp_path):
+    """VOC, COCO and CIFAR-100 have the class `train`."""
+    os.rename(folder(tmp_path) / CLASSES[0], tmp_path / name)
+    images = image_collections.open_images(tmp_path)
+    assert sorted(images.classes) == sorted({name, *CLASSES[1:]})
+    assert len(images) == 5
+    assert len(image_collections.open_images(tmp_path, split=name, unconditional=True)) == 2, "asked for"
+    pixels = data.make("images", "train", data_dir=str(tmp_path), size=8)
+    assert pixels.space.conditions == Conditions.labels(3)
+
+
+def test_splits_of_which_none_is_named_train_are_no_classes(tmp_path):
+    folder(tmp_path / "train2017")
+    folder(tmp_path / "val2017")
+    with pytest.raises(DataError, match=r"folders that look like splits, and none named train: train2017, val2017"):
+        image_collections.open_images(tmp_path)
+    assert image_collections.open_images(tmp_path, split="train2017").classes == CLASSES
+
+
+def test_images_that_are_held_out_are_no_training_images(tmp_path):
+    folder(tmp_path)
+    with pytest.raises(DataError, match="has no split 'test'"):
+        data.make("images", "test", data_dir=str(tmp_path))
 
 
 def test_what_is_no_image_is_counted(tmp_path):
@@ -163,6 +193,27 @@ def test_the_labels_of_a_folder_may_be_listed(tmp_path):
         with pytest.raises(DataError, match=words):
             image_collections.open_images(tmp_path)
         assert image_collections.open_images(tmp_path, unconditional=True).classes == ()
+
+
+def test_labels_that_are_listed_a_folder_deeper_are_not_missed(tmp_path):
+    (folder(tmp_path / "set") / "dataset.json").write_text(json.dumps({"labels": None}))
+    with pytest.raises(DataError, match=rf"set/dataset.json lists labels: give {tmp_path}/set, or set unconditional"):
+        image_collections.open_images(tmp_path)
+
+
+@pytest.mark.parametrize("top", ["", "set/"])
+def test_a_zip_has_class_folders_or_lists_labels(top, tmp_path):
+    members = [(top + name, encoded(picture(number))) for number, name in enumerate(ITEMS)]
+    images = image_collections.open_images(archive(tmp_path / "folders.zip", "zip", members))
+    assert (images.classes, images.labels.tolist()) == (CLASSES, LABELS)
+    listed = json.dumps({"labels": list(zip(ITEMS, LABELS, strict=True))})
+    listing = archive(tmp_path / "listed.zip", "zip", [*members, (f"{top}dataset.json", listed)])
+    images = image_collections.open_images(listing)
+    assert (images.classes, images.labels.tolist()) == (("0", "1", "2"), LABELS)
+    assert not images.ignored
+    twice = archive(tmp_path / "twice.zip", "zip", [*members, ("a/dataset.json", listed), ("b/dataset.json", listed)])
+    with pytest.raises(DataError, match=r"holds several dataset.json: a/dataset.json, b/dataset.json"):
+        image_collections.open_images(twice)
 
 
 def test_unconditional_images_may_lie_anywhere(tmp_path):
@@ -344,6 +395,46 @@ def adm(image: Image.Image, size: int) -> np.ndarray:
         width, height = round(width * (size / height)), size
     array = np.array(image.resize((width, height), resample=Image.BICUBIC))
     return array[(height - size) // 2 :, (width - size) // 2 :][:size, :size]
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "words"),
+    [
+        (np.arange(256, dtype=np.int32), "TIFF", "32-bit integers of unknown range: wanted 8 or 16 bits"),
+        (np.linspace(0, 1, 256, dtype=np.float32), "TIFF", "floating-point numbers of unknown range"),
+        (np.arange(256, dtype=np.uint16), "PNG", "values have 16 bits, the largest is 255 of 65535: stored as 8 bits?"),
+        (np.arange(256, dtype=np.uint16), "TIFF", "values have 16 bits, the largest is 255 of 65535"),
+    ],
+)
+def test_values_of_unknown_range_do_not_become_black(values, kind, words):
+    with pytest.raises(DataError, match=words):
+        image_collections.decode(encoded(values.reshape(16, 16), kind))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bits_keep_their_upper_byte(kind):
+    values = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16) + 17
+    found = np.asarray(image_collections.decode(encoded(values, kind)))
+    np.testing.assert_array_equal(found, np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2))
+    assert not np.asarray(image_collections.decode(encoded(0 * values, kind))).any(), "black is black"
+
+
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (90_000, 2)])
+def test_only_the_middle_of_a_long_image_is_enlarged(size):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    crop = image_collections.center_crop(image, 256)
+    assert crop.shape == (256, 256, 3)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**21, "KiB: it took 15.8 GB"
+
+
+@pytest.mark.parametrize("size", [(33, 47), (101, 64), (200, 31), (15, 9), (64, 512)])
+def test_the_middle_alone_is_the_middle_of_the_whole(size, monkeypatch):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8))
+    whole = image_collections.center_crop(image, 16)
+    monkeypatch.setattr(image_collections, "MAX_PIXELS", 0)
+    alone = image_collections.center_crop(image, 16)
+    assert np.abs(alone.astype(int) - whole).max() <= 1, "another rounding"
 
 
 @pytest.mark.parametrize("size", [(16, 16), (33, 47), (47, 33), (101, 64), (64, 63), (15, 9), (200, 31)])

@@ -44,7 +44,7 @@ def crops(folder):
 
 
 def made(folder, out, networks=None, features=7, stored=0, num=None):
-    images = reference_stats.collection(folder, SIZE, num, None, "train", 2)
+    images = reference_stats.collection(folder, SIZE, num, None, None, 2)
     networks = networks or [network()]
     arrays = reference_stats.compute(images, networks, 16, features, stored)
     about = images.about | {"extractors": {one.name: dict(one.about) for one in networks}}
@@ -143,7 +143,7 @@ def test_what_lies_beside_the_images_is_counted(folder, tmp_path):
     for path in sorted(folder.glob("*/*.png"))[:3]:
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "notes.txt").write_text("")
-    assert reference_stats.collection(tmp_path, SIZE, None, None, "train", 2).about["ignored"] == {"*.txt": 1}
+    assert reference_stats.collection(tmp_path, SIZE, None, None, None, 2).about["ignored"] == {"*.txt": 1}
 
 
 def test_the_file_appears_whole_or_not_at_all(tmp_path):
