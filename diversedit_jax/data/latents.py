@@ -177,6 +177,13 @@ def label_of(label: int, num_classes: int) -> np.int32:
     return np.int32(label)
 
 
+def told_classes(name: str, num_classes: int | None) -> int:
+    """The number of classes of data that do not say it. ConfigError if the config does not either."""
+    if num_classes is None:
+        raise ConfigError(f"{name}: the data do not say how many classes they have: set num_classes (ImageNet: 1000)")
+    return num_classes
+
+
 def chosen(example: dict, mirror: bool) -> dict:
     """One version of an example that has both: of the image, or of its mirror image."""
     parts = {name: value[int(mirror)] for name, value in example.items() if name not in ("y", "image")}
@@ -203,7 +210,7 @@ def make(
     """The latents in `data_dir`: `moments` float16 [h w 2c] and `y` int32.
 
     shape: of the latents, h w c; by default as stored.
-    num_classes: by default the number of stored class names, or 1000 if the data do not say.
+    num_classes: by default the number of stored class names; needed if the data have none.
     mirror: each draw takes the mirror image with probability 1/2, in every feature.
     image: also read `image`, uint8 [H W k], which encoders run on.
     cached: also read stored encoder outputs, float16: `features/NAME` [n d] or `token/NAME` [d].
@@ -223,8 +230,9 @@ def make(
         _, h, w, channels = features["moments"].shape
         shape = h, w, channels // 2
     if num_classes is None:
-        stored = getattr(features.get("label"), "num_classes", None) or 1000
-        num_classes = len(says["classes"] or ()) if "classes" in says else stored
+        num_classes = getattr(features.get("label"), "num_classes", None)
+        num_classes = len(says["classes"] or ()) if "classes" in says else num_classes
+        num_classes = told_classes(f"latents: {folder}", num_classes)
     check(features, tuple(shape), num_classes, image, cached)
     read = {name: features[name] for name in ("moments", "label", *["image"] * image, *cached)}
     files = tfds.core.data_sources.base.file_instructions(info, split)

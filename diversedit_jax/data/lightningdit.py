@@ -40,30 +40,36 @@ class Reader:
 
 
 def make(
-    split: str, *, data_dir: str, num_classes: int = 1000, normalise: bool = True, mirror: bool = False
+    split: str, *, data_dir: str, num_classes: int | None = None, normalise: bool = True, mirror: bool = False
 ) -> Dataset:
     """The shards in `data_dir`, or in its subfolder `split` if there is one, in the order of their names.
 
+    num_classes: by default one more than the largest label. mirror: draw mirror images with probability 1/2.
     normalise: standardise the channels as LightningDiT does; needs latents_stats.pt.
-    mirror: each draw takes the mirror image with probability 1/2.
     """
     path = foreign_latents.of_split("lightningdit", local_path("lightningdit", data_dir), split)
     files = tuple(sorted(path.glob("*.safetensors")))
     if not files:
         raise DataError(f"lightningdit: {path} has no .safetensors files")
-    counts = []
+    counts, largest = [], -1
     for file in files:
         with open_weights(file) as weights:
             missing = [name for name in ("latents", "labels", *["latents_flip"] * mirror) if name not in weights]
             if missing:
                 raise DataError(f"lightningdit: {file} has no array {missing[0]}, given: {', '.join(weights)}")
             counts.append(weights.shapes["latents"][0])
+            largest = max(largest, int(np.max(weights["labels"], initial=-1)))
     statistics = None
     if normalise:
         if not (path / STATS).is_file():
             raise DataError(f"lightningdit: {path / STATS} is missing; without it set normalise=False")
         with open_weights(path / STATS) as weights:
             statistics = tuple(np.asarray(weights[name], np.float32).reshape(-1) for name in ("mean", "std"))
-    options = {"num_classes": num_classes, "scale": 1.0, "mirror": mirror, "normalise": statistics}
+    options = {
+        "num_classes": largest + 1 if num_classes is None else num_classes,
+        "scale": 1.0,
+        "mirror": mirror,
+        "normalise": statistics,
+    }
     reader = Reader(files, np.cumsum(counts), mirror)
     return foreign_latents.dataset(f"lightningdit: {path}", sum(counts), reader, **options)

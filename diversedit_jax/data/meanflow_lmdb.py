@@ -18,6 +18,7 @@ import numpy as np
 
 from diversedit_jax.data import Dataset, foreign_latents, local_path
 from diversedit_jax.data.foreign_latents import Record
+from diversedit_jax.data.latents import told_classes
 from diversedit_jax.errors import ConfigError, DataError
 from diversedit_jax.weights.formats import numpy_pickle
 
@@ -63,8 +64,11 @@ def environment(path: Path) -> Any:
         return _opened[key]
 
 
-def make(split: str, *, data_dir: str, num_classes: int = 1000, mirror: bool = False) -> Dataset:
-    """The latents in the database `data_dir`, without splits. mirror: draw mirror images with probability 1/2."""
+def make(split: str, *, data_dir: str, num_classes: int | None = None, mirror: bool = False) -> Dataset:
+    """The latents in the database `data_dir`, without splits.
+
+    num_classes: needed, since the database does not say it. mirror: draw mirror images with probability 1/2.
+    """
     foreign_latents.no_splits("meanflow_lmdb", split)
     path = local_path("meanflow_lmdb", data_dir)
     reader = Reader(path, mirror)
@@ -72,6 +76,7 @@ def make(split: str, *, data_dir: str, num_classes: int = 1000, mirror: bool = F
         count = int(reader.get("num_samples"))
     except (DataError, ValueError) as error:
         raise DataError(f"meanflow_lmdb: {path} is not such a database: {error}") from error
+    classes = told_classes(f"meanflow_lmdb: {path}", num_classes)
     return foreign_latents.dataset(
-        f"meanflow_lmdb: {path}", count, reader, num_classes=num_classes, scale=0.18215, kind="logvar", mirror=mirror
+        f"meanflow_lmdb: {path}", count, reader, num_classes=classes, scale=0.18215, kind="logvar", mirror=mirror
     )

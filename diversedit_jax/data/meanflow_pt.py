@@ -12,6 +12,7 @@ import numpy as np
 
 from diversedit_jax.data import Dataset, foreign_latents, local_path
 from diversedit_jax.data.foreign_latents import Record
+from diversedit_jax.data.latents import told_classes
 from diversedit_jax.errors import DataError
 from diversedit_jax.weights.formats.weights_file import open_weights
 
@@ -31,17 +32,21 @@ class Reader:
             return Record(np.asarray(file["image"], np.float32)[None], int(label))
 
 
-def make(split: str, *, data_dir: str, num_classes: int = 1000, kind: str = "std", mirror: bool = False) -> Dataset:
+def make(
+    split: str, *, data_dir: str, num_classes: int | None = None, kind: str = "std", mirror: bool = False
+) -> Dataset:
     """The .pt files in `data_dir`, or in its subfolder `split` if there is one, in the order of their names.
 
+    num_classes: needed, since no file says it.
     kind: `std` as published, `logvar` for sets in this layout that hold log variances.
     """
     foreign_latents.no_mirror("meanflow_pt", mirror)
     path = foreign_latents.of_split("meanflow_pt", local_path("meanflow_pt", data_dir), split)
     if not path.is_dir():
         raise DataError(f"meanflow_pt: {path} is not a folder of .pt files")
+    classes = told_classes(f"meanflow_pt: {path}", num_classes)
     found = (Path(folder, name) for folder, _, names in os.walk(path) for name in names if name.endswith(".pt"))
     names = tuple(sorted(str(name.relative_to(path)) for name in found))
     return foreign_latents.dataset(
-        f"meanflow_pt: {path}", len(names), Reader(path, names), num_classes=num_classes, scale=0.18215, kind=kind
+        f"meanflow_pt: {path}", len(names), Reader(path, names), num_classes=classes, scale=0.18215, kind=kind
     )

@@ -131,7 +131,7 @@ LAYOUTS = {
     "edm2-zip": (lambda path: labelled(path, True), {}, False),
     "meanflow_lmdb": (database, {"num_classes": 3}, True),
     "meanflow_pt": (torch_files, {"num_classes": 3}, False),
-    "lightningdit": (shards, {"num_classes": 3}, True),
+    "lightningdit": (shards, {}, True),
 }
 
 
@@ -206,14 +206,21 @@ def test_repas_crops_are_read_beside_their_latents(zip_file, tmp_path):
         refused("has 5 latents, but 4 images", "repa", path, image=True)
 
 
+@pytest.mark.parametrize(("layout", "write"), [("meanflow_pt", torch_files), ("meanflow_lmdb", database)])
+def test_the_number_of_classes_is_not_assumed(layout, write, tmp_path):
+    refused(r"do not say how many classes they have: set num_classes \(", layout, write(tmp_path / "set"), ConfigError)
+
+
 def test_standard_deviations_are_not_guessed(tmp_path):
     path = repa(tmp_path / "set", kind="logvar")
     refused(r"a standard deviation of -\d.*: are these log variances\? Set kind='logvar'", "repa", path)
     refused("kind = 'var' is unknown; .*known: std, logvar", "repa", path, ConfigError, kind="var")
     other = r"log variances of at least 0.1\d*: are these standard deviations\? Set kind='std'"
     refused(other, "repa", repa(tmp_path / "plain"), kind="logvar")
-    refused("are these log variances", "meanflow_pt", torch_files(tmp_path / "pt", "logvar"))
-    assert data.make("meanflow_pt", "train", data_dir=str(tmp_path / "pt"), kind="logvar").space.shape == (H, W, K)
+    refused("are these log variances", "meanflow_pt", torch_files(tmp_path / "pt", "logvar"), num_classes=3)
+    assert data.make(
+        "meanflow_pt", "train", data_dir=str(tmp_path / "pt"), kind="logvar", num_classes=3
+    ).space.shape == (H, W, K)
 
 
 def test_log_variances_are_clipped_as_published():
@@ -241,12 +248,12 @@ def test_what_is_missing_or_damaged_is_named(tmp_path):
 
     path = torch_files(tmp_path / "pt")
     zipped(path / "2.pt", mapping(latent=op(1)))
-    refused("record 2: 2.pt: wanted a dict with `image` and `label`", "meanflow_pt", path)
+    refused("record 2: 2.pt: wanted a dict with `image` and `label`", "meanflow_pt", path, num_classes=3)
     (path / "2.pt").write_bytes(b"")
-    refused("record 2: .*2.pt", "meanflow_pt", path)
+    refused("record 2: .*2.pt", "meanflow_pt", path, num_classes=3)
     refused("is not a folder of .pt files", "meanflow_pt", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    refused("it is empty", "meanflow_pt", tmp_path / "empty")
+    refused("it is empty", "meanflow_pt", tmp_path / "empty", num_classes=3)
 
     refused("has no .safetensors files", "lightningdit", tmp_path / "empty")
     path = shards(tmp_path / "shards")
@@ -270,7 +277,9 @@ class Attack:
 
 @pytest.mark.parametrize("protocol", [4, 5])  # the defaults of Python since 3.8 and since 3.14
 def test_pickles_of_every_protocol_are_read_and_nothing_in_them_is_run(protocol, tmp_path):
-    source = data.make("meanflow_lmdb", "train", data_dir=str(database(tmp_path / "set", protocol))).source
+    source = data.make(
+        "meanflow_lmdb", "train", data_dir=str(database(tmp_path / "set", protocol)), num_classes=3
+    ).source
     np.testing.assert_allclose(source[1]["moments"], expected("meanflow_lmdb", 1), rtol=1e-5)
     fortran = pickle.dumps({"a": np.asfortranarray(stacked(0)), "b": stacked(0).astype(">f4")}, protocol)
     for array in numpy_pickle.load(fortran).values():
