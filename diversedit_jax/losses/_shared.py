@@ -1,11 +1,15 @@
-"""What several losses share: heads (linear layers with SiLU between them), unit vectors, groups of a batch."""
+"""What several losses share: heads (linear layers with SiLU between them), unit vectors, groups of a batch.
+
+The losses run in other people's programs, so they spell out every broadcast and every change of type: JAX can be set to
+refuse those that are implied.
+"""
 
 from collections.abc import Sequence
 from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diversedit_jax.api import Params
@@ -28,13 +32,20 @@ def head(params: Params, x: Float[Array, "*b d"], dtype: DTypeLike = jnp.float32
     for i in range(1, len(params) + 1):
         layer = params[f"fc{i}"]
         x = jax.nn.silu(x) if i > 1 else x
-        x = x.astype(dtype) @ layer["kernel"].astype(dtype) + layer["bias"].astype(dtype)
+        x = x.astype(dtype) @ layer["kernel"].astype(dtype)
+        x = x + jnp.broadcast_to(layer["bias"].astype(dtype), x.shape)
     return x.astype(jnp.float32)
+
+
+def wide(x: ArrayLike) -> Array:
+    """An array in float32; float64 stays."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
 def unit(x: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
     """The vectors along an axis at length 1, in at least float32. A zero vector stays zero and gets no gradient."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = wide(x)
     squares = jnp.sum(x * x, axis=axis, keepdims=True)
     return x * jnp.where(squares > EPS**2, jax.lax.rsqrt(jnp.maximum(squares, EPS**2)), 0)
 

@@ -2,7 +2,7 @@
 
 The features of an example are one vector: its tokens and channels, flattened. There are four forms: InfoNCE with
 squared L2 or cosine distances, hinge, and covariance. All are functions of the [b b] matrix of scalar products. The
-functions take features of any framework and compute in float32 (float64 for float64 input).
+functions take arrays of any framework (`arrays.portable`) and compute in float32 (float64 for float64 input).
 """
 
 import jax
@@ -11,8 +11,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from diversedit_jax.api import AuxLoss, Term
+from diversedit_jax.arrays import portable
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.losses._shared import in_groups, unit
+from diversedit_jax.losses._shared import in_groups, unit, wide
 from diversedit_jax.registry import in_range, one_of
 
 FORMS = ("infonce_l2", "infonce_cosine", "hinge", "covariance")
@@ -28,7 +29,7 @@ def squared_distances(z: Float[Array, "b p"]) -> Float[Array, "b b"]:
 
     The rows are centred first: otherwise what they share would cancel in rounding.
     """
-    gram = products(z - z.mean(axis=0))
+    gram = products(z - z.mean(axis=0, keepdims=True))
     squares = jnp.diagonal(gram)
     return jnp.maximum(squares[:, None] + squares[None, :] - 2 * gram, 0)
 
@@ -43,13 +44,14 @@ def covariance(z: Float[Array, "b p"]) -> Float[Array, ""]:
 
     The [p p] matrix is not formed: its squares have the same sum as the squares of the [b b] scalar products.
     """
-    centred = z - z.mean(axis=0)
+    centred = z - z.mean(axis=0, keepdims=True)
     every = jnp.sum((products(centred) / len(z)) ** 2)
     return every - jnp.sum(jnp.mean(centred**2, axis=0) ** 2)
 
 
+@portable
 def dispersive_loss(
-    features: Float[Array | np.ndarray, "b ..."],
+    features: Float[Array, "b ..."],
     form: str = "infonce_l2",
     *,
     tau: float = 0.5,
@@ -60,8 +62,8 @@ def dispersive_loss(
 ) -> Float[Array, ""]:
     """The loss of a batch of features. The options are those of `make`."""
     one_of("dispersive: form", form, FORMS)
-    z = jnp.asarray(features)
-    z = z.astype(jnp.promote_types(z.dtype, jnp.float32)).reshape(len(z), -1)
+    z = wide(features)
+    z = z.reshape(len(z), -1)
     z = z if groups == 1 else in_groups(z, groups)
     b, p = z.shape[-2:]
     in_range("dispersive: examples in a group", b, 1 if diagonal and form != "covariance" else 2)

@@ -1,8 +1,9 @@
 """The representation-diversity loss of DiverseDiT (arXiv 2603.04239, Eqs. 9-15), in its published readings.
 
 The paper, the authors' release and their later constant-weight branch differ. `PRESETS` holds all three. The functions
-take the outputs of L blocks, one [b n d] each, as a tuple, a list, or one array [l b n d], from any framework. They
-compute in float32 (float64 for float64 input). Blocks are counted from 0 here. `aligned` is a depth, counted from 1.
+take the outputs of L blocks, one [b n d] each, as a tuple, a list, or one array [l b n d], of any framework
+(`arrays.portable`). They compute in float32 (float64 for float64 input). Blocks are counted from 0 here. `aligned` is a
+depth, counted from 1.
 """
 
 from collections.abc import Sequence
@@ -15,13 +16,14 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diversedit_jax.api import AuxLoss, Term
+from diversedit_jax.arrays import portable
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.losses._shared import in_groups
+from diversedit_jax.losses._shared import in_groups, wide
 from diversedit_jax.registry import in_range, one_of
 
 EPS = 1e-8
 
-Features = Sequence[Float[Array | np.ndarray, "b n d"]] | Float[Array | np.ndarray, "l b n d"]
+Features = Sequence[Float[Array, "b n d"]] | Float[Array, "l b n d"]
 Pairs = Sequence[tuple[int, int]] | np.ndarray | Array  # [p 2]; a traced array where pairs are redrawn in the step
 
 COSINE_FORMS = {"signed": lambda cosine: cosine, "abs": jnp.abs, "squared": lambda cosine: cosine**2}
@@ -89,6 +91,7 @@ def select_pairs(
     return pairs
 
 
+@portable
 def orthogonality(
     features: Features, pairs: Pairs, *, of_cosine: str = "signed", detach: str | None = None
 ) -> Float[Array, ""]:
@@ -97,6 +100,7 @@ def orthogonality(
     of_cosine: `signed` as published, or `abs` or `squared`. detach: stop the gradient of the `first` or the `second`
     block of every pair.
     """
+    _check(orthogonality=of_cosine, detach=detach)
     means = jnp.stack([f.mean(axis=(0, 1)) for f in _blocks(features)])
     pairs = _checked_pairs(pairs, len(means))
     units = means / _norm(means, axis=1)
@@ -105,6 +109,7 @@ def orthogonality(
     return COSINE_FORMS[of_cosine](cosines).mean()
 
 
+@portable
 def mutual_information(
     features: Features, pairs: Pairs, *, of_cosine: str = "abs", detach: str | None = None
 ) -> Float[Array, ""]:
@@ -113,6 +118,7 @@ def mutual_information(
     of_cosine, applied to each pair's mean: `abs` as released, `signed` as in the paper, or `squared`. Known pairs cost
     one reduction each. Traced pairs cost the [l l] matrix of all mean cosines.
     """
+    _check(mutual_information=of_cosine, detach=detach)
     blocks = _blocks(features)
     pairs = _checked_pairs(pairs, len(blocks))
     scales = [1 / _norm(f, axis=-1) for f in blocks]  # [b n 1]: the unit features are never stored
@@ -131,6 +137,7 @@ def mutual_information(
     return COSINE_FORMS[of_cosine](cosines).mean()
 
 
+@portable
 def mutual_information_among(features: Features, block_weights: Float[Array, " l"] | None = None) -> Float[Array, ""]:
     """The signed L_MI over all pairs of blocks, where the pair (i, j) has the weight w_i w_j. It visits no pairs.
 
@@ -149,6 +156,7 @@ def mutual_information_among(features: Features, block_weights: Float[Array, " l
     return (jnp.sum(total * total, axis=-1, keepdims=True) - own).mean() / pairs
 
 
+@portable
 def dispersion(
     features: Features,
     *,
@@ -210,6 +218,8 @@ class Settings(NamedTuple):
     coefficient: float = 1.0
 
 
+RANDOM = ("random_layers", "random_pairs")  # rules that draw
+
 PRESETS = {
     "release": Settings(),
     "release_const": Settings(weight="constant", coefficient=0.001),
@@ -226,6 +236,7 @@ PRESETS = {
 }
 
 
+@portable
 def diversity_loss(
     features: Features,
     pairs: Pairs | None = None,
@@ -242,16 +253,20 @@ def diversity_loss(
     pairs: [p 2], from `select_pairs`. None: those of `settings`. The rules `random_layers` and `all` then cost less
         than the same pairs given (see `mutual_information_among`).
     aligned: the depth (from 1) of the block that is aligned to an encoder, for the released pair rule.
-    key, seed: draw the pairs of the random rules. `key` is used where it is given and `settings` redraw, else `seed`.
+    key, seed: draw the pairs of the random rules: a key for each step where `settings` redraw, else `seed`.
     groups: take the statistics and the weight within each of so many equal parts of the batch, and average. The
         published runs took them per GPU, 32 examples each.
     detach: stop the gradient of the `first` or the `second` block of each pair.
 
     Returns the weighted loss and its parts: orthogonality, mutual_information, dispersion, loss (unweighted), weight.
+    ConfigError for a word that no option has, and for settings that redraw without a key.
     """
+    check_settings(settings, detach)
     blocks = _blocks(features)
     complete = pairs is None and settings.rule in ("random_layers", "all")  # all pairs of some blocks
     if pairs is None:
+        if settings.redraw and settings.rule in RANDOM and key is None:
+            raise ConfigError(f"diversity: rule {settings.rule!r} with redraw = True needs a key for each step")
         key = key if settings.redraw else None
         pairs = select_pairs(len(blocks), settings.rule, k=settings.k, aligned=aligned, key=key, seed=seed)
     pairs = _checked_pairs(pairs, len(blocks))
@@ -318,10 +333,7 @@ def make(
     given = locals()
     one_of("diversity: preset", preset, PRESETS)
     settings = PRESETS[preset]._replace(**{name: given[name] for name in Settings._fields if given[name] is not None})
-    for option, choices in CHOICES.items():
-        one_of(f"diversity: {option}", detach if option == "detach" else getattr(settings, option), choices)
-    if len(settings.weights) != 3:
-        raise ConfigError(f"diversity: weights = {settings.weights}: wanted three, of L_orth, L_MI and L_disp")
+    check_settings(settings, detach)
 
     def apply(forward, batch, context):
         draw = {"aligned": aligned, "key": context.key, "seed": seed}
@@ -333,6 +345,18 @@ def make(
     return AuxLoss(apply)
 
 
+def check_settings(settings: Settings, detach: str | None) -> None:
+    """Raise ConfigError for settings that cannot be."""
+    _check(**{option: getattr(settings, option) for option in CHOICES if option != "detach"}, detach=detach)
+    if len(settings.weights) != 3:
+        raise ConfigError(f"diversity: weights = {settings.weights}: wanted three, of L_orth, L_MI and L_disp")
+
+
+def _check(**words: str | None) -> None:
+    for option, word in words.items():
+        one_of(f"diversity: {option}", word, CHOICES[option])
+
+
 def _blocks(features: Features) -> tuple[Array, ...]:
     """The features of the blocks, checked, in at least float32."""
     shapes = [jnp.shape(f) for f in features]
@@ -341,7 +365,7 @@ def _blocks(features: Features) -> tuple[Array, ...]:
         if len(shape) != 3 or shape != shapes[0]:
             wanted = f"wanted [batch, tokens, width], the same for every block; block 0 has {shapes[0]}"
             raise ValueError(f"block {index}: features have shape {shape}, {wanted}")
-    return tuple(jnp.asarray(f).astype(jnp.promote_types(jnp.result_type(f), jnp.float32)) for f in features)
+    return tuple(map(wide, features))
 
 
 def _checked_pairs(pairs: Pairs, num_blocks: int) -> np.ndarray | Array:

@@ -3,17 +3,18 @@
 
 The batch has the targets: `features/<encoder>` [b n k], one for each token of the network. For REG (arXiv 2507.01467)
 it also has `token/<encoder>` [b k], the class token. Frozen encoders put them there (`config.encoders`), or the data.
-The functions take features of any framework and compute in float32.
+The functions take arrays of any framework (`arrays.portable`) and compute in float32 (float64 for float64 input).
 """
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diversedit_jax.api import AuxLoss, Batch, Params, Term
+from diversedit_jax.arrays import portable
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.losses._shared import head as project
-from diversedit_jax.losses._shared import init_head, unit
+from diversedit_jax.losses._shared import head, init_head, unit
 from diversedit_jax.registry import in_range, one_of
 
 SIMILARITIES = ("cosine", "nt_xent")
@@ -24,6 +25,13 @@ def init_projector(key: PRNGKeyArray, d: int, width: int, k: int) -> Params:
     return init_head(key, (d, width, width, k))
 
 
+@portable
+def project(params: Params, x: Float[Array, "*b d"], dtype: DTypeLike = jnp.float32) -> Float[Array, "*b k"]:
+    """The output of the projector in float32. Matmuls are in `dtype`."""
+    return head(params, x, dtype)
+
+
+@portable
 def alignment(
     z: Float[Array, "b n k"], targets: Float[Array, "..."], similarity: str = "cosine", tau: float = 0.1
 ) -> Float[Array, " b"]:

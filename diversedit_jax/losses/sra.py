@@ -2,7 +2,7 @@
 less noisy time (SRA, arXiv 2505.02831).
 
 The teacher sees the same examples with the same noise and the same dropped conditions. The functions take features of
-any framework, [b n d], and compute in float32.
+any framework (`arrays.portable`), [b n d], and compute in float32 (float64 for float64 input).
 """
 
 import jax
@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diversedit_jax.api import AuxLoss, Term
+from diversedit_jax.arrays import portable
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.losses._shared import head, init_head, unit
+from diversedit_jax.losses._shared import head, init_head, unit, wide
 from diversedit_jax.registry import in_range, one_of
 
 BETA = 0.05  # of smooth L1: below it the error is quadratic
@@ -53,15 +54,19 @@ DISTANCES = {
 }
 
 
+@portable
 def mean_distance(
-    student: Float[Array, "b n d"], teacher: Float[Array, "b n d"], form: str = "smooth_l1"
+    student: Float[Array, "b n d"], teacher: Float[Array, "..."], form: str = "smooth_l1"
 ) -> Float[Array, " b"]:
     """The mean distance of each example's features from the teacher's. No gradient passes to the teacher.
 
     form: `smooth_l1` (the paper), `l1`, `l2` (squared), `cosine` (1 - cosine of each token's channels) or
         `cosine_tokens` (1 - cosine of each channel's tokens, as in the authors' code).
     """
-    student, teacher = (x.astype(jnp.float32) for x in (student, jax.lax.stop_gradient(teacher)))
+    one_of("sra: distance", form, DISTANCES)
+    student, teacher = wide(student), jax.lax.stop_gradient(wide(teacher))
+    if student.shape != teacher.shape:
+        raise ConfigError(f"sra: the student's features are {list(student.shape)}, the teacher's {list(teacher.shape)}")
     errors = DISTANCES[form](student, teacher)
     return errors.mean(axis=tuple(range(1, errors.ndim)))
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from diversedit_jax.arrays import portable
 from diversedit_jax.registry import in_range
 
 Rows = Float[Array, "n p"]
@@ -29,21 +30,25 @@ Similarity = Float[Array, "l m"]
 Kernel = Callable[[Rows], Gram]  # how alike every two examples are
 
 
+@portable
 def inner(rows: Rows) -> Gram:
     """<u, v>."""
     return jnp.einsum("np,mp->nm", rows, rows, precision="highest")
 
 
+@portable
 def linear(rows: Rows) -> Gram:
     """k(u, v) = <u - m, v - m> with the mean example m. HSIC is that of <u, v>, but float32 loses less."""
-    return inner(rows - rows.mean(axis=0))
+    return inner(rows - rows.mean(axis=0, keepdims=True))
 
 
+@portable
 def polynomial(rows: Rows, degree: int = 3) -> Gram:
     """k(u, v) = (<u, v> / p + 1)^degree."""
     return (inner(rows) / rows.shape[1] + 1) ** degree
 
 
+@portable
 def rbf(rows: Rows, multiplier: float = 1.0) -> Gram:
     """k(u, v) = exp(-|u - v|^2 / (2 s^2)), where s is `multiplier` times the median distance of two examples."""
     products = linear(rows)
@@ -59,11 +64,13 @@ KERNELS = {"linear": linear, "polynomial": polynomial, "rbf": rbf}
 # The Hilbert-Schmidt independence criterion (HSIC) of every two of two sets of Gram matrices of the same n examples.
 
 
+@portable
 def hsic_biased(k: Float[Array, "l n n"], m: Float[Array, "m n n"]) -> Similarity:
     """The biased estimator Tr(K H M H) / (n - 1)^2 (Gretton et al., 2005)."""
     return _traces(_centred(k), m) / (k.shape[1] - 1) ** 2
 
 
+@portable
 def hsic_unbiased(k: Float[Array, "l n n"], m: Float[Array, "m n n"]) -> Similarity:
     """The unbiased estimator of Song et al. (JMLR 2012, Eq. 5), n >= 4. Its CKA may exceed 1 a little.
 
@@ -96,6 +103,7 @@ def _traces(k: Float[Array, "l n n"], m: Float[Array, "m n n"]) -> Similarity:
 HSICS = {"biased": hsic_biased, "unbiased": hsic_unbiased}
 
 
+@portable
 def hsic_of(representations: Representations, kernel: Kernel = linear, hsic: Callable = hsic_biased) -> Similarity:
     """HSIC of every two of l representations of the same examples, [l l]. Needs memory for 2 l Gram matrices."""
     one_array = isinstance(representations, Array)
@@ -104,12 +112,14 @@ def hsic_of(representations: Representations, kernel: Kernel = linear, hsic: Cal
     return (found + found.T) / 2  # symmetric to the last bit
 
 
+@portable
 def normalised(hsic: Float[Array, "l l"]) -> Float[Array, "l l"]:
     """HSIC_ij / sqrt(HSIC_ii HSIC_jj): 1 on the diagonal. NaN where a representation does not vary."""
     own = jnp.sqrt(jnp.diagonal(hsic))
     return hsic / (own[:, None] * own[None])
 
 
+@portable
 def cka(representations: Representations, kernel: Kernel = linear, hsic: Callable = hsic_biased) -> Float[Array, "l l"]:
     """Centred kernel alignment of every two of l representations of the same n examples, in l^2 n^2 work.
 
@@ -118,6 +128,7 @@ def cka(representations: Representations, kernel: Kernel = linear, hsic: Callabl
     return normalised(hsic_of(representations, kernel, hsic))
 
 
+@portable
 def cknna(representations: Representations, nearest: int = 10, unbiased: bool = True) -> Float[Array, "l l"]:
     """Centred kernel nearest-neighbour alignment (Huh et al., arXiv 2405.07987, section 2).
 
@@ -143,13 +154,14 @@ def cknna(representations: Representations, nearest: int = 10, unbiased: bool = 
     return normalised(jax.lax.map(row, (grams, near)))
 
 
+@portable
 def procrustes(representations: Representations) -> Float[Array, "l l"]:
     """|X^T Y|_* / (|X|_F |Y|_F) of centred X and Y, in [0, 1]: 1 if a rotation and a scale turn one into the other.
 
     It is 1 minus half the squared Procrustes distance (Ding et al., arXiv 2108.01661). It computes the singular values
     of l^2 / 2 matrices [p p].
     """
-    centred = [rows - rows.mean(axis=0) for rows in representations]
+    centred = [rows - rows.mean(axis=0, keepdims=True) for rows in representations]
     units = [rows / jnp.linalg.norm(rows) for rows in centred]
     found = jnp.eye(len(units), dtype=units[0].dtype)
     for i, j in zip(*np.triu_indices(len(units), 1), strict=True):
@@ -158,6 +170,7 @@ def procrustes(representations: Representations) -> Float[Array, "l l"]:
     return found
 
 
+@portable
 def token_cosine(features: Float[Array, "l b n d"]) -> Float[Array, "l l"]:
     """The mean over tokens of the cosine between two blocks' features of the same token."""
     units = _unit(features)
@@ -165,6 +178,7 @@ def token_cosine(features: Float[Array, "l b n d"]) -> Float[Array, "l l"]:
     return jnp.einsum("lbnd,mbnd->lm", units, units, precision="highest") / tokens
 
 
+@portable
 def mean_cosine(features: Float[Array, "l b n d"]) -> Float[Array, "l l"]:
     """The mean over images of the cosine between two blocks' mean tokens of the same image."""
     units = _unit(features.mean(axis=2))
@@ -178,6 +192,7 @@ def _unit(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
 # How rich one block is: measures of the covariance of its features, [.. d d].
 
 
+@portable
 def effective_rank(covariance: Float[Array, "*l d d"]) -> Float[Array, "*l"]:
     """exp of the entropy of the normalised singular values of the centred features, in [1, d] (Roy and Vetterli, 2007).
 
@@ -188,6 +203,7 @@ def effective_rank(covariance: Float[Array, "*l d d"]) -> Float[Array, "*l"]:
     return jnp.exp(-jnp.sum(jnp.where(shares > 0, shares * jnp.log(jnp.where(shares > 0, shares, 1)), 0), axis=-1))
 
 
+@portable
 def participation_ratio(covariance: Float[Array, "*l d d"]) -> Float[Array, "*l"]:
     """How many directions share the variance: (sum lambda)^2 / sum lambda^2 of the eigenvalues, in [1, d] (Gao et al.,
     bioRxiv 214262)."""
@@ -195,17 +211,20 @@ def participation_ratio(covariance: Float[Array, "*l d d"]) -> Float[Array, "*l"
     return trace**2 / jnp.sum(covariance**2, axis=(-2, -1))
 
 
+@portable
 def channel_usage(covariance: Float[Array, "*l d d"]) -> Float[Array, "*l d"]:
     """The share of each channel in the variance of its block. The shares of a block add up to 1."""
     variances = jnp.diagonal(covariance, axis1=-2, axis2=-1)
     return variances / variances.sum(axis=-1, keepdims=True)
 
 
+@portable
 def channels_used(usage: Float[Array, "*l d"]) -> Float[Array, "*l"]:
     """1 / sum of squared shares: between 1 (one channel varies) and d (all vary alike)."""
     return 1 / jnp.sum(usage**2, axis=-1)
 
 
+@portable
 def off_diagonal_mean(similarity: Float[Array, "l l"]) -> Float[Array, ""]:
     """The mean similarity of two different blocks. It is lower for a more diverse network."""
     return similarity[~np.eye(len(similarity), dtype=bool)].mean()
@@ -220,6 +239,7 @@ DIVERSITIES = {
 }
 
 
+@portable
 def diversity(similarity: Float[Array, "l l"]) -> dict[str, Float[Array, ""]]:
     """Scores of diversity: weighted means of 1 - similarity over pairs of different blocks, by name.
 

@@ -338,9 +338,9 @@ def test_zero_features_are_finite(preset):
     x = similar()
     x[1], x[2, 0], x[3, :, :, 2] = 0, 0, 0  # a block, an example, a channel
     for features in (x, np.zeros_like(x)):
-        loss, gradient = jax.value_and_grad(lambda f: diversity_loss(f, settings=PRESETS[preset])[0])(
-            jnp.asarray(features)
-        )
+        loss, gradient = jax.value_and_grad(
+            lambda f: diversity_loss(f, settings=PRESETS[preset], key=jax.random.key(0))[0]
+        )(jnp.asarray(features))
         assert np.isfinite(loss)
         assert np.isfinite(gradient).all()
 
@@ -348,8 +348,8 @@ def test_zero_features_are_finite(preset):
 def test_bfloat16_features_are_computed_in_float32():
     x = jnp.asarray(similar()).astype(jnp.bfloat16)
     for settings in PRESETS.values():
-        found, terms = diversity_loss(x, settings=settings)
-        wanted, _ = diversity_loss(x.astype(jnp.float32), settings=settings)
+        found, terms = diversity_loss(x, settings=settings, key=jax.random.key(0))
+        wanted, _ = diversity_loss(x.astype(jnp.float32), settings=settings, key=jax.random.key(0))
         assert found == wanted
         assert {value.dtype for value in terms.values()} == {np.dtype("float32")}
     gradient = jax.grad(lambda f: diversity_loss(f)[0])(x)
@@ -361,7 +361,7 @@ def test_forward_mode_equals_reverse_mode():
     for settings in PRESETS.values():
 
         def loss(f, settings=settings):
-            return diversity_loss(f, settings=settings)[0]
+            return diversity_loss(f, settings=settings, key=jax.random.key(0))[0]
 
         _, forward = jax.jvp(loss, (x,), (direction,))
         reverse = jnp.vdot(jax.grad(loss)(x), direction)
