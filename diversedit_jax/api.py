@@ -140,6 +140,7 @@ class Objective(NamedTuple):
     init:     (key, batch) -> its own parameters, trained beside those of the network. None: it has none.
     memory:   (batch) -> the memory of step 0. None: it has none.
     reads:    names in the batch that it needs besides `x` and `y`.
+    learns_null: whether the network learns the null condition. Guidance needs it.
     """
 
     apply: Callable[[Network, Batch, Context], Forward]
@@ -148,6 +149,7 @@ class Objective(NamedTuple):
     init: Callable[[Array, Batch], Params] | None = None
     memory: Callable[[Batch], Memory] | None = None
     reads: tuple[str, ...] = ()
+    learns_null: bool = True
 
 
 class Term(NamedTuple):
@@ -191,6 +193,7 @@ class Codec(NamedTuple):
     decode:    (frozen, x [b *s c]) -> uint8 images [b ...]. None: there is no decoder, and samples stay as they are.
     condition: (frozen, stored condition [b ...]) -> y for the network. It also gets the null condition.
     shape:     the shape of a stored example -> the shape in the network's space.
+    reads:     names in a stored batch that `encode` needs.
     """
 
     init: Callable[[], Params]
@@ -198,3 +201,4 @@ class Codec(NamedTuple):
     decode: Callable[[Params, Array], Array] | None
     condition: Callable[[Params, Condition], Condition] = lambda frozen, condition: condition
     shape: Callable[[tuple[int, ...]], tuple[int, ...]] = tuple
+    reads: tuple[str, ...] = ("x",)

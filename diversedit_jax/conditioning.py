@@ -81,8 +81,16 @@ def chosen(
     return labels(rule, num, conditions.classes, seed)
 
 
-def check_guidance(cfg_scale: float, conditions: Conditions) -> None:
-    """Raise ConfigError if a guidance scale is out of range, or if the data have nothing to guide to."""
+def check_guidance(cfg_scale: float, conditions: Conditions, learns_null: bool) -> None:
+    """Raise ConfigError if a guidance scale is out of range, or if there is nothing to guide by.
+
+    learns_null: see `Objective`.
+    """
     in_range("cfg_scale", cfg_scale, 0)
     if conditions.classes == 0 and cfg_scale != 1:
         raise ConfigError(f"cfg_scale = {cfg_scale}: must be 1, because the data have no classes")
+    if not learns_null and cfg_scale != 1:
+        raise ConfigError(
+            f"cfg_scale = {cfg_scale}: must be 1, because the network was trained with condition_drop = 0, without the "
+            "null condition"
+        )

@@ -25,6 +25,11 @@ def network_space(codec: Codec, stored: Space) -> Space:
 
 def encoded(codec: Codec, frozen: Params, batch: Batch, key: Array) -> Batch:
     """A stored batch in the network's space, with `x` and `y` for the network."""
+    if missing := [name for name in codec.reads if name not in batch]:
+        given = f"the data give {', '.join(sorted(batch))}"
+        raise ConfigError(
+            f"config.codec reads `{missing[0]}`, but {given}: choose a codec for these data, or other data"
+        )
     batch = dict(codec.encode(frozen, batch, key))
     return batch | {"y": codec.condition(frozen, batch["y"])}
 
@@ -63,4 +68,4 @@ def with_encoders(codec: Codec, encoders: Mapping[str, Encoder]) -> Codec:
     def inside(function):
         return None if function is None else lambda frozen, value: function(frozen["codec"], value)
 
-    return Codec(init, encode, inside(codec.decode), inside(codec.condition), codec.shape)
+    return Codec(init, encode, inside(codec.decode), inside(codec.condition), codec.shape, codec.reads)

@@ -61,7 +61,7 @@ def make(
         return {"x": draw(key, batch["moments"], scale, bias), **jax.tree.map(widened, others)}
 
     if vae is None:
-        return Codec(dict, encode, decode=None)
+        return Codec(dict, encode, decode=None, reads=("moments",))
     release = open_vae(vae)
     for option, given, wanted in (("scale", scale, release.scale), ("bias", bias, release.shift)):
         if wanted not in (None, given):
@@ -74,4 +74,4 @@ def make(
 
         return sharding.in_chunks(images, x, chunk)
 
-    return Codec(cache(lambda: release.read(("decoder",))), encode, decode)
+    return Codec(cache(lambda: release.read(("decoder",))), encode, decode, reads=("moments",))

@@ -101,7 +101,8 @@ def dopri5(
     """Dormand and Prince's fifth-order method with adaptive steps, SiT's default, through diffrax.
 
     The steps are chosen for the whole batch, by the root mean square of the error. A guidance interval is tested at the
-    time of each evaluation. The result is NaN if `max_steps` steps, rejected ones included, do not reach `last`.
+    time of each evaluation. If `max_steps` steps, rejected ones included, do not reach `last`, the result is infinite,
+    or NaN if the velocity is not finite where the steps end.
     """
     import diffrax  # for this solver only
 
@@ -117,7 +118,12 @@ def dopri5(
         max_steps=max_steps,
         throw=False,
     )
-    return jnp.where(solution.result == diffrax.RESULTS.successful, solution.ys[-1], jnp.nan)
+    reached, end, t = solution.result == diffrax.RESULTS.successful, solution.ys[-1], solution.ts[-1]
+
+    def cause() -> Array:
+        return jnp.where(jnp.isfinite(velocity(end, t, t)).all(), jnp.inf, jnp.nan).astype(x.dtype)
+
+    return jnp.where(reached, end, jax.lax.cond(reached, lambda: jnp.zeros((), x.dtype), cause))
 
 
 # Stochastic differential equations: dx = (v - w/2 score) dt + sqrt(w) dW has the path's marginals for every w(t) >= 0.

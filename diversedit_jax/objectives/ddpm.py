@@ -76,4 +76,4 @@ def make(*, num_timesteps: int = 1000, condition_drop: float = 0.1, learn_sigma:
         y = conditioning.drop(key_drop, batch, context, condition_drop)
         return regress(network, schedule, x, noise, t, y, learn_sigma)
 
-    return Objective(apply, predicts=Diffusion(schedule))
+    return Objective(apply, predicts=Diffusion(schedule), learns_null=condition_drop > 0)

@@ -106,4 +106,4 @@ def make(
         y = conditioning.drop(key_drop, batch, context, condition_drop)
         return regress(network, curve, x, noise, t, y, ERRORS[prediction], WEIGHTS[weight])
 
-    return Objective(apply, predicts=Flow(curve, prediction))
+    return Objective(apply, predicts=Flow(curve, prediction), learns_null=condition_drop > 0)

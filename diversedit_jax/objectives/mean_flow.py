@@ -118,6 +118,10 @@ def make(
     in_range("kappa", kappa, 0, below=1)  # the scale of guidance is omega / (1 - kappa)
     in_range("power", power, 0)
     in_range("eps", eps, above=0)
+    if condition_drop == 0 and (omega, kappa) != (1, 0):
+        raise ConfigError(
+            f"omega = {omega}, kappa = {kappa}: guidance needs condition_drop above 0, for the null condition"
+        )
     draw_times = times.make(time, mean=time_mean, std=time_std)
     options = {"omega": omega, "kappa": kappa, "interval": interval, "power": power, "eps": eps}
 
@@ -135,4 +139,4 @@ def make(
             dropped = first(dropped.reshape(parts, -1).sum(axis=1), b, parts)
         return regress(network, x, noise, t, jnp.where(same, t, r), batch["y"], dropped, context.null, **options)
 
-    return Objective(apply, predicts=AverageVelocity(), inputs={"span": ()})
+    return Objective(apply, predicts=AverageVelocity(), inputs={"span": ()}, learns_null=condition_drop > 0)

@@ -100,4 +100,5 @@ def make(
         y = conditioning.drop(key_drop, batch, context, condition_drop)
         return regress(network, curve, x, noise, token, token_noise, t, y, token_weight)
 
-    return Objective(apply, predicts=Flow(curve, token=width), inputs={"token": (width,)}, reads=(name,))
+    learns_null = condition_drop > 0
+    return Objective(apply, Flow(curve, token=width), {"token": (width,)}, reads=(name,), learns_null=learns_null)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from diversedit_jax import sharding
-from diversedit_jax.api import Codec, Condition, Conditions, Model, Network, Params, Space
+from diversedit_jax.api import Codec, Condition, Conditions, Model, Network, Objective, Params, Space
 from diversedit_jax.codecs import null_condition
 from diversedit_jax.conditioning import check_guidance
 from diversedit_jax.diffusion import image_and_token, solve
@@ -22,6 +22,8 @@ from diversedit_jax.diffusion.solvers import normal_per_image
 from diversedit_jax.diffusion.times import check_interval
 from diversedit_jax.errors import ConfigError, NonFiniteError
 from diversedit_jax.registry import in_range
+
+FINITE, INFINITE, NAN = range(3)  # what samples hold, the worst last
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,12 @@ class Sampler:
     run: Callable[..., tuple[Array, Array]]  # the compiled program of a batch
     scales: Callable[[float], Array]
     conditions: Conditions
+    learns_null: bool  # see `Objective`
     layout: sharding.Layout
     batch_size: int
     cfg_scale: float
     guidance_interval: tuple[float, float]
+    limit: str = ""  # the error for samples that the solver leaves infinite; "": they are as bad as NaN
 
     def __call__(
         self,
@@ -52,7 +56,10 @@ class Sampler:
         cfg_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
     ) -> np.ndarray:
-        """Samples [n ...] on the host: uint8 images, or float32 without a decoder. NonFiniteError if not finite.
+        """Samples [n ...] on the host: uint8 images, or float32 without a decoder.
+
+        NonFiniteError if they are not finite, ConfigError if `dopri5` needs more steps.
+
 
         conditions: as stored, [n ...].
         weak: parameters of a less trained state. It guides the samples (autoguidance), with the scale `cfg_scale`.
@@ -62,7 +69,10 @@ class Sampler:
         scale = self.cfg_scale if cfg_scale is None else cfg_scale
         interval = self.guidance_interval if guidance_interval is None else guidance_interval
         check_interval("guidance_interval", interval)
-        check_guidance(scale, self.conditions if weak is None else Conditions(None))
+        if weak is None:
+            check_guidance(scale, self.conditions, self.learns_null)
+        else:
+            in_range("cfg_scale", scale, 0)
         count = len(jax.tree.leaves(conditions)[0])
         numbers = jnp.arange(first, first + count)
         keys = np.asarray(jax.random.key_data(jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(numbers)))
@@ -70,18 +80,20 @@ class Sampler:
         guidance = self.scales(scale), tuple(jnp.float32(time) for time in interval)
 
         def batches() -> Iterator[tuple[int, Array, Array]]:
-            finite = sharding.put(np.bool_(True), sharding.replicated(self.layout))
+            fault = sharding.put(np.int32(FINITE), sharding.replicated(self.layout))
             for begin in range(0, count, size):
                 index = np.minimum(np.arange(begin, begin + size), count - 1)  # the last batch is filled up
                 rows = jax.tree.map(lambda leaf, index=index: np.asarray(leaf)[index], (conditions, keys))
                 y, k = sharding.put(rows, sharding.over_batch(self.layout))
-                with jax.set_mesh(self.layout.mesh):  # reading the last `finite` keeps two batches from running at once
-                    images, finite = self.run(params, weak, frozen, y, k, *guidance, finite)
-                yield begin, images, finite
+                with jax.set_mesh(self.layout.mesh):  # reading the last `fault` keeps two batches from running at once
+                    images, fault = self.run(params, weak, frozen, y, k, *guidance, fault)
+                yield begin, images, fault
 
         done = []
-        for begin, images, finite in one_late(batches()):
-            if not finite:
+        for begin, images, fault in one_late(batches()):
+            if fault == INFINITE and self.limit:
+                raise ConfigError(self.limit)
+            if fault != FINITE:
                 raise NonFiniteError(f"samples {first + begin} to {first + begin + size - 1} are not finite")
             done.append(jax.device_get(images))
         return np.concatenate(done)[:count]
@@ -96,7 +108,7 @@ class Sampler:
 
         y, keys = jax.tree.map(rows, (self.conditions.null, jax.random.key_data(jax.random.key(0))))
         guidance = jax.eval_shape(lambda: (self.scales(self.cfg_scale), (jnp.float32(0), jnp.float32(1))))
-        before = jax.ShapeDtypeStruct((), np.bool_, sharding=sharding.replicated(self.layout))
+        before = jax.ShapeDtypeStruct((), np.int32, sharding=sharding.replicated(self.layout))
         with jax.set_mesh(self.layout.mesh):
             return self.run.lower(params, None, frozen, y, keys, *guidance, before)
 
@@ -140,7 +152,7 @@ def make(
     model: Model,
     codec: Codec,
     space: Space,
-    predicts: Any,
+    objective: Objective,
     layout: sharding.Layout,
     *,
     solver: str = "euler_maruyama",
@@ -158,7 +170,7 @@ def make(
     eta: float = 0.0,
     batch_size: int = 256,
 ) -> Sampler:
-    """A sampler for what a network predicts (`Objective.predicts`). The defaults are the papers', without guidance.
+    """A sampler for a network that an objective has trained. The defaults are the papers', without guidance.
 
     space: of stored examples.
     solver, steps, diffusion, diffusion_norm, last_step_kind, last_step, rtol, atol, eta: see `diffusion.solve.Options`.
@@ -168,13 +180,13 @@ def make(
     batch_size: samples at a time, over all devices.
     """
     given = solve.Options(steps, diffusion, diffusion_norm, last_step_kind, last_step, rtol, atol, eta)
-    solution = solve.make(solver, predicts, given)
+    solution = solve.make(solver, objective.predicts, given)
     interval = check_interval("guidance_interval", guidance_interval)
     in_range("batch_size", batch_size, 1)
     shape = codec.shape(space.shape)
     if guidance_channels is not None:
         in_range("guidance_channels", guidance_channels, 1, shape[-1])
-    state = state_of(predicts, shape, guidance_channels, token_cfg_scale)
+    state = state_of(objective.predicts, shape, guidance_channels, token_cfg_scale)
 
     @partial(jax.jit, out_shardings=sharding.replicated(layout))  # every process can read the result
     def run(params: Params, weak: Params | None, frozen: Any, y: Condition, keys: Array, scale, interval, before):
@@ -190,10 +202,21 @@ def make(
             return guide(network, y, null, weak=weak_network, **options)
 
         x = state.x(solution(guided, x, normal_per_image(path_keys, state.shape)))
-        finite = before & jnp.isfinite(x).all()
-        return x if codec.decode is None else codec.decode(frozen, x), finite
+        fault = jnp.where(jnp.isnan(x).any(), NAN, jnp.where(jnp.isinf(x).any(), INFINITE, FINITE))
+        return x if codec.decode is None else codec.decode(frozen, x), jnp.maximum(before, fault)
 
-    return Sampler(run, state.scales, space.conditions, layout, batch_size, cfg_scale, interval)
+    limit = f"solver = 'dopri5' did not reach the end in steps = {steps}: give more steps, or larger rtol and atol"
+    return Sampler(
+        run,
+        state.scales,
+        space.conditions,
+        objective.learns_null,
+        layout,
+        batch_size,
+        cfg_scale,
+        interval,
+        limit if solver == "dopri5" else "",
+    )
 
 
 def one_late(items: Iterator[Any]) -> Iterator[Any]:

@@ -53,6 +53,15 @@ def initializer(components: Components, batch: Batch) -> Callable[[Array], State
         params = components.model.init(key_model)
         frozen = jax.eval_shape(components.codec.init)
         prepared = _zeros(jax.eval_shape(partial(encoded, components.codec, key=key), frozen, batch))
+        for place, part in {
+            "objective": objective,
+            **{f"losses.{label}": aux for label, aux in losses.items()},
+        }.items():
+            if missing := [name for name in part.reads if name not in prepared]:
+                given = f"a batch has {', '.join(sorted(prepared))}"
+                raise ConfigError(
+                    f"config.{place} reads `{missing[0]}`, but {given}: give config.encoders or data with it"
+                )
         own = objective.init(jax.random.fold_in(key_losses, len(losses)), prepared) if objective.init else {}
         memory = {"objective": objective.memory(prepared)} if objective.memory else {}
 

@@ -11,7 +11,7 @@ import pytest
 from configs import default
 from diversedit_jax import codecs, models, objectives, sharding
 from diversedit_jax import config as configs
-from diversedit_jax.api import Conditions, Model, Space
+from diversedit_jax.api import Conditions, Model, Objective, Space
 from diversedit_jax.data import pipeline
 from diversedit_jax.diffusion import discrete, solve
 from diversedit_jax.diffusion.paths import PATHS
@@ -27,9 +27,14 @@ DIFFUSION = Diffusion(discrete.linear(1000))
 PIXELS = codecs.make("pixels")._replace(decode=None)
 
 
+def trained(predicts, learns_null=True):
+    """An objective, as far as sampling reads it."""
+    return Objective(None, predicts, learns_null=learns_null)
+
+
 def sampler(predicts, model=None, **options):
     model = model or models.make("dit", SPACE, depth=2, width=16, heads=2)
-    sample = sampling.make(model, PIXELS, SPACE, predicts, sharding.make(), batch_size=8, **options)
+    sample = sampling.make(model, PIXELS, SPACE, trained(predicts), sharding.make(), batch_size=8, **options)
     return lambda seed=0: sample(model.init(jax.random.key(0)), {}, np.arange(8) % CLASSES, seed)
 
 
@@ -247,7 +252,7 @@ def test_a_weak_state_of_the_model_guides_it(predicts):
     """Predictions are linear in guidance: one of 3, guided at scale 2 by one of 1, is one of 5."""
     model = Model(lambda key: {}, lambda params, x, t, y: (params * 0.1 * x, ()))
     solver = "ddim" if predicts is DIFFUSION else "heun"
-    make = partial(sampling.make, model, PIXELS, SPACE, predicts, sharding.make(), solver=solver, steps=5)
+    make = partial(sampling.make, model, PIXELS, SPACE, trained(predicts), sharding.make(), solver=solver, steps=5)
     labels, one, three, five = np.arange(8) % CLASSES, *map(jnp.float32, (1, 3, 5))
     plain, guided = make(), make(cfg_scale=2.0)
     np.testing.assert_allclose(guided(three, {}, labels, 0, weak=one), plain(five, {}, labels, 0), rtol=1e-4)
@@ -261,7 +266,7 @@ def test_the_next_batch_is_dispatched_before_one_is_fetched(monkeypatch):
     """On eight devices that exchange what they compute: at most two batches are in flight, and no image changes."""
     model = models.make("dit", SPACE, depth=2, width=16, heads=2)
     layout = sharding.make(data=2, fsdp=2, tensor=2)
-    sample = sampling.make(model, PIXELS, SPACE, Flow(), layout, steps=3, batch_size=8)
+    sample = sampling.make(model, PIXELS, SPACE, trained(Flow()), layout, steps=3, batch_size=8)
     where = sharding.shardings(build.abstract_params(model, layout), layout)
     params, labels = jax.jit(model.init, out_shardings=where)(jax.random.key(0)), np.arange(29) % CLASSES
     alone = [sample(params, {}, labels[k : k + 8], 5, first=100 + k) for k in range(0, 29, 8)]
@@ -285,7 +290,7 @@ def test_the_next_batch_is_dispatched_before_one_is_fetched(monkeypatch):
 def test_the_first_batch_that_is_not_finite_is_named():
     """Though the next was dispatched, and those after it would be finite."""
     model = Model(lambda key: {}, lambda params, x, t, y: (jnp.where(y == 2, jnp.nan, 0)[:, None, None, None] * x, ()))
-    sample = sampling.make(model, PIXELS, SPACE, Flow(), sharding.make(), steps=2, batch_size=8)
+    sample = sampling.make(model, PIXELS, SPACE, trained(Flow()), sharding.make(), steps=2, batch_size=8)
     for labels, message in ([0, 1, 2, 0, 0], "116 to 123"), ([0, 1, 0, 1, 2], "132 to 139"), ([2], "100 to 107"):
         with pytest.raises(NonFiniteError, match=f"samples {message} are not finite"):
             sample({}, {}, np.repeat(labels, 8), 0, first=100)
@@ -296,10 +301,39 @@ def test_the_program_is_lowered_for_abstract_arrays():
     model = models.make("dit", SPACE, depth=2, width=16, heads=2)
     layout = sharding.make(data=2, devices=jax.devices()[:2])
     options = {"solver": "euler", "steps": 2, "batch_size": 5}
-    sample = sampling.make(model, PIXELS, SPACE, Flow(), layout, **options)
+    sample = sampling.make(model, PIXELS, SPACE, trained(Flow()), layout, **options)
     params = build.abstract_params(model, layout)
     lowered = sample.lower(params, {})
     images, finite = lowered.out_info
     assert (images.shape, images.dtype) == ((6, *SHAPE), np.float32)  # 5, filled up for the devices of the layout
     assert finite.shape == ()
     assert re.search(r"%arg\d+: tensor<i1>", lowered.as_text()), "it does not wait for the batch before"
+
+
+def test_dopri5_with_too_few_steps_asks_for_more():
+    rough = still(lambda x, t: jnp.sin(300 * t) * jnp.ones_like(x))
+    with pytest.raises(ConfigError, match=r"'dopri5' did not reach the end in steps = 3: give more steps"):
+        sampler(Flow(), rough, solver="dopri5", steps=3)()
+    with pytest.raises(NonFiniteError, match="samples 0 to 7 are not finite"):
+        sampler(Flow(), still(lambda x, t: x + jnp.nan), solver="dopri5", steps=3)()
+
+
+def test_a_network_that_never_saw_the_null_condition_is_not_guided():
+    sample = sampling.make(still(lambda x, t: x), PIXELS, SPACE, trained(Flow(), False), sharding.make(), steps=2)
+    labels = np.arange(8) % CLASSES
+    for scale in (0.0, 1.5):
+        with pytest.raises(ConfigError, match=f"cfg_scale = {scale}: must be 1, .*condition_drop = 0"):
+            sample({}, {}, labels, 0, cfg_scale=scale)
+    sample({}, {}, labels, 0, weak={}, cfg_scale=1.5)  # autoguidance needs no null condition
+
+
+@pytest.mark.parametrize("name", ["flow_matching", "ddpm", "reg", "mean_flow"])
+def test_objectives_say_whether_they_learn_the_null_condition(name):
+    more = {"kappa": 0.0} if name == "mean_flow" else {}
+    assert objectives.make(name, **more).learns_null
+    assert not objectives.make(name, condition_drop=0.0, **more).learns_null
+
+
+def test_mean_flow_guides_its_training_only_by_a_condition_that_it_learns():
+    with pytest.raises(ConfigError, match=r"kappa = 0.5: guidance needs condition_drop above 0"):
+        objectives.make("mean_flow", condition_drop=0.0)
