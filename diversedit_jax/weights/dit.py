@@ -15,13 +15,12 @@ import jax
 import numpy as np
 
 from diversedit_jax.api import Conditions, Params, Space
-from diversedit_jax.errors import ConfigError
+from diversedit_jax.errors import ConfigError, WeightsError
 from diversedit_jax.models import dit
 from diversedit_jax.registry import one_of
 from diversedit_jax.weights import dit_names, mapping
 from diversedit_jax.weights.dit_names import Architecture, Entry
-from diversedit_jax.weights.formats import orbax_folder
-from diversedit_jax.weights.formats.weights_file import open_weights
+from diversedit_jax.weights.formats import orbax_folder, weights_folder
 from diversedit_jax.weights.mapping import Arrays, Shapes
 
 
@@ -61,19 +60,23 @@ FAMILIES = {
 }
 # Parts of a training file, the preferred first: PyTorch's, then those of the official MeanFlow.
 ENTRIES = ("ema", "model", "ema_params", "params")
+TABLES = ("pos_embed", "net/pos_embed", "pos_embed.pos_embed")  # names of position tables
+TABLE_TOLERANCE = 0.01  # bfloat16 rounds the largest values, of 1, by 0.004
 SMALLEST = Architecture(depth=2, width=1, heads=1, patch=1, channels=1, out_channels=1, num_classes=1)
 
 
 class Release(NamedTuple):
     """A release as parameters of our model: float32 arrays on the host.
 
-    side: of the image or latent; None if the release stores no position table.
+    sides: height and width of the image or latent; None if the release stores no position table.
+    unread: objects of the file that are not weights, see `NamedArrays.foreign`.
     """
 
     family: str
     arch: Architecture
-    side: int | None
+    sides: tuple[int, int] | None
     params: Params
+    unread: Mapping[str, str] = {}
 
     @property
     def model(self) -> dict[str, Any]:
@@ -86,9 +89,9 @@ class Release(NamedTuple):
         width = {} if self.arch.token_width is None else {"width": self.arch.token_width}
         return {"name": FAMILIES[self.family].objective, **width}
 
-    def space(self, side: int) -> Space:
-        """The space of its examples, squares of this side."""
-        return Space((side, side, self.arch.channels), Conditions.labels(self.arch.num_classes))
+    def space(self, sides: tuple[int, int]) -> Space:
+        """The space of its examples, of this height and width."""
+        return Space((*sides, self.arch.channels), Conditions.labels(self.arch.num_classes))
 
 
 def recognise(shapes: Shapes) -> str:
@@ -182,19 +185,38 @@ def load(
     entries = FAMILIES[family].entries(arch)
     target = abstract(arch)
     mapping.check(family, entries, shapes, target, FAMILIES[family].ignored)
-    params = mapping.fill(family, entries, arrays, target)
-    table = shapes.get("pos_embed") or shapes.get("net/pos_embed")
-    side = arch.patch * round((table[-2] - _rows_before(arch)) ** 0.5) if table else None
-    return Release(family, arch, side, params)
+    sides = sides_of(family, arrays[found], arch) if (found := next(filter(shapes.get, TABLES), None)) else None
+    return Release(family, arch, sides, mapping.fill(family, entries, arrays, target))
 
 
-def _rows_before(arch: Architecture) -> int:
-    """Rows of a release's position table before those of the patches: one for a class token."""
-    return int(arch.token_width is not None)
+def position_table(arch: Architecture, grid: tuple[int, ...]) -> np.ndarray:
+    """The position table that a release stores, [n d]: a row of zeros for a class token, then those of the patches."""
+    return np.pad(dit.position_table(grid, arch.width), ((int(arch.token_width is not None), 0), (0, 0)))
 
 
-def export(params: Params, family: str, arch: Architecture, side: int | None = None) -> dict[str, np.ndarray]:
-    """Our parameters under the names of a family, C-contiguous float32; with `side`, the position table it stores."""
+def sides_of(family: str, table: np.ndarray, arch: Architecture) -> tuple[int, int]:
+    """The height and width of the images whose position table [1 n d] a release stores.
+
+    ConfigError for another table than the fixed one: our network would not be the one that was trained.
+    """
+    stored = np.asarray(table, np.float32).reshape(-1, table.shape[-1])
+    patches = len(stored) - int(arch.token_width is not None)
+    grids = [(rows, patches // rows) for rows in range(1, patches + 1) if patches % rows == 0]
+    apart = {grid: float(np.abs(position_table(arch, grid) - stored).max()) for grid in grids}
+    nearest = min(apart, key=apart.get)
+    if not apart[nearest] < TABLE_TOLERANCE:
+        raise ConfigError(
+            f"{family}: its position table is not the fixed sine-cosine table of any grid of {patches} patches. It "
+            f"differs by up to {apart[nearest]:.2g} from that of {nearest[0]} x {nearest[1]}: a learned or resized "
+            "table is not read"
+        )
+    return arch.patch * nearest[0], arch.patch * nearest[1]
+
+
+def export(
+    params: Params, family: str, arch: Architecture, sides: tuple[int, int] | None = None
+) -> dict[str, np.ndarray]:
+    """Our parameters under the names of a family, C-contiguous float32; with `sides`, the position table it stores."""
     kind = FAMILIES[one_of("family", family, FAMILIES)]
     torch = kind.entries is dit_names.torch_names
     if kind.double != (arch.out_channels == 2 * arch.channels):
@@ -208,31 +230,37 @@ def export(params: Params, family: str, arch: Architecture, side: int | None = N
         if present != wanted:
             raise ConfigError(f"{family} cannot hold a network {'with' if present else 'without'} {part}")
     arrays = mapping.written(kind.entries(arch), params)
-    if side is not None and torch:
-        table = dit.position_table((side // arch.patch,) * 2, arch.width)
-        arrays["pos_embed"] = np.pad(table, ((_rows_before(arch), 0), (0, 0)))[None]
+    if sides is not None and torch:
+        arrays["pos_embed"] = position_table(arch, tuple(side // arch.patch for side in sides))[None]
     return arrays
 
 
 def open_release(
     path: Path, family: str | None = None, heads: int | None = None, weights: str | None = None
 ) -> tuple[Release, dict[str, int]]:
-    """The release in a weight file or in an orbax folder, and the number of arrays in each part of it.
+    """The release in a weight file, a folder of diffusers or one of orbax, and the number of arrays in each part of it.
 
+    heads: as for `architecture`; by default as the file or a config.json beside it says.
     weights: the part of a training file to take, by default the first of ENTRIES that it has, else the whole file. The
         other parts (the optimizer's state) are not read.
     Raises WeightsError for a file without weights, ConfigError for weights that do not fit.
     """
-    folder = orbax_folder.find(path) if path.is_dir() else None
-    with open_weights(path) if folder is None else orbax_folder.OrbaxFolder(folder) as file:
+    folder, path = orbax_folder.find(path), weights_folder.folder_of(path, "transformer")
+    with weights_folder.opened(path) if folder is None else orbax_folder.OrbaxFolder(folder) as file:
+        heads = heads or weights_folder.config(path).get("num_attention_heads") or file.about.get("heads")
         top = dict.fromkeys(name.partition(".")[0] for name in file)
         parts = {name: len(file.names(name)) for name in top if isinstance(file.tree.get(name), Mapping)}
-        chosen = weights or next((name for name in ENTRIES if name in parts), "")
+        chosen = weights or next((name for name in ENTRIES if name in parts or name in file.foreign), "")
+        if chosen in file.foreign:
+            of = f"an object of {file.foreign[chosen]}"
+            others = f"; give another entry with --weights: {', '.join(parts)}" if parts else ""
+            raise WeightsError(f"{path}: its entry {chosen!r} is {of}, which is not read{others}")
         if chosen and chosen not in parts:
             raise ConfigError(f"{path} has no entry {chosen!r}; it has {', '.join(parts) or 'bare arrays'}")
         blocks = {found[1] for name in file.names(chosen) if (found := re.search(r"(?:^|\.)blocks\.(\d+)\.", name))}
         arrays = Arrays(file, chosen, partial(_current, len(blocks)))
-        return load(arrays, arrays.shapes, family, heads), parts or {"arrays": len(file)}
+        release = load(arrays, arrays.shapes, family, heads and int(heads))._replace(unread=file.foreign)
+        return release, parts or {"arrays": len(file)}
 
 
 def _current(blocks: int, name: str) -> str:

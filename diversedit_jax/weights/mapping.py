@@ -13,15 +13,21 @@ from diversedit_jax.weights.formats import NamedArrays
 Shapes = Mapping[str, tuple[int, ...]]
 
 
+# Parts of names that torch adds where it wraps a module: data-parallel, compiled, sharded, with activation checkpoints.
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
 class Arrays(NamedArrays):
-    """The arrays below one entry of a weight file, by the rest of their names. rename: changes the rest of a name."""
+    """The arrays below one entry of a weight file, by the rest of their names, without WRAPPERS.
+
+    rename: changes the rest of a name.
+    """
 
     def __init__(self, file: NamedArrays, prefix: str = "", rename: Callable[[str], str] = str):
         names = file.names(prefix)
-        rest = [name.removeprefix(f"{prefix}.") if prefix else name for name in names]
-        if all(name.startswith("module.") for name in rest):  # as torch's data-parallel wrappers save
-            rest = [name.removeprefix("module.") for name in rest]
-        self._file, self._names = file, dict(zip(map(rename, rest), names, strict=True))
+        rest = (name.removeprefix(f"{prefix}.") if prefix else name for name in names)
+        bare = [".".join(part for part in name.split(".") if part not in WRAPPERS) for name in rest]
+        self._file, self._names = file, dict(zip(map(rename, bare), names, strict=True))
         self.shapes = {short: file.shapes[name] for short, name in self._names.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:

@@ -5,7 +5,6 @@ latent diffusion's authors, with the autoencoder below `first_stage_model`. The 
 widths. Only config.json has the scale of the latents and the number of groups.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
@@ -20,10 +19,12 @@ from diversedit_jax.models.vae import Architecture
 from diversedit_jax.runtime.files import write_json
 from diversedit_jax.weights import mapping
 from diversedit_jax.weights.dit_names import CONV, LINEAR, Entry, Place, Turn, linear, norm
-from diversedit_jax.weights.formats.weights_file import WeightsFile, file_digest, open_weights, write_safetensors
+from diversedit_jax.weights.formats import NamedArrays, weights_folder
+from diversedit_jax.weights.formats.weights_file import write_safetensors
+from diversedit_jax.weights.formats.weights_folder import CONFIG
 from diversedit_jax.weights.mapping import Arrays, Shapes
 
-CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"
+WEIGHTS = "diffusion_pytorch_model"
 HALVES = ("encoder", "decoder")
 MOST = 16  # levels, and residual blocks of a level, that are looked for
 
@@ -110,10 +111,13 @@ def open_vae(path: str | Path) -> Release:
     and ConfigError, with the array's or key's name, for what does not fit.
     """
     path = Path(path).expanduser()
-    file, config = _found(path)
-    with open_weights(file) as weights:
+    found = weights_folder.folder_of(path, "vae")
+    config = weights_folder.config(found)
+    if config and (kind := config.get("_class_name")) != "AutoencoderKL":
+        raise WeightsError(f"{found}: wanted an AutoencoderKL, its {CONFIG} is of {kind}")
+    with weights_folder.opened(found) as weights:
         shapes = _below(weights).shapes
-    what = f"vae: {file}"
+    what = f"vae: {found}"
     layout, arch = _recognised(what, shapes, config.get("norm_num_groups", Architecture().groups))
     _check_config(what, arch, config)
     four = len(shapes[_attention(layout)]) == 4
@@ -125,11 +129,13 @@ def open_vae(path: str | Path) -> Release:
     mapping.check(what, wanted(HALVES), shapes, target, IGNORED)
 
     def read(halves: tuple[str, ...] = HALVES) -> Params:
-        with open_weights(file) as weights:
+        with weights_folder.opened(found) as weights:
             return mapping.fill(what, wanted(halves), _below(weights), {half: target[half] for half in halves})
 
     scale, shift = (config.get(key) for key in ("scaling_factor", "shift_factor"))
-    return Release(arch, scale, shift or 0.0 if config else None, path.resolve().name, file_digest(file), read)
+    return Release(
+        arch, scale, shift or 0.0 if config else None, path.resolve().name, weights_folder.digest(found), read
+    )
 
 
 def export(params: Params, arch: Architecture, folder: str | Path, *, scale: float = 0.18215, shift: float = 0.0):
@@ -203,37 +209,13 @@ def _attention(layout: str) -> str:
     return f"encoder.{names.attention}.{names.qkv_out[0]}.weight"
 
 
-def _found(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The weight file that `path` stands for, and the contents of the config.json beside it, {} if there is none."""
-    if not path.is_dir():
-        return path, _config(path.parent / CONFIG) if path.stem == WEIGHTS else {}
-    for folder in (path, path / "vae"):
-        for suffix in (".safetensors", ".bin"):
-            file = folder / f"{WEIGHTS}{suffix}"
-            if file.is_file():
-                return file, _config(folder / CONFIG)
-    raise WeightsError(f"{path}: wanted {CONFIG} and {WEIGHTS}.safetensors in it, or the name of a weight file")
-
-
-def _config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: cannot be read: {error}") from error
-    kind = config.get("_class_name") if isinstance(config, dict) else None
-    if kind != "AutoencoderKL":
-        raise WeightsError(f"{path}: wanted the config of an AutoencoderKL, given that of {kind}")
-    return config
-
-
-def _below(weights: WeightsFile) -> Arrays:
+def _below(weights: NamedArrays) -> Arrays:
     """The autoencoder's arrays: at the top of the file, below `first_stage_model`, or below `state_dict` of either."""
+    bare = Arrays(weights)
     for prefix in (f"state_dict.{ENTRY}", ENTRY, "state_dict"):
-        if weights.names(prefix):
-            return Arrays(weights, prefix)
-    return Arrays(weights)
+        if bare.names(prefix):
+            return Arrays(bare, prefix)
+    return bare
 
 
 def _recognised(what: str, shapes: Shapes, groups: int) -> tuple[str, Architecture]:

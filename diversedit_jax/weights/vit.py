@@ -18,7 +18,7 @@ from diversedit_jax.models.vit import Architecture
 from diversedit_jax.registry import one_of
 from diversedit_jax.weights import mapping
 from diversedit_jax.weights.dit_names import SAME, Entry, Turn, conv, heads_of, linear, norm
-from diversedit_jax.weights.formats.weights_file import WeightsFile, open_weights
+from diversedit_jax.weights.formats import NamedArrays, weights_folder
 from diversedit_jax.weights.mapping import Arrays, Shapes
 
 
@@ -235,30 +235,33 @@ def recognise(kind: Kind, shapes: Shapes) -> str:
 def open_encoder(
     kind: Kind, file: str | Path, heads: int | None = None, position: str = "repa", dtype: str = "float32"
 ) -> Release:
-    """The encoder of a kind in a weight file. Names and shapes are checked now; parameters are read at `read()`.
+    """The encoder of a kind in a weight file, or in a folder of transformers.
 
-    heads: needed for a width that no published encoder has. position, dtype: of the `vit.network` for the parameters.
+    Names and shapes are checked now; parameters are read at `read()`.
+    heads: needed for a width that no published encoder has, if no config.json says it.
+    position, dtype: of the `vit.network` for the parameters.
     Raises WeightsError for what is no weight file and ConfigError, with the array's name, for what does not fit.
     """
     path = Path(file).expanduser()
-    with open_weights(path) as weights:
+    with weights_folder.opened(path) as weights:
         shapes = _below(kind, weights).shapes
     layout = recognise(kind, shapes)
-    arch = architecture(kind, layout, shapes, heads)
+    arch = architecture(kind, layout, shapes, heads or weights_folder.config(path).get("num_attention_heads"))
     names = LAYOUTS[layout]
     unread = () if arch.final_norm else (f"{names.norm}.",)
     target = jax.eval_shape(vit.network(arch, position, dtype).init, jax.random.key(0))
     mapping.check(kind.name, entries(layout, arch), shapes, target, (*kind.ignored, *unread))
 
     def read() -> Params:
-        with open_weights(path) as weights:
+        with weights_folder.opened(path) as weights:
             return mapping.fill(kind.name, entries(layout, arch), _below(kind, weights), target)
 
     return Release(arch, read)
 
 
-def _below(kind: Kind, weights: WeightsFile) -> Arrays:
-    return Arrays(weights, kind.entry if weights.names(kind.entry) else "", kind.rename)
+def _below(kind: Kind, weights: NamedArrays) -> Arrays:
+    bare = Arrays(weights)
+    return Arrays(bare, kind.entry if bare.names(kind.entry) else "", kind.rename)
 
 
 def export(params: Params, layout: str, arch: Architecture) -> dict[str, np.ndarray]:

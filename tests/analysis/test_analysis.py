@@ -347,7 +347,7 @@ def test_a_release_needs_no_training_state(tmp_path):
     arch = releases.Architecture(**dims, patch=2, channels=1, out_channels=2, num_classes=10)
     own = jax.tree.map(np.asarray, untrained.randomly(shapes, 0, scale=0.3))
     file = tmp_path / "sit.safetensors"
-    write_safetensors(file, releases.export(own, "official_sit", arch, side=8))
+    write_safetensors(file, releases.export(own, "official_sit", arch, sides=(8, 8)))
     about = {"family": "official_sit", "heads": 2, "data": slot("data", "digits").to_dict()}
     opened = trained.of_release(file, **about)
     experiment = opened.experiment

@@ -159,7 +159,7 @@ def test_a_release_is_recognised_and_equals_the_reference(name):
     assert release.family == "reg"
     assert release.arch.token_width == K
     assert release.arch.skip == (name == "sit_diversedit")
-    assert release.side == reference.SHAPE[0]
+    assert release.sides == reference.SHAPE[:2]
     model = models.make("dit", reference.SPACE, releases.inputs(release.arch), **releases.model_options(release.arch))
     gold = reference.numbers(name)
     token = normal(4, len(gold["t"]), K)
@@ -175,7 +175,7 @@ def test_a_release_is_recognised_and_equals_the_reference(name):
 def test_export_is_exact_and_to_reg_alone():
     weights = reg_weights("sit_diversedit")
     release = load(weights)
-    out = releases.export(release.params, "reg", release.arch, release.side)
+    out = releases.export(release.params, "reg", release.arch, release.sides)
     assert out.keys() == {key for key in weights if not key.startswith("projectors.")}
     for key, array in out.items():
         if key != "pos_embed":
@@ -497,9 +497,9 @@ def test_a_run_trains_and_samples(tmp_path):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     assert (tmp_path / "run" / "samples.png").exists()
     release, _ = convert_checkpoint.of_run(tmp_path / "run")
-    arrays = releases.export(release.params, release.family, release.arch, release.side)
+    arrays = releases.export(release.params, release.family, release.arch, release.sides)
     again = releases.load(arrays, {name: array.shape for name, array in arrays.items()}, heads=2)
-    assert (again.family, again.arch, again.side) == ("reg", release.arch, 8)
+    assert (again.family, again.arch, again.sides) == ("reg", release.arch, (8, 8))
     jax.tree.map(np.testing.assert_array_equal, again.params, jax.device_get(state["ema"]))
 
 

@@ -55,7 +55,7 @@ def test_family_and_architecture_are_recognised(name):
     assert arch.channels == config["in_channels"]
     assert arch.out_channels == config["in_channels"] * (2 if name.startswith("official") else 1)
     assert arch.skip == (name == "sit_diversedit")
-    assert release.side in (config["input_size"], None)
+    assert release.sides in ((config["input_size"],) * 2, None)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -90,7 +90,7 @@ def test_the_first_files_of_repa_count_their_later_blocks_anew(tmp_path):
 def test_the_position_table_is_the_one_stored():
     for name in ("sit_plain", "sra_student", "official_sit", "official_dit"):
         release = load(name)
-        out = releases.export(release.params, release.family, release.arch, side=release.side)
+        out = releases.export(release.params, release.family, release.arch, sides=release.sides)
         np.testing.assert_allclose(out["pos_embed"], arrays(name)["pos_embed"], atol=1e-6)
 
 
@@ -112,7 +112,7 @@ def test_diffusers_layout_and_back():
 def test_forward_equals_the_reference(name):
     release = load(name)
     options = releases.model_options(release.arch)
-    model = models.make("dit", release.space(8), releases.inputs(release.arch), **options)
+    model = models.make("dit", release.space((8, 8)), releases.inputs(release.arch), **options)
     with np.load(DATA / f"{FILES[name][1].removesuffix('_config')}.npz") as file:
         gold = {key: jnp.asarray(file[key], jax.dtypes.canonicalize_dtype(file[key].dtype)) for key in file.files}
     if name == "meanflow":
@@ -161,9 +161,9 @@ def test_what_cannot_be_told_is_asked_for():
 
 def test_meanflow_goes_to_its_port_in_torch_and_back():
     release = load("meanflow")
-    out = releases.export(release.params, "meanflow_torch", release.arch, side=8)
+    out = releases.export(release.params, "meanflow_torch", release.arch, sides=(8, 8))
     kernel = arrays("meanflow")["net/h_embedder/mlp/layers_0/_flax_linear/kernel"]
     np.testing.assert_array_equal(out["r_embedder.mlp.0.weight"], kernel.T)  # of t - r there as well
     again = releases.load(out, shapes(out), heads=release.arch.heads)
-    assert (again.family, again.side) == ("meanflow_torch", 8)
+    assert (again.family, again.sides) == ("meanflow_torch", (8, 8))
     jax.tree.map(np.testing.assert_array_equal, again.params, release.params)

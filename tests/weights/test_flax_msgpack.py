@@ -124,7 +124,7 @@ def test_damaged_states_are_refused(tmp_path):
 
 def test_damaged_folders_are_refused(tmp_path):
     (tmp_path / "plain").mkdir()
-    refused(tmp_path / "plain", "is a folder, not a file")
+    refused(tmp_path / "plain", "a folder without weights .it is empty.: wanted ")
     path = folder(tmp_path / "checkpoint_7")
     for file in (path / "ocdbt.process_0" / "d").iterdir():  # what the arrays hold; after that their index, the tree
         file.write_bytes(b"")

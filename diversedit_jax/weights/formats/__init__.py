@@ -7,9 +7,13 @@ class NamedArrays(Mapping):
     """The arrays of an open file by name, each read when it is asked for.
 
     shapes: the shape of every array, known without reading any.
+    foreign: objects beside the arrays that are not read: path -> the name of what makes it.
+    about: strings beside the arrays.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
+    foreign: Mapping[str, str] = {}
+    about: Mapping[str, str] = {}
 
     def names(self, prefix: str = "") -> list[str]:
         """Names at and below a path of the saved object, in its order: `ema` -> `ema.pos_embed`, ..."""

@@ -15,7 +15,6 @@ from diversedit_jax.weights.formats import torch_pickle
 from diversedit_jax.weights.formats.torch_pickle import KNOWN, Vocabulary
 
 KINDS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
-BYTES = ("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8")
 
 
 class _DType:
@@ -61,7 +60,7 @@ _MODULES = ("numpy.core", "numpy._core")
 _CALLS = {"numpy.dtype": _dtype}
 _CALLS |= {f"{module}.multiarray._reconstruct": lambda kind, shape, code: _Array() for module in _MODULES}
 _CALLS |= {f"{module}.numeric._frombuffer": lambda *state: _Array(_array(*state)) for module in _MODULES}
-_OPCODES = torch_pickle.opcodes({*KNOWN - {"BINPERSID"}, *BYTES})
+_OPCODES = torch_pickle.opcodes(KNOWN - {"BINPERSID"})
 _NUMPY = Vocabulary(_CALLS, ("numpy.ndarray",), {}, _build, None, _OPCODES)
 
 

@@ -3,11 +3,12 @@
 A pickle is a program for a small stack machine. Its opcodes build containers, numbers and strings. Two opcodes name any
 importable object, and others call it. `pickle.Unpickler` can restrict the names, but it still calls `__setstate__`,
 sets attributes, hashes any key, and sizes its memo by a number in the file. The machine here is smaller. It never
-imports: a name is a token with a meaning in the tables below, or an error. It builds dicts, lists, tuples, numbers,
-strings and `Tensor`, and nothing else. PyTorch's own `weights_only` reader works the same way.
+imports: a name is a token with a meaning in the tables below. It builds dicts, lists, tuples, numbers, strings and
+`Tensor`. Everything else that a PyTorch file holds becomes `Foreign`, a name without content, so that an odd object
+beside the weights (a path, a counter, a set) does no harm.
 
-The opcodes are those of protocols 2 (which PyTorch writes) to 5, without bytes, sets, cycles of tuples and classes. A
-`Vocabulary` says what names mean. PyTorch's is here; numpy's, which has bytes, is in `numpy_pickle`.
+The opcodes are those of protocols 2 (which PyTorch writes) to 5, without extensions. A `Vocabulary` says what names
+mean. PyTorch's is here; numpy's, which allows no foreign objects, is in `numpy_pickle`.
 """
 
 import math
@@ -91,6 +92,12 @@ class Namespace(dict):
     """The attributes of an argparse.Namespace, as a dict."""
 
 
+class Foreign(NamedTuple):
+    """An object that is not read, by the name of what makes it."""
+
+    dotted: str
+
+
 class _Name(NamedTuple):
     """A name from the file: of a function to call, or of the type of a storage. The tables say what it means."""
 
@@ -117,14 +124,20 @@ def _checked(value: Any, *types: type) -> Any:
 
 def _put(mapping: Any, key: Any, value: Any) -> None:
     """Set mapping[key]. A key must hash in one step: nested tuples can take forever."""
+    if type(key) in (tuple, bytes, Foreign):
+        kind = getattr(key, "dotted", type(key).__name__)
+        key, value = f"<{kind}>", Foreign(f"a key of type {kind}")
     _checked(mapping, dict, Namespace)[_checked(key, str, int, float, bool, type(None))] = value
 
 
 def _extend(target: Any, items: list) -> None:
-    _checked(target, list).extend(items)
+    if type(target) is not Foreign:
+        _checked(target, list).extend(items)
 
 
 def _update(target: Any, items: list) -> None:
+    if type(target) is Foreign:
+        return
     for key, value in zip(items[::2], items[1::2], strict=True):
         _put(target, key, value)
 
@@ -175,18 +188,20 @@ _CALLS: dict[str, Callable] = {
 
 
 def _build(target: Any, state: Any) -> None:
-    """Set the attributes of a Namespace. Those of a state dict (its _metadata) are dropped."""
-    if type(_checked(target, dict, Namespace)) is Namespace:
+    """Set the attributes of a Namespace. Those of a state dict (its _metadata) and of foreign objects are dropped."""
+    if type(_checked(target, dict, Namespace, Foreign)) is Namespace:
         for key, value in _checked(state, dict).items():
             target[_checked(key, str)] = value
 
 
-def _stored(reference: Any) -> Storage:
+def _stored(reference: Any) -> Storage | Foreign:
     """The storage of a persistent id: ("storage", type, key, device, elements); legacy files add a view, None."""
     match reference:
         case ("storage", _Name(kind), str(key), str(), int(size), *view) if kind in _STORAGES and view in ([], [None]):
             if is_sizes((size,)):
                 return Storage(key, DTYPES[_STORAGES[kind]], size)
+        case ("storage", Foreign() as kind, *_):  # of complex numbers, for example
+            return kind
     raise ValueError("a persistent id that is not a whole storage")
 
 
@@ -195,6 +210,7 @@ class Vocabulary(NamedTuple):
 
     calls: name -> function to run. types: names that may only be arguments. constants: name -> value.
     build: (object, state) -> None, for the opcode BUILD. opcodes: those that are known, by their byte.
+    foreign: whether all other names become `Foreign`; else they are an error.
     stored: persistent id -> object; None without the opcode BINPERSID.
     """
 
@@ -204,6 +220,7 @@ class Vocabulary(NamedTuple):
     build: Callable[[Any, Any], None]
     stored: Callable[[Any], Any] | None
     opcodes: Mapping[bytes, Any]
+    foreign: bool = False
 
 
 # Opcodes that put a value on the stack: (machine, argument) -> value. Literals put their argument.
@@ -224,10 +241,15 @@ _VALUES: dict[str, Callable] = {
     "STACK_GLOBAL": lambda machine, _: machine.named(*machine.popped(2)),
     "REDUCE": lambda machine, _: machine.called(*machine.popped(2)),
     "NEWOBJ": lambda machine, _: machine.called(*machine.popped(2)),
+    "NEWOBJ_EX": lambda machine, _: machine.called(*machine.popped(3)[:2]),
+    "EMPTY_SET": lambda machine, _: machine.foreign("set"),
+    "FROZENSET": lambda machine, _: machine.foreign("frozenset", machine.marked()),
+    "DUP": lambda machine, _: machine.stack[-1],
     "BUILD": lambda machine, _: machine.built(*machine.popped(2)),
-    "BINPERSID": lambda machine, _: machine.words.stored(*machine.popped(1)),
+    "BINPERSID": lambda machine, _: machine.stored(*machine.popped(1)),
 }
-_LITERALS = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")
+_LITERALS = ("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT")
+_LITERALS += ("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8")
 _LITERALS += ("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING")
 # The other opcodes: (machine, argument) -> None.
 _EFFECTS: dict[str, Callable] = {
@@ -241,6 +263,9 @@ _EFFECTS: dict[str, Callable] = {
     "APPENDS": lambda machine, _: machine.fill(_extend),
     "SETITEM": lambda machine, _: machine.fill(_update, 2),
     "SETITEMS": lambda machine, _: machine.fill(_update),
+    "ADDITEMS": lambda machine, _: machine.fill(_extend),
+    "POP": lambda machine, _: machine.popped(1),
+    "POP_MARK": lambda machine, _: machine.marked(),
 }
 KNOWN = {"STOP", *_VALUES, *_LITERALS, *_EFFECTS}
 
@@ -251,17 +276,19 @@ def opcodes(names: Collection[str]) -> dict[bytes, Any]:
 
 
 _DTYPE_NAMES = {f"torch.{name}": f"torch.{name}" for name in DTYPES}
-_TORCH = Vocabulary(_CALLS, _STORAGES, _DTYPE_NAMES, _build, _stored, opcodes(KNOWN))
+_TORCH = Vocabulary(_CALLS, _STORAGES, _DTYPE_NAMES, _build, _stored, opcodes(KNOWN), foreign=True)
 
 
-def load(file: BufferedIOBase, words: Vocabulary = _TORCH) -> Any:
+def load(file: BufferedIOBase, words: Vocabulary = _TORCH, storages: dict[str, Storage] | None = None) -> Any:
     """The object of the pickle at the file's position, which moves behind the pickle. Storages are not read.
 
+    storages: gets every storage that the pickle names, also in foreign objects, by its key.
+
     Strings and dtypes (torch.bfloat16) become str, OrderedDict becomes dict, argparse.Namespace becomes `Namespace`.
-    Raises WeightsError, in one line without the file's name, for everything else that the pickle holds or lacks.
+    Raises WeightsError, in one line without the file's name, for a pickle that is damaged or too large.
     """
     try:
-        return _Machine(file, words).run()
+        return _Machine(file, words, {} if storages is None else storages).run()
     except LookupError as error:
         raise WeightsError("its pickle cannot be read: an opcode that refers to nothing") from error
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
@@ -271,8 +298,8 @@ def load(file: BufferedIOBase, words: Vocabulary = _TORCH) -> Any:
 class _Machine:
     """The stack machine. marks: heights of the stack at which a container begins. work: opcodes and copies so far."""
 
-    def __init__(self, file: BufferedIOBase, words: Vocabulary):
-        self.file, self.words = file, words
+    def __init__(self, file: BufferedIOBase, words: Vocabulary, storages: dict[str, Storage]):
+        self.file, self.words, self.storages = file, words, storages
         self.stack, self.marks, self.memo, self.work = [], [], {}, 0
 
     def run(self) -> Any:
@@ -327,13 +354,28 @@ class _Machine:
             return _Name(dotted)
         if dotted in self.words.constants:
             return self.words.constants[dotted]
-        raise WeightsError(f"refuses to load {show(dotted)}: only tensors, containers and numbers are read")
+        return self.foreign(dotted)
+
+    def foreign(self, dotted: str, content: Any = None) -> Foreign:
+        """An object that is not read. `content` is dropped."""
+        if not self.words.foreign:
+            raise WeightsError(f"refuses to load {show(dotted)}: only tensors, containers and numbers are read")
+        return Foreign(dotted)
+
+    def stored(self, reference: Any) -> Storage | Foreign:
+        found = self.words.stored(reference)
+        if type(found) is Storage:
+            self.storages.setdefault(found.key, found)
+        return found
 
     def called(self, function: Any, args: Any) -> Any:
         self.work += COPY * sum(len(arg) for arg in _checked(args, tuple) if type(arg) in (list, tuple))
+        if type(function) is Foreign:
+            return function
         if type(function) is not _Name or function.dotted not in self.words.calls:
             raise ValueError(f"a call of {type(function).__name__}")
-        return self.words.calls[function.dotted](*args)
+        unread = next((arg for arg in args if type(arg) is Foreign), None)  # a tensor of a foreign type is foreign
+        return self.words.calls[function.dotted](*args) if unread is None else unread
 
     def built(self, target: Any, state: Any) -> Any:
         self.work += COPY * len(state) if type(state) is dict else 0

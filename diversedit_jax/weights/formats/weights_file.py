@@ -33,7 +33,7 @@ import safetensors.numpy
 from diversedit_jax.errors import WeightsError
 from diversedit_jax.runtime.files import replacing
 from diversedit_jax.weights.formats import NamedArrays, flax_msgpack, torch_pickle
-from diversedit_jax.weights.formats.torch_pickle import DTYPES, Extent, Tensor, contiguous, show
+from diversedit_jax.weights.formats.torch_pickle import DTYPES, Extent, Foreign, Tensor, contiguous, show
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _MAGIC_PICKLE = b"\x8a\x0a" + _MAGIC.to_bytes(10, "little")
@@ -69,12 +69,25 @@ class WeightsFile(NamedArrays):
 
     Arrays are copies: they outlive the file and may be written to. They are C-contiguous, in the machine's byte order.
     tree: the saved object: dicts, lists, tuples, numbers, strings, and `Tensor` (shape, dtype) in place of tensors.
+    foreign: what is not read: the path to an object -> the name of what makes it.
+    about: strings that a safetensors file holds besides.
     """
 
-    def __init__(self, path: Path, file: _File, tree: Any, extents: Mapping[str, Extent], byteorder: str):
-        self.tree = tree
+    def __init__(
+        self,
+        path: Path,
+        file: _File,
+        tree: Any,
+        extents: Mapping[str, Extent],
+        byteorder: str,
+        about: Mapping[str, str] | None = None,
+    ):
+        self.tree, self.about = tree, about or {}
         self._path, self._file, self._extents, self._byteorder = path, file, extents, byteorder
-        self._tensors = _named_tensors(tree)
+        self._tensors, self.foreign = _named_leaves(tree)
+        if self.foreign and not self._tensors:
+            dotted = show(next(iter(self.foreign.values())))
+            raise WeightsError(f"refuses to load {dotted}: only tensors, containers and numbers are read")
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
         for name, tensor in self._tensors.items():
             storage = tensor.storage
@@ -133,8 +146,8 @@ def open_weights(path: str | os.PathLike) -> WeightsFile:
         raise WeightsError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _contents(path: Path, file: _File) -> tuple[Any, dict[str, Extent], str]:
-    """Tree, extents of the storages, and byte order of the numbers."""
+def _contents(path: Path, file: _File) -> tuple:
+    """Tree, extents of the storages, byte order of the numbers, and for safetensors the strings besides."""
     head = file.read(32)
     file.seek(0)
     if not head:
@@ -151,7 +164,7 @@ def _contents(path: Path, file: _File) -> tuple[Any, dict[str, Extent], str]:
     raise WeightsError(f"is not a weight file: starts with {head[:8]!r}, wanted {wanted}")
 
 
-def _safetensors(path: Path, file: _File) -> tuple[Any, dict[str, Extent], str]:
+def _safetensors(path: Path, file: _File) -> tuple[Any, dict[str, Extent], str, dict[str, str]]:
     """The contents of a safetensors file, from its header."""
     try:
         with safetensors.safe_open(path, "numpy"):  # checks that the tensors fill the file exactly
@@ -160,8 +173,7 @@ def _safetensors(path: Path, file: _File) -> tuple[Any, dict[str, Extent], str]:
         header = json.loads(file.read(length), object_pairs_hook=_unique)
     except (safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise WeightsError(f"is not a whole safetensors file: {show(str(error))}") from error
-    header.pop("__metadata__", None)
-    tree, extents = {}, {}
+    tree, extents, about = {}, {}, header.pop("__metadata__", {})
     for name, entry in header.items():
         if entry["dtype"] not in _SAFETENSORS:
             raise WeightsError(f"{show(name)} has dtype {entry['dtype']}, which is not read")
@@ -169,7 +181,7 @@ def _safetensors(path: Path, file: _File) -> tuple[Any, dict[str, Extent], str]:
         begin, end = entry["data_offsets"]
         tree[name] = contiguous(name, shape, dtype)
         extents[name] = Extent(8 + length + begin, end - begin)
-    return tree, extents, "little"
+    return tree, extents, "little", about
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -241,10 +253,8 @@ def _legacy(file: _File) -> tuple[Any, dict[str, Extent], str]:
     magic, protocol, _ = (torch_pickle.load(file) for _ in range(3))
     if (magic, protocol) != (_MAGIC, _PROTOCOL):
         raise WeightsError(f"is no legacy PyTorch file of protocol {_PROTOCOL}")
-    tree = torch_pickle.load(file)
-    storages = {}
-    for tensor in _named_tensors(tree).values():
-        storages.setdefault(tensor.storage.key, tensor.storage)
+    storages: dict[str, torch_pickle.Storage] = {}
+    tree = torch_pickle.load(file, storages=storages)
     keys = torch_pickle.load(file)
     if type(keys) is not list or not all(type(key) is str for key in keys) or len(set(keys)) != len(keys):
         raise WeightsError("has no list of different storage keys behind its pickle")
@@ -262,9 +272,9 @@ def _legacy(file: _File) -> tuple[Any, dict[str, Extent], str]:
     return tree, extents, "little"
 
 
-def _named_tensors(tree: Any) -> dict[str, Tensor]:
-    """The tensors of a tree by the path that leads to them, joined by dots."""
-    found, work = {}, 0
+def _named_leaves(tree: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a tree, and the names of its foreign objects, by the path that leads to them, joined by dots."""
+    found, foreign, work = {}, {}, 0
 
     def walk(node: Any, path: str, depth: int) -> None:
         nonlocal work
@@ -272,6 +282,8 @@ def _named_tensors(tree: Any) -> dict[str, Tensor]:
             if path in found:
                 raise WeightsError(f"has two tensors named {show(path)}")
             found[path] = node
+        elif type(node) is Foreign:
+            foreign[path] = node.dotted
         elif isinstance(node, dict | list) or type(node) is tuple:
             if depth == MAX_DEPTH:
                 raise WeightsError(f"is nested deeper than {MAX_DEPTH}")
@@ -283,7 +295,7 @@ def _named_tensors(tree: Any) -> dict[str, Tensor]:
                 walk(value, below, depth + 1)
 
     walk(tree, "", 0)
-    return found
+    return found, foreign
 
 
 def _listed(names: Mapping[str, Any]) -> str:
@@ -292,8 +304,10 @@ def _listed(names: Mapping[str, Any]) -> str:
     return ", ".join(map(show, list(names)[:6])) + more or "nothing"
 
 
-def write_safetensors(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write arrays as .safetensors, whole or not at all."""
+def write_safetensors(
+    path: str | os.PathLike, arrays: Mapping[str, np.ndarray], about: Mapping[str, str] | None = None
+) -> None:
+    """Write arrays as .safetensors, whole or not at all. about: strings that the file also holds."""
     path = Path(path)
     for name, array in arrays.items():
         if array.dtype.newbyteorder("=") not in DTYPES.values():
@@ -304,7 +318,7 @@ def write_safetensors(path: str | os.PathLike, arrays: Mapping[str, np.ndarray])
         with replacing(path) as partial:
             partial.touch()
             mode = partial.stat().st_mode  # safetensors lets only the owner read its files, whatever the umask
-            safetensors.numpy.save_file(arrays, partial, {"format": "pt"})
+            safetensors.numpy.save_file(arrays, partial, {"format": "pt", **(about or {})})
             partial.chmod(mode)
     except (OSError, safetensors.SafetensorError) as error:
         raise WeightsError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
