@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
             "family": placeholder(str),  # where its arrays do not tell; see tools/convert_checkpoint.py
             "weights": placeholder(str),  # entry of a training file: by default its EMA
             "heads": placeholder(int),  # of a width that no published size has
+            "fresh": (),  # parts that start anew, such as label_embed for other classes
         }
     )
     config.losses = ConfigDict()  # auxiliary losses, label -> slot("losses", name)

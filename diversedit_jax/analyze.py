@@ -25,7 +25,7 @@ from diversedit_jax.analysis import heatmaps, html_page, known_scores, measure, 
 from diversedit_jax.analysis.drawing import by_label
 from diversedit_jax.analysis.measure import Estimator, Settings
 from diversedit_jax.analysis.study import PARTS, Study, study
-from diversedit_jax.errors import CheckpointError, ConfigError
+from diversedit_jax.errors import ConfigError
 from diversedit_jax.evaluation import tables
 from diversedit_jax.metrics import similarity
 from diversedit_jax.registry import in_range, one_of
@@ -64,9 +64,7 @@ def named(text: str) -> tuple[str | None, Path]:
 
 def steps_of(found: Trained, at: Sequence[str]) -> list[int]:
     """Choose the steps of a run that --at names: all, last, or those of the given numbers that it has."""
-    if not found.steps:
-        raise CheckpointError(f"no checkpoint in {found.workdir}")
-    words = {"all": found.steps, "last": found.steps[-1:]}
+    words = {"last": [found.last], "all": found.steps}
     name = "all" if found.workdir is None else ",".join(at)
     if name in words:
         return list(words[name])
@@ -203,10 +201,10 @@ def chosen_by_flags(given: flags.FlagValues, others: Sequence[str]) -> list[Trai
 
     def opened(text: str) -> Trained:
         label, path = named(text)
-        if (path / configs.FILE).exists() or (path.is_dir() and not given.checkpoint):
+        if configs.holds_run(path) or text == given.workdir:
             found = trained.of_run(path, data=data, model=model, encoders=True)
         elif path.exists():
-            about = (given.family, given.heads, given.weights, given.side)
+            about = (given.family, given.heads, given.weights, run_flags.sides(given.side))
             found = trained.of_release(path, *about, data=data, vae=given.vae, model=model)
             found.data("train")  # raises now if the data are missing
         else:
@@ -252,7 +250,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("noises", 1, "Draws of noise for every image.")
     flags.DEFINE_enum("labels", "real", ["real", "null"], "Labels for the network: real, or the null label.")
     flags.DEFINE_enum("capture", "merged", list(CAPTURES), "; ".join(f"{k}: {v}" for k, v in CAPTURES.items()))
-    flags.DEFINE_bool("online", False, "Use the trained weights instead of their EMA.")
     flags.DEFINE_string("split", None, "Split of the data; by default test, if there is one.")
     flags.DEFINE_integer("seed", 0, "Seed of the choice of images, of noise and of times.")
     flags.DEFINE_list(

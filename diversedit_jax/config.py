@@ -21,6 +21,9 @@ from diversedit_jax.runtime.files import check_same, differences, write_json
 FILE = "config.json"
 RESERVED = ("name", "every")  # keys of a slot that are not options of its factory
 
+# Paths in these parts of a config may change when a run is resumed. What they hold may not, see `build.inputs`.
+MOVABLE = ("data", "codec", "encoders", "init_from")
+PATHS = ("data_dir", "file", "vae")
 # What may change when a run is resumed.
 FREE = ("total_steps", "max_skipped", "watchdog", "mesh", "input")  # how long and where it runs
 FREE += ("log_every", "profile", "checkpoint", "samples", "evaluators")  # what it reports and keeps
@@ -85,26 +88,44 @@ def _plain(value: Any) -> Any:
 def claim(workdir: Path, config: ConfigDict) -> list[str]:
     """Store a run's config in its workdir. If one is stored there, compare them first.
 
-    Returns a line for each allowed difference (FREE). Any other difference is a ConfigError.
+    Returns a line for each allowed difference (FREE, PATHS). Any other difference is a ConfigError.
     """
     notes, given = [], json.loads(json.dumps(config.to_dict()))
     if (workdir / FILE).exists():
         stored = load(workdir).to_dict()
-        kept = [{key: value for key, value in tree.items() if key not in FREE} for tree in (stored, given)]
-        check_same(f"{workdir} holds a run", *kept, remedy="use its values or a new workdir")
+        check_same(f"{workdir} holds a run", stored, given, "use its values or a new workdir", _may_change)
         notes = [f"config.{key}: {old!r} -> {new!r}" for key, (old, new) in differences(stored, given).items()]
     write_json(workdir / FILE, given, sort_keys=True)
     return notes
+
+
+def _may_change(key: str, old: Any, new: Any) -> bool:
+    """Whether a resumed run may have a new value at this dotted key."""
+    top, last = key.split(".")[0], key.split(".")[-1]
+    moved = top in MOVABLE and last in PATHS and None not in (old, new)
+    told = key == "data.num_classes" and old is None  # the checkpoint says how many there are
+    return top in FREE or moved or told
+
+
+def holds_run(path: Path) -> bool:
+    """Whether `path` is the workdir of a run. Other programs write a config.json, too."""
+    try:
+        load(path)
+    except ConfigError:
+        return False
+    return True
 
 
 def load(workdir: Path) -> ConfigDict:
     """The config of the run in a workdir. A config of an older version gets the names of this version."""
     try:
         stored = json.loads((workdir / FILE).read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{workdir} holds no run: it has no {FILE}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{workdir / FILE} is damaged: {error}") from None
+    if not isinstance(stored, dict) or not {"data", "model", "objective"} <= stored.keys():
+        raise ConfigError(f"{workdir} holds no run: its {FILE} is of another program")
     if "prepare" in stored:
         codec, model, objective = stored.pop("prepare"), stored["model"], stored["objective"]
         stored |= {"codec": codec | {"name": "vae" if codec["name"] == "latents" else codec["name"]}, "groups": {}}
@@ -113,6 +134,8 @@ def load(workdir: Path) -> ConfigDict:
             objective["width"] = width
         if "label_drop" in objective:
             objective["condition_drop"] = objective.pop("label_drop")
+    if "init_from" in stored:
+        stored["init_from"].setdefault("fresh", [])
     return ConfigDict(stored)
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,7 +24,7 @@ from diversedit_jax import conditioning, sharding
 from diversedit_jax import config as configs
 from diversedit_jax.api import Batch, Condition
 from diversedit_jax.data import Dataset, pipeline
-from diversedit_jax.errors import ConfigError, NonFiniteError
+from diversedit_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from diversedit_jax.evaluators import Current, SampleSpec
 from diversedit_jax.registry import in_range, suggestion
 from diversedit_jax.runs import build
@@ -64,7 +65,8 @@ class Trainer:
         dataset = build.open_data(config)
         self.experiment = experiment = build.build(config, dataset.space)
         components, layout = experiment.components, experiment.layout
-        conditioning.check_guidance(config.sampler.cfg_scale, dataset.space.conditions)
+        learns_null = components.objective.learns_null
+        conditioning.check_guidance(config.sampler.cfg_scale, dataset.space.conditions, learns_null)
         profiler.windows(config.profile)
         in_range("config.samples.num", config.samples.num, 0)
         sampled = config.samples.num or components.objective.predicts
@@ -92,6 +94,8 @@ class Trainer:
             self.flops = build.work(experiment, abstract, self.batch)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"the config cannot be traced: {error}") from error
+
+        self.inputs = self.same_inputs(build.inputs(config, dataset))
 
         # 3. The state: initialised on its devices, or restored.
         shardings = sharding.shardings(abstract, layout)
@@ -123,7 +127,7 @@ class Trainer:
         self.note = self.progress.note
         self.profile = profiler.Profiler(config.profile if main else "", workdir, self.note)
         stack.callback(self.profile.close)
-        self.describe(notes)
+        self.describe([*notes, build.found(config, dataset)])
 
         # 5. One compiled program for all steps.
         outputs = (shardings, sharding.replicated(layout))
@@ -133,6 +137,14 @@ class Trainer:
             self.step = step.lower(self.state, self.frozen, self.batch, self.key).compile()
         self.note(f"compiled the training step in {time.monotonic() - clock:.1f} s")
         self.saved = self.fetched = self.begin  # the last steps of which the state was saved, the metrics fetched
+
+    def same_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """`inputs`, if they are those of the last checkpoint. ConfigError if not."""
+        with contextlib.suppress(CheckpointError):  # a damaged step: an older one is restored
+            before = self.checkpoints.meta(self.begin).get("inputs", inputs) if self.begin else inputs
+            remedy = "give the data and weights that it was trained with, or a new workdir"
+            files.check_same(f"{self.workdir} holds a run", before, inputs, remedy)
+        return inputs
 
     def describe(self, notes: list[str]) -> None:
         """Write down what runs: versions, parameters, config."""
@@ -225,7 +237,12 @@ class Trainer:
 
     def save(self, step: int) -> None:
         """Start to save the state."""
-        meta = {"next_batch": step, "skipped": self.skipped, **build.to_json(self.experiment.space)}
+        meta = {
+            "next_batch": step,
+            "skipped": self.skipped,
+            "inputs": self.inputs,
+            **build.to_json(self.experiment.space),
+        }
         with self.progress.pause():
             self.checkpoints.save(step, self.state, meta)
         self.saved = step

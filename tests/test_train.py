@@ -540,7 +540,7 @@ def test_a_run_goes_out_as_a_release(straight, tmp_path):
     assert done.returncode == 0, done.stderr
     release, _ = releases.open_release(out, heads=2)
     assert release.arch.skip
-    assert release.side == 8
+    assert release.sides == (8, 8)
     assert_same_bits(release.params, state["ema"])
 
 

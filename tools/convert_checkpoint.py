@@ -5,7 +5,8 @@
     python -m tools.convert_checkpoint DiT-XL-2-256.pt out.safetensors --family=official_dit --to=diffusers_dit
 
 IN is a .safetensors or PyTorch file of a release, a checkpoint of flax or orbax, or the directory of one of our runs
-(its EMA weights). OUT is a .safetensors file with the names of the family `--to`. The default is the family of IN.
+(its EMA weights, or the trained ones with --online). OUT is a .safetensors file with the names of the family `--to`,
+by default the family of IN.
 """
 
 from pathlib import Path
@@ -30,9 +31,11 @@ def describe(release: releases.Release, entries: dict[str, int]) -> str:
     """The architecture and parameters of a release, as lines."""
     ema = {"ema", "ema_params"} & entries.keys()
     facts = {"family": f"{release.family}: {FAMILIES[release.family].about}", **release.arch._asdict()}
-    facts["image side"] = release.side or "not stored"
+    facts["image size"] = "not stored" if release.sides is None else " x ".join(map(str, release.sides))
     facts["in the file"] = ", ".join(f"{name} ({count} arrays)" for name, count in entries.items())
     facts["EMA"] = "present" if ema else "not named: the arrays may be either"
+    if release.unread:
+        facts["not read"] = ", ".join(f"{path} ({dotted})" for path, dotted in release.unread.items())
     return "\n".join([*(f"{name:<14}{value}" for name, value in facts.items()), parameter_overview(release.params)])
 
 
@@ -53,22 +56,21 @@ def architecture(model: ConfigDict, space: Space) -> releases.Architecture:
     )
 
 
-def of_run(workdir: Path) -> tuple[releases.Release, dict[str, int]]:
-    """The EMA weights of the last checkpoint of one of our runs."""
+def of_run(workdir: Path, weights: str = "ema") -> tuple[releases.Release, dict[str, int]]:
+    """The weights of the last checkpoint of one of our runs. weights: one of `trained.WEIGHTS`."""
     found = trained.of_run(workdir)
     model, inputs = found.experiment.config.model, found.experiment.components.objective.inputs
     if model.skip not in ("none", "release") or (model.skip == "release" and model.skip_init == "identity"):
         raise ConfigError(
             f"config.model.skip = {model.skip!r} with skip_init = {model.skip_init!r}: no release has such skips"
         )
-    params = found.load(found.steps[-1], "ema")
+    params = jax.device_get(found.load(found.last, weights))
     arch = architecture(model, found.space)
     arch = arch._replace(second_time="span" in inputs, token_width=inputs.get("token", (None,))[0])
     double = "official_sit" if model.name == "official_sit" else "official_dit"
     single = "meanflow_torch" if arch.second_time else "reg" if arch.token_width else "sit"
     family = double if arch.out_channels == 2 * arch.channels else single
-    side, _, _ = found.space.shape
-    return releases.Release(family, arch, side, jax.device_get(params)), {"ema": len(jax.tree.leaves(params))}
+    return releases.Release(family, arch, found.space.shape[:2], params), {weights: len(jax.tree.leaves(params))}
 
 
 def main(arguments: list[str]) -> None:
@@ -77,16 +79,16 @@ def main(arguments: list[str]) -> None:
     if len(arguments) != (1 if given.inspect else 2):
         raise ConfigError("give IN and OUT, or IN and --inspect; --help says more")
     source = Path(arguments[0])
-    if (source / configs.FILE).is_file():
-        release, entries = of_run(source)
+    if configs.holds_run(source):
+        release, entries = of_run(source, "online" if given.online else "ema")
     else:
         release, entries = releases.open_release(source, given.family, given.heads, given.weights)
     if given.inspect:
         print(describe(release, entries))
         return
     family = given.to or release.family
-    arrays = releases.export(release.params, family, release.arch, release.side)
-    write_safetensors(arguments[1], arrays)
+    arrays = releases.export(release.params, family, release.arch, release.sides)
+    write_safetensors(arguments[1], arrays, {"heads": str(release.arch.heads)})
     count = sum(array.size for array in arrays.values())
     print(f"{arguments[1]}: {family}, {len(arrays)} arrays, {count:,} numbers")
 
@@ -96,5 +98,6 @@ if __name__ == "__main__":
     flags.DEFINE_enum("to", None, list(FAMILIES), "The family of OUT; by default that of IN.")
     flags.DEFINE_integer("heads", None, "Attention heads, for a width that no published size has.")
     flags.DEFINE_string("weights", None, "Entry of a training file; by default its EMA.")
+    flags.DEFINE_boolean("online", False, "Of a run: take the trained weights instead of their EMA.")
     flags.DEFINE_boolean("inspect", False, "Print what IN is, and write nothing.")
     cli.launch(main, arguments=True)

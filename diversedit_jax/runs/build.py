@@ -1,5 +1,7 @@
 """From a config to the components of a run. Mistakes in a config are found here, before anything compiles."""
 
+import contextlib
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,13 +19,15 @@ from diversedit_jax.api import Codec, Condition, Conditions, Model, Params, Spac
 from diversedit_jax.codecs import network_space, with_encoders
 from diversedit_jax.data import Dataset
 from diversedit_jax.data.pipeline import stacked
-from diversedit_jax.errors import ConfigError, RunError
-from diversedit_jax.registry import in_range
+from diversedit_jax.errors import ConfigError, DataError, RunError
+from diversedit_jax.registry import in_range, one_of
 from diversedit_jax.runtime import flops
+from diversedit_jax.runtime.files import flat
 from diversedit_jax.sampling import sampler
 from diversedit_jax.training import optimizer
 from diversedit_jax.training.step import Components, train_step
 from diversedit_jax.weights import dit as releases
+from diversedit_jax.weights.formats import weights_folder
 
 
 class Experiment(NamedTuple):
@@ -39,7 +43,7 @@ class Experiment(NamedTuple):
         """The sampler of the config, with changes to its options."""
         options = configs.keywords(self.config.sampler, "config.sampler", sampler.make) | changes
         parts = self.components
-        return sampler.make(parts.model, parts.codec, self.space, parts.objective.predicts, self.layout, **options)
+        return sampler.make(parts.model, parts.codec, self.space, parts.objective, self.layout, **options)
 
     def conditions(self, rule: str | None, num: int, seed: int) -> Condition:
         """The stored conditions of `num` samples, by a rule of `conditioning.RULES`."""
@@ -53,6 +57,33 @@ def open_data(config: ConfigDict, split: str = "train") -> Dataset:
     if dataset.scale not in (None, scale):
         raise ConfigError(f"config.codec.scale = {scale}, but the autoencoder of these latents has {dataset.scale}")
     return dataset
+
+
+def found(config: ConfigDict, dataset: Dataset) -> str:
+    """A line about the data: how many examples and classes were found, and where."""
+    count = dataset.space.conditions.classes
+    classes = "" if count is None else f", {count or 'no'} class{'es' * (count != 1)}"
+    place = ", ".join(str(part) for part in (config.data.name, config.data.get("data_dir")) if part)
+    return f"{len(dataset.source):,} examples{classes}: {place}"
+
+
+def inputs(config: ConfigDict, dataset: Dataset) -> dict[str, Any]:
+    """What a run reads, by content: it is the same wherever the files lie.
+
+    The number of examples and a digest of 16 conditions, evenly spread; a digest of each file of weights.
+    """
+    count, sums = len(dataset.source), hashlib.sha256()
+    for index in np.linspace(0, count - 1, min(count, 16)).astype(int):
+        with contextlib.suppress(DataError):  # training replaces damaged records, if config.input allows it
+            for leaf in jax.tree.leaves(dataset.source[int(index)]["y"]):
+                sums.update(np.ascontiguousarray(leaf).tobytes())
+    found = {"data": {"examples": count, "conditions": sums.hexdigest()[:16]}}
+    for part in ("codec", "encoders"):
+        for key, path in flat({part: config[part].to_dict()}).items():
+            if key.split(".")[-1] in configs.PATHS and path is not None:
+                place = weights_folder.folder_of(Path(path).expanduser(), "vae")
+                found[key] = weights_folder.digest(place)[:16]
+    return found
 
 
 def conditions(data: Callable[[str], Dataset], space: Space, rule: str | None, num: int, seed: int) -> Condition:
@@ -155,21 +186,27 @@ def frozen_weights(codec: Codec, layout: sharding.Layout) -> Any:
 def starting_params(config: ConfigDict, model: Model, wanted: Params) -> Params | None:
     """The parameters of the release in `config.init_from`; None without one.
 
-    wanted: the shapes of the model's parameters. The release may lack those in `model.fresh`, and no others.
+    wanted: the shapes of the model's parameters. The release may lack those in `model.fresh`, and no others. The parts
+        in `config.init_from.fresh` are not taken from it.
     """
     source = config.init_from
     if source.file is None:
         return None
+    for part in source.fresh:
+        one_of("config.init_from.fresh", part, wanted)
     release, _ = releases.open_release(Path(source.file), source.family, source.heads, source.weights)
-    given, needed = (sharding.by_name(params) for params in (release.params, wanted))
+    params = {part: tree for part, tree in release.params.items() if part not in source.fresh}
+    given, needed = (sharding.by_name(tree) for tree in (params, wanted))
     for name in sorted(given.keys() | needed.keys()):
         has, needs = (list(leaves[name].shape) if name in leaves else None for leaves in (given, needed))
-        if has != needs and (has is not None or name.partition("/")[0] not in model.fresh):
+        part = name.partition("/")[0]
+        if has != needs and (has is not None or part not in (*model.fresh, *source.fresh)):
+            anew = f"; to start this part anew: --config.init_from.fresh=\"('{part}',)\"" if needs else ""
             raise ConfigError(
                 f"config.init_from: {source.file} does not fit config.model: {name} is {has or 'missing'} there, "
-                f"{needs or 'unknown'} here"
+                f"{needs or 'unknown'} here{anew}"
             )
-    return release.params
+    return params
 
 
 def sample_shape(codec: Codec, shape: tuple[int, ...]) -> tuple[int, ...] | None:

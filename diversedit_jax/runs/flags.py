@@ -15,12 +15,13 @@ from diversedit_jax.weights.dit import FAMILIES
 
 
 def define_release_flags() -> None:
-    """The flags that name a release."""
+    """The flags that name a release, and the one that says which weights of a run to take."""
     flags.DEFINE_string("checkpoint", None, "Weights of a public release: .safetensors, .pt, .pth, flax, or orbax.")
     flags.DEFINE_enum("family", None, list(FAMILIES), "What the release is, if its arrays do not say it.")
     flags.DEFINE_integer("heads", None, "Attention heads of the release, for a width that no published size has.")
     flags.DEFINE_string("weights", None, "Entry of the release's file; by default its EMA.")
-    flags.DEFINE_integer("side", None, "Side of the release's latents, if it does not store it.")
+    flags.DEFINE_bool("online", False, "Use the trained weights instead of their EMA.")
+    flags.DEFINE_list("side", None, "N or H,W: size of the release's latents, if it does not store it.")
 
 
 def define_flags() -> None:
@@ -62,9 +63,20 @@ def source(defaults: Mapping[str, Any] | None = None) -> Source:
     if (given.workdir is None) == (given.checkpoint is None):
         raise ConfigError("give --workdir=DIR of a run or --checkpoint=FILE of a release")
     if given.workdir is not None:
-        return drawing(of_run(given.workdir, **codec), given.step, given.weak_step, overrides)
-    release = (given.checkpoint, given.family, given.heads, given.weights, given.side)
+        weights = "online" if given.online else "ema"
+        return drawing(of_run(given.workdir, **codec), given.step, given.weak_step, overrides, weights)
+    release = (given.checkpoint, given.family, given.heads, given.weights, sides(given.side))
     return drawing(of_release(*release, **codec), overrides=overrides)
+
+
+def sides(texts: list[str] | None) -> tuple[int, ...] | None:
+    """The value of --side: one number or two, 1 or more."""
+    if texts is None:
+        return None
+    found = numbers("side", texts, int)
+    if len(found) not in (1, 2) or min(found) < 1:
+        raise ConfigError(f"--side={','.join(texts)}: must be N or H,W, 1 or more")
+    return found
 
 
 def numbers(name: str, texts: list[str], kind: type, count: int | None = None) -> tuple:

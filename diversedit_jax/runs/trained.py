@@ -7,13 +7,14 @@ images = source.sampler(source.params, source.frozen, source.conditions("balance
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -24,7 +25,7 @@ from diversedit_jax.config import slot
 from diversedit_jax.data import Dataset
 from diversedit_jax.data.pipeline import stacked
 from diversedit_jax.diffusion import solve
-from diversedit_jax.errors import ConfigError, RunError
+from diversedit_jax.errors import CheckpointError, ConfigError, RunError
 from diversedit_jax.registry import one_of
 from diversedit_jax.runs import build
 from diversedit_jax.sampling import sampler
@@ -35,6 +36,7 @@ from diversedit_jax.weights import dit as releases
 from diversedit_jax.weights.vae import open_vae
 
 WEIGHTS = {"ema": "ema", "online": "params"}  # which weights, and their entry in a checkpoint
+IMAGENET = 1000  # its classes
 
 
 class Trained(NamedTuple):
@@ -62,6 +64,13 @@ class Trained(NamedTuple):
     folder: Path
     about: dict[str, Any]
     notes: tuple[str, ...] = ()
+
+    @property
+    def last(self) -> int:
+        """The step of its last checkpoint. CheckpointError if it has none."""
+        if not self.steps:
+            raise CheckpointError(f"no checkpoint in {self.workdir}")
+        return self.steps[-1]
 
     @property
     def space(self) -> Space:
@@ -105,7 +114,9 @@ def of_run(
             raise
         notes.append(f"its encoders are left out ({error}), and with them the losses that read them")
     parts, layout = experiment.components, experiment.layout
-    opened = partial(build.open_data, config)
+
+    def opened(split: str) -> Dataset:
+        return fitting(build.open_data(config, split), config.data.name, space)
 
     def load(step: int, weights: str = "ema") -> Params:
         entry = WEIGHTS[one_of("weights", weights, WEIGHTS)]
@@ -125,6 +136,18 @@ def of_run(
     about |= {"weights": {"ema_decay": config.ema_decay}}
     steps = tuple(checkpoints.steps())
     return Trained(workdir.name, experiment, steps, load, trained, opened, workdir, workdir, about, tuple(notes))
+
+
+def fitting(dataset: Dataset, name: str, space: Space) -> Dataset:
+    """`dataset`, if a network that was trained in `space` can take its examples. ConfigError if not."""
+    given = dataset.space
+    if given.shape != space.shape:
+        raise ConfigError(f"data {name!r}: its shape is {given.shape}, the network takes {space.shape}")
+    if (given.conditions.classes is None) != (space.conditions.classes is None):
+        raise ConfigError(f"data {name!r}: its conditions are of another kind than those of the network")
+    if (given.conditions.classes or 0) > (known := space.conditions.classes or 0):
+        raise ConfigError(f"data {name!r}: it has {given.conditions.classes} classes, the network knows {known}")
+    return dataset
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -147,7 +170,7 @@ def of_release(
     family: str | None = None,
     heads: int | None = None,
     weights: str | None = None,
-    side: int | None = None,
+    sides: int | Sequence[int] | None = None,
     *,
     data: Mapping[str, Any] | None = None,
     vae: str | None = None,
@@ -156,14 +179,20 @@ def of_release(
 ) -> Trained:
     """The release in a weight file, see `weights.dit.open_release`.
 
-    side: of its latents, if the file does not store it. data: a slot of `data` to show it, for analysis.
-    vae:  the autoencoder that decodes its latents. rounding: of the decoded images. model: changes to its options.
+    sides: height and width of its latents, or one number for both. None: as the file stores them.
+    data: a slot of `data` to show it, for analysis. vae: the autoencoder that decodes its latents.
+    rounding: of the decoded images. model: changes to its options.
     """
     file = Path(file).expanduser().absolute()
     release, _ = releases.open_release(file, family, heads, weights)
-    side = side or release.side
-    if side is None:
-        raise ConfigError(f"{file} does not store the side of its latents: give it with --side=N")
+    if release.arch.num_classes == IMAGENET - 1:
+        raise ConfigError(
+            f"{file}: its table of labels has {IMAGENET} rows, the classes of ImageNet without a null label. It was "
+            f"trained without dropped labels, wanted {IMAGENET + 1} rows"
+        )
+    sides = tuple(np.resize(sides, 2).tolist()) if sides else release.sides
+    if sides is None:
+        raise ConfigError(f"{file} does not store the size of its latents: give it with --side=N or --side=H,W")
     if data is not None and data["name"] in ("digits", "images", "synthetic"):
         codec = slot("codecs", "pixels", **_given(rounding=rounding))
     else:
@@ -172,7 +201,7 @@ def of_release(
     config.codec, config.objective = codec, slot("objectives", **release.objective)
     config.model = slot("models", **release.model | dict(model or {}))
     config.sampler = configs.options(sampler.make)
-    layout, space = sharding.make(), release.space(side)
+    layout, space = sharding.make(), release.space(sides)
     components = build.components_of(config, space, layout, optax.identity())
     experiment = build.Experiment(config, space, layout.with_rules(components.model.rules), components, {})
     about = {"kind": "release", "family": release.family, "file": file.name, "model": config.model.to_dict()}
@@ -186,10 +215,7 @@ def of_release(
     def opened(split: str) -> Dataset:
         if data is None:
             raise ConfigError(f"{file.name} comes without data: say what to show it with --data=NAME=DIR")
-        dataset = build.open_data(config, split)
-        if (shape := dataset.space.shape) != space.shape:
-            raise ConfigError(f"--data={config.data.name}: its shape is {shape}, the network takes {space.shape}")
-        return dataset
+        return fitting(build.open_data(config, split), config.data.name, space)
 
     return Trained(file.name, experiment, (0,), load, lambda step: {}, opened, None, file.with_name(file.stem), about)
 
@@ -220,13 +246,18 @@ class Source(NamedTuple):
 
 
 def drawing(
-    found: Trained, step: int | None = None, weak_step: int | None = None, overrides: Mapping[str, Any] | None = None
+    found: Trained,
+    step: int | None = None,
+    weak_step: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    weights: str = "ema",
 ) -> Source:
-    """A trained network, made ready to draw samples with its EMA weights.
+    """A trained network, made ready to draw samples.
 
     step:      of the checkpoint; None: the last.
     weak_step: guide by the run's own weights at this earlier step, with cfg_scale (autoguidance, arXiv 2406.02507).
     overrides: changes to the sampler's options.
+    weights:   of a run, one of WEIGHTS, also for `weak_step`.
     """
     experiment, overrides = found.experiment, dict(overrides or {})
     codec, chosen = experiment.components.codec, configs.copied(experiment.config.sampler)
@@ -235,11 +266,11 @@ def drawing(
         chosen.update(default)  # a release is sampled as in its paper
     chosen.update(overrides)
     options = configs.keywords(chosen, "config.sampler", sampler.make)
-    step = found.steps[-1] if step is None and found.steps else step
-    params = found.load(step, "ema")
-    weak = None if weak_step is None else found.load(weak_step, "ema")
+    step, online = found.last if step is None else step, weights == "online"
+    params = found.load(step, weights)
+    weak = None if weak_step is None else found.load(weak_step, weights)
     about = {name: value for name, value in found.about.items() if name != "losses"}
-    about["weights"] = {"digest": digest(params)} | about["weights"]
+    about["weights"] = {"digest": digest(params)} | about["weights"] | ({"online": True} if online else {})
     about["weak"] = None if weak is None else {"step": weak_step, "digest": digest(weak)}
     decoder = experiment.config.codec.to_dict()
     decoder = {key: decoder[key] for key in ("name", "vae", "scale", "precision", "rounding") if key in decoder}
@@ -251,6 +282,8 @@ def drawing(
         name, folder = found.label, found.folder.with_name(f"samples_{found.folder.name}")
     else:
         name, folder, about["step"] = f"{found.label}, step {step}", found.folder / f"samples_{step}", step
+        if online:
+            name, folder = f"{name}, without EMA", folder.with_name(f"{folder.name}_online")
     drawn, frozen = experiment.sampler(**options), build.frozen_weights(codec, experiment.layout)
     shape = build.sample_shape(codec, codec.shape(found.space.shape))
     given = partial(build.conditions, found.data, found.space)

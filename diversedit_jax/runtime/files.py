@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +68,20 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
     return {key: (old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)}
 
 
-def check_same(what: str, before: Mapping[str, Any], now: Mapping[str, Any], remedy: str) -> None:
+def check_same(
+    what: str,
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    remedy: str,
+    allowed: Callable[[str, Any, Any], bool] = lambda key, old, new: False,
+) -> None:
     """Raise ConfigError, which names every difference, if the settings of work in a folder are not those of now.
 
-    what: the work, such as `DIR holds an evaluation`. remedy: what the user can do.
+    what: the work, such as `DIR holds an evaluation`. remedy: what the user can do. allowed: whether (key, old, new) is
+    no mistake.
     """
-    if changed := differences(before, json.loads(json.dumps(now))):
+    found = differences(before, json.loads(json.dumps(now)))
+    if changed := {key: pair for key, pair in found.items() if not allowed(key, *pair)}:
         said = "; ".join(f"{key}: {old!r:.80} there, {new!r:.80} given" for key, (old, new) in changed.items())
         raise ConfigError(f"{what} with other settings ({said}): {remedy}")
 

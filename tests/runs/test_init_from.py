@@ -10,6 +10,7 @@ from configs import digits
 from diversedit_jax import models, train
 from diversedit_jax.api import Conditions, Space
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.runs import build
 from diversedit_jax.weights import dit as releases
 from diversedit_jax.weights.formats.weights_file import write_safetensors
 
@@ -36,7 +37,7 @@ def release(tmp_path):
     rng = np.random.default_rng(0)
     params = tree.unflatten([0.2 * rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves])
     arch = releases.Architecture(**DIMS, patch=2, channels=1, out_channels=1, num_classes=10)
-    write_safetensors(tmp_path / "sit.safetensors", releases.export(params, "sit", arch, side=8))
+    write_safetensors(tmp_path / "sit.safetensors", releases.export(params, "sit", arch, sides=(8, 8)))
     return tmp_path / "sit.safetensors", params
 
 
@@ -65,3 +66,23 @@ def test_a_release_with_other_dimensions_is_refused_by_array(release, tmp_path):
     ):
         train.run(tiny(file, depth=5), tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def other_classes(file, fresh):
+    """A release for 10 classes, and a config for 7: what `starting_params` makes of them."""
+    config, space = tiny(file), Space((8, 8, 1), Conditions.labels(7))
+    config.init_from.fresh = fresh
+    model = models.make("dit", space, **DIMS)
+    return build.starting_params(config, model, jax.eval_shape(model.init, jax.random.key(0)))
+
+
+def test_parts_for_other_classes_start_anew_if_asked_for(release):
+    file, params = release
+    told = r"label_embed/embedding is \[11, 16\] there, \[8, 16\] here; .*init_from.fresh=\"\('label_embed',\)\""
+    with pytest.raises(ConfigError, match=told):
+        other_classes(file, ())
+    found = other_classes(file, ("label_embed",))
+    assert found.keys() == params.keys() - {"label_embed"}
+    np.testing.assert_array_equal(found["final"]["kernel"], params["final"]["kernel"])
+    with pytest.raises(ConfigError, match=r"init_from.fresh = 'label_embd' is unknown; did you mean 'label_embed'"):
+        other_classes(file, ("label_embd",))

@@ -41,7 +41,7 @@ def test_convert_and_inspect(tmp_path):
         "skip          True",
         "depth         12",
         "merges/linear/kernel",
-        "image side    8",
+        "image size    8 x 8",
     ):
         assert words in seen.stdout, seen.stdout
 
@@ -76,7 +76,7 @@ def crafted(tmp_path, kind):
         ("malicious", "system"),
         ("truncated", "not a whole safetensors file"),
         ("empty", "is empty"),
-        ("directory", "is a folder"),
+        ("directory", "a folder without weights (it is empty)"),
         ("misshapen", "blocks.3.mlp.fc1.bias has shape [100], wanted [128]"),
         ("another family", "no family known has these arrays (conv1.weight"),
     ],
@@ -104,7 +104,7 @@ def test_what_is_not_a_release_is_refused_in_one_line(tmp_path, kind, words):
 def test_a_release_samples_at_once(tmp_path, name, options):
     family = name if name.startswith("official") else None
     side = 8 if name == "meanflow" else None  # which stores no position table
-    opened = trained.of_release(DATA / f"{name}.safetensors", family, 4, side=side)
+    opened = trained.of_release(DATA / f"{name}.safetensors", family, 4, sides=side)
     source = trained.drawing(opened, overrides={"steps": 3} | options)
     folder = sample.run(source, num=2, labels=[1, 7], out=tmp_path)
     with np.load(folder / "samples.npz") as file:
@@ -115,7 +115,7 @@ def test_a_release_samples_at_once(tmp_path, name, options):
 
 def test_a_meanflow_release_samples_in_one_step_by_default():
     chosen = {}, {"solver": "mean_flow", "steps": 1}, {"steps": 2}
-    opened = trained.of_release(DATA / "meanflow.safetensors", heads=4, side=8)
+    opened = trained.of_release(DATA / "meanflow.safetensors", heads=4, sides=8)
     sources = [trained.drawing(opened, overrides=given) for given in chosen]
     default, one, two = (s.sampler(s.params, s.frozen, np.array([1, 7]), 0) for s in sources)
     np.testing.assert_array_equal(default, one)
@@ -131,7 +131,7 @@ def test_exported_files_load_strictly_into_torch(tmp_path, name):
     arrays = load_file(DATA / f"{name}.safetensors")
     shapes = {key: array.shape for key, array in arrays.items()}
     release = releases.load(arrays, shapes, name if name.startswith("official") else None, 4)
-    out = releases.export(release.params, release.family, release.arch, release.side)
+    out = releases.export(release.params, release.family, release.arch, release.sides)
     write_safetensors(tmp_path / "out.safetensors", out)
 
     module = torch.nn.Module()
@@ -164,11 +164,11 @@ if sys.argv[1] == "write":
     arch = releases.Architecture(28, 1152, 16, 2, 4, 4, 1000)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), releases.abstract(arch))
-    write_safetensors(path, releases.export(params, "sit", arch, 32))
+    write_safetensors(path, releases.export(params, "sit", arch, (32, 32)))
 else:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     release, _ = releases.open_release(path)
-    assert release.arch.depth == 28 and release.side == 32
+    assert release.arch.depth == 28 and release.sides == (32, 32)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     print(peak * 1024 / path.stat().st_size)
 """
