@@ -7,8 +7,11 @@ if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
 fi
 
 launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-root=$(dirname "$launch")
-dry_run=${DRY_RUN:-0}
+# shellcheck source-path=SCRIPTDIR source=../tools/environment.sh
+source "$launch/../tools/environment.sh" # sets root
+DRY_RUN=${DRY_RUN:-}
+yes_or_no DRY_RUN || exit 1
+dry_run=$DRY_RUN
 
 # --- Messages
 
@@ -34,9 +37,9 @@ load_env() {
     die "LAUNCH_ENV=$file: there is no such file"
   fi
   read_env "$launch/env.example"
-  whole_numbers SPOT RESERVED DETERMINISTIC MAX_RESTARTS POLL_SECONDS WAIT_SECONDS STOP_SECONDS SETTLE_SECONDS ATTEMPTS \
-    BACKOFF_SECONDS BACKOFF_MAX_SECONDS COMMAND_SECONDS GRACE_SECONDS USER_ID NUM_SLICES NODES GPUS_PER_NODE \
-    CPUS_PER_TASK
+  yes_or_no SPOT RESERVED DETERMINISTIC || exit 1
+  whole_numbers MAX_RESTARTS POLL_SECONDS WAIT_SECONDS STOP_SECONDS SETTLE_SECONDS ATTEMPTS BACKOFF_SECONDS \
+    BACKOFF_MAX_SECONDS COMMAND_SECONDS GRACE_SECONDS USER_ID NUM_SLICES NODES GPUS_PER_NODE CPUS_PER_TASK
 }
 
 read_env() {

@@ -191,7 +191,7 @@ create() {
   call=(gcloud_tpu queued-resources create "$TPU_NAME" "--node-id=$TPU_NAME"
     "--accelerator-type=$ACCELERATOR_TYPE" "--runtime-version=$RUNTIME_VERSION")
   if ((SPOT && RESERVED)); then
-    die "SPOT=1 and RESERVED=1 exclude each other"
+    die "SPOT=yes and RESERVED=yes exclude each other"
   fi
   if ((SPOT)); then call+=(--spot); fi
   if ((RESERVED)); then call+=(--reserved); fi

@@ -42,8 +42,6 @@ number() {
 
 # A Python that is new enough: that of the system, else one that uv brings, for images of TPUs come with Python 3.10.
 choose_python() {
-  # shellcheck source-path=SCRIPTDIR source=../tools/environment.sh
-  source "$root/tools/environment.sh"
   if PYTHON=$(find_python 2>/dev/null); then
     return
   fi

@@ -121,11 +121,16 @@ elif name == "gcloud" and arguments[:2] == ["compute", "tpus"]:
     keep()
 """
 
-# In place of tools/environment.sh: installing makes a "Python". Files in the stub's folder say what fails, and how the
+# Added to tools/environment.sh: installing makes a "Python". Files in the stub's folder say what fails, and how the
 # trainer of worker N ends: the first line of ends-N is the exit code of the next start; `stay` waits for SIGTERM.
 ENVIRONMENT = r"""
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-find_python() { echo python3; }
+find_python() {
+  if [[ -e $STUB/no-python ]]; then
+    echo "found python3 (too old)" >&2
+    return 1
+  fi
+  echo python3
+}
 environment() {
   local cue=$STUB/install-fails-${WORKER:-0}
   if [[ -s $cue ]]; then
@@ -165,7 +170,9 @@ class Cloud:
         self.repository = path / "repository"
         shutil.copytree(LAUNCH, self.repository / "launch", ignore=shutil.ignore_patterns("env"))
         (self.repository / "tools").mkdir()
-        (self.repository / "tools" / "environment.sh").write_text(ENVIRONMENT)
+        shutil.copytree(ROOT / "configs", self.repository / "configs", ignore=shutil.ignore_patterns("*.png", "__py*"))
+        text = (ROOT / "tools" / "environment.sh").read_text()
+        (self.repository / "tools" / "environment.sh").write_text(text + ENVIRONMENT)
         (self.repository / "tools" / "trainer").write_text(TRAINER)
         (self.repository / "tools" / "trainer").chmod(0o755)
         subprocess.run(["git", "init", "--quiet", "--template=", self.repository], check=True)
@@ -363,6 +370,33 @@ def test_the_env_file_is_checked_and_never_run(cloud, line, says):
     else:
         assert process.returncode == 1
         assert says in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "spot"),
+    [("1", True), ("YES", True), ("True", True), ("0", False), ("no", False), ("FALSE", False), ("", False)],
+)
+def test_yes_and_no_are_understood(cloud, value, spot):
+    process = cloud.run("tpu.sh", "create", DRY_RUN="yes", SPOT=value, DETERMINISTIC=value)
+    assert process.returncode == 0, process.stderr
+    assert ("--spot" in process.stdout) == spot
+    assert not cloud.calls()
+
+
+@pytest.mark.parametrize("name", ["DRY_RUN", "SPOT", "RESERVED", "DETERMINISTIC"])
+def test_what_is_neither_yes_nor_no_is_an_error(cloud, name):
+    process = cloud.run("tpu.sh", "create", **{name: "maybe"})
+    assert process.returncode == 1
+    assert process.stderr == f"error: {name}=maybe: wanted yes, true or 1, or no, false, 0 or nothing\n"
+    assert not cloud.calls()
+
+
+def test_what_is_neither_yes_nor_no_is_an_error_of_the_tools(cloud):
+    variables = {"PATH": os.environ["PATH"], "VIRTUAL_ENV": str(cloud.path), "DIVERSEDIT_LATEST": "maybe"}
+    script = f"source {ROOT}/tools/environment.sh; environment"
+    process = subprocess.run(["bash", "-c", script], env=variables, capture_output=True, text=True)
+    assert process.returncode == 1
+    assert process.stderr == "error: DIVERSEDIT_LATEST=maybe: wanted yes, true or 1, or no, false, 0 or nothing\n"
 
 
 def test_exit_codes_are_those_of_the_trainer(cloud):
@@ -746,7 +780,7 @@ def test_a_slurm_job_is_queued_again_when_that_helps(cloud, ends, restarts, stop
 
 def test_a_gpu_node_restarts_and_stops_by_exit_code(cloud):
     cloud.ends(42, 137, 70, 0)
-    process = cloud.run("gpu_node.sh", "run", "--", "configs/sit.py:b2", *FLAGS, DETERMINISTIC="1")
+    process = cloud.run("gpu_node.sh", "run", "--", "configs/sit.py:b2", *FLAGS, DETERMINISTIC="Yes")
     assert process.returncode == 70
     assert "not finite" in last_line(process)
     line = f"-m diversedit_jax.train --workdir={cloud.repository}/runs/diversedit_xl2 --config=configs/sit.py:b2"

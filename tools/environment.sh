@@ -5,10 +5,25 @@
 #   VIRTUAL_ENV           an active virtual environment is used as it is; otherwise .venv in the repository is made
 #   PYTHON                the Python that makes .venv (default: the first of $candidates that is new enough)
 #   DIVERSEDIT_EXTRAS     extras of setup.py to install besides, for example `cuda` or `tpu`
-#   DIVERSEDIT_LATEST=1   the newest releases instead of the versions in constraints.txt
+#   DIVERSEDIT_LATEST=yes the newest releases instead of the versions in constraints.txt
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 candidates="python3.11 python3.12 python3.13 python3.14 python3 python"
+
+# Makes settings 1 or 0, however yes or no is written.
+yes_or_no() {
+  local name
+  for name in "$@"; do
+    case ${!name:-} in
+      1 | [yY][eE][sS] | [tT][rR][uU][eE]) printf -v "$name" 1 ;;
+      0 | [nN][oO] | [fF][aA][lL][sS][eE] | "") printf -v "$name" 0 ;;
+      *)
+        echo "error: $name=${!name}: wanted yes, true or 1, or no, false, 0 or nothing" >&2
+        return 1
+        ;;
+    esac
+  done
+}
 
 # Prints the version of a Python; true if it is new enough. It is run, not only looked up: a pyenv shim can be on PATH
 # without a Python behind it.
@@ -61,7 +76,7 @@ install() {
   inputs=$(
     cd "$root" && {
       "$python" --version
-      echo "$root latest=${DIVERSEDIT_LATEST:-0}"
+      echo "$root latest=$DIVERSEDIT_LATEST"
       cat setup.py constraints.txt
     } | cksum
   )
@@ -71,7 +86,7 @@ install() {
     fi
     before=$(tail -n +2 "$stamp")
   fi
-  if [[ ${DIVERSEDIT_LATEST:-0} == 1 ]]; then
+  if ((DIVERSEDIT_LATEST)); then
     pip_options=(--upgrade --upgrade-strategy eager)
   else
     pip_options=(--constraint "$root/constraints.txt")
@@ -89,7 +104,8 @@ install() {
 }
 
 environment() {
-  local venv=${VIRTUAL_ENV:-$root/.venv} extras=${1:-} remedy="deactivate it" version wanted
+  local venv=${VIRTUAL_ENV:-$root/.venv} extras=${1:-} remedy="deactivate it" version wanted why
+  yes_or_no DIVERSEDIT_LATEST || return 1
   if [[ -n ${DIVERSEDIT_EXTRAS:-} ]]; then
     extras+=${extras:+,}$DIVERSEDIT_EXTRAS
   fi
