@@ -46,9 +46,11 @@ gcloud_tpu() {
   run gcloud compute tpus "$@" "--project=$PROJECT" "--zone=$ZONE" --quiet
 }
 
-# Where the errors of a step are kept. A dry run has none.
-errors_of() {
-  if [[ $dry_run == 1 ]]; then echo /dev/null; else echo "$tmp/$1"; fi
+# Why the last question had no answer: its errors are in $errors.
+reason_of_silence() {
+  local said
+  said=$(last_lines <"$errors")
+  echo "${said:+: $said}"
 }
 
 # What is to be done about an error of gcloud in a file; fails if waiting may mend it.
@@ -237,9 +239,9 @@ create() {
 look() {
   local request node="" code=0
   condition=""
-  request=$(request_state 2>"$(errors_of look)") || code=$?
+  request=$(request_state 2>"$errors") || code=$?
   if ((code == 0)) && [[ $request == ACTIVE ]]; then
-    node=$(node_state 2>"$(errors_of look)") || code=$?
+    node=$(node_state 2>"$errors") || code=$?
   fi
   if ((code == 0)); then
     condition=$request/$node
@@ -258,16 +260,16 @@ lost() {
 }
 
 wait_ready() {
-  local condition before="" start=$SECONDS code
+  local condition before=none start=$SECONDS code
   while true; do
     code=0
     look || code=$?
     if ((code == 1)); then
-      cat "$tmp/look" >&2
+      cat "$errors" >&2
       return 1
     fi
     if [[ $condition != "$before" ]]; then
-      log "$TPU_NAME: ${condition:-no answer}"
+      log "$TPU_NAME: ${condition:-no answer$(reason_of_silence)}"
       before=$condition
     fi
     if [[ $condition == ACTIVE/READY ]]; then
@@ -360,10 +362,10 @@ ask_workers() {
   local command=${1:-status} line code=0 lines
   states=()
   codes=()
-  count_workers 2>"$(errors_of ask)" || return
+  count_workers 2>"$errors" || return
   # A new node has no worker.sh yet.
   lines=$(on_worker all "if [ -e $(quote "$REMOTE_DIR/code/launch/worker.sh") ]; then $(remote "$command"); fi" \
-    2>"$(errors_of ask)" </dev/null) || code=$?
+    2>"$errors" </dev/null) || code=$?
   while IFS= read -r line; do
     if [[ $line =~ worker=([0-9]+)\ state=([a-z]+)\ code=([0-9]+|-) ]]; then
       states[BASH_REMATCH[1]]=${BASH_REMATCH[2]}
@@ -416,7 +418,7 @@ watch() {
       now="no answer${condition:+, $condition}"
     fi
     if [[ $now != "$before" ]]; then
-      log "$now"
+      if ((answered)); then log "$now"; else log "$now$(reason_of_silence)"; fi
       before=$now
     fi
     if ((SECONDS - silent >= WAIT_SECONDS)); then
@@ -557,7 +559,7 @@ stop_workers() {
   local -a states=() codes=()
   log "SIGTERM to the trainers; they have $STOP_SECONDS s to save"
   ask_workers stop || {
-    cat "$tmp/ask" >&2
+    cat "$errors" >&2
     log "not all workers answer: $(summary)"
     return 1
   }
@@ -584,7 +586,7 @@ show_status() {
   if [[ $state == ACTIVE ]]; then node=$(node_state) || return; fi
   echo "$TPU_NAME: $state${node:+, node $node}"
   if [[ $node == READY ]]; then
-    ask_workers || cat "$tmp/ask" >&2
+    ask_workers || cat "$errors" >&2
     for worker in "${!states[@]}"; do
       if [[ ${codes[$worker]:--} == - ]]; then
         echo "worker $worker: ${states[$worker]}"
@@ -646,10 +648,12 @@ main() {
   esac
   read -ra more_args <<<"$SSH_ARGS"
   if [[ $dry_run == 1 ]]; then
-    tmp=${TMPDIR:-/tmp}
+    tmp=${TMPDIR:-/tmp}/tmp.XXXXXXXXXX # is not made
+    errors=/dev/null
   else
     command -v gcloud >/dev/null || die "gcloud is not installed: see Google's documentation, \"Install the gcloud CLI\""
     tmp=$(mktemp -d)
+    errors=$tmp/errors
     trap 'rm -rf "$tmp"' EXIT
   fi
 

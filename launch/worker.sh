@@ -46,9 +46,10 @@ choose_python() {
     return
   fi
   command -v uv >/dev/null || export PATH=$HOME/.local/bin:$PATH
-  command -v uv >/dev/null || retry python3 -m pip install --user --quiet uv
-  retry uv python install --quiet 3.12
-  PYTHON=$(uv python find 3.12)
+  if ! { command -v uv >/dev/null || retry python3 -m pip install --user --quiet uv; } ||
+    ! retry uv python install --quiet 3.12 || ! PYTHON=$(uv python find 3.12); then
+    find_python # says again what is wrong with those that are here
+  fi
 }
 
 install_gcsfuse() {

@@ -399,6 +399,75 @@ def test_what_is_neither_yes_nor_no_is_an_error_of_the_tools(cloud):
     assert process.stderr == "error: DIVERSEDIT_LATEST=maybe: wanted yes, true or 1, or no, false, 0 or nothing\n"
 
 
+def python_that(cloud: Cloud, path: str, says: str, code: int) -> Path:
+    """A "Python" that fails with this message."""
+    file = cloud.repository / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"#!/bin/sh\ncat >&2 <<'END'\n{says}\nEND\nexit {code}\n")
+    file.chmod(0o755)
+    return file
+
+
+# --- A program that does not run
+
+
+PYENV = """pyenv: python3.11: command not found
+
+The `python3.11' command exists in these Python versions:
+  3.11.4"""
+PYENV_LINE = "pyenv: python3.11: command not found The `python3.11' command exists in these Python versions: 3.11.4"
+
+
+@pytest.mark.parametrize(("says", "code", "shown"), [(PYENV, 127, PYENV_LINE), ("", 3, "exit code 3, without a word")])
+def test_a_python_that_does_not_run_says_why(cloud, says, code, shown):
+    python = python_that(cloud, "python3.11", says, code)
+    script = f"source {ROOT}/tools/environment.sh; find_python"
+    process = subprocess.run(
+        ["bash", "-c", script], env={"PATH": os.environ["PATH"], "PYTHON": python}, capture_output=True, text=True
+    )
+    assert process.returncode == 1
+    assert process.stderr.startswith(f"Python 3.11 or newer is needed; found {python} (does not run: {shown}).")
+
+
+def test_what_a_python_lacks_is_said_with_its_error(cloud):
+    python = cloud.path / "python"
+    says = "ImportError: libexpat.so.1"
+    python.write_text(
+        f'#!/bin/sh\ncase "$2" in *import*pip*) echo "{says}" >&2; exit 1 ;; esac\nexec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    (cloud.path / "venv/bin").mkdir(parents=True)
+    (cloud.path / "venv/bin/python").symlink_to(python)
+    for call, variables in [("find_python", {"PYTHON": python}), ("environment", {"VIRTUAL_ENV": cloud.path / "venv"})]:
+        process = subprocess.run(
+            ["bash", "-c", f"source {ROOT}/tools/environment.sh; {call}"],
+            env={"PATH": os.environ["PATH"], **variables},
+            capture_output=True,
+            text=True,
+        )
+        assert process.returncode == 1
+        assert says in process.stderr
+
+
+def test_a_worker_without_a_python_says_what_it_found(cloud):
+    (cloud.path / "no-python").touch()
+    python_that(cloud, "../bin/uv", "uv: no network", 1)
+    process = cloud.run("worker.sh", "install", REMOTE_DIR=str(cloud.path / "remote"), WORKER="0", ATTEMPTS="1")
+    assert process.returncode == 1
+    assert process.stderr.splitlines() == ["uv: no network", "found python3 (too old)"]
+
+
+def test_a_question_without_an_answer_says_why(cloud):
+    cloud.set(states=["ACTIVE"], workers=1)
+    cloud.error("describe", "gcloud: python3: command not found")
+    process = cloud.run("tpu.sh", "wait")
+    assert "diversedit: no answer: gcloud: python3: command not found" in process.stderr
+    cloud.error("worker.sh status", "ssh: connection refused", times=2)  # before the start, and when it is watched
+    process = cloud.run("tpu.sh", "up")
+    assert process.returncode == 0, process.stderr
+    assert "no answer, ACTIVE/READY: ssh: connection refused" in process.stderr
+
+
 def test_exit_codes_are_those_of_the_trainer(cloud):
     script = f"source {LAUNCH}/common.sh; for i in {{0..255}}; do if should_restart $i; then echo $i; fi; done"
     process = subprocess.run(["bash", "-c", script], capture_output=True, text=True)

@@ -25,28 +25,43 @@ yes_or_no() {
   done
 }
 
+# The last lines of what it reads, as one line.
+last_lines() {
+  grep '[^[:space:]]' | tail -n 8 | paste -s -d " " - | tr -s " " || true
+}
+
+# Runs a command without its output. If it fails, prints its last lines as one line, and fails with its exit code.
+quietly() {
+  local output code=0
+  output=$("$@" 2>&1) || code=$?
+  if ((code)); then
+    output=$(last_lines <<<"$output")
+    echo "${output:-exit code $code, without a word}"
+  fi
+  return "$code"
+}
+
 # Prints the version of a Python; true if it is new enough. It is run, not only looked up: a pyenv shim can be on PATH
-# without a Python behind it.
+# without a Python behind it, and says so.
 python_version() {
-  local version
-  version=$("$1" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null) || {
-    echo "does not run"
+  local why
+  why=$(quietly "$1" -c "") || {
+    echo "does not run: $why"
     return 1
   }
-  echo "$version"
-  "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+  "$1" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3]); sys.exit(sys.version_info < (3, 11))'
 }
 
 find_python() {
-  local candidate found="" version
+  local candidate found="" version why
   for candidate in ${PYTHON:-$candidates}; do
     command -v "$candidate" >/dev/null || continue
     if version=$(python_version "$candidate"); then
-      if "$candidate" -c "import ensurepip, venv" 2>/dev/null; then
+      if why=$(quietly "$candidate" -c "import ensurepip, venv"); then
         echo "$candidate"
         return
       fi
-      version+=" without venv: on Debian, apt-get install python3-venv"
+      version+=" without venv: on Debian, apt-get install python3-venv; it says: $why"
     fi
     found+="${found:+, }$candidate ($version)"
   done
@@ -125,8 +140,8 @@ environment() {
       return 1
     fi
   fi
-  "$python" -c "import pip" 2>/dev/null || {
-    echo "$venv has no pip: run '$python -m ensurepip', or $remedy." >&2
+  why=$(quietly "$python" -c "import pip") || {
+    echo "$venv has no pip: run '$python -m ensurepip', or $remedy. It says: $why" >&2
     return 1
   }
   install "$venv" "$extras"
