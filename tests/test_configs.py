@@ -11,13 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from configs import default
 from diversedit_jax import config as configs
 from diversedit_jax.data import pipeline
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.runs import build
+from diversedit_jax.runtime import cli
 from diversedit_jax.runtime.files import flat
 from diversedit_jax.sampling import sampler
 from diversedit_jax.training import optimizer
@@ -230,3 +232,14 @@ def test_with_repa_the_diversity_loss_knows_the_aligned_block(size, block):
 def test_a_variant_that_does_not_exist_is_named(name, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         recipe(name)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # how ml_collections imports a file
+def test_a_flag_for_a_config_says_what_its_file_says():
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    given = f"--config={ROOT}/configs/sit.py:xl"
+    with pytest.raises(flags.Error) as caught:
+        values(["program", given])
+    message = cli.readable(caught.value)
+    assert message == f"flag {given}: variant = 'xl' is unknown; did you mean 'xl2'? known: b2, l2, xl2, 256, 512"

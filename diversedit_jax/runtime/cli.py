@@ -87,6 +87,8 @@ def readable(error: Exception) -> str:
         return f"config: no key {given[0]!r}" + (f"; did you mean {meant[0]!r}?" if meant else "")
     if isinstance(error, FileNotFoundError) or "No such file" in lines[-1]:
         return f"config: file {error.filename or NAME.findall(lines[-1])[-1]} not found"
+    if "Error whilst parsing config file" in lines[0]:  # its traceback follows
+        return f"{lines[0].partition(': ')[0]}: {lines[-1].removeprefix(f'{ConfigError.__module__}.ConfigError: ')}"
     if "must have a value other than None" in lines[0]:
         return f"{lines[0].split('=')[0]} is required"
     return lines[0]
