@@ -314,20 +314,18 @@ delete_node() {
 
 # --- The workers
 
-# The checkout as an archive: what git tracks and what it would not ignore, as it lies there.
+# The checkout as an archive: what git tracks and what it would not ignore, as it lies there. All nodes get the same.
 pack() {
-  local directory=${REPO:-$root}
-  if [[ $directory == *://* || $directory == git@* ]]; then
-    run git clone --quiet --depth=1 ${REPO_REF:+"--branch=$REPO_REF"} "$directory" "$tmp/clone" || return
-    directory=$tmp/clone
-  elif [[ ! -e $directory/.git ]]; then
-    log "REPO=$directory is no git checkout"
+  if [[ $checkout == "$tmp/clone" ]]; then
+    run git clone --quiet --depth=1 ${REPO_REF:+"--branch=$REPO_REF"} "$REPO" "$checkout" || return
+  elif [[ ! -e $checkout/.git ]]; then
+    log "REPO=$checkout is no git checkout"
     return 1
   fi
   # shellcheck disable=SC2016
   run bash -c 'set -o pipefail; cd "$1" && git ls-files -z --cached --others --exclude-standard |
     while IFS= read -r -d "" file; do if [ -e "$file" ]; then printf "%s\0" "$file"; fi; done |
-    COPYFILE_DISABLE=1 tar --null -T - -czf "$2"' pack "$directory" "$tmp/diversedit.tgz"
+    COPYFILE_DISABLE=1 tar --null -T - -czf "$2"' pack "$checkout" "$tmp/diversedit.tgz"
 }
 
 install_on() {
@@ -345,7 +343,7 @@ install_on() {
 }
 
 install_workers() {
-  pack && everywhere installing install_on && log "installed on all workers"
+  everywhere installing install_on && log "installed on all workers"
 }
 
 start_on() {
@@ -481,6 +479,7 @@ launch_workers() {
 up() {
   local restarts=0 failures=0 outcome code began why condition installed=no
   local -a states=() codes=()
+  pack || exit 1 # before anything is paid for
   trap 'log "no longer watching; training goes on. Watch again: tpu.sh up, end: tpu.sh stop"; exit 130' INT TERM
   while true; do
     outcome=""
@@ -656,11 +655,13 @@ main() {
     errors=$tmp/errors
     trap 'rm -rf "$tmp"' EXIT
   fi
+  checkout=${REPO:-$root}
+  if [[ $checkout == *://* || $checkout == git@* ]]; then checkout=$tmp/clone; fi
 
   case $command in
     create) create ;;
     wait) wait_ready ;;
-    install) install_workers ;;
+    install) pack && install_workers ;;
     run) start_workers ;;
     up) up ;;
     status) show_status ;;

@@ -305,7 +305,7 @@ def test_dry_run_prints_commands_and_runs_none(cloud, script, command):
 def test_dry_run_of_up_prints_all_steps_in_order(cloud):
     process = cloud.run("tpu.sh", "up", "--dry_run", "--", *FLAGS)
     lines = process.stdout.splitlines()
-    steps = ["queued-resources create", "value(state.state)", "value(state)", "tar --null", "scp", "install", " start "]
+    steps = ["tar --null", "queued-resources create", "value(state.state)", "value(state)", "scp", "install", " start "]
     positions = [max(i for i, line in enumerate(lines) if step in line) for step in steps]
     assert positions == sorted(positions)
     start = next(shlex.split(line) for line in lines if "worker.sh start" in line)
@@ -399,6 +399,9 @@ def test_what_is_neither_yes_nor_no_is_an_error_of_the_tools(cloud):
     assert process.stderr == "error: DIVERSEDIT_LATEST=maybe: wanted yes, true or 1, or no, false, 0 or nothing\n"
 
 
+# --- What is found before machines are paid for
+
+
 def python_that(cloud: Cloud, path: str, says: str, code: int) -> Path:
     """A "Python" that fails with this message."""
     file = cloud.repository / path
@@ -406,6 +409,25 @@ def python_that(cloud: Cloud, path: str, says: str, code: int) -> Path:
     file.write_text(f"#!/bin/sh\ncat >&2 <<'END'\n{says}\nEND\nexit {code}\n")
     file.chmod(0o755)
     return file
+
+
+@pytest.mark.parametrize("repository", ["", "file://"])
+def test_code_that_is_not_there_starts_nothing(cloud, repository):
+    process = cloud.run("tpu.sh", "up", REPO=f"{repository}{cloud.path}/nowhere")
+    assert process.returncode == 1
+    assert f"{cloud.path}/nowhere" in process.stderr
+    assert not cloud.calls()
+
+
+def test_all_nodes_of_a_run_get_the_same_clone(cloud):
+    git = ["git", "-C", cloud.repository, "-c", "user.name=x", "-c", "user.email=x@x"]
+    subprocess.run([*git, "add", "--all"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--no-verify", "--message=x"], check=True)
+    cloud.set(lives=[[*["ACTIVE"] * 3, "SUSPENDED"], ["ACTIVE"]], workers=1)
+    cloud.ends("stay", 0)
+    process = cloud.run("tpu.sh", "up", REPO=f"file://{cloud.repository}", MAX_RESTARTS="1")
+    assert process.returncode == 0, process.stderr
+    assert cloud.tpu_calls() == ["create", "scp", "delete", "create", "scp"]
 
 
 # --- A program that does not run
