@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 256  # over all devices
     config.accumulate = 1  # parts of a batch, computed one after another, for less memory
 
-    config.data = slot("data", "latents")  # what is stored
+    config.data = slot("data", "latents")  # what is stored: --config.data.data_dir=LATENTS
     config.input = options(pipeline.batches)  # how it is read: threads, worker processes, bad records
     config.codec = slot("codecs", "vae")  # from there to the network's space, on device
     config.encoders = ConfigDict()  # frozen, for losses that align to them: label -> slot("encoders", name, file=...)

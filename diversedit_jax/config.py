@@ -20,6 +20,8 @@ from diversedit_jax.runtime.files import check_same, differences, write_json
 
 FILE = "config.json"
 RESERVED = ("name", "every")  # keys of a slot that are not options of its factory
+SINGLE = {"data": "data", "codec": "codecs", "model": "models", "objective": "objectives"}  # key -> kind of slot
+LABELED = ("encoders", "losses", "evaluators")  # kinds of slots that a run has any number of, under labels
 
 # Paths in these parts of a config may change when a run is resumed. What they hold may not, see `build.inputs`.
 MOVABLE = ("data", "codec", "encoders", "init_from")
@@ -68,6 +70,14 @@ def keywords(config: ConfigDict, place: str, build: Callable) -> dict[str, Any]:
         if parameter.default is inspect.Parameter.empty and given.get(name) is None:
             raise ConfigError(f"{place}.{name} is not set; give it with --{place}.{name}=VALUE")
     return given
+
+
+def check(config: ConfigDict) -> None:
+    """Find what is missing in the slots of a run, and build none. ConfigError as of `factory` and `keywords`."""
+    slots = [(kind, f"config.{key}", config[key]) for key, kind in SINGLE.items()]
+    slots += [(kind, f"config.{kind}.{label}", one) for kind in LABELED for label, one in config[kind].items()]
+    for kind, place, one in slots:
+        keywords(one, place, registry.factory(kind, one.name))
 
 
 def make(kind: str, config: ConfigDict, place: str, *args: Any) -> Any:

@@ -341,8 +341,13 @@ def summary(workdir: Path, checkpoints: Checkpoints, seconds: float) -> str:
     return "\n".join([f"done in {duration(seconds)}", *lines, f"  TensorBoard: tensorboard --logdir {workdir}"])
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
+    """The flags of this program."""
     config_flags.DEFINE_config_file("config", None, "Config file; --config.KEY=VALUE changes a key.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Directory of the run; made if missing.")
     flags.mark_flags_as_required(["config", "workdir"])
+
+
+if __name__ == "__main__":
+    define_flags()
     cli.launch(lambda: run(flags.FLAGS.config, flags.FLAGS.workdir), several=True)

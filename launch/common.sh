@@ -235,6 +235,47 @@ trainer_flags() {
   flags+=("${given[@]}")
 }
 
+# Finds what the trainer would refuse in `flags`, before machines are paid for. $1: the checkout that they will run.
+check_flags() {
+  local directory=$1 chosen="" file i said code=0 python
+  for ((i = 0; i < ${#flags[@]}; i++)); do
+    case ${flags[i]} in
+      --config=*) chosen=${flags[i]#*=} ;;
+      --config) chosen=${flags[i + 1]:-} ;;
+    esac
+  done
+  file=${chosen%%:*}
+  if [[ ! -d $directory || ($file == /* && ! -f $file) ]]; then
+    return 0 # it is not on this machine
+  fi
+  [[ $file == /* ]] || file=$directory/$file
+  [[ -f $file ]] || die "CONFIG=$chosen: there is no file $file"
+
+  gpu_python
+  said=$(cd "$directory" && env JAX_PLATFORMS=cpu "$python" -B -m tools.check_config "${flags[@]}" 2>&1) || code=$?
+  if ((code == 0)); then
+    return 0
+  elif ((code == 78)); then
+    said=$(sed -n 's/^error: //p' <<<"$said" | tail -n 1)
+  elif ((code == 130)); then
+    exit "$code" # Ctrl-C
+  elif needs_data "$file" && [[ " ${flags[*]}" != *" --config.data.data_dir"* ]]; then
+    said="config.data.data_dir is not set"
+  else # this machine has no Python with the package
+    log "of $chosen only the data are checked here: $(last_lines <<<"$said")"
+    return 0
+  fi
+  if [[ $said == "config.data.data_dir is not set"* ]]; then
+    said="it needs data: set DATA_DIR, or give --config.data.data_dir=VALUE after --"
+  fi
+  die "$chosen: $said"
+}
+
+# Whether a config file shows that the data must be named.
+needs_data() {
+  grep -qF -e --config.data.data_dir= "$1"
+}
+
 # --- What an exit code of the trainer asks for (diversedit_jax/errors.py)
 
 should_restart() {

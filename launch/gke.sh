@@ -64,6 +64,7 @@ run_workload() {
     gs://*) die "DATA_DIR=$data is not in BUCKET=$BUCKET" ;;
   esac
   trainer_flags /bucket "$data"
+  check_flags "$root"
   # 42 and 127-255 are the exit codes that XPK restarts on; the cache lives and dies with its container.
   xpk_cluster workload create "--workload=$WORKLOAD" "--tpu-type=$ACCELERATOR_TYPE" "--num-slices=$NUM_SLICES" \
     "--docker-image=$IMAGE" "--max-restarts=$MAX_RESTARTS" "--termination-grace-period-seconds=$GRACE_SECONDS" \

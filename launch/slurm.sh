@@ -37,6 +37,7 @@ submit() {
   local more
   [[ $DATA_DIR != gs://* ]] || die "DATA_DIR=$DATA_DIR: give a path that the nodes see"
   trainer_flags "$root" "$DATA_DIR"
+  check_flags "$root"
   read -ra more <<<"$SBATCH_ARGS"
   run mkdir -p "$logs"
   # --signal without B: goes to the tasks, not to the script, which is to see their exit codes.

@@ -7,9 +7,9 @@ Usage: bash launch/tpu.sh COMMAND [--dry_run] [OPTIONS] [-- FLAGS]
 
 Training on a Cloud TPU slice. Settings are in launch/env (see launch/env.example); the guide is launch/README.md.
 
-  up [-- FLAGS]       all of it: create, wait, install, run, then watch. After a preemption it asks for a new node and
-                      resumes; it restarts the trainer on exit codes 42 and 127-255, and ends on all others with that
-                      code. Interrupted itself, training goes on, and the same command watches again.
+  up [-- FLAGS]       all of it: check, create, wait, install, run, then watch. After a preemption it asks for a new
+                      node and resumes; it restarts the trainer on exit codes 42 and 127-255, and ends on all others
+                      with that code. Interrupted itself, training goes on, and the same command watches again.
       --max_restarts=N      restarts and new nodes before it gives up (MAX_RESTARTS, 50)
       --delete_when_done    deletes the node when there is nothing left to restart
 
@@ -328,6 +328,14 @@ pack() {
     COPYFILE_DISABLE=1 tar --null -T - -czf "$2"' pack "$checkout" "$tmp/diversedit.tgz"
 }
 
+# Without data there is nothing to copy to a worker. Whether the workers may read them is seen there alone.
+check_data() {
+  if [[ $DATA_DIR == gs://* ]] && ! run gcloud storage ls "$DATA_DIR" >/dev/null 2>"$errors" &&
+    grep -qiE "matched no objects|not found" "$errors"; then
+    die "DATA_DIR=$DATA_DIR: gcloud says: $(last_lines <"$errors")"
+  fi
+}
+
 install_on() {
   local worker=$1 unpack directory
   directory=$(quote "$REMOTE_DIR")
@@ -479,7 +487,7 @@ launch_workers() {
 up() {
   local restarts=0 failures=0 outcome code began why condition installed=no
   local -a states=() codes=()
-  pack || exit 1 # before anything is paid for
+  pack && check_flags "$checkout" && check_data || exit 1 # before anything is paid for
   trap 'log "no longer watching; training goes on. Watch again: tpu.sh up, end: tpu.sh stop"; exit 130' INT TERM
   while true; do
     outcome=""
@@ -662,7 +670,7 @@ main() {
     create) create ;;
     wait) wait_ready ;;
     install) pack && install_workers ;;
-    run) start_workers ;;
+    run) check_flags "$checkout" && start_workers ;;
     up) up ;;
     status) show_status ;;
     stop) stop_workers ;;

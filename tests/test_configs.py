@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import inspect
 import re
+import subprocess
 from functools import partial
 
 import jax
@@ -153,6 +154,32 @@ def test_slots_hold_all_options_and_know_the_types_of_those_not_set():
         config.rule = 7
     with pytest.raises(ConfigError, match="no option 'kk'; did you mean 'k'"):
         configs.slot("losses", "diversity", kk=5)
+
+
+def test_check_names_each_required_option_that_is_not_set():
+    config = recipe("repa:dinov2@5,mae@10")
+    for place in ("data.data_dir", "encoders.dinov2.file", "encoders.mae.file"):
+        with pytest.raises(ConfigError, match=rf"^config\.{place} is not set; give it with --config\.{place}=VALUE$"):
+            configs.check(config)
+        config.update_from_flattened_dict({place: "somewhere"})
+    configs.check(config)
+    config.losses.repa_mae_10.name = "repaa"
+    with pytest.raises(ConfigError, match="losses: unknown name 'repaa'; did you mean 'repa'"):
+        configs.check(config)
+
+
+def test_the_launcher_knows_by_the_text_of_a_config_whether_it_needs_data():
+    script = (
+        'source launch/common.sh; for file in "$@"; do if needs_data "configs/$file.py"; then echo "$file"; fi; done'
+    )
+    done = subprocess.run(["bash", "-c", script, "bash", *NAMES], cwd=ROOT, capture_output=True, text=True, check=True)
+    found = []
+    for name in NAMES:
+        try:
+            configs.check(recipe(name))
+        except ConfigError as error:
+            found += [name] * ("config.data.data_dir" in str(error))
+    assert done.stdout.split() == found
 
 
 def test_a_config_survives_its_file(tmp_path):

@@ -184,6 +184,7 @@ class Cloud:
             "PROJECT": "research",
             "ZONE": "us-west4-a",
             "BUCKET": "gs://bucket",
+            "DATA_DIR": "/latents",
             "IMAGE": "images/diversedit",
             "REMOTE_DIR": "/remote",
             **dict.fromkeys(["POLL_SECONDS", "BACKOFF_SECONDS", "SETTLE_SECONDS"], "0"),
@@ -402,6 +403,37 @@ def test_what_is_neither_yes_nor_no_is_an_error_of_the_tools(cloud):
 # --- What is found before machines are paid for
 
 
+STARTS = [("tpu.sh", "up"), ("tpu.sh", "run"), ("gke.sh", "run"), ("slurm.sh", "submit")]
+
+
+@pytest.mark.parametrize("options", [[], ["--dry_run"]])
+@pytest.mark.parametrize(("script", "command"), STARTS)
+def test_a_config_without_its_data_starts_nothing(cloud, script, command, options):
+    process = cloud.run(script, command, *options, DATA_DIR="")
+    assert process.returncode == 1
+    says = "it needs data: set DATA_DIR, or give --config.data.data_dir=VALUE after --"
+    assert process.stderr == f"error: configs/diversedit.py:xl2: {says}\n"
+    assert not cloud.calls()
+
+
+@pytest.mark.parametrize(
+    "flags", [["--config.data.data_dir=/x"], ["--config.data.data_dir", "/x"], ["--config", "configs/digits.py"]]
+)
+def test_data_may_come_from_a_flag_or_the_config(cloud, flags):
+    process = cloud.run("slurm.sh", "submit", "--", *flags, DATA_DIR="")
+    assert process.returncode == 0, process.stderr
+    assert cloud.calls("sbatch")
+
+
+@pytest.mark.parametrize(("script", "command"), STARTS)
+def test_a_config_that_is_not_there_starts_nothing(cloud, script, command):
+    process = cloud.run(script, command, CONFIG="configs/sitt.py:b2")
+    assert process.returncode == 1
+    file = cloud.repository / "configs/sitt.py"
+    assert process.stderr == f"error: CONFIG=configs/sitt.py:b2: there is no file {file}\n"
+    assert not cloud.calls()
+
+
 def python_that(cloud: Cloud, path: str, says: str, code: int) -> Path:
     """A "Python" that fails with this message."""
     file = cloud.repository / path
@@ -409,6 +441,52 @@ def python_that(cloud: Cloud, path: str, says: str, code: int) -> Path:
     file.write_text(f"#!/bin/sh\ncat >&2 <<'END'\n{says}\nEND\nexit {code}\n")
     file.chmod(0o755)
     return file
+
+
+@pytest.mark.parametrize(("script", "command"), STARTS)
+def test_what_python_finds_in_the_config_starts_nothing(cloud, script, command):
+    python_that(cloud, ".venv/bin/python", "a warning\nerror: config: no key 'lr'\nat exit", 78)
+    process = cloud.run(script, command)
+    assert process.returncode == 1
+    assert process.stderr == "error: configs/diversedit.py:xl2: config: no key 'lr'\n"
+    assert not cloud.calls()
+
+
+def test_an_interrupt_of_the_check_starts_nothing(cloud):
+    python_that(cloud, ".venv/bin/python", "interrupted", 130)
+    assert cloud.run("tpu.sh", "up").returncode == 130
+    assert not cloud.calls()
+
+
+def test_without_the_package_only_the_data_are_checked(cloud):
+    python_that(cloud, ".venv/bin/python", "No module named jax", 1)
+    process = cloud.run("gke.sh", "run")
+    assert process.returncode == 0
+    assert "of configs/diversedit.py:xl2 only the data are checked here: No module named jax" in process.stderr
+    assert cloud.calls("xpk")
+
+
+@pytest.mark.slow
+def test_the_package_checks_the_config(cloud):
+    for name in ("diversedit_jax", "tools/check_config.py"):
+        (cloud.repository / name).symlink_to(ROOT / name)
+    environment = {"VIRTUAL_ENV": sys.prefix, "CONFIG": "configs/repa.py:b2"}
+    file = "--config.encoders.dinov2.file"
+    process = cloud.run("gke.sh", "run", **environment)
+    assert process.stderr == f"error: configs/repa.py:b2: {file[2:]} is not set; give it with {file}=VALUE\n"
+    process = cloud.run("gke.sh", "run", DATA_DIR="", **environment)
+    assert process.stderr.startswith("error: configs/repa.py:b2: it needs data: set DATA_DIR")
+    assert not cloud.calls()
+    process = cloud.run("gke.sh", "run", "--", f"{file}=x", "--heartbeat=60", **environment)
+    assert (process.returncode, process.stderr) == (0, "")
+
+
+def test_data_that_are_not_in_the_bucket_start_nothing(cloud):
+    cloud.error("storage ls gs://bucket/latnets", "ERROR: (gcloud.storage.ls) One or more URLs matched no objects.")
+    process = cloud.run("tpu.sh", "up", DATA_DIR="gs://bucket/latnets")
+    assert process.returncode == 1
+    assert last_line(process).startswith("error: DATA_DIR=gs://bucket/latnets: gcloud says: ERROR: (gcloud.storage.ls)")
+    assert cloud.tpu_calls() == []
 
 
 @pytest.mark.parametrize("repository", ["", "file://"])
@@ -832,7 +910,7 @@ def test_slurm_submits_one_task_a_node(cloud):
     assert call[position - 2 : position] == ["--partition=gpu", "--account=me"]
     assert call[position + 1 :] == [
         *["job", "--", "--config=configs/diversedit.py:xl2", f"--workdir={cloud.repository}/runs/diversedit_xl2"],
-        *FLAGS,
+        *["--config.data.data_dir=/latents", *FLAGS],
     ]
 
 
@@ -874,8 +952,8 @@ def test_a_gpu_node_restarts_and_stops_by_exit_code(cloud):
     process = cloud.run("gpu_node.sh", "run", "--", "configs/sit.py:b2", *FLAGS, DETERMINISTIC="Yes")
     assert process.returncode == 70
     assert "not finite" in last_line(process)
-    line = f"-m diversedit_jax.train --workdir={cloud.repository}/runs/diversedit_xl2 --config=configs/sit.py:b2"
-    assert cloud.started() == [f"{line} {' '.join(FLAGS)}"] * 3
+    line = f"-m diversedit_jax.train --workdir={cloud.repository}/runs/diversedit_xl2 --config.data.data_dir=/latents"
+    assert cloud.started() == [f"{line} --config=configs/sit.py:b2 {' '.join(FLAGS)}"] * 3
     assert "--xla_gpu_deterministic_ops=true" in (cloud.path / "environment-0").read_text()
     cloud.ends(*[137] * 9)
     process = cloud.run("gpu_node.sh", "run", "--max_restarts=1")
