@@ -201,4 +201,4 @@ class Codec(NamedTuple):
     decode: Callable[[Params, Array], Array] | None
     condition: Callable[[Params, Condition], Condition] = lambda frozen, condition: condition
     shape: Callable[[tuple[int, ...]], tuple[int, ...]] = tuple
-    reads: tuple[str, ...] = ("x",)
+    reads: tuple[str, ...] = ()

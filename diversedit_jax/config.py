@@ -4,11 +4,15 @@ Config files build slots with `slot(...)`. Defaults come from the factory's sign
 complete and any option can be set on the command line (`--config.losses.diversity.lo=0.2`).
 """
 
+import contextlib
+import importlib.util
 import inspect
 import json
+import re
+import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +20,9 @@ from ml_collections import ConfigDict, config_dict
 
 from diversedit_jax import registry
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.runtime.files import check_same, differences, write_json
+from diversedit_jax.runtime.files import check_same, differences, flat, write_json
 
-FILE = "config.json"
+FILE, MODULES = "config.json", "modules"  # MODULES: a key of FILE, the folders of modules that the run's user wrote
 RESERVED = ("name", "every")  # keys of a slot that are not options of its factory
 SINGLE = {"data": "data", "codec": "codecs", "model": "models", "objective": "objectives"}  # key -> kind of slot
 LABELED = ("encoders", "losses", "evaluators")  # kinds of slots that a run has any number of, under labels
@@ -64,8 +68,10 @@ def slot(kind: str, name: str, **changes: Any) -> ConfigDict:
 
 
 def keywords(config: ConfigDict, place: str, build: Callable) -> dict[str, Any]:
-    """The options of a config as keyword arguments. ConfigError if a required one is not set."""
+    """The options of a config as keyword arguments. ConfigError if one is required and not set, or not finite."""
     given = {name: _plain(value) for name, value in config.to_dict().items() if name not in RESERVED}
+    for name, value in given.items():
+        registry.finite(f"{place}.{name}", value)
     for name, parameter in registry.options(build).items():
         if parameter.default is inspect.Parameter.empty and given.get(name) is None:
             raise ConfigError(f"{place}.{name} is not set; give it with --{place}.{name}=VALUE")
@@ -82,17 +88,45 @@ def check(config: ConfigDict) -> None:
 
 def make(kind: str, config: ConfigDict, place: str, *args: Any) -> Any:
     """Build the slot that a config describes. place: of the config, for errors, such as `config.model`."""
-    given = keywords(config, place, registry.factory(kind, config.name))
     try:
+        build = registry.factory(kind, config.name)
+    except ConfigError as error:
+        raise ConfigError(f"{place}.name: {str(error).partition(': ')[2]}") from error
+    given = keywords(config, place, build)
+    with named(place, given):
         return registry.make(kind, config.name, *args, **given)
-    except ConfigError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{place}: {error}") from error
+
+
+@contextlib.contextmanager
+def named(place: str, options: Collection[str]) -> Iterator[None]:
+    """Give errors of what is built here from `options` the place of these in the config, such as `config.model`."""
+    try:
+        yield
+    except (ConfigError, TypeError, ValueError) as error:
+        text = str(error)
+        option = re.match(r"(?:\w+: )?(?:\w+\.)?(\w+) = ", text)
+        if option and option[1] in options:
+            text = f"{place}.{text[option.start(1) :]}"
+        elif not (isinstance(error, ConfigError) and text.startswith("config.")):
+            text = f"{place}: {text}"
+        raise ConfigError(text) from error
 
 
 def _plain(value: Any) -> Any:
     return tuple(_plain(part) for part in value) if isinstance(value, list | tuple) else value
+
+
+def modules(config: Mapping[str, Any]) -> dict[str, str]:
+    """The modules outside this package that a config names, such as `my_loss:make`, and the folder of each."""
+    found = {}
+    for key, value in flat(config).items():
+        if key.split(".")[-1] == "name" and ":" in str(value):
+            module = value.partition(":")[0]
+            spec = importlib.util.find_spec(module)
+            if spec is not None and spec.origin is not None:
+                up = module.count(".") + Path(spec.origin).name.startswith("__init__.")
+                found[module] = str(Path(spec.origin).absolute().parents[up])
+    return found
 
 
 def claim(workdir: Path, config: ConfigDict) -> list[str]:
@@ -105,7 +139,8 @@ def claim(workdir: Path, config: ConfigDict) -> list[str]:
         stored = load(workdir).to_dict()
         check_same(f"{workdir} holds a run", stored, given, "use its values or a new workdir", _may_change)
         notes = [f"config.{key}: {old!r} -> {new!r}" for key, (old, new) in differences(stored, given).items()]
-    write_json(workdir / FILE, given, sort_keys=True)
+    places = {MODULES: found} if (found := modules(given)) else {}
+    write_json(workdir / FILE, given | places, sort_keys=True)
     return notes
 
 
@@ -127,7 +162,10 @@ def holds_run(path: Path) -> bool:
 
 
 def load(workdir: Path) -> ConfigDict:
-    """The config of the run in a workdir. A config of an older version gets the names of this version."""
+    """The config of the run in a workdir. A config of an older version gets the names of this version.
+
+    The folders of its user's modules, which it stores, can then be imported from.
+    """
     try:
         stored = json.loads((workdir / FILE).read_text())
     except (FileNotFoundError, NotADirectoryError):
@@ -136,6 +174,7 @@ def load(workdir: Path) -> ConfigDict:
         raise ConfigError(f"{workdir / FILE} is damaged: {error}") from None
     if not isinstance(stored, dict) or not {"data", "model", "objective"} <= stored.keys():
         raise ConfigError(f"{workdir} holds no run: its {FILE} is of another program")
+    sys.path += [folder for folder in stored.pop(MODULES, {}).values() if folder not in sys.path]
     if "prepare" in stored:
         codec, model, objective = stored.pop("prepare"), stored["model"], stored["objective"]
         stored |= {"codec": codec | {"name": "vae" if codec["name"] == "latents" else codec["name"]}, "groups": {}}

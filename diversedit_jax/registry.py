@@ -54,6 +54,13 @@ def in_range(
     return value
 
 
+def finite(option: str, value: Any) -> None:
+    """Raise ConfigError, which names `option`, if a number in `value` is not finite. Tuples may hold numbers."""
+    for part in value if isinstance(value, tuple | list) else (value,):
+        if isinstance(part, float) and not math.isfinite(part):
+            raise ConfigError(f"{option} = {value}: must be finite")
+
+
 def factory(slot: str, name: str) -> Callable:
     """The factory with this name in `slot`. ConfigError for an unknown name lists the known ones."""
     if ":" in name:
@@ -61,7 +68,8 @@ def factory(slot: str, name: str) -> Callable:
         try:
             return getattr(importlib.import_module(path), function)
         except (ImportError, AttributeError) as error:
-            raise ConfigError(f"{slot}: cannot load {name!r}: {error}") from None
+            where = "a module lies beside the config file, in the folder above it, or where Python finds it"
+            raise ConfigError(f"{slot}: cannot load {name!r}: {error}; {where}") from None
     package = importlib.import_module(f"diversedit_jax.{slot}")
     if name.isidentifier() and importlib.util.find_spec(f"{package.__name__}.{name}"):
         module = importlib.import_module(f"{package.__name__}.{name}")
@@ -82,4 +90,5 @@ def make(slot: str, name: str, *args, **kwargs: Any) -> Any:
     for key in kwargs:
         if key not in options(build):
             raise ConfigError(f"{slot}.{name}: no option {key!r}; {suggestion(key, options(build))}")
+        finite(key, kwargs[key])
     return build(*args, **kwargs)

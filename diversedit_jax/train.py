@@ -26,7 +26,7 @@ from diversedit_jax.api import Batch, Condition
 from diversedit_jax.data import Dataset, pipeline
 from diversedit_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from diversedit_jax.evaluators import Current, SampleSpec
-from diversedit_jax.registry import in_range, suggestion
+from diversedit_jax.registry import suggestion
 from diversedit_jax.runs import build
 from diversedit_jax.runtime import cli, files, flops, pictures, processes, profiler, versions, workdir_lock
 from diversedit_jax.runtime.metric_writer import MetricWriter
@@ -68,7 +68,6 @@ class Trainer:
         learns_null = components.objective.learns_null
         conditioning.check_guidance(config.sampler.cfg_scale, dataset.space.conditions, learns_null)
         profiler.windows(config.profile)
-        in_range("config.samples.num", config.samples.num, 0)
         sampled = config.samples.num or components.objective.predicts
         self.sampler = experiment.sampler() if sampled else None
         self.judge = build.best_by(config)  # label of the evaluator whose scores choose the best checkpoints
@@ -92,8 +91,10 @@ class Trainer:
         try:
             abstract = jax.eval_shape(init, key_init)
             self.flops = build.work(experiment, abstract, self.batch)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"the config cannot be traced: {error}") from error
+        except ConfigError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"the config cannot be traced: {type(error).__name__}: {error}") from error
 
         self.inputs = self.same_inputs(build.inputs(config, dataset))
 
@@ -310,7 +311,9 @@ def batches(
     """The batches of a run from step `begin` on, on the devices. report: gets a line for each replaced record."""
     options = configs.keywords(config.input, "config.input", pipeline.batches)
     options |= {"rows": sharding.rows(layout, config.batch_size), "report": report}
-    with contextlib.closing(pipeline.batches(dataset, config.batch_size, config.seed, begin, **options)) as loader:
+    with configs.named("config.input", options):
+        loader = pipeline.batches(dataset, config.batch_size, config.seed, begin, **options)
+    with contextlib.closing(loader):
         for rows in loader:
             yield sharding.from_rows(rows, layout, config.batch_size)
 

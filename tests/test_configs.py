@@ -3,8 +3,10 @@
 import contextlib
 import importlib
 import inspect
+import math
 import re
 import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -16,7 +18,9 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import default
+from diversedit_jax import codecs, models, objectives, registry, sharding
 from diversedit_jax import config as configs
+from diversedit_jax.api import Conditions, Space
 from diversedit_jax.data import pipeline
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.runs import build
@@ -261,12 +265,131 @@ def test_a_variant_that_does_not_exist_is_named(name, message):
         recipe(name)
 
 
+MISTAKES = {  # the text of a config file, and its error
+    "config = digits.get_config()\n    config.losses.div = slot('losses', 'diversty')": (
+        "line 5: losses: unknown name 'diversty'; did you mean 'diversity'?"
+    ),
+    "config = digits.get_config()\n    config.losses.div = slot('losses', 'repa', taw=1)": (
+        "line 5: diversedit_jax.losses.repa: no option 'taw'; did you mean 'tau'?"
+    ),
+    "config = digits.get_config()\n    config.modl.patch = 3": "line 5: no key 'modl'; did you mean 'model'?",
+    "return digts.get_config()": "line 4: NameError: name 'digts' is not defined",
+    "import numpyy": "line 4: No module named 'numpyy'",
+    "return 1 / 0": "line 4: ZeroDivisionError: division by zero",
+    "return (": "line 4: '(' was never closed",
+    "pass": " get_config() returns None, wanted the config",
+}
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """Arguments of a program with --config -> what they mean."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def parse(*arguments):
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])  # ml_collections looks there for overrides
+        monkeypatch.delitem(sys.modules, "config_config", raising=False)
+        values = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True)
+        flags.mark_flags_as_required(["config"], flag_values=values)
+        monkeypatch.setattr(flags, "FLAGS", values)
+        return cli.parse(sys.argv)
+
+    return parse
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # how ml_collections imports a file
-def test_a_flag_for_a_config_says_what_its_file_says():
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
-    given = f"--config={ROOT}/configs/sit.py:xl"
-    with pytest.raises(flags.Error) as caught:
-        values(["program", given])
-    message = cli.readable(caught.value)
-    assert message == f"flag {given}: variant = 'xl' is unknown; did you mean 'xl2'? known: b2, l2, xl2, 256, 512"
+@pytest.mark.parametrize("body", MISTAKES)
+def test_a_mistake_in_a_config_file_is_named_with_its_line(body, parsed, tmp_path):
+    head = "from configs import digits\nfrom diversedit_jax.config import slot\ndef get_config():\n    "
+    (tmp_path / "mine.py").write_text(f"{head}{body}\n")
+    with pytest.raises(ConfigError) as caught:
+        parsed(f"--config={tmp_path}/mine.py")
+    assert re.search(rf"mine.py[,:] ?{re.escape(MISTAKES[body])}", str(caught.value)), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["sit.py:xl"],
+            r"sit.py, line \d+: variant = 'xl' is unknown; did you mean 'xl2'\? known: b2, l2, xl2, 256, 512",
+        ),
+        (["digits.py:small"], "digits.py has no variants: leave out what follows the colon"),
+        (["digit.py"], "config: file .*digit.py not found"),
+        (["digits.py", "--config.model.pach=3"], "config.model.pach: no key 'pach'; did you mean 'patch'?"),
+        (["digits.py", "--config.modle.patch=3"], "config.modle.patch: no key 'modle'; did you mean 'model'?"),
+        (["digits.py", "--config.model.patch=two"], "flag --config.model.patch=two: invalid literal"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named_with_its_key(arguments, message, parsed):
+    file, *more = arguments
+    with pytest.raises(ConfigError, match=message):
+        parsed(f"--config={ROOT}/configs/{file}", *more)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_file_without_a_config_is_named(parsed, tmp_path):
+    (tmp_path / "mine.py").write_text("x = 1\n")
+    with pytest.raises(ConfigError, match=r"mine.py has no function get_config\(\)"):
+        parsed(f"--config={tmp_path}/mine.py")
+
+
+SIGNED = {"coefficient", "dispersion_scale", "time_mean", "bias", "token_cfg_scale"}  # numbers that may be below 0
+SPACE = Space((8, 8, 1), Conditions.labels(10))
+SLOTS = [(kind, name) for kind in ("losses", "objectives", "models") for name in registry.known(kind)]
+SLOTS += [("codecs", "vae")]
+
+
+def numbers(config):
+    """The numbers of a config: key -> its type."""
+    kinds = {key: config.get_type(key) if value is None else type(value) for key, value in config.items()}
+    return {key: kind for key, kind in kinds.items() if kind in (int, float)}
+
+
+@pytest.mark.parametrize(("kind", "name"), [*SLOTS, ("", "sampler"), ("", "optim")])
+def test_every_number_of_a_slot_has_its_range(kind, name):
+    """-1 is refused where only a count or a share can be meant, and what is not finite everywhere, by the full key."""
+    build_slot = {"sampler": sampler.make, "optim": optimizer.make}.get(name)
+    first = configs.options(build_slot) if build_slot else configs.slot(kind, name)
+    place = f"config.{name}"
+    more = (SPACE, {}, ()) if kind == "models" else ()
+    parts = models.make("dit", SPACE, depth=2, width=16, heads=2), codecs.make("pixels"), SPACE
+    trained = objectives.make("flow_matching")
+
+    def make(config):
+        if name == "sampler":
+            given = configs.keywords(config, place, sampler.make)
+            with configs.named(place, given):
+                return sampler.make(*parts, trained, sharding.make(), **given)
+        if name == "optim":
+            return optimizer.grouped(10, configs.keywords(config, place, optimizer.make), {})
+        return configs.make(kind, config, place, *more)
+
+    for key, number in numbers(first).items():
+        for wrong in (number(-1), *([math.nan, math.inf] if number is float else [])):
+            if wrong == -1 and key in SIGNED:
+                continue
+            if key in ("block", "teacher_block", "hi", "out_channels") and wrong == -1:
+                continue  # the network knows how many blocks it has; the others are told in other words
+            config = configs.copied(first)
+            config[key] = wrong
+            with pytest.raises(ConfigError, match=rf"^config.{name}.{key} = {wrong}: must be"):
+                make(config)
+
+
+def test_every_other_number_of_a_config_has_its_range():
+    config = default.get_config()
+    own = [key for key in config if isinstance(config[key], int | float) and not isinstance(config[key], bool)]
+    inside = [f"{top}.{key}" for top in ("checkpoint", "samples") for key in numbers(config[top])]
+    assert {*own, *inside} - {"checkpoint.lower"} == build.LEAST.keys()
+    for key in build.LEAST:
+        for wrong in (-1, 2**32, math.nan):
+            if wrong == 2**32 and key != "seed":
+                continue
+            tree, (place, _, last) = config.to_dict(), key.rpartition(".")
+            (tree[place] if place else tree)[last] = wrong
+            with pytest.raises(ConfigError, match=rf"config.{key} = {wrong}: must be"):
+                build.check_numbers(ConfigDict(tree))

@@ -66,7 +66,7 @@ def test_an_old_run_gets_the_same_scores_and_analysis(kind, folder):
     assert scores == pytest.approx(wanted, rel=1e-3, abs=1e-3), "1 of 1,797 digits may have another neighbour"
 
     settings = analyze.Settings(num=32, batch=16)
-    analyze.run([trained.of_run(run, encoders=True)], folder / "analysis", settings, times=(0.5,), at=("last",))
+    analyze.run([trained.of_run(run, losses=True)], folder / "analysis", settings, times=(0.5,), at=("last",))
     with (folder / "analysis" / "blocks.csv").open() as found, (folder / "blocks.csv").open() as wanted:
         for one, other in zip(csv.DictReader(found), csv.DictReader(wanted), strict=True):
             assert (one["block"], one["other"]) == (other["block"], other["other"])

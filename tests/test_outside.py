@@ -76,7 +76,7 @@ def test_the_run_is_evaluated_and_analyzed(run, tmp_path):
     ((_, scores),) = evaluate.run(judges, [{}], lambda point: images, tmp_path / "scores")
     assert 0 <= scores["fd_patches"] < 0.3
     settings = analyze.Settings(analyze.Estimator(), num=32, batch=16)
-    analyze.run([trained.of_run(run[0], encoders=True)], tmp_path / "analysis", settings, times=(0.5,), at=("last",))
+    analyze.run([trained.of_run(run[0], losses=True)], tmp_path / "analysis", settings, times=(0.5,), at=("last",))
     report = (tmp_path / "analysis" / "report.html").read_text()
     assert "the conditions of these data are not labels" in report
     assert "gradients" in report

@@ -27,4 +27,4 @@ def decode(frozen: Params, x: Float[Array, "b *s c"], rounding: str = ROUNDING) 
 def make(*, rounding: str = ROUNDING) -> Codec:
     """The codec of pixels. rounding: of samples to 256 levels, one of ROUNDINGS."""
     one_of("rounding", rounding, ROUNDINGS)
-    return Codec(dict, encode, partial(decode, rounding=rounding))
+    return Codec(dict, encode, partial(decode, rounding=rounding), reads=("x",))

@@ -52,8 +52,6 @@ def ordinary(name: str, predicts: Flow, given: Options) -> Solve:
     """A solver of the flow's ODE: `euler`, `heun` or `dopri5`."""
     last, first = paths.sampling_times(predicts.path, predicts.prediction)
     times = solvers.uniform_times(given.steps, first, last)
-    in_range("rtol", given.rtol, above=0)
-    in_range("atol", given.atol, above=0)
 
     def solve(guided, x, noise):
         velocity = guided(lambda network: paths.as_velocity(network, predicts.path, predicts.prediction))
@@ -67,7 +65,7 @@ def ordinary(name: str, predicts: Flow, given: Options) -> Solve:
 def stochastic(name: str, predicts: Flow, given: Options) -> Solve:
     """A solver of the SDE with the flow's marginals: `euler_maruyama` or `sde_heun`."""
     path, prediction, _ = predicts
-    w = solvers.diffusion(given.diffusion, path, in_range("diffusion_norm", given.diffusion_norm, 0))
+    w = solvers.diffusion(given.diffusion, path, given.diffusion_norm)
     kind = given.last_step_kind
     times = solvers.sde_times(given.steps, path, prediction, given.diffusion, kind, given.last_step)
 
@@ -106,7 +104,6 @@ def instantaneous(build: Callable[[str, Flow, Options], Solve]) -> Callable[[str
 def ancestral(name: str, predicts: Diffusion, given: Options) -> Solve:
     """A sampler of the discrete diffusion on `steps` of its steps: `ddpm` or `ddim`."""
     in_range("steps", given.steps, 2)
-    in_range("eta", given.eta, 0, 1)
     kept = discrete.spaced(predicts.schedule.num_timesteps, given.steps)
     schedule = discrete.respace(predicts.schedule, kept)
     options = {"eta": given.eta} if name == "ddim" else {}
@@ -135,6 +132,12 @@ NAMES = tuple(dict.fromkeys(name for known in SOLVERS.values() for name in known
 def make(name: str, predicts: Any, options: Options) -> Solve:
     """The solver `name` for a network that predicts this. ConfigError if it cannot solve it."""
     one_of("solver", name, NAMES)
+    in_range("steps", options.steps, 1)
+    in_range("diffusion_norm", options.diffusion_norm, 0)
+    in_range("last_step", options.last_step, above=0, below=1)
+    in_range("rtol", options.rtol, above=0)
+    in_range("atol", options.atol, above=0)
+    in_range("eta", options.eta, 0, 1)
     kind = type(predicts)
     if kind not in SOLVERS:
         known = ", ".join(known.__name__ for known in SOLVERS)

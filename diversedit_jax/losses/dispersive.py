@@ -111,6 +111,8 @@ def make(
     """
     one_of("dispersive: form", form, FORMS)
     in_range("dispersive: tau", tau, above=0)
+    in_range("dispersive: margin", margin, 0)
+    in_range("dispersive: groups", groups, 1)
     if not blocks:
         raise ConfigError("dispersive: blocks = () must name at least one block")
 

@@ -334,6 +334,10 @@ def make(
     one_of("diversity: preset", preset, PRESETS)
     settings = PRESETS[preset]._replace(**{name: given[name] for name in Settings._fields if given[name] is not None})
     check_settings(settings, detach)
+    in_range("diversity: aligned", 1 if aligned is None else aligned, 1)
+    in_range("diversity: groups", groups, 1)
+    in_range("diversity: warmup_steps", warmup_steps, 0)
+    in_range("diversity: seed", seed, 0)
 
     def apply(forward, batch, context):
         draw = {"aligned": aligned, "key": context.key, "seed": seed}
@@ -350,6 +354,8 @@ def check_settings(settings: Settings, detach: str | None) -> None:
     _check(**{option: getattr(settings, option) for option in CHOICES if option != "detach"}, detach=detach)
     if len(settings.weights) != 3:
         raise ConfigError(f"diversity: weights = {settings.weights}: wanted three, of L_orth, L_MI and L_disp")
+    in_range("diversity: k", settings.k, 1)
+    in_range("diversity: lo", settings.lo, 0, below=settings.hi)
 
 
 def _check(**words: str | None) -> None:

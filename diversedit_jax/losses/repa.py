@@ -113,6 +113,7 @@ def make(
     """
     in_range("repa: warmup_steps", warmup_steps, 0)
     in_range("repa: decay_steps", decay_steps, 0)
+    in_range("repa: until", until or 0, 0)
     in_range("repa: width", width, 1)
     in_range("repa: tau", tau, above=0)
     one_of("repa: similarity", similarity, SIMILARITIES)

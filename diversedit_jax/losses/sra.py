@@ -112,8 +112,10 @@ def make(
     """
     one_of("sra: distance", distance, DISTANCES)
     in_range("sra: t_max", t_max, 0, 1)
+    in_range("sra: decay_from_epoch", decay_from_epoch, 0)
     in_range("sra: steps_per_epoch", steps_per_epoch, 1)
     in_range("sra: decay_epochs", 1 if decay_epochs is None else decay_epochs, 1)
+    in_range("sra: num_timesteps", 1 if num_timesteps is None else num_timesteps, 1)
     if num_timesteps is not None and t_max * num_timesteps < 1:
         raise ConfigError(f"sra: t_max = {t_max} of num_timesteps = {num_timesteps} is less than one step")
     compute = jnp.dtype(dtype)

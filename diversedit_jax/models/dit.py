@@ -388,6 +388,7 @@ def make(
         raise ConfigError("model dit takes labels, and the conditions of these data are not labels: use another model")
     one_of("model.remat", remat, REMAT)
     one_of("model.capture", capture, ("merged", "block"))
+    in_range("model.mlp_ratio", mlp_ratio, above=0)
     one_of("model.dtype", dtype, FLOATS)
     one_of("model.stream_dtype", stream_dtype, FLOATS)
     depth, width, heads = _dimensions(size, depth=depth, width=width, heads=heads)

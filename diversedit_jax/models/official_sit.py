@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from jaxtyping import Array, Float
 
 from diversedit_jax.api import Condition, Model, Params, Space
+from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import check_inputs, dit
 
 
@@ -27,4 +28,7 @@ def turned(model: Model) -> Model:
 def make(space: Space, inputs: Mapping[str, tuple[int, ...]], read_blocks: tuple[int, ...] = (), **options) -> Model:
     """As `dit.make`, with the official output."""
     check_inputs("official_sit", inputs, ())
-    return turned(dit.make(space, inputs, read_blocks, **options | {"out_channels": 2 * space.shape[-1]}))
+    wanted = 2 * space.shape[-1]
+    if options.get("out_channels") not in (None, wanted):
+        raise ConfigError(f"model.out_channels = {options['out_channels']}: official_sit has {wanted}")
+    return turned(dit.make(space, inputs, read_blocks, **options | {"out_channels": wanted}))

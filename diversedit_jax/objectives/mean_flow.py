@@ -115,6 +115,7 @@ def make(
     in_range("condition_drop", condition_drop, 0, 1)
     one_of("drop", drop, ("first", "independent"))
     in_range("groups", groups, 1)
+    in_range("omega", omega, 0)
     in_range("kappa", kappa, 0, below=1)  # the scale of guidance is omega / (1 - kappa)
     in_range("power", power, 0)
     in_range("eps", eps, above=0)

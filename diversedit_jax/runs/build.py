@@ -20,7 +20,7 @@ from diversedit_jax.codecs import network_space, with_encoders
 from diversedit_jax.data import Dataset
 from diversedit_jax.data.pipeline import stacked
 from diversedit_jax.errors import ConfigError, DataError, RunError
-from diversedit_jax.registry import in_range, one_of
+from diversedit_jax.registry import finite, in_range, one_of
 from diversedit_jax.runtime import flops
 from diversedit_jax.runtime.files import flat
 from diversedit_jax.sampling import sampler
@@ -28,6 +28,11 @@ from diversedit_jax.training import optimizer
 from diversedit_jax.training.step import Components, train_step
 from diversedit_jax.weights import dit as releases
 from diversedit_jax.weights.formats import weights_folder
+
+# The smallest value of each number in a config that belongs to no slot.
+LEAST = {"seed": 0, "total_steps": 1, "batch_size": 1, "accumulate": 1, "ema_decay": 0, "max_skipped": 0, "watchdog": 0}
+LEAST |= {"log_every": 1, "samples.every": 0, "samples.num": 0, "checkpoint.every": 0, "checkpoint.keep": 1}
+LEAST |= {"checkpoint.keep_every": 0, "checkpoint.best": 0}
 
 
 class Experiment(NamedTuple):
@@ -41,9 +46,9 @@ class Experiment(NamedTuple):
 
     def sampler(self, **changes: Any) -> sampler.Sampler:
         """The sampler of the config, with changes to its options."""
-        options = configs.keywords(self.config.sampler, "config.sampler", sampler.make) | changes
-        parts = self.components
-        return sampler.make(parts.model, parts.codec, self.space, parts.objective, self.layout, **options)
+        given, parts = configs.keywords(self.config.sampler, "config.sampler", sampler.make), self.components
+        with configs.named("config.sampler", given.keys() - changes.keys()):
+            return sampler.make(parts.model, parts.codec, self.space, parts.objective, self.layout, **given | changes)
 
     def conditions(self, rule: str | None, num: int, seed: int) -> Condition:
         """The stored conditions of `num` samples, by a rule of `conditioning.RULES`."""
@@ -104,11 +109,8 @@ def conditions(data: Callable[[str], Dataset], space: Space, rule: str | None, n
 
 def build(config: ConfigDict, space: Space, devices: Sequence[jax.Device] | None = None) -> Experiment:
     """A run for stored examples of `space`. devices: of another machine, to compile for it; None: of this one."""
+    check_numbers(config)
     layout = sharding.make(**config.mesh, devices=devices)
-    for name in ("total_steps", "batch_size", "accumulate", "log_every"):
-        in_range(f"config.{name}", config[name], 1)
-    in_range("config.ema_decay", config.ema_decay, 0, below=1)
-    in_range("config.max_skipped", config.max_skipped, 0)
     at_once = layout.shards * config.accumulate
     if config.batch_size % at_once:
         below = config.batch_size // at_once * at_once
@@ -124,6 +126,17 @@ def build(config: ConfigDict, space: Space, devices: Sequence[jax.Device] | None
     transform, rates = optimizer.grouped(config.total_steps, options, groups)
     components = components_of(config, space, layout, transform)
     return Experiment(config, space, layout.with_rules(components.model.rules), components, rates)
+
+
+def check_numbers(config: ConfigDict) -> None:
+    """Raise ConfigError, with its key, for a number of a config that cannot be. Slots check their own options."""
+    for key, value in flat(config.to_dict()).items():
+        finite(f"config.{key}", value)
+        least = LEAST.get(key, 0 if key.startswith("evaluators.") and key.endswith(".every") else None)
+        if least is not None:
+            in_range(f"config.{key}", value, least)
+    in_range("config.seed", config.seed, high=2**32 - 1)
+    in_range("config.ema_decay", config.ema_decay, below=1)
 
 
 def components_of(
@@ -219,7 +232,7 @@ def sample_shape(codec: Codec, shape: tuple[int, ...]) -> tuple[int, ...] | None
 
 def best_by(config: ConfigDict) -> str | None:
     """The label of the evaluator whose metric chooses the best checkpoints, or None. ConfigError if it is missing."""
-    if not in_range("config.checkpoint.best", config.checkpoint.best, 0):
+    if not config.checkpoint.best:
         return None
     label = (config.checkpoint.metric or "").partition("/")[0]
     if label not in config.evaluators:

@@ -85,13 +85,14 @@ def of_run(
     vae: str | None = None,
     rounding: str | None = None,
     model: Mapping[str, Any] | None = None,
-    encoders: bool = False,
+    losses: bool = False,
 ) -> Trained:
     """The run in `workdir`.
 
     data:          a slot of `data` instead of config.data. vae, rounding: instead of those of config.codec.
     model:         changes to config.model; options that it does not have are ignored.
-    encoders:      also open the frozen encoders. If one cannot be opened, the losses that read them are left out.
+    losses:        also build the losses and open the frozen encoders, for analysis. If an encoder cannot be opened, the
+                   losses that read it are left out.
     """
     workdir = Path(workdir).expanduser().absolute()
     config = build.on_this_machine(configs.load(workdir))
@@ -104,10 +105,12 @@ def of_run(
     config.model.update({option: value for option, value in (model or {}).items() if option in config.model})
     checkpoints = Checkpoints(workdir / "checkpoints")
     space, notes = build.from_json(checkpoints.meta()), []
+    if not losses:
+        config.losses, config.encoders = ConfigDict(), ConfigDict()
     try:
-        experiment = build.build(config if encoders else without_encoders(config), space)
+        experiment = build.build(config, space)
     except RunError as error:
-        if not (encoders and config.encoders):
+        if not config.encoders:
             raise
         experiment = build.build(without_encoders(config), space)
         if experiment.components.objective.reads:

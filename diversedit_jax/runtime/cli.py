@@ -65,30 +65,69 @@ def launch(main: Callable[..., None], *, arguments: bool = False, several: bool 
 
 def parse(argv: Sequence[str]) -> list[str]:
     """Parse flags and config overrides; returns the other arguments. Every mistake becomes a ConfigError."""
-    for path in [argument.split("=", 1)[1] for argument in argv if argument.startswith("--config=")]:
-        sys.path.append(str(Path(path).absolute().parent.parent))  # a config file may import its neighbours
+    given = [argument.split("=", 1)[1] for argument in argv if argument.startswith("--config=")]
+    file = Path(given[-1].split(":")[0]) if given else Path()
+    if given:  # modules of its user lie beside a config file, or in the folder above
+        sys.path += [str(folder) for folder in file.absolute().parents[:2] if str(folder) not in sys.path]
     try:
         extra = flags.FLAGS(argv)[1:]
         if "config" in flags.FLAGS:
             hasattr(flags.FLAGS["config"].value, "keys")  # raises if the file could not be loaded
-    except RunError:
-        raise
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
-        raise ConfigError(readable(error)) from error
+    except Exception as error:
+        raise ConfigError(in_config_file(error, file) or readable(error, argv)) from error
     return extra
 
 
-def readable(error: Exception) -> str:
+def in_config_file(error: BaseException, file: Path) -> str | None:
+    """An error that a config file has caused: its place and its reason on one line. None for any other error."""
+    chain = [error]
+    while inner := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(inner)
+    for one in reversed(chain):
+        frames = traceback.extract_tb(one.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename).absolute() == file.absolute()]
+        if isinstance(one, SyntaxError) and Path(one.filename or "").absolute() == file.absolute():
+            return f"{file}, line {one.lineno}: {one.msg}"
+        if lines:
+            return f"{file}, line {lines[-1]}: {unknown_key(one) or reason(one)}"
+    text = reason(chain[-1])
+    if "has no attribute 'get_config'" in text:
+        return f"{file} has no function get_config()"
+    if "get_config() takes 0 positional arguments" in text:
+        return f"{file} has no variants: leave out what follows the colon"
+    if "get_config() missing 1 required positional argument" in text:
+        return f"{file} needs a variant: --config={file.name}:VARIANT"
+    if "--config must have a value other than None" in text and file.is_file():
+        return f"{file}: get_config() returns None, wanted the config"
+    return None
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, on one line; with its kind, if that is not in our words."""
+    text = " ".join(str(error).split())
+    kind = "" if isinstance(error, RunError | ImportError | flags.Error) else f"{type(error).__name__}: "
+    return f"{kind}{text}" if text else type(error).__name__
+
+
+def unknown_key(error: BaseException) -> str | None:
+    """The words for a key that a config does not have, with the nearest one. None for another error."""
+    lines = str(error).replace("\\n", "\n").splitlines()
+    given = NAME.findall(lines[0]) if lines and isinstance(error, AttributeError | KeyError) else []
+    if not given:
+        return None
+    meant = NAME.findall(lines[1])[:1] if len(lines) > 1 and "Did you mean" in lines[1] else []
+    return f"no key {given[0]!r}" + (f"; did you mean {meant[0]!r}?" if meant else "")
+
+
+def readable(error: Exception, argv: Sequence[str] = ()) -> str:
     """The error of a flag on one line; for an unknown config key, a missing file or a missing flag in our words."""
+    if unknown := unknown_key(error):
+        wrong = NAME.findall(str(error))[0]
+        keys = (argument.partition("=")[0].removeprefix("--") for argument in argv if argument.startswith("--config."))
+        return f"{next((key for key in keys if wrong in key.split('.')), 'config')}: {unknown}"
     lines = [line.strip() for line in str(error).replace("\\n", "\n").splitlines()] or [type(error).__name__]
-    given = NAME.findall(lines[0])
-    if isinstance(error, AttributeError | KeyError) and given:
-        meant = NAME.findall(lines[1])[:1] if len(lines) > 1 and "Did you mean" in lines[1] else []
-        return f"config: no key {given[0]!r}" + (f"; did you mean {meant[0]!r}?" if meant else "")
     if isinstance(error, FileNotFoundError) or "No such file" in lines[-1]:
-        return f"config: file {error.filename or NAME.findall(lines[-1])[-1]} not found"
-    if "Error whilst parsing config file" in lines[0]:  # its traceback follows
-        return f"{lines[0].partition(': ')[0]}: {lines[-1].removeprefix(f'{ConfigError.__module__}.ConfigError: ')}"
+        return f"config: file {getattr(error, 'filename', None) or NAME.findall(lines[-1])[-1]} not found"
     if "must have a value other than None" in lines[0]:
         return f"{lines[0].split('=')[0]} is required"
     return lines[0]

@@ -182,6 +182,7 @@ def make(
     given = solve.Options(steps, diffusion, diffusion_norm, last_step_kind, last_step, rtol, atol, eta)
     solution = solve.make(solver, objective.predicts, given)
     interval = check_interval("guidance_interval", guidance_interval)
+    in_range("cfg_scale", cfg_scale, 0)
     in_range("batch_size", batch_size, 1)
     shape = codec.shape(space.shape)
     if guidance_channels is not None:

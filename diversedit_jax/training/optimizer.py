@@ -40,14 +40,14 @@ def make(
     decay: `constant`, or `cosine` down to 0 at `total_steps`; both after a linear warm-up of `warmup_steps`.
     clip:  the largest global norm of the gradient of its parameters, or None.
     """
-    in_range("optim.b1", b1, 0, below=1)
-    in_range("optim.b2", b2, 0, below=1)
-    in_range("optim.weight_decay", weight_decay, 0)
-    in_range("optim.learning_rate", learning_rate, above=0)
-    in_range("optim.eps", eps, above=0)
-    in_range("optim.warmup_steps", warmup_steps, 0)
+    in_range("b1", b1, 0, below=1)
+    in_range("b2", b2, 0, below=1)
+    in_range("weight_decay", weight_decay, 0)
+    in_range("learning_rate", learning_rate, above=0)
+    in_range("eps", eps, above=0)
+    in_range("warmup_steps", warmup_steps, 0)
     rate = optax.constant_schedule(learning_rate)
-    if one_of("optim.decay", decay, ("constant", "cosine")) == "cosine":
+    if one_of("decay", decay, ("constant", "cosine")) == "cosine":
         rate = optax.cosine_decay_schedule(learning_rate, max(total_steps - warmup_steps, 1))
     if warmup_steps > 0:
         warmup = optax.linear_schedule(learning_rate / warmup_steps, learning_rate, warmup_steps)
@@ -55,7 +55,7 @@ def make(
     adamw = optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     if clip is None:
         return adamw, rate
-    return optax.chain(optax.clip_by_global_norm(in_range("optim.clip", clip, above=0)), adamw), rate
+    return optax.chain(optax.clip_by_global_norm(in_range("clip", clip, above=0)), adamw), rate
 
 
 def group(of: str, **changes: Any) -> ConfigDict:
@@ -72,9 +72,10 @@ def grouped(total_steps: int, options: Mapping[str, Any], groups: Mapping[str, M
     groups:  label -> the options of `make`, and `of`: a pattern (re.search) of the names of its parameters, such as
              `params/deep/`, `losses/LABEL/` or `objective/`. A parameter belongs to the first group that fits.
     """
-    made = {MAIN: make(total_steps, **options)}
-    for label, group in groups.items():
-        made[label] = make(total_steps, **{name: value for name, value in group.items() if name != "of"})
+    made = {}
+    for label, given in {MAIN: options, **groups}.items():
+        with configs.named("config.optim" if label == MAIN else f"config.groups.{label}", given):
+            made[label] = make(total_steps, **{name: value for name, value in given.items() if name != "of"})
     rates = {label: rate for label, (_, rate) in made.items()}
     if not groups:
         return Optimizer(made[MAIN][0], rates)

@@ -66,7 +66,7 @@ def main() -> None:
             workdir = out / "runs" / f"{name}_{seed}"
             print(f"--- {label}, seed {seed}", flush=True)
             train.run(config_of(seed, *changes), workdir)
-            found.append(trained.of_run(workdir)._replace(label=label))
+            found.append(trained.of_run(workdir, losses=True)._replace(label=label))
     analyze.run(found, out, Settings())
     print(f"done in {duration(time.monotonic() - started)}")
 
