@@ -24,8 +24,8 @@ from diversedit_jax import losses
 from diversedit_jax.analysis import heatmaps, html_page, known_scores, measure, paper_figures
 from diversedit_jax.analysis.drawing import by_label
 from diversedit_jax.analysis.measure import Estimator, Settings
-from diversedit_jax.analysis.study import PARTS, Study, study
-from diversedit_jax.errors import ConfigError
+from diversedit_jax.analysis.study import PARTS, Study, faults, study
+from diversedit_jax.errors import ConfigError, NonFiniteError
 from diversedit_jax.evaluation import tables
 from diversedit_jax.metrics import similarity
 from diversedit_jax.registry import in_range, one_of
@@ -119,6 +119,8 @@ def run(
 ) -> list[Study]:
     """Analyse trained networks, write the report to `folder` and return the findings.
 
+    NonFiniteError, after the report is written, if a number in it is not finite.
+
     t, times: where all checkpoints are compared, and where the last one is. at: steps, as `steps_of` reads them.
     parts: of PARTS. layout: of `paper_figures.LAYOUTS`. weights: of `trained.WEIGHTS`.
     supposed: if a network was trained without auxiliary losses, the gradients of these are taken.
@@ -140,11 +142,29 @@ def run(
         study(found, own, settings, t, times, parts, say, weights, others)
         for found, own in zip(chosen, steps, strict=True)
     ]
-    if not main_process:
-        return studies
+    wrong = {one.label: lines for one in studies if (lines := faults(one))}
+    if main_process:
+        write_report(folder, studies, settings, t, times, layout, weights, wrong)
+    for label, lines in wrong.items():
+        raise NonFiniteError(f"{label}: {lines[0]}; the report notes all such numbers")
+    return studies
+
+
+def write_report(
+    folder: Path,
+    studies: Sequence[Study],
+    settings: Settings,
+    t: float,
+    times: Sequence[float],
+    layout: str | None,
+    weights: str,
+    wrong: Mapping[str, Sequence[str]],
+) -> None:
+    """Write figures, tables and report.html to `folder`. wrong: label -> what is not finite. Others: see `run`."""
     draw = heatmaps.draw_all if layout is None else paper_figures.LAYOUTS[layout]
     drawn, table = draw(folder, studies, settings.estimator.name()), summary(studies)
-    notes = list(dict.fromkeys(f"{one.label}: {note}" for one in studies for note in one.notes))
+    said = [(one.label, note) for one in studies for note in (*one.notes, *wrong.get(one.label, ()))]
+    notes = list(dict.fromkeys(f"{label}: {note}" for label, note in said))
     title = f"Representations of {', '.join(by_label(studies))}"
     html_page.write(folder / "report.html", title, table, drawn, notes, described(settings, t, studies, weights))
     write_record(folder / "analysis.json", settings, t, times, studies)
@@ -152,7 +172,6 @@ def run(
     for note in notes:
         print(f"note: {note}")
     print(f"written to {folder / 'report.html'} and, figure by figure, beside it")
-    return studies
 
 
 def described(settings: Settings, t: float, studies: Sequence[Study], weights: str) -> dict[str, str]:

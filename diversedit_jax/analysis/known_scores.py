@@ -4,19 +4,22 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from diversedit_jax.config import FILE
+from diversedit_jax.evaluation import tables
+
 DISTANCES = ("fid", "fd", "frechet")  # how the names of distances between samples and data begin
 TITLES = {"fid": "FID", "sfid": "sFID", "fd": "FD", "sfd": "sFD", "frechet": "Fréchet distance", "inception": "IS"}
 UNREADABLE = (OSError, ValueError, KeyError, TypeError)
 
 
 def found(workdir: Path | None) -> dict[int, dict[str, float]]:
-    """Return {step: {LABEL/name: score}}. Unreadable lines and files are left out.
+    """Return {step: {LABEL/name: score}}, those of the run's own sampler first. Unreadable files are left out.
 
-    LABEL is that of an evaluator, or names the preset or the point of a sweep that `evaluate` was given.
+    LABEL is that of an evaluator, or names the preset and the settings that `evaluate` was given.
     """
-    scores: dict[int, dict[str, float]] = {}
     if workdir is None:
-        return scores
+        return {}
+    own, others = evaluations(workdir)
     metrics = workdir / "metrics.jsonl"
     for line in metrics.read_bytes().splitlines() if metrics.is_file() else []:
         try:
@@ -26,24 +29,39 @@ def found(workdir: Path | None) -> dict[int, dict[str, float]]:
             continue
         numbers = {name: x for name, x in record.items() if isinstance(x, int | float) and name not in ("step", "time")}
         if any(is_distance(name) for name in numbers):
-            scores.setdefault(step, {}).update(numbers)
+            own.setdefault(step, {}).update(numbers)
+    return {step: own.get(step, {}) | others.get(step, {}) for step in sorted(own | others)}
+
+
+def evaluations(workdir: Path) -> tuple[dict[int, dict[str, float]], dict[int, dict[str, float]]]:
+    """Return what `evaluate` found, as `found` does: with the sampler of the run, and with other settings."""
+    try:
+        sampler = json.loads((workdir / FILE).read_text(encoding="utf-8"))["sampler"]
+    except UNREADABLE:
+        sampler = {}
+    own, others = {}, {}
     for path in sorted(workdir.glob("evaluations/**/scores.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             images = record["plan"]["images"]
+            if images["kind"] != "run":
+                continue
             where = path.parent.relative_to(workdir / "evaluations").as_posix()
             label = where.removeprefix(str(images["step"])).strip("_/") or "evaluate"
+            given = images.get("sampler", {})
+            changed = {name: value for name, value in given.items() if sampler.get(name, value) != value}
+            if changed and tables.label(changed) not in label:
+                label = f"{label} {tables.label(changed)}"
             named = {f"{label}/{name}": float(x) for name, x in record["scores"].items()}
-            if images["kind"] == "run":
-                scores.setdefault(int(images["step"]), {}).update(named)
+            (others if changed else own).setdefault(int(images["step"]), {}).update(named)
         except UNREADABLE:
             continue
-    return scores
+    return own, others
 
 
 def column(known: Sequence[Mapping[str, float]], kinds: Sequence[str]) -> str | None:
-    """Choose the score of these kinds that most checkpoints have. Ties: the first kind, then the last one written."""
-    names = list(dict.fromkeys(name for scores in known for name in reversed(scores)))
+    """Choose the score of these kinds that most checkpoints have. Ties: the first kind, then the first score."""
+    names = list(dict.fromkeys(name for scores in known for name in scores))
     found = [
         (sum(name in scores for scores in known), -kinds.index(kind), -names.index(name), name)
         for name in names
@@ -58,9 +76,11 @@ def kind_of(name: str) -> str:
 
 
 def title(name: str) -> str:
-    """Write a score as people do, with its network in brackets: sFD (dinov2) for scores/sfd_dinov2."""
+    """Write a score as people do: sFD (dinov2) for scores/sfd_dinov2, with the settings that are not the run's own."""
     kind, network = kind_of(name), name.rpartition("/")[2].removeprefix("inception_score").partition("_")[2]
-    return TITLES.get(kind, kind) + (f" ({network})" if network else "")
+    label = name.rpartition("/")[0]
+    settings = f", {label.removeprefix('evaluate ')}" if "=" in label else ""
+    return TITLES.get(kind, kind) + (f" ({network})" if network else "") + settings
 
 
 def is_distance(name: str) -> bool:

@@ -134,6 +134,34 @@ def study(
     return Study(label, looks, at_times, about, notes, **details)
 
 
+def faults(found: Study) -> list[str]:
+    """Return a line for each part of a study that is not finite, with the cause where it shows.
+
+    The cosine of a gradient that is 0 is not meant: it has none.
+    """
+    lines = []
+    for one in (*found.looks, *found.times):
+        wrong = [
+            name for name in ("similarity", "token_cosine", "mean_cosine", "rank", "usage") if not _finite(one, name)
+        ]
+        still = [k for k, value in enumerate(np.diagonal(one.similarity), 1) if not np.isfinite(value)]
+        broken = [k for k, value in enumerate(one.norm, 1) if not np.isfinite(value)]
+        cause = ""
+        if broken:
+            cause = f": the features of blocks {', '.join(map(str, broken))} are not finite"
+        elif still:
+            cause = f": the features of blocks {', '.join(map(str, still))} are the same for all examples"
+        if wrong or broken:
+            lines.append(f"step {one.step}, t = {one.t:g}: {', '.join(wrong)} not finite{cause}")
+    details = [name for name in ("probe", "connections", "maps", "estimators") if not _finite(found, name)]
+    return lines + [f"{name}: not finite" for name in details]
+
+
+def _finite(found: Look | Study, name: str) -> bool:
+    leaves = map(np.asarray, jax.tree.leaves(getattr(found, name)))
+    return all(np.isfinite(leaf).all() for leaf in leaves if np.issubdtype(leaf.dtype, np.floating))
+
+
 def look(label: str, step: int, t: float, found: Measured, known: Mapping[str, float]) -> Look:
     """Summarise a measurement. known: scores of the samples."""
     covariance = jnp.asarray(found.covariance)

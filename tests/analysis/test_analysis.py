@@ -32,11 +32,11 @@ from diversedit_jax.analysis.gradient_conflict import Pull
 from diversedit_jax.analysis.measure import Estimator, Settings
 from diversedit_jax.analysis.pca_maps import Maps
 from diversedit_jax.analysis.skip_connections import Connections
-from diversedit_jax.analysis.study import PARTS, Look, Study
+from diversedit_jax.analysis.study import PARTS, Look, Study, faults
 from diversedit_jax.api import Conditions, Space
 from diversedit_jax.config import slot
 from diversedit_jax.data.digits import SHAPE
-from diversedit_jax.errors import CheckpointError, ConfigError
+from diversedit_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from diversedit_jax.evaluators import Current, SampleSpec
 from diversedit_jax.metrics import similarity
 from diversedit_jax.metrics.linear_probe import linear_probe
@@ -277,6 +277,23 @@ def test_maps_are_pictures_of_the_images_they_stand_beside(experiment, learned, 
 # --- Scores.
 
 
+def test_the_scores_of_a_sweep_come_last_and_say_their_setting(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"sampler": {"cfg_scale": 1.0, "steps": 50}}))
+    for folder, cfg_scale, fd in (("7/cfg_scale=1", 1.0, 0.07), ("7/cfg_scale=4", 4.0, 0.4), ("7", 2.0, 0.2)):
+        place = tmp_path / "evaluations" / folder
+        place.mkdir(parents=True, exist_ok=True)
+        sampler = {"cfg_scale": cfg_scale, "steps": 50, "eta": 0.0}
+        plan = {"images": {"kind": "run", "step": 7, "sampler": sampler}}
+        (place / "scores.json").write_text(json.dumps({"plan": plan, "scores": {"fd_digits": fd}}))
+    found = known_scores.found(tmp_path)[7]
+    own, *others = found
+    assert (own, found[own]) == ("cfg_scale=1/fd_digits", 0.07)
+    assert set(others) == {"cfg_scale=4/fd_digits", "evaluate cfg_scale=2/fd_digits"}
+    assert known_scores.column([found], ["fd"]) == own
+    titles = {known_scores.title(name) for name in others}
+    assert titles == {"FD (digits), cfg_scale=4", "FD (digits), cfg_scale=2"}
+
+
 def test_scores_are_found_by_step(workdir, tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 5, "time": 1, "loss/total": 1.0}\n{"step": 5, "scores/fid": 30.5, "scores/inception_score": 9.0}\n{"'
@@ -293,6 +310,7 @@ def test_scores_are_found_by_step(workdir, tmp_path):
     assert found[10]["repa/fid"] == 8.0
     assert found[10]["repa/cfg_scale=2/fid"] == 7.0
     assert found[10]["evaluate/fid"] == 9.0
+    assert next(iter(found[10])) == "evaluate/fid"
     assert known_scores.found(None) == {}
     assert known_scores.column([found[5], {"scores/fid": 3.0}, found[10]], ["fid"]) == "scores/fid"
     assert known_scores.column([found[5]], ["recall"]) is None
@@ -366,8 +384,48 @@ def test_a_release_needs_no_training_state(tmp_path):
     with pytest.raises(ConfigError, match=r"sit.safetensors comes without data: say what to show it with --data"):
         trained.of_release(file, family="official_sit", heads=2).data("train")
     other = slot("data", "synthetic", shape=(8, 8, 4)).to_dict()
-    with pytest.raises(ConfigError, match=r"--data=synthetic: its shape is \(8, 8, 4\), the network takes \(8, 8, 1\)"):
+    with pytest.raises(ConfigError, match=r"data 'synthetic': its shape is \(8, 8, 4\), the network takes \(8, 8, 1\)"):
         trained.of_release(file, **about | {"data": other}).data("train")
+    more = slot("data", "synthetic", shape=(8, 8, 1), num_classes=1000).to_dict()
+    with pytest.raises(ConfigError, match="data 'synthetic': it has 1000 classes, the network knows 10"):
+        trained.of_release(file, **about | {"data": more}).data("train")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({}, []),
+        (
+            {"norm": [1, np.nan, 1, np.inf], "rank": [1, np.nan, 1, 1]},
+            ["step 5, t = 0.05: rank not finite: the features of blocks 2, 4 are not finite"],
+        ),
+        (
+            {"similarity": np.diag([1, 1, np.nan, 1])},
+            ["step 5, t = 0.05: similarity not finite: the features of blocks 3 are the same for all examples"],
+        ),
+        ({"token_cosine": [[np.nan]]}, ["step 5, t = 0.05: token_cosine not finite"]),
+    ],
+)
+def test_what_is_not_finite_is_told_with_its_cause(change, told):
+    found = study_of("run", depth=4, steps=(5,), known=False)
+    look = found.looks[0]._replace(t=0.05)
+    found = found._replace(looks=[look._replace(**{name: np.asarray(x) for name, x in change.items()})], times=[])
+    assert faults(found) == told
+    assert faults(found._replace(probe=np.array([np.nan]))) == [*told, "probe: not finite"]
+
+
+@pytest.mark.slow
+def test_an_analysis_with_numbers_that_are_not_finite_ends_with_an_error(tmp_path, capfd):
+    dims = {"depth": 2, "width": 16, "heads": 2}
+    arch = releases.Architecture(**dims, patch=2, channels=1, out_channels=1, num_classes=10)
+    params = jax.tree.map(lambda leaf: np.full(leaf.shape, np.nan, np.float32), releases.abstract(arch))
+    file = tmp_path / "sit.safetensors"
+    write_safetensors(file, releases.export(params, "sit", arch, sides=(8, 8)))
+    opened = trained.of_release(file, heads=2, data=slot("data", "digits").to_dict())
+    told = r"step 0, t = 0.05: similarity.* not finite: the features of blocks 1, 2 are not finite"
+    with pytest.raises(NonFiniteError, match=told):
+        analyze.run([opened], tmp_path / "out", SETTINGS._replace(split="train"), at=["last"], parts=())
+    assert "the features of blocks 1, 2 are not finite" in (tmp_path / "out" / "report.html").read_text()
 
 
 def study_of(label, seed=0, depth=5, steps=(5_000, 50_000, 450_000), known=True):
