@@ -130,13 +130,9 @@ class Trainer:
         stack.callback(self.profile.close)
         self.describe([*notes, build.found(config, dataset)])
 
-        # 5. One compiled program for all steps.
+        # 5. One program for all steps. It compiles when training begins.
         outputs = (shardings, sharding.replicated(layout))
-        step = jax.jit(partial(train_step, components), donate_argnums=0, out_shardings=outputs)
-        clock = time.monotonic()
-        with jax.set_mesh(layout.mesh):
-            self.step = step.lower(self.state, self.frozen, self.batch, self.key).compile()
-        self.note(f"compiled the training step in {time.monotonic() - clock:.1f} s")
+        self.step = jax.jit(partial(train_step, components), donate_argnums=0, out_shardings=outputs)
         self.saved = self.fetched = self.begin  # the last steps of which the state was saved, the metrics fetched
 
     def same_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -157,13 +153,24 @@ class Trainer:
         files.write_json(self.workdir / "versions.json", installed)
         files.write_text(self.workdir / "parameters.txt", versions.parameter_overview(params) + "\n")
         self.writer.write_hparams(files.flat(self.config.to_dict()))
+        if said := slow_average(self.config.ema_decay, self.config.total_steps):
+            self.note(said)
         count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
         self.note(f"{count:,} parameters on {installed['devices']} ({installed['backend']})")
+
+    def compile(self) -> None:
+        """Compile the program of a step."""
+        clock = time.monotonic()
+        with jax.set_mesh(self.experiment.layout.mesh):
+            self.step = self.step.lower(self.state, self.frozen, self.batch, self.key).compile()
+        self.note(f"compiled the training step in {time.monotonic() - clock:.1f} s")
 
     def loop(self, stack: contextlib.ExitStack) -> None:
         """Take all steps. Metrics are read one step late, so that the devices never wait for the host."""
         config = self.config
         number, pending, stopped, faults = self.begin, None, None, 0
+        if number < config.total_steps:
+            self.compile()
         stop = stack.enter_context(cli.stop_requests(self.note))
         self.alive = stack.enter_context(cli.watchdog(config.watchdog))
         while number < config.total_steps and not (stopped := stop(number)):
@@ -324,11 +331,22 @@ def due(step: int, every: int) -> bool:
 
 
 def shown(values: Mapping[str, float]) -> dict[str, float]:
-    """The metrics for the progress line: the terms as they add up, and each loss before its weight (<label>/loss)."""
+    """The metrics for the progress line: the terms as they add up, and each loss before its weight."""
     terms = {name.removeprefix("loss/"): value for name, value in values.items() if name.startswith("loss/")}
-    unweighted = {name: value for name, value in values.items() if name.endswith("/loss")}
+    unweighted = {
+        f"{name.removesuffix('/loss')} before weight": value for name, value in values.items() if name.endswith("/loss")
+    }
     first = {"loss": terms.pop("total"), "objective": terms.pop("objective")}
     return first | terms | unweighted | {"grad_norm": values["grad_norm"]}
+
+
+def slow_average(decay: float, steps: int) -> str | None:
+    """A warning if the EMA of a run of so many steps keeps more than a tenth of its start; else None."""
+    kept = decay**steps
+    if kept <= 0.1:
+        return None
+    said = f"ema_decay = {decay:g} over {steps} steps: the EMA, which is sampled, keeps {100 * kept:.0f}% of its start"
+    return f"{said}; in so short a run take --config.ema_decay={max(0, 1 - 5 / steps):.2g}"
 
 
 def summary(workdir: Path, checkpoints: Checkpoints, seconds: float) -> str:

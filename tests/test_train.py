@@ -85,6 +85,21 @@ def assert_same_bits(found, expected):
     jax.tree_util.tree_map_with_path(compare, found, expected)
 
 
+@pytest.mark.parametrize(
+    ("decay", "steps", "told"),
+    [
+        (0.9999, 60, "ema_decay = 0.9999 over 60 steps: .* keeps 99% of its start; .* --config.ema_decay=0.92"),
+        (0.9999, 400_000, None),
+        (0.92, 60, None),
+        (0.9, 1, "keeps 90% of its start; .* --config.ema_decay=0$"),
+        (0.0, 1, None),
+    ],
+)
+def test_an_average_that_hardly_moves_is_told(decay, steps, told):
+    said = train.slow_average(decay, steps)
+    assert said is None if told is None else re.search(told, said), said
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """A run that nothing disturbed: its config, directory and final state."""
@@ -110,9 +125,11 @@ def test_a_run_leaves_what_it_says(straight, capfd):
         assert record["loss/total"] == pytest.approx(parts, rel=1e-6)
     assert all(record["tflops_per_device"] > 0 for record in records(workdir) if "steps_per_sec" in record)
     assert steps_in(workdir) == {4, 5}
+    capfd.readouterr()
     train.run(config, workdir)
     out, err = capfd.readouterr()
     assert "nothing to do: the checkpoint is at step 6" in err
+    assert "compiled" not in err
     for name in ("samples.png", "metrics.jsonl", "checkpoints/6"):
         assert str(workdir / name) in out
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 
 class Progress(contextlib.AbstractContextManager):
-    """The progress of a run: a live bar on a terminal, elsewhere one line per report.
+    """The progress of a run: one line per report, and on a terminal a live bar below.
 
     total, start: steps of the run, and those done before. Steps are counted from 1: call `update` after each.
     Rates leave out the first step (compilation) and the time in `pause()`.
@@ -53,11 +53,10 @@ class Progress(contextlib.AbstractContextManager):
             left = (self._total - step) * (now - self._first[1]) / (step - self._first[0])
             parts = [f"{brief(rate)} steps/s", f"{brief(rate * self._batch_size)} images/s", f"eta {duration(left)}"]
             self._last = (step, now)
-        parts += [f"{name} {value:.4g}" for name, value in values.items()]
         if self._bar is not None:
             self._bar.set_postfix_str("  ".join(parts))
-        else:
-            self.note("  ".join([f"step {step:>{len(str(self._total))}}/{self._total}", *parts]))
+        parts += [f"{name} {value + 0.0:.4g}" for name, value in values.items()]  # -0 becomes 0
+        self.note("  ".join([f"step {step:>{len(str(self._total))}}/{self._total}", *parts]))
         return rates
 
     @contextlib.contextmanager

@@ -140,12 +140,15 @@ def test_a_bar_on_a_terminal():
         for step in range(11, 21):
             clock.now += 0.5
             progress.update(step)
+            if step == 15:
+                progress.report(15, {"loss": 0.75})
         progress.note("a note")
-        progress.report(20, {"loss": 0.5})
+        progress.report(20, {"loss": 0.5, "diversity": -0.0})
     shown = stream.getvalue()
-    assert "20/20" in shown
-    assert "2 steps/s  8 images/s  eta 0s  loss 0.5" in shown
-    assert "\ra note\n" in shown  # on a line of its own, the bar cleared before it
+    assert "20/20, 2 steps/s  8 images/s  eta 0s" in shown
+    for line in ("a note", "step 15/20  2 steps/s  8 images/s  eta 2s  loss 0.75"):
+        assert f"\r{line}\n" in shown  # on a line of its own, the bar cleared before it: losses stay on the screen
+    assert "eta 0s  loss 0.5  diversity 0\n" in shown
 
 
 @pytest.mark.parametrize(
