@@ -47,8 +47,11 @@ class Experiment(NamedTuple):
     def sampler(self, **changes: Any) -> sampler.Sampler:
         """The sampler of the config, with changes to its options."""
         given, parts = configs.keywords(self.config.sampler, "config.sampler", sampler.make), self.components
-        with configs.named("config.sampler", given.keys() - changes.keys()):
-            return sampler.make(parts.model, parts.codec, self.space, parts.objective, self.layout, **given | changes)
+        build = partial(sampler.make, parts.model, parts.codec, self.space, parts.objective, self.layout)
+        if changes:
+            return build(**given | changes)
+        with configs.named("config.sampler", given):
+            return build(**given)
 
     def conditions(self, rule: str | None, num: int, seed: int) -> Condition:
         """The stored conditions of `num` samples, by a rule of `conditioning.RULES`."""
