@@ -76,9 +76,11 @@ def test_the_tests_that_a_page_names_exist():
                 assert re.search(rf"def test_\w*{part}", known[file]), f"{file} has no test {part}"
 
 
+NAMED = sorted(set(re.findall(r"-m ((?:diversedit_jax|tools)\.(?!examples)[\w.]+)", "".join(PAGES.values()))))
+
+
 @pytest.mark.parametrize(
-    "module",
-    sorted(set(re.findall(r"-m ((?:diversedit_jax|tools)\.(?!examples)[\w.]+)", "".join(PAGES.values())))),
+    "module", [pytest.param(name, marks=pytest.mark.slow) if name.startswith("tools") else name for name in NAMED]
 )
 def test_the_programs_that_a_page_names_explain_themselves(module):
     command = [sys.executable, "-m", module, "--help"]

@@ -224,7 +224,8 @@ def test_a_longer_run_continues(tmp_path):
     assert_same_bits(resumed, train.run(tiny(total_steps=5, **constant), tmp_path / "b"))
 
 
-@pytest.mark.parametrize("num_classes", [0, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_classes", [0, 3])
 def test_data_of_any_number_of_classes_train_and_are_sampled(num_classes, tmp_path):
     config = tiny(total_steps=2, checkpoint__every=0, sampler__cfg_scale=1.0 if num_classes == 0 else 1.5)
     config.data = slot("data", "synthetic", shape=(8, 8, 1), num_classes=num_classes, size=64)
@@ -271,6 +272,7 @@ def partly_damaged(split):
     return Dataset(PartlyDamaged(), None, Space((8, 8, 1), Conditions.labels(3)))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_by_name(tmp_path):
     config = tiny()
     config.losses.bad = slot("losses", "tests.parts:poisoned", at=4)
@@ -280,6 +282,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name(tmp_path):
     assert max(losses(tmp_path)) == 3
 
 
+@pytest.mark.slow
 def test_batches_are_skipped_as_often_as_the_config_allows(tmp_path, capfd):
     """Counted over a resume, too: two are allowed, and the third ends the run."""
 
@@ -383,6 +386,7 @@ def sleeping(split, *, data_dir: str | None = None, dequantize: bool = True):
     return dataset._replace(source=Sleeping(dataset.source[:64]))
 
 
+@pytest.mark.slow
 def test_a_hang_ends_in_stacks_and_a_code_that_asks_for_a_restart(tmp_path):
     flags = ["--config.watchdog=6", "--config.total_steps=50", "--config.batch_size=8", "--config.input.num_threads=0"]
     command = [sys.executable, "-m", "diversedit_jax.train", "--config=configs/digits.py", f"--workdir={tmp_path}"]
@@ -400,6 +404,7 @@ def damage(step: Path) -> None:
     files[-1].write_bytes(files[-1].read_bytes()[:100])
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(straight, tmp_path, capfd):
     shutil.copytree(straight[1], tmp_path / "run")
     kept = tmp_path / "run" / "checkpoints"

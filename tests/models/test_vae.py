@@ -228,6 +228,7 @@ def test_the_scale_is_that_of_the_autoencoder(folder):
         codecs.make("vae", chunk=0)
 
 
+@pytest.mark.slow
 def test_a_release_is_sampled_into_pictures(tmp_path):
     published.export(params(), TINY, tmp_path / "vae")
     file = DATA / "sit_plain.safetensors"

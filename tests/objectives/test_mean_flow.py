@@ -40,7 +40,7 @@ def golden():
 
 
 # By default those with the loss's weight; what it weighs is that of the definition, below.
-SLOW = {"raw_nocfg", "raw_cfg_kappa"}
+SLOW = {"raw_nocfg", "raw_cfg_kappa", "cfg_kappa0"}
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CASES])

@@ -295,6 +295,7 @@ def test_the_token_has_the_images_time_and_a_noise_of_its_own():
     np.testing.assert_array_equal(again[1], large["token/clip"])
 
 
+@pytest.mark.slow
 def test_both_losses_reach_the_tokens_way_in():
     model = make(depth=2)
 

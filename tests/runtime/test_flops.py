@@ -73,7 +73,7 @@ def test_loops_branches_and_convolutions():
     assert flops.of(conv, image, kernel) == 2 * (2 * 8 * 8 * 5) * (3 * 3 * 3)
 
 
-@pytest.mark.parametrize(("remat", "again"), [("named", 1.009), ("full", 1.315)])
+@pytest.mark.parametrize(("remat", "again"), [("named", 1.009), pytest.param("full", 1.315, marks=pytest.mark.slow)])
 def test_a_step_counts_what_the_method_needs(remat, again):
     """Three forward passes, but for the gradients that nothing needs; what remat computes again only if asked for."""
     config = diversedit.get_config("b2")

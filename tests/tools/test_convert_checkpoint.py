@@ -113,6 +113,7 @@ def test_a_release_samples_at_once(tmp_path, name, options):
         assert np.isfinite(file["arr_0"]).all()
 
 
+@pytest.mark.slow
 def test_a_meanflow_release_samples_in_one_step_by_default():
     chosen = {}, {"solver": "mean_flow", "steps": 1}, {"steps": 2}
     opened = trained.of_release(DATA / "meanflow.safetensors", heads=4, sides=8)

@@ -416,6 +416,7 @@ def killed_and_run_again(home, tmp_path, kills: int):
     assert left == [], "something half-written stays"
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_to_the_same_set(home, tmp_path):
     killed_and_run_again(home, tmp_path, kills=1)
 

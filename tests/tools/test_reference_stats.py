@@ -101,6 +101,7 @@ def test_a_damaged_image_is_named_and_nothing_is_written(folder, tmp_path):
     assert not (tmp_path / "ref.npz").exists()
 
 
+@pytest.mark.slow
 def test_as_a_program(folder, tmp_path):
     def run(*arguments):
         command = [sys.executable, "-m", "tools.reference_stats", *map(str, arguments)]
