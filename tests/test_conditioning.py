@@ -1,11 +1,13 @@
 """Conditions of any kind: dropped once per example, paired with the null condition, chosen for samples."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diversedit_jax import conditioning
+from diversedit_jax import conditioning, objectives
 from diversedit_jax.api import Conditions, Context
 from diversedit_jax.errors import ConfigError
 
@@ -32,6 +34,69 @@ def test_dropout_draws_once_for_all_arrays_of_an_example():
 
 def test_nothing_is_dropped_where_nobody_learns():
     assert dropped(TEXT, NULL, 1.0, training=False) is TEXT
+
+
+# --- What objectives drop.
+
+# name -> options, and the number of draws: times, noise, dropped labels; REG's second noise; MeanFlow's second times
+# and its examples with equal times.
+OBJECTIVES = {
+    "flow_matching": ({}, 3),
+    "ddpm": ({"learn_sigma": False}, 3),
+    "reg": ({"width": 1}, 4),
+    "mean_flow": ({"omega": 1.0, "kappa": 0.0, "positional": False, "drop": "independent"}, 5),
+}
+every_objective = pytest.mark.parametrize("name", OBJECTIVES)
+COUNT = 20_000
+
+
+@cache
+def passed(name):
+    """(times, labels, labels that the network sees, keys of the draws) of COUNT examples, labelled in their order."""
+    seen, keys = [], set()
+
+    def network(x_t, t, y, *, span=None, token=None):
+        seen.append(y)
+        return (x_t if token is None else (x_t, token)), ()
+
+    def recorded(draw):
+        return lambda key, *given: (keys.add(tuple(jax.random.key_data(key).tolist())), draw(key, *given))[1]
+
+    batch = {"x": jnp.ones((COUNT, 1)), "y": jnp.arange(COUNT), "token/dinov2": jnp.ones((COUNT, 1))}
+    with pytest.MonkeyPatch.context() as patch:
+        for draw in ("normal", "uniform", "randint", "bernoulli"):
+            patch.setattr(jax.random, draw, recorded(getattr(jax.random, draw)))
+        objective = objectives.make(name, **OBJECTIVES[name][0])
+        forward = objective.apply(network, batch, Context(jax.random.key(0), np.int32(-1)))
+    return np.asarray(forward.t), np.asarray(forward.y), np.asarray(seen[-1]), keys
+
+
+@every_objective
+def test_a_dropped_label_is_the_null_label(name):
+    _, labels, seen, _ = passed(name)
+    changed = labels != np.arange(COUNT)
+    assert abs(changed.mean() - 0.1) < 4 * (0.09 / COUNT) ** 0.5
+    assert (labels[changed] == -1).all()
+    np.testing.assert_array_equal(seen, labels)
+
+
+@every_objective
+def test_labels_are_dropped_at_every_time_alike(name):
+    t, labels, *_ = passed(name)
+    early, late = (labels == -1)[np.argsort(t)].reshape(2, -1).mean(axis=1)
+    bound = 4 * (0.09 / (COUNT // 2)) ** 0.5
+    assert abs(early - 0.1) < bound
+    assert abs(late - 0.1) < bound
+
+
+@every_objective
+def test_every_draw_has_a_key_of_its_own(name):
+    """Draws of one key are functions of each other: noise or dropped labels of the times, for example."""
+    *_, keys = passed(name)
+    assert len(keys) == OBJECTIVES[name][1]
+
+
+# --- Pairs and samples.
 
 
 def test_the_null_condition_stands_beside_each_condition():
