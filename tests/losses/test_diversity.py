@@ -458,6 +458,19 @@ def test_presets():
     assert loss == adaptive_weight(terms["loss"]) * terms["loss"]
 
 
+def test_the_pairs_are_those_of_the_aligned_block():
+    x = jnp.asarray(similar())
+
+    def found(aligned):
+        loss = losses.make("diversity", aligned=aligned)
+        return jax.jit(lambda x: apply(loss, x).metrics["orthogonality"])(x)
+
+    wanted = jax.jit(orthogonality)
+    np.testing.assert_allclose(found(5), wanted(x, select_pairs(L, aligned=5)), rtol=1e-6)
+    np.testing.assert_allclose(found(None), wanted(x, select_pairs(L)), rtol=1e-6)
+    assert abs(found(5) - found(None)) > 0.01, "the example does not tell the aligned block from none"
+
+
 def test_options_change_a_preset():
     x = similar()
     loss = losses.make("diversity", weight="constant", coefficient=2.0, weights=(1.0, 0.0, 0.0), rule="adjacent")
