@@ -237,6 +237,29 @@ def test_the_stochastic_heun_is_of_second_order_without_noise(path):
     np.testing.assert_allclose(slopes, 2, atol=0.1, err_msg=f"errors {errors}")
 
 
+def test_the_stochastic_heun_adds_the_noise_before_its_step():
+    """One step of SiT's method for the velocity x, written out."""
+    t, t_next, w, x, draw = 0.8, 0.5, 0.7, np.array([[0.3, -1.2]]), np.array([[-0.4, 0.9]])
+
+    def drift(x, t):
+        return x + w / 2 * (x + (1 - t) * x) / t  # the score is -(x + (1 - t) v) / t
+
+    moved = x + np.sqrt(w * (t - t_next)) * draw
+    d = drift(moved, t)
+    wanted = moved + (t_next - t) * (d + drift(moved + (t_next - t) * d, t_next)) / 2
+    given = jnp.asarray(x, jnp.float32), np.array([t, t_next]), lambda i: jnp.asarray(draw, jnp.float32)
+    found = solvers.sde_heun(lambda x, t, t_step: x, *given, diffusion=lambda t: jnp.full_like(t, w), last="none")
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "euler_maruyama", "sde_heun"])
+def test_all_evaluations_of_a_step_know_the_time_at_which_it_began(solver):
+    times, x = np.array([1.0, 0.7, 0.5, 0.0]), jnp.zeros((1, 1))
+    noise = [lambda i: x, LINEAR, lambda t: 0 * t] if solver in ("euler_maruyama", "sde_heun") else []
+    found = getattr(solvers, solver)(lambda x, t, t_step: 0 * x + t_step, x, times, *noise)
+    np.testing.assert_allclose(found, np.sum(np.diff(times) * times[:-1]), rtol=1e-6)
+
+
 @pytest.mark.parametrize("path", [pytest.param(p, marks=[pytest.mark.slow] * (p != "linear")) for p in paths.PATHS])
 def test_dopri5_keeps_its_tolerance(path):
     with jax.enable_x64(True):
