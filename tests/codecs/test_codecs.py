@@ -28,6 +28,15 @@ def test_pixels_decode_to_the_nearest_grey_level():
     assert out.ravel().tolist() == [0, 255]
 
 
+def test_pixels_rounded_by_floor_decode_to_the_grey_level_below():
+    """ADM's and REPA's uint8(127.5 x + 127.5): all that lies between two levels is the lower one."""
+    pixels = codecs.make("pixels", rounding="floor")
+    levels = np.arange(255, dtype=np.uint8).reshape(1, 15, 17, 1)
+    for above in (0.1, 0.9):
+        x = (levels + np.float32(above)) / 127.5 - 1
+        np.testing.assert_array_equal(pixels.decode({}, jnp.asarray(x)), levels)
+
+
 def batch_of(mean, std, shape=(64, 8, 8, 3)):
     moments = np.concatenate([np.full(shape, mean), np.full(shape, std)], axis=-1).astype(np.float16)
     return {"moments": jnp.asarray(moments), "y": jnp.arange(len(moments))}
