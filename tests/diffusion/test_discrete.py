@@ -100,6 +100,19 @@ def test_the_first_step_is_the_likelihood_of_a_bin():
     )
 
 
+def test_the_outermost_bins_are_open():
+    """A prediction near -1, 0 or 1, whose distribution reaches over both ends."""
+    levels = np.linspace(-1, 1, 256)
+    edges = np.concatenate([[-np.inf], (levels[1:] + levels[:-1]) / 2, [np.inf]])
+    means = np.array([-0.97, 0.0, 0.97])[:, None]
+    p = Gaussian(jnp.asarray(means, jnp.float32), jnp.float32(np.log(0.7**2)))
+    found = np.exp(discrete.discretized_log_likelihood(p, jnp.asarray(levels, jnp.float32)))
+    # 4e-4: of two values of the reference's normal distribution function by tanh
+    np.testing.assert_allclose(found, np.diff(stats.norm.cdf(edges, means, 0.7)), atol=4e-4)
+    assert (found[[0, 1, 1, 2], [0, 0, -1, -1]] > 0.05).all(), "nothing lies beyond the ends"
+    np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-4)
+
+
 def test_the_bound_trains_the_variance_alone():
     x, noise, guess, v = draws(4)
     i = jnp.array([0, 3, 480, 977])
