@@ -137,6 +137,14 @@ def test_respacing_is_even_from_the_first_step_to_the_last():
         discrete.spaced(1000, 1001)
 
 
+@pytest.mark.parametrize(("count", "place", "step"), [(21, 10, 499), (23, 11, 499), (31, 15, 500)])
+def test_steps_are_spaced_by_a_running_sum(count, place, step):
+    """As in ADM's `space_timesteps`. The exact place is 499.5: a product gives the other neighbour."""
+    assert place * 999 / (count - 1) == 499.5
+    assert round(place * (999 / (count - 1))) == 999 - step
+    assert discrete.spaced(1000, count)[place] == step
+
+
 def test_a_respaced_diffusion_keeps_its_marginals():
     kept = discrete.spaced(1000, 50)
     few = discrete.respace(WHOLE, kept)
@@ -193,6 +201,21 @@ def test_ddim_with_eta_1_is_ancestral_sampling_with_the_posteriors_variance():
     ancestral = ddpm_solvers.ddpm(lowest, start, few, lambda i: noise[i])
     implicit = ddpm_solvers.ddim(exact, start, few, lambda i: noise[i], eta=1.0)
     np.testing.assert_allclose(implicit, ancestral, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+def test_the_guidance_interval_is_one_of_the_next_step_by_all_steps(name):
+    """The last step is at 1, and the first at 1 / 1000, which an interval from 0 on includes."""
+    seen = []
+
+    def predict(x, step, t):
+        jax.debug.callback(lambda *given: seen.append([float(number) for number in given]), step, t)
+        return x
+
+    few = discrete.respace(WHOLE, discrete.spaced(1000, 4))
+    SAMPLERS[name](predict, jnp.zeros((1, 1)), few, lambda i: jnp.zeros((1, 1)))
+    jax.effects_barrier()
+    np.testing.assert_allclose(sorted(seen), [[0, 0.001], [333, 0.334], [666, 0.667], [999, 1]], rtol=1e-6)
 
 
 def test_the_network_is_given_the_steps_themselves():
