@@ -121,6 +121,10 @@ def test_samples_have_labels_or_the_conditions_of_held_out_examples():
     np.testing.assert_array_equal(conditioning.chosen(None, 5, labels, 0, none_held_out), [0, 1, 2, 0, 1])
     uniform = [conditioning.chosen("uniform", num, labels, 8, none_held_out) for num in (5, 50)]
     np.testing.assert_array_equal(uniform[0], uniform[1][:5])
+    of_seed = np.random.Generator(np.random.Philox(8)).integers(0, 3, 50)
+    np.testing.assert_array_equal(uniform[1], of_seed, "another draw than that of earlier samples of this seed")
+    for rule in ("balanced", "uniform"):
+        assert conditioning.labels(rule, 3, 0, seed=8).tolist() == [0, 0, 0], "without classes, the null label"
     assert set(uniform[1]) == {0, 1, 2}
     for rule, conditions in ((None, text), ("data", text), ("data", labels)):
         assert conditioning.chosen(rule, 5, conditions, 0, held_out)["context"].shape == (5, 3, 2)
@@ -128,3 +132,19 @@ def test_samples_have_labels_or_the_conditions_of_held_out_examples():
         conditioning.chosen("balanced", 5, text, 0, held_out)
     with pytest.raises(ConfigError, match="labels = 'balancd' is unknown; did you mean 'balanced'"):
         conditioning.chosen("balancd", 5, labels, 0, held_out)
+
+
+def test_guidance_needs_something_to_guide_to():
+    none = Conditions.labels(0)
+    for scale, conditions in (
+        (0.0, Conditions.labels(3)),
+        (0.5, Conditions(NULL)),
+        (4.0, Conditions.labels(1)),
+        (1.0, none),
+    ):
+        conditioning.check_guidance(scale, conditions)
+    for scale in (0.5, 2.0):
+        with pytest.raises(ConfigError, match=f"cfg_scale = {scale}: must be 1, because the data have no classes"):
+            conditioning.check_guidance(scale, none)
+    with pytest.raises(ConfigError, match=r"cfg_scale = -0\.1: must be at least 0"):
+        conditioning.check_guidance(-0.1, Conditions.labels(3))

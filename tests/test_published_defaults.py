@@ -12,6 +12,7 @@ from diversedit_jax.diffusion import solve, solvers
 from diversedit_jax.diffusion.predictions import AverageVelocity, Diffusion, Flow
 from diversedit_jax.losses import dispersive, diversity, repa, sra
 from diversedit_jax.metrics.inception_score import inception_score
+from diversedit_jax.metrics.kernel_distance import kernel_distance
 from diversedit_jax.metrics.linear_probe import linear_probe
 from diversedit_jax.metrics.precision_recall import precision_recall
 from diversedit_jax.models import dit
@@ -148,6 +149,7 @@ DEFAULTS = [
     # --- Scores.
     (precision_recall, "ADM, arXiv 2105.05233, code: evaluator.py", {"k": 3}),
     (inception_score, "ADM, arXiv 2105.05233, code: evaluator.py", {"split": 5000}),
+    (kernel_distance, "StyleGAN2-ADA, code: metric_main.py, kid50k_full", {"subsets": 100, "subset_size": 1000}),
     (linear_probe, f"{DIVERSEDIT}, code of the later branch: analysis", {"ridge": 1e-2}),
 ]
 

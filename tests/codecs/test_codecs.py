@@ -1,11 +1,14 @@
 """Codecs: pixels pass unchanged and decode to grey levels; latents are drawn with the stored moments."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from diversedit_jax import codecs
+from diversedit_jax.codecs import vae
 from diversedit_jax.errors import ConfigError
 
 
@@ -15,6 +18,14 @@ def test_pixels_pass_unchanged():
     batch = pixels.encode(pixels.init(), {"x": x, "y": y}, jax.random.key(0))
     assert batch["x"] is x
     assert batch["y"] is y
+
+
+def test_pixels_bring_an_image_for_encoders_where_the_data_have_none():
+    pixels, x = codecs.make("pixels"), jnp.array([-1.0, 1.0]).reshape(1, 1, 2, 1)
+    given = {"x": x, "y": jnp.array([3])}
+    np.testing.assert_array_equal(pixels.encode({}, given, jax.random.key(0))["image"].ravel(), [0, 255])
+    stored = jnp.full((1, 4, 4, 3), 7, jnp.uint8)
+    assert pixels.encode({}, given | {"image": stored}, jax.random.key(0))["image"] is stored
 
 
 def test_pixels_decode_to_the_nearest_grey_level():
@@ -62,6 +73,43 @@ def test_latents_are_drawn_by_the_key_and_anew_for_every_example():
     draw = jax.jit(lambda seed: latents.encode({}, batch_of(0.0, 1.0, (4, 2, 2, 1)), jax.random.key(seed))["x"])
     np.testing.assert_array_equal(draw(0), draw(0))
     assert len(np.unique(np.concatenate([draw(0), draw(1)]))) == 2 * 4 * 2 * 2
+
+
+def test_latents_stand_in_the_place_of_their_moments_beside_all_else():
+    """Cached features of half precision become float32. Images stay bytes."""
+    more = {"features/dinov2": jnp.ones((4, 3, 2), jnp.float16), "image": jnp.ones((4, 8, 8, 3), jnp.uint8)}
+    batch = codecs.make("vae").encode({}, batch_of(0.0, 1.0, (4, 2, 2, 1)) | more, jax.random.key(0))
+    dtypes = {name: value.dtype.name for name, value in batch.items()}
+    assert dtypes == {"x": "float32", "y": "int32", "features/dinov2": "float32", "image": "uint8"}
+
+
+@pytest.mark.parametrize(("rounding", "level"), [("nearest", 192), ("floor", 191)])
+def test_latents_are_decoded_at_their_scale_a_chunk_at_a_time(rounding, level, monkeypatch):
+    """With an autoencoder whose images are its latents."""
+    seen = []
+
+    def decode(params, latents):
+        seen.append(latents.shape)
+        return latents
+
+    release = SimpleNamespace(arch=None, scale=0.5, shift=0.25, read=lambda halves: {})
+    monkeypatch.setattr(vae, "open_vae", lambda path: release)
+    monkeypatch.setattr(vae, "network", lambda arch, precision: SimpleNamespace(decode=decode))
+    latents = codecs.make("vae", scale=0.5, bias=0.25, vae="of this test", rounding=rounding, chunk=3)
+    wanted = np.array([-1.0, 64.3 / 127.5, 1.0])  # levels 0, 191.8 and 255
+    x = jnp.asarray((wanted - 0.25) * 0.5, jnp.float32).reshape(1, 3, 1, 1)
+    count = 6 * jax.device_count()
+    images = latents.decode({}, jnp.tile(x, (count, 1, 1, 1)))
+    np.testing.assert_array_equal(images[:, :, 0, 0], np.tile([0, level, 255], (count, 1)))
+    assert seen == [(3 * jax.device_count(), 3, 1, 1)]
+
+
+def test_conditions_go_through_the_codec_as_their_null_does():
+    codec = codecs.make("pixels")._replace(condition=lambda frozen, y: frozen["table"][y])
+    frozen = {"table": jnp.arange(8.0).reshape(4, 2)}
+    batch = codecs.encoded(codec, frozen, {"x": jnp.zeros((2, 1, 1, 1)), "y": jnp.array([0, 2])}, jax.random.key(0))
+    np.testing.assert_array_equal(batch["y"], [[0, 1], [4, 5]])
+    np.testing.assert_array_equal(codecs.null_condition(codec, frozen, np.int32(3)), [6, 7])
 
 
 def test_latents_have_no_decoder_and_a_positive_scale():

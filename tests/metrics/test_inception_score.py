@@ -32,6 +32,11 @@ def test_it_is_the_definition_over_splits_in_order_with_a_shorter_last_one():
     np.testing.assert_allclose(inception_score(p), (np.exp(divergence(p)), 0), rtol=1e-12)
 
 
+def test_single_precision_is_summed_in_double():
+    p = dirichlet(50).astype(np.float32)
+    assert inception_score(p, split=20) == inception_score(p.astype(np.float64), split=20)
+
+
 def test_sure_and_even_is_the_number_of_classes_and_zeros_are_no_trouble():
     np.testing.assert_allclose(inception_score(np.tile(np.eye(7, 9), (3, 1))), (7, 0), rtol=1e-12)
 

@@ -106,6 +106,14 @@ def test_sets_apart_are_neither():
     assert precision_recall(normal(0, 60), normal(1, 60) + 100) == (0, 0)
 
 
+def test_what_fills_up_a_block_covers_nothing():
+    """Blocks of 8 rows for 15: the row of zeros is no point, though a sample lies there."""
+    far, near = normal(0, 15) + 100, normal(1, 15)
+    near[0] = 0
+    assert precision_recall(far, near, block=8) == (0, 0)
+    assert precision_recall(near, far, block=8) == (0, 0)
+
+
 def test_a_part_of_the_reference_is_precise_but_does_not_cover_it():
     two = np.concatenate([normal(0, 60), normal(1, 60) + 100])
     assert precision_recall(two, two[:60], block=60) == (1, 0.5)
