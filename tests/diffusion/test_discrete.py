@@ -30,6 +30,9 @@ def test_the_schedule_is_dits():
     np.testing.assert_allclose(np.diff(WHOLE.betas), (0.02 - 1e-4) / 999, rtol=1e-9)
     np.testing.assert_allclose(np.diff(np.log(WHOLE.alphas_bar)), np.log(1 - WHOLE.betas[1:]), rtol=1e-9)
     assert WHOLE.alphas_bar[-1] < 5e-5
+    few = discrete.linear(250).betas  # each step has the noise of four
+    np.testing.assert_allclose(few[[0, -1]], [4e-4, 0.08], rtol=1e-12)
+    np.testing.assert_allclose(np.diff(few), (0.08 - 4e-4) / 249, rtol=1e-9)
 
 
 def test_the_posterior_is_bayes():
@@ -55,6 +58,14 @@ def test_the_learned_variance_lies_between_the_posteriors_and_beta():
         output = jnp.concatenate([noise, jnp.full_like(noise, v)], axis=-1)
         found = discrete.reverse(WHOLE, output, x, i).log_variance
         np.testing.assert_allclose(found[:, 0, 0, 0], np.log(wanted[np.asarray(i)]), rtol=1e-5)
+
+
+def test_without_a_learned_variance_it_is_beta():
+    """But in the first step, whose own posterior variance is 0, the posterior's of the second."""
+    x, noise = draws(2)
+    found = discrete.reverse(WHOLE, noise, x, jnp.array([0, 1, 400, 999])).log_variance
+    wanted = [discrete.posterior_variance(WHOLE)[1], *WHOLE.betas[[1, 400, 999]]]
+    np.testing.assert_allclose(found.ravel(), np.log(wanted), rtol=1e-5)
 
 
 def test_the_true_noise_predicts_the_posteriors_mean():
@@ -111,6 +122,8 @@ def test_the_outermost_bins_are_open():
     np.testing.assert_allclose(found, np.diff(stats.norm.cdf(edges, means, 0.7)), atol=4e-4)
     assert (found[[0, 1, 1, 2], [0, 0, -1, -1]] > 0.05).all(), "nothing lies beyond the ends"
     np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-4)
+    far = discrete.discretized_log_likelihood(Gaussian(jnp.float32(-0.5), jnp.float32(-12)), jnp.float32(0.5))
+    np.testing.assert_allclose(far, np.log(1e-12), rtol=1e-6, err_msg="the smallest probability")
 
 
 def test_the_bound_trains_the_variance_alone():
@@ -203,6 +216,18 @@ def test_ddim_with_eta_1_is_ancestral_sampling_with_the_posteriors_variance():
     np.testing.assert_allclose(implicit, ancestral, atol=2e-5)
 
 
+def test_the_draws_are_counted_from_the_first_step_and_the_last_is_not_used():
+    few, start = discrete.respace(WHOLE, discrete.spaced(1000, 3)), jnp.ones((1, 4))
+
+    def sample(*sizes):
+        return ddpm_solvers.ddpm(exact, start, few, lambda i: jnp.float32(sizes)[i] * jnp.ones((1, 4)))
+
+    plain = sample(1, 2, 3)
+    np.testing.assert_array_equal(sample(1, 2, 7), plain)
+    for other in (sample(1, 7, 3), sample(7, 2, 3)):
+        assert (other != plain).all()
+
+
 @pytest.mark.parametrize("name", ["ddpm", "ddim"])
 def test_the_guidance_interval_is_one_of_the_next_step_by_all_steps(name):
     """The last step is at 1, and the first at 1 / 1000, which an interval from 0 on includes."""
@@ -216,6 +241,18 @@ def test_the_guidance_interval_is_one_of_the_next_step_by_all_steps(name):
     SAMPLERS[name](predict, jnp.zeros((1, 1)), few, lambda i: jnp.zeros((1, 1)))
     jax.effects_barrier()
     np.testing.assert_allclose(sorted(seen), [[0, 0.001], [333, 0.334], [666, 0.667], [999, 1]], rtol=1e-6)
+
+
+def test_eta_reaches_ddim():
+    start, few = draws(1)[0], discrete.respace(WHOLE, discrete.spaced(1000, 3))
+    noise = noise_of(start.shape)
+
+    def guided(convert):
+        return lambda x, step, t: convert(lambda x, t, y: (0.1 * x, ()))(x, step, None)[0]
+
+    found = solve.make("ddim", Diffusion(WHOLE), solve.Options(steps=3, eta=0.5))(guided, start, noise)
+    wanted = ddpm_solvers.ddim(lambda x, step, t: 0.1 * x, start, few, noise, eta=0.5)
+    np.testing.assert_array_equal(found, wanted)
 
 
 def test_the_network_is_given_the_steps_themselves():
@@ -233,6 +270,12 @@ def test_the_network_is_given_the_steps_themselves():
     assert 0 <= forward.t.min() < 20
     assert 980 < forward.t.max() <= 999
     np.testing.assert_allclose(forward.loss.mean(), forward.metrics["mse"] + forward.metrics["vb"], rtol=1e-5)
+
+
+def test_every_step_is_drawn():
+    batch = {"x": jnp.ones((1000, 1)), "y": jnp.zeros(1000, jnp.int32)}
+    forward = ddpm.make(num_timesteps=21, learn_sigma=False).apply(lambda x, t, y: (x, ()), batch, CONTEXT)
+    assert set(forward.t.tolist()) == set(range(21))
 
 
 def test_what_does_not_fit_together_is_refused():

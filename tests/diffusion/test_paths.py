@@ -97,6 +97,8 @@ def test_the_cut_offs_are_sits():
     linear, cosine, vp = paths.PATHS.values()
     assert paths.training_times(linear, "velocity") == paths.sampling_times(cosine, "velocity") == (0, 1)
     assert paths.training_times(linear, "score") == paths.sampling_times(cosine, "noise") == (1e-3, 1 - 1e-3)
+    assert paths.training_times(linear, "data") == (0, 1)
+    assert paths.sampling_times(linear, "data") == paths.sampling_times(cosine, "data") == (1e-3, 1)
     for prediction in paths.PREDICTIONS:
         assert paths.training_times(vp, prediction) == (1e-5, 1)
         assert paths.sampling_times(vp, prediction) == (1e-3, 1)

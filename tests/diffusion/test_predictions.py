@@ -1,4 +1,4 @@
-"""Flow matching: what each prediction regresses, the meaning of the weights, the training times."""
+"""What a network predicts and which time it gets: each regression, its weights, its training times."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from diversedit_jax.api import Context
-from diversedit_jax.diffusion import paths
+from diversedit_jax.diffusion import discrete, paths
+from diversedit_jax.diffusion.predictions import AverageVelocity, Diffusion, Flow, network_time
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.objectives import flow_matching
 from diversedit_jax.objectives.flow_matching import ERRORS, WEIGHTS, regress
@@ -75,6 +76,13 @@ def test_training_times_stay_within_the_cut_off(path, prediction, weight):
     assert low <= forward.t.min() < low + 1e-3
     assert high - 1e-3 < forward.t.max() <= high
     assert jnp.isfinite(forward.loss).all()
+
+
+def test_a_network_of_steps_gets_the_nearest_step_of_a_time():
+    t = jnp.array([0.0, 0.3, 0.9, 1.0])
+    np.testing.assert_array_equal(network_time(Diffusion(discrete.linear(1000)), t), [0, 300, 899, 999])
+    for predicts in (Flow(), AverageVelocity()):
+        assert network_time(predicts, t) is t
 
 
 def test_what_does_not_fit_together_is_refused():

@@ -1,12 +1,16 @@
 """Samplers: equal to REPA's, of the stated order, unchanged by guiding a network by itself, true to the marginal."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diversedit_jax.diffusion import paths, solvers
-from diversedit_jax.diffusion.guidance import guide
+from diversedit_jax.diffusion import paths, solve, solvers
+from diversedit_jax.diffusion.guidance import guide, over_span
+from diversedit_jax.diffusion.predictions import Flow
+from diversedit_jax.diffusion.times import check_interval
 from diversedit_jax.errors import ConfigError
 from tests import reference
 
@@ -95,7 +99,8 @@ def test_an_images_noise_does_not_depend_on_its_batch():
     whole = solvers.normal_per_image(keys, (2, 2, 1))(5)
     part = solvers.normal_per_image(keys[2:4], (2, 2, 1))(5)
     np.testing.assert_array_equal(whole[2:4], part)
-    assert len(np.unique(np.asarray(whole))) == whole.size
+    other = solvers.normal_per_image(keys, (2, 2, 1))(6)
+    assert len(np.unique(np.asarray([whole, other]))) == 2 * whole.size, "images or steps share their noise"
 
 
 def shift_network(x, t, y):
@@ -115,6 +120,18 @@ def test_guidance_on_the_first_channels_leaves_the_others():
     v = guide(shift_network, y, null=np.int32(1), scale=3.0, channels=3)(x, t, t)
     np.testing.assert_allclose(v[0, 0, 0], [4, 4, 4, 2])  # 1 + 3 (2 - 1), the last channel unguided
     np.testing.assert_allclose(v[1, 2, 1], [13, 13, 13, 5])
+
+
+@pytest.mark.parametrize("scale", [[0.0], [0.5], [3.0, 1.0, 1.0, 0.0]], ids=["0", "half", "of elements"])
+def test_every_scale_but_1_moves_the_prediction(scale):
+    """Also one below 1, and scales of elements some of which are 1."""
+    y, x, t = jnp.array([2, 5]), jnp.zeros((2, 4)), jnp.float32(0.5)
+    v = guide(lambda x, t, y: (0 * x + y[:, None], ()), y, null=np.int32(1), scale=jnp.array(scale))(x, t, t)
+    np.testing.assert_allclose(v, 1 + np.array(scale) * np.array([[1.0], [4.0]]) + np.zeros((2, 4)))
+
+
+def test_an_interval_may_be_a_single_time():
+    assert check_interval("guidance_interval", [0.5, 0.5]) == (0.5, 0.5)
 
 
 def test_the_interval_is_tested_where_the_step_began():
@@ -171,6 +188,53 @@ def test_every_diffusion_keeps_the_marginal(solver, form, path):
     x = gaussian_samples(solver, path, form, times, "none")
     assert abs(float(x.mean()) - 0.7) < 4 * 0.4 / 40_000**0.5 + 2e-3
     assert abs(float(x.std()) - 0.4) < 4 * 0.4 / 80_000**0.5 + 2e-3
+
+
+def test_diffusions_are_sits():
+    """SiT's forms at t = 1/4 and norm 2, where its time is 3/4; w is twice the form."""
+    sine = np.sin(np.pi / 8)
+    linear = {"constant": 2, "sigma": 2 / 4, "linear": 2 / 4, "increasing_decreasing": 1, "sbdm": 2 / 3}
+    cosine = linear | {"sigma": 2 * sine, "sbdm": np.pi * sine / np.cos(np.pi / 8)}
+    decreasing = {"decreasing": 0.25 * (2 * np.cos(np.pi * 3 / 4) + 1) ** 2}
+    for path, wanted in (("linear", linear | decreasing), ("cosine", cosine | decreasing)):
+        assert wanted.keys() == solvers.DIFFUSIONS.keys()
+        for form, value in wanted.items():
+            w = solvers.diffusion(form, paths.make(path), 2.0)(jnp.float32(0.25))
+            np.testing.assert_allclose(w, 2 * value, rtol=1e-5, err_msg=f"{form}, {path}")
+
+
+def test_times_of_stochastic_solvers_are_sits():
+    """Five times; the ends stay away from where the form or the score is infinite."""
+    vp = paths.make("vp")
+    for path, form, last, first, before_last, end in [
+        (LINEAR, "sigma", "mean", 1, 0.04, 0),
+        (LINEAR, "sbdm", "tweedie", 1 - 1e-3, 0.04, 0),
+        (vp, "sbdm", "euler", 1, 0.04, 0),  # its alpha is not 0 at t = 1
+        (LINEAR, "sigma", "none", 1, None, 1e-3),
+        (LINEAR, "sbdm", "none", 1 - 1e-3, None, 1e-3),
+        (vp, "sigma", "none", 1, None, 1e-3),
+    ]:
+        times = solvers.sde_times(4, path, "velocity", form, last, 0.04)
+        even = np.linspace(first, end, 5) if last == "none" else [*np.linspace(first, before_last, 4), end]
+        np.testing.assert_allclose(times, even, atol=1e-12, err_msg=f"{form}, {last}")
+
+
+@pytest.mark.parametrize("last", solvers.LAST_STEPS)
+def test_each_last_step_by_hand(last):
+    """On the cosine path from t = 1/2 to 0, for the velocity 3 x and w = 1/5; the score is (2 / pi v - x) there."""
+    x, v, w, draw, half = 0.7, 2.1, 0.2, -0.4, 0.5**0.5
+    noise = half * (v * 2 / np.pi + x)  # alpha = sigma = half, their derivatives -+ half pi / 2
+    score = -noise / half
+    drift = v - w / 2 * score
+    wanted = {
+        "none": x - drift / 2 + (w / 2) ** 0.5 * draw,
+        "mean": x - drift / 2,
+        "euler": x - v / 2,
+        "tweedie": half * (x - v * 2 / np.pi),
+    }[last]
+    given = jnp.full((1, 1), x), np.array([0.5, 0.0]), lambda i: jnp.full((1, 1), draw), paths.make("cosine")
+    found = solvers.euler_maruyama(lambda x, t, t_step: 3 * x, *given, lambda t: jnp.full_like(t, w), last)
+    np.testing.assert_allclose(found, [[wanted]], rtol=1e-5)
 
 
 @pytest.mark.parametrize("path", paths.PATHS)
@@ -329,3 +393,58 @@ def test_outside_the_interval_the_weak_network_does_not_run():
     jax.jit(lambda x: solvers.euler(velocity, x, solvers.uniform_times(4)))(jnp.ones((2, 1, 1, 1)))
     jax.effects_barrier()
     assert sorted(calls) == [0.25, 0.5]
+
+
+# --- Solvers by name.
+
+
+def exactly(found, wanted):
+    """Solve one example of four numbers by both, for the velocity (1 + t) x."""
+    x = jnp.array([[0.3, -1.2, 0.8, 2.0]])
+    noise = noise_of(x.shape)
+
+    def guided(convert):
+        network = convert(lambda x, t, y: ((1 + t[:, None]) * x, ()))
+        return lambda x, t, t_step: network(x, jnp.full(len(x), t), None)[0]
+
+    np.testing.assert_array_equal(found(guided, x, noise), wanted(guided(lambda network: network), x, noise))
+
+
+@pytest.mark.parametrize("name", ["euler_maruyama", "sde_heun"])
+def test_every_option_reaches_a_stochastic_solver(name):
+    options = {"diffusion": "linear", "diffusion_norm": 0.3, "last_step_kind": "euler", "last_step": 0.2}
+    path = paths.make("cosine")
+
+    def wanted(velocity, x, noise):
+        times, w = np.array([1.0, 0.6, 0.2, 0.0]), solvers.diffusion("linear", path, 0.3)
+        return getattr(solvers, name)(velocity, x, times, noise, path, w, "euler")
+
+    exactly(solve.make(name, Flow(path), solve.Options(steps=3, **options)), wanted)
+
+
+def test_tolerances_and_steps_reach_dopri5(monkeypatch):
+    import diffrax
+
+    seen = {}
+
+    def solved(term, solver, *, y0, stepsize_controller, max_steps, **given):
+        seen.update(rtol=stepsize_controller.rtol, atol=stepsize_controller.atol, max_steps=max_steps)
+        return SimpleNamespace(result=diffrax.RESULTS.successful, ys=y0[None])
+
+    monkeypatch.setattr(diffrax, "diffeqsolve", solved)
+    exactly(solve.make("dopri5", Flow(), solve.Options(steps=7, rtol=1e-2, atol=1e-5)), lambda velocity, x, noise: x)
+    assert seen == {"rtol": 1e-2, "atol": 1e-5, "max_steps": 7}
+
+
+def test_evaluations_are_counted():
+    """A last step of Euler's, or one without noise, takes one; SiT's `none` has none."""
+    counts = {"euler": 10, "euler_maruyama": 10, "heun": 19, "sde_heun": 19, "mean_flow": 10, "ddpm": 10, "ddim": 10}
+    assert {name: solve.evaluations(name, 10, "mean") for name in counts} == counts
+    assert solve.evaluations("sde_heun", 10, "none") == 20
+    assert solve.evaluations("euler_maruyama", 10, "none") == 10
+    assert solve.evaluations("dopri5", 10, "mean") is None
+
+
+def test_a_network_of_spans_gets_the_fixed_one():
+    network = over_span(lambda x, t, y, *, span: (span, ()), 0.25)
+    np.testing.assert_array_equal(network(jnp.zeros((2, 1)), jnp.array([0.5, 1.0]), None)[0], [0.25, 0.25])
