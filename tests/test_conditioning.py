@@ -51,8 +51,8 @@ COUNT = 20_000
 
 
 @cache
-def passed(name):
-    """(times, labels, labels that the network sees, keys of the draws) of COUNT examples, labelled in their order."""
+def passed(name, b=COUNT, **options):
+    """(times, labels, labels that the network sees, keys of the draws) of b examples, labelled in their order."""
     seen, keys = [], set()
 
     def network(x_t, t, y, *, span=None, token=None):
@@ -62,11 +62,11 @@ def passed(name):
     def recorded(draw):
         return lambda key, *given: (keys.add(tuple(jax.random.key_data(key).tolist())), draw(key, *given))[1]
 
-    batch = {"x": jnp.ones((COUNT, 1)), "y": jnp.arange(COUNT), "token/dinov2": jnp.ones((COUNT, 1))}
+    batch = {"x": jnp.ones((b, 1)), "y": jnp.arange(b), "token/dinov2": jnp.ones((b, 1))}
     with pytest.MonkeyPatch.context() as patch:
         for draw in ("normal", "uniform", "randint", "bernoulli"):
             patch.setattr(jax.random, draw, recorded(getattr(jax.random, draw)))
-        objective = objectives.make(name, **OBJECTIVES[name][0])
+        objective = objectives.make(name, **OBJECTIVES[name][0] | options)
         forward = objective.apply(network, batch, Context(jax.random.key(0), np.int32(-1)))
     return np.asarray(forward.t), np.asarray(forward.y), np.asarray(seen[-1]), keys
 
@@ -78,6 +78,12 @@ def test_a_dropped_label_is_the_null_label(name):
     assert abs(changed.mean() - 0.1) < 4 * (0.09 / COUNT) ** 0.5
     assert (labels[changed] == -1).all()
     np.testing.assert_array_equal(seen, labels)
+
+
+@every_objective
+def test_the_probability_is_an_option(name):
+    for probability, wanted in ((0.0, [0, 1]), (1.0, [-1, -1])):
+        assert passed(name, 2, condition_drop=probability)[1].tolist() == wanted
 
 
 @every_objective

@@ -11,7 +11,7 @@ from diversedit_jax import conditioning, objectives, sharding
 from diversedit_jax.api import Context
 from diversedit_jax.diffusion import paths, times
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.objectives.flow_matching import regress
+from diversedit_jax.objectives.flow_matching import ERRORS, WEIGHTS, regress
 
 CLASSES, SHAPE = 7, (4, 6, 2)
 NULL = np.int32(CLASSES)
@@ -157,6 +157,29 @@ def test_loss_is_a_mean_over_each_examples_elements(name):
     perfect = lambda x_t, t, y: (target, ())  # noqa: E731
     zero = regress(perfect, path, result.x, result.noise, result.t, result.y)
     assert not np.any(zero.loss)
+
+
+@pytest.mark.parametrize(
+    ("path", "prediction", "weight"),
+    [("cosine", "noise", "likelihood"), ("vp", "score", "velocity"), ("linear", "data", "none")],
+)
+def test_path_prediction_and_weight_reach_the_loss(path, prediction, weight):
+    result = draw(batch(), jax.random.key(0), path=path, prediction=prediction, weight=weight)
+    given = paths.make(path), result.x, result.noise, result.t, result.y, ERRORS[prediction], WEIGHTS[weight]
+    np.testing.assert_allclose(result.loss, regress(network, *given).loss, rtol=1e-6)
+    np.testing.assert_allclose(result.x_t, paths.interpolate(*given[:4]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["flow_matching", "reg", "mean_flow"])
+def test_mean_and_deviation_reach_the_times(name):
+    def zero(x_t, t, y, *, span=None, token=None):
+        return (0 * x_t if token is None else (0 * x_t, 0 * token)), ()
+
+    options = {"time": "logit_normal", "time_mean": 1.5, "time_std": 1e-3} | ({"width": 2} if name == "reg" else {})
+    given = batch() | {"token/dinov2": jnp.ones((8, 2))}
+    t = objectives.make(name, **options).apply(zero, given, Context(jax.random.key(0), NULL)).t
+    logits = np.log(t / (1 - t))
+    assert 0 < np.abs(logits - 1.5).max() < 6e-3  # six deviations
 
 
 def test_a_bfloat16_prediction_is_compared_in_float32():

@@ -267,6 +267,28 @@ def test_independent_draws_leave_the_order_alone():
         assert abs(found[: COUNT // 4].mean() - portion) < 8 * (portion * (1 - portion) / COUNT) ** 0.5
 
 
+def test_the_options_of_the_loss_reach_it():
+    options = {"omega": 0.8, "kappa": 0.3, "power": 0.5, "eps": 10.0}
+    objective = objectives.make("mean_flow", guidance_interval=(0.3, 0.5), equal=0.0, **options)
+    batch = {"x": jnp.asarray(np.random.default_rng(1).standard_normal((BATCH, *SHAPE))), "y": jnp.arange(BATCH)}
+    network = partial(small, weights())
+    forward = objective.apply(network, batch, Context(jax.random.key(0), np.int32(BATCH)))
+    r = forward.t - forward.rerun(lambda x_t, t, y, *, span: (span, ()), forward.t)[0]
+    given = forward.x, forward.noise, forward.t, r, batch["y"], forward.y == BATCH, np.int32(BATCH)
+    wanted = mean_flow.regress(network, *given, interval=(0.3, 0.5), **options)
+    np.testing.assert_allclose(forward.loss, wanted.loss, rtol=1e-4)
+
+
+def test_half_an_example_does_not_count_and_groups_are_of_training():
+    t, r, _ = draw(6)
+    assert (t - r < 1e-6).tolist() == 4 * [True] + 2 * [False], "not the first floor(0.75 * 6)"
+    batch = {"x": jnp.ones((6, 1, 1, 1)), "y": jnp.zeros(6, int)}
+    context = Context(jax.random.key(0), np.int32(CLASSES), training=False)
+    objective = objectives.make("mean_flow", omega=1.0, kappa=0.0, groups=4, condition_drop=1.0)
+    forward = objective.apply(lambda x_t, t, y, *, span: (x_t, ()), batch, context)
+    assert not forward.y.any(), "a label is dropped where nobody learns"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -280,6 +280,13 @@ def test_the_loss_is_the_images_and_the_weighted_tokens(name):
     np.testing.assert_allclose(reg.regress(perfect, path, x, noise, token, token_noise, t, y).loss, 0, atol=1e-12)
 
 
+def test_path_and_weight_reach_the_loss():
+    found = objectives.make("reg", width=K, path="cosine", token_weight=0.5).apply(echo, batch(), CONTEXT)
+    np.testing.assert_allclose(found.x_t, paths.interpolate(paths.make("cosine"), found.x, found.noise, found.t))
+    wanted = found.metrics["image"] + 0.5 * found.metrics["token"]
+    np.testing.assert_allclose(found.loss.mean(), wanted, rtol=1e-6)
+
+
 def test_the_token_has_the_images_time_and_a_noise_of_its_own():
     large = {"x": normal(0, 256, *SHAPE), "y": jnp.zeros(256, int), "token/clip": normal(1, 256, 32)}
     result = objectives.make("reg", encoder="clip", width=32).apply(echo, large, CONTEXT)
