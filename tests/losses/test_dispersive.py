@@ -104,6 +104,23 @@ def test_several_blocks_give_their_mean():
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        {"form": "infonce_l2", "tau": 0.7, "diagonal": False, "groups": 2},
+        {"form": "hinge", "margin": 2000.0, "per_element": False, "diagonal": False},
+    ],
+    ids=lambda options: options["form"],
+)
+def test_every_option_reaches_the_loss(options):
+    term = losses.make("dispersive", blocks=(2,), coefficient=0.3, **options).apply(
+        forward(features()), batch(), Context(jax.random.key(0))
+    )
+    wanted = float(dispersive_loss(features()[2], **options))
+    assert wanted != 0
+    assert float(term.loss) == pytest.approx(0.3 * wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"form": "hinges"}, "form = 'hinges' is unknown; did you mean 'hinge'"),

@@ -471,6 +471,13 @@ def test_the_pairs_are_those_of_the_aligned_block():
     assert abs(found(5) - found(None)) > 0.01, "the example does not tell the aligned block from none"
 
 
+@pytest.mark.parametrize(("detach", "reached"), [(None, range(L)), ("first", (3, 4, 5)), ("second", (0, 1, 2))])
+def test_detach_is_an_option(detach, reached):
+    loss = losses.make("diversity", rule="mirror", detach=detach)
+    slope = jax.jit(jax.grad(lambda x: apply(loss, x).metrics["orthogonality"]))(jnp.asarray(similar()))
+    assert [i for i in range(L) if np.abs(slope[i]).max() > 0] == list(reached)
+
+
 def test_options_change_a_preset():
     x = similar()
     loss = losses.make("diversity", weight="constant", coefficient=2.0, weights=(1.0, 0.0, 0.0), rule="adjacent")

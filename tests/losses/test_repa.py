@@ -108,6 +108,19 @@ def test_after_the_stop_neither_loss_nor_gradient_is_left():
     assert not any(leaf.any() for leaf in jax.tree.leaves(gradients))
 
 
+def test_every_option_reaches_the_loss():
+    schedule = {"warmup_steps": 10, "until": 100, "decay_steps": 50}
+    options = {"similarity": "nt_xent", "tau": 0.3, "coefficient": 0.2, "dtype": "bfloat16"} | schedule
+    for step in (5, 75):
+        params, term = apply(step=step, **options)
+        z = repa.project(params, features()[8], jnp.bfloat16)
+        loss = repa.alignment(z, batch()["features/dinov2"], "nt_xent", 0.3).mean()
+        np.testing.assert_allclose(term.loss, repa.weight_at(step, 0.2, **schedule) * loss, rtol=1e-6)
+        np.testing.assert_allclose(term.full, 0.2 * loss, rtol=1e-6)
+    assert losses.make("repa", class_token=True).reads == ("token/dinov2", "features/dinov2")
+    assert losses.make("repa").reads == ("features/dinov2",)
+
+
 def test_only_its_block_is_read():
     assert losses.make("repa", block=4).blocks == (4,)
     params, _ = apply(block=4)

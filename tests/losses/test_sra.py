@@ -145,6 +145,24 @@ def test_the_teacher_is_asked_at_the_earlier_times():
     assert value == pytest.approx(0.2 * float(sra.mean_distance(student, seen[8]).mean()), rel=1e-5)
 
 
+@pytest.mark.parametrize(("t_max", "num_timesteps"), [(0.1, None), (0.5, 1000)])
+def test_every_option_reaches_the_loss(t_max, num_timesteps):
+    decay = {"decay_from_epoch": 1, "decay_epochs": 4, "steps_per_epoch": 10}
+    options = {"coefficient": 0.3, "distance": "l2", "dtype": "bfloat16", "block": 2, "teacher_block": 5} | decay
+    asked, whole, key = [], forward(features()), jax.random.key(1)
+    t = whole.t * (num_timesteps or 1)
+    whole = whole._replace(t=t, rerun=lambda network, t: (asked.append(t), (None, features(seed=1)))[1])
+    loss = losses.make("sra", t_max=t_max, num_timesteps=num_timesteps, **options)
+    params = loss.init(jax.random.key(0), whole, batch())
+    term = loss.apply(whole, batch(), Context(key, step=jnp.int32(35), params=params))
+    np.testing.assert_array_equal(asked[0], sra.earlier(key, t, t_max, num_timesteps))
+    student = head(params, features()[2], jnp.bfloat16)
+    distance = sra.mean_distance(student, features(seed=1)[5], "l2").mean()
+    np.testing.assert_allclose(term.loss, 0.3 * 10 ** (-2 / 4) * distance, rtol=1e-5)
+    np.testing.assert_allclose(term.full, 0.3 * distance, rtol=1e-6)
+    assert loss.blocks == (2, 5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
