@@ -259,6 +259,68 @@ def test_a_weak_state_of_the_model_guides_it(predicts):
     np.testing.assert_array_equal(plain(three, {}, labels, 0, weak=one), plain(three, {}, labels, 0))
 
 
+# --- Options.
+
+BY_LABEL = Model(lambda key: {}, lambda params, x, t, y: (0 * x + y[:, None, None, None], ()))
+
+
+def drawn(space=SPACE, codec=PIXELS, weak=None, labels=range(3), first=0, call=None, **options):
+    """Samples of a velocity that is the label, in two steps: the noise less the guided label."""
+    given = {"solver": "euler", "steps": 2, "batch_size": 8} | options
+    sample = sampling.make(BY_LABEL, codec, space, Flow(), sharding.make(), **given)
+    return sample({}, {}, np.array(labels), 0, weak=weak, first=first, **(call or {}))
+
+
+def test_guidance_of_a_call_is_that_of_a_sampler():
+    """3 is the null label: 3 + 2 (y - 3), and y where the interval ends before the first of two steps."""
+    labels = np.arange(3)[:, None, None, None]
+    plain, guided = drawn(), drawn(cfg_scale=2.0)
+    np.testing.assert_allclose(plain - guided, labels - 3 + 0 * plain, atol=1e-5)
+    np.testing.assert_array_equal(drawn(call={"cfg_scale": 2.0}), guided)
+    np.testing.assert_array_equal(drawn(cfg_scale=2.0, call={"cfg_scale": 1.0}), plain)
+    half = drawn(cfg_scale=2.0, guidance_interval=(0.0, 0.9))
+    np.testing.assert_allclose(plain - half, (labels - 3) / 2 + 0 * plain, atol=1e-5)
+    np.testing.assert_array_equal(drawn(cfg_scale=2.0, call={"guidance_interval": (0.0, 0.9)}), half)
+    np.testing.assert_array_equal(drawn(labels=[2], first=2), plain[2:])
+
+
+def test_guidance_of_some_channels_leaves_the_others():
+    plain, guided = drawn(), drawn(cfg_scale=2.0, guidance_channels=1)
+    np.testing.assert_allclose((plain - guided)[..., 0], np.arange(3)[:, None, None] - 3 + 0 * plain[..., 0], atol=1e-5)
+    np.testing.assert_array_equal(guided[..., 1], plain[..., 1])
+    assert sampling.state_of(DIFFUSION, SHAPE, None, None).channels == SHAPE[-1], "guided variance"
+    for channels in (0, 3):
+        with pytest.raises(ConfigError, match=f"guidance_channels = {channels}: must be at least 1 and at most 2"):
+            drawn(guidance_channels=channels)
+
+
+def test_guidance_that_cannot_be_is_refused_at_the_call():
+    none = Space(SHAPE, Conditions.labels(0))
+    with pytest.raises(ConfigError, match=r"cfg_scale = 2\.0: must be 1, because the data have no classes"):
+        drawn(none, labels=[0], call={"cfg_scale": 2.0})
+    assert drawn(none, labels=[0], weak={}, call={"cfg_scale": 2.0}).shape == (1, *SHAPE)
+    with pytest.raises(ConfigError, match=r"guidance_interval = \(0\.9, 0\.2\): must be two times"):
+        drawn(call={"guidance_interval": (0.9, 0.2)})
+
+
+def test_the_codec_turns_conditions_and_samples():
+    """The network sees 10 y, of the null label too."""
+    codec = PIXELS._replace(condition=lambda frozen, y: 10 * y, decode=lambda frozen, x: x + 100)
+    labels = np.arange(3)[:, None, None, None]
+    plain = drawn(labels=[0, 0, 0])
+    np.testing.assert_allclose(drawn(codec=codec), plain + 100 - 10 * labels, atol=1e-4)
+    np.testing.assert_allclose(drawn(codec=codec, cfg_scale=2.0), plain + 100 - (20 * labels - 30), atol=1e-4)
+
+
+def test_every_option_reaches_its_solver(monkeypatch):
+    given, make = [], solve.make
+    monkeypatch.setattr(solve, "make", lambda *arguments: (given.append(arguments), make(*arguments))[1])
+    options = {"steps": 7, "diffusion": "linear", "diffusion_norm": 0.5, "last_step_kind": "euler", "last_step": 0.1}
+    options |= {"rtol": 1e-2, "atol": 1e-5, "eta": 0.5}
+    sampling.make(BY_LABEL, PIXELS, SPACE, Flow(), sharding.make(), solver="heun", **options)
+    assert given == [("heun", Flow(), solve.Options(**options))]
+
+
 # --- Batches in flight.
 
 

@@ -405,6 +405,41 @@ def test_adamw_with_clipping():
         np.testing.assert_allclose(mu, wanted, rtol=1e-5, err_msg=f"clip {clip}")
 
 
+def test_adamw_by_hand():
+    """Two steps with settings of which none is the default."""
+    b1, b2, eps, rate, decay = 0.5, 0.75, 0.1, 0.01, 0.2
+    optimizer, _ = optim.make(10, learning_rate=rate, b1=b1, b2=b2, eps=eps, weight_decay=decay, clip=None)
+    params, m, v = {"w": jnp.array([1.0, -2.0])}, 0, 0
+    state = optimizer.init(params)
+    for count, gradient in enumerate(np.array([[0.3, -0.1], [-0.2, 0.4]]), 1):
+        m, v = b1 * m + (1 - b1) * gradient, b2 * v + (1 - b2) * gradient**2
+        unit = m / (1 - b1**count) / (np.sqrt(v / (1 - b2**count)) + eps)
+        updates, state = optimizer.update({"w": jnp.asarray(gradient)}, state, params)
+        np.testing.assert_allclose(updates["w"], -rate * (unit + decay * params["w"]), rtol=1e-5)
+        params = optax.apply_updates(params, updates)
+
+
+def test_groups_have_optimizers_of_their_own():
+    """The first group that fits takes a parameter. The first step of Adam moves it by the group's learning rate."""
+    trained = {
+        "params": {"stem": jnp.ones(2), "deep": jnp.ones(2), "out": jnp.ones(2)},
+        "losses": {"head": jnp.ones(2)},
+    }
+    rates = {"heads": ("losses/", 0.3), "deep": ("deep", 0.2), "rest": ("e", 0.5)}
+    groups = {label: {"of": of, "learning_rate": rate} for label, (of, rate) in rates.items()}
+    groups["rest"]["warmup_steps"] = 10
+    made = optim.grouped(10, {"learning_rate": 0.1}, groups)
+    found = {label: float(rate(0)) for label, rate in made.rates.items()}
+    assert found == pytest.approx({"main": 0.1, "heads": 0.3, "deep": 0.2, "rest": 0.05})
+    updates, _ = made.transform.update(trained, made.transform.init(trained), trained)
+    moved = {name: -float(leaf[0]) for name, leaf in sharding.by_name(updates).items()}
+    wanted = {"params/stem": 0.05, "params/deep": 0.2, "params/out": 0.1, "losses/head": 0.3}
+    assert moved == pytest.approx(wanted, rel=1e-5)
+    late = optim.grouped(10, {}, {"all": {"of": "params"}, "deep": groups["deep"]})
+    with pytest.raises(ConfigError, match=r"config\.groups\.deep: no parameter's name fits 'deep'"):
+        late.transform.init(trained)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
