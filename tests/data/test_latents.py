@@ -2,7 +2,9 @@
 
 import contextlib
 import io
+import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -114,6 +116,66 @@ def test_a_record_of_a_part_of_a_split_is_named_by_its_place_in_the_shard(writte
     assert len(source) == 4
     np.testing.assert_array_equal(source[2]["moments"], moments(7)[0])
     assert source.place(2) == "latents-train.array_record-00000-of-00001, number 7"
+
+
+def test_a_record_of_two_parts_of_a_split_is_named_by_its_place_too(written):
+    source = make(written, "train[5:9]+train[12:14]").source
+    assert len(source) == 6
+    for index, number in ((3, 8), (4, 12), (5, 13)):
+        np.testing.assert_array_equal(source[index]["moments"], moments(number)[0])
+        assert source.place(index) == f"latents-train.array_record-00000-of-00001, number {number}"
+    assert source.place(6) == "beyond the last shard"
+
+
+@pytest.fixture
+def said(written, tmp_path):
+    """(what latents.json says) -> the data set, whose shape and classes are those that are stored."""
+
+    def make_of(**says):
+        (tmp_path / "latents.json").write_text(json.dumps({"format": 1, "moments": "mean_std"} | says))
+        return make(str(tmp_path), shape=None, num_classes=None)
+
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+    return make_of
+
+
+def test_shape_classes_and_scale_are_those_that_are_stored(said):
+    dataset = said(classes=list("0123456789"), vae={"scale": 0.25})
+    assert (dataset.space, dataset.scale) == (Space(SHAPE, Conditions.labels(10)), 0.25)
+    dataset = said(classes=None)
+    assert (dataset.space.conditions.classes, dataset.scale) == (0, None)
+    assert dataset.source[10]["y"] == 0, "without classes every label is 0"
+    with pytest.raises(DataError, match=r"label 1 is not in 0 \.\. 0"):
+        dataset.source[1]
+    with pytest.raises(ConfigError, match="do not say how many classes they have: set num_classes"):
+        said()
+
+
+@pytest.mark.parametrize(("option", "value"), [("format", 2), ("moments", "mean_logvar")])
+def test_latents_of_another_format_are_refused(said, option, value):
+    with pytest.raises(DataError, match=rf"latents\.json says {option} = {value!r}, wanted"):
+        said(classes=None, **{option: value})
+
+
+def test_a_preparation_that_is_not_finished_is_named(tmp_path):
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(DataError, match="is not a tfds dataset: its preparation is not finished"):
+        make(str(tmp_path))
+    (tmp_path / "latents.json").write_text("{}")
+    with pytest.raises(DataError, match="is not a tfds dataset: ") as error:
+        make(str(tmp_path))
+    assert "not finished" not in str(error.value)
+
+
+@pytest.mark.parametrize("cached", ["features/", "dinov2", "feature/dinov2"])
+def test_a_name_that_no_cached_output_has_is_refused(written, cached):
+    with pytest.raises(ConfigError, match=rf"cached = '{cached}': wanted features/NAME or token/NAME"):
+        make(written, cached=(cached,))
+
+
+def test_more_classes_than_the_data_have_are_allowed(tmp_path):
+    dataset = make(write(tmp_path, 2, label=tfds.features.ClassLabel(num_classes=8)), num_classes=10)
+    assert dataset.space.conditions.classes == 10
 
 
 def test_many_records_read_together_are_those_read_alone(written):
