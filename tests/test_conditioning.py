@@ -148,9 +148,9 @@ def test_guidance_needs_something_to_guide_to():
         (4.0, Conditions.labels(1)),
         (1.0, none),
     ):
-        conditioning.check_guidance(scale, conditions)
+        conditioning.check_guidance(scale, conditions, True)
     for scale in (0.5, 2.0):
         with pytest.raises(ConfigError, match=f"cfg_scale = {scale}: must be 1, because the data have no classes"):
-            conditioning.check_guidance(scale, none)
+            conditioning.check_guidance(scale, none, True)
     with pytest.raises(ConfigError, match=r"cfg_scale = -0\.1: must be at least 0"):
-        conditioning.check_guidance(-0.1, Conditions.labels(3))
+        conditioning.check_guidance(-0.1, Conditions.labels(3), True)

@@ -267,7 +267,7 @@ BY_LABEL = Model(lambda key: {}, lambda params, x, t, y: (0 * x + y[:, None, Non
 def drawn(space=SPACE, codec=PIXELS, weak=None, labels=range(3), first=0, call=None, **options):
     """Samples of a velocity that is the label, in two steps: the noise less the guided label."""
     given = {"solver": "euler", "steps": 2, "batch_size": 8} | options
-    sample = sampling.make(BY_LABEL, codec, space, Flow(), sharding.make(), **given)
+    sample = sampling.make(BY_LABEL, codec, space, trained(Flow()), sharding.make(), **given)
     return sample({}, {}, np.array(labels), 0, weak=weak, first=first, **(call or {}))
 
 
@@ -317,7 +317,7 @@ def test_every_option_reaches_its_solver(monkeypatch):
     monkeypatch.setattr(solve, "make", lambda *arguments: (given.append(arguments), make(*arguments))[1])
     options = {"steps": 7, "diffusion": "linear", "diffusion_norm": 0.5, "last_step_kind": "euler", "last_step": 0.1}
     options |= {"rtol": 1e-2, "atol": 1e-5, "eta": 0.5}
-    sampling.make(BY_LABEL, PIXELS, SPACE, Flow(), sharding.make(), solver="heun", **options)
+    sampling.make(BY_LABEL, PIXELS, SPACE, trained(Flow()), sharding.make(), solver="heun", **options)
     assert given == [("heun", Flow(), solve.Options(**options))]
 
 
