@@ -79,22 +79,25 @@ def keywords(config: ConfigDict, place: str, build: Callable) -> dict[str, Any]:
 
 
 def check(config: ConfigDict) -> None:
-    """Find what is missing in the slots of a run, and build none. ConfigError as of `factory` and `keywords`."""
+    """Find what is missing in the slots of a run, and build none. ConfigError as of `make`."""
     slots = [(kind, f"config.{key}", config[key]) for key, kind in SINGLE.items()]
     slots += [(kind, f"config.{kind}.{label}", one) for kind in LABELED for label, one in config[kind].items()]
     for kind, place, one in slots:
-        keywords(one, place, registry.factory(kind, one.name))
+        keywords(one, place, _factory(kind, one, place))
 
 
 def make(kind: str, config: ConfigDict, place: str, *args: Any) -> Any:
     """Build the slot that a config describes. place: of the config, for errors, such as `config.model`."""
-    try:
-        build = registry.factory(kind, config.name)
-    except ConfigError as error:
-        raise ConfigError(f"{place}.name: {str(error).partition(': ')[2]}") from error
-    given = keywords(config, place, build)
+    given = keywords(config, place, _factory(kind, config, place))
     with named(place, given):
         return registry.make(kind, config.name, *args, **given)
+
+
+def _factory(kind: str, config: ConfigDict, place: str) -> Callable:
+    try:
+        return registry.factory(kind, config.name)
+    except ConfigError as error:
+        raise ConfigError(f"{place}.name: {str(error).partition(': ')[2]}") from error
 
 
 @contextlib.contextmanager

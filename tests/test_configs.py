@@ -275,6 +275,7 @@ MISTAKES = {  # the text of a config file, and its error
     "config = digits.get_config()\n    config.modl.patch = 3": "line 5: no key 'modl'; did you mean 'model'?",
     "return digts.get_config()": "line 4: NameError: name 'digts' is not defined",
     "import numpyy": "line 4: No module named 'numpyy'",
+    "return None.foo": "line 4: AttributeError: 'NoneType' object has no attribute 'foo'",
     "return 1 / 0": "line 4: ZeroDivisionError: division by zero",
     "return (": "line 4: '(' was never closed",
     "pass": " get_config() returns None, wanted the config",

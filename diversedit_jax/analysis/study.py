@@ -13,7 +13,7 @@ from diversedit_jax.analysis import features, gradient_conflict, known_scores, m
 from diversedit_jax.analysis.measure import Estimator, Measured, Settings
 from diversedit_jax.api import AuxLoss
 from diversedit_jax.metrics import similarity
-from diversedit_jax.runs.build import frozen_weights
+from diversedit_jax.runs import build
 from diversedit_jax.runs.trained import Trained
 
 PARTS = {
@@ -92,8 +92,9 @@ def study(
     auxiliary losses, the gradients of these are taken.
     """
     experiment, label, details, notes = found.experiment, found.label, {}, list(found.notes)
-    frozen = frozen_weights(experiment.components.codec, experiment.layout)
+    frozen = build.frozen_weights(experiment.components.codec, experiment.layout)
     dataset = found.data(settings.split)
+    say(f"{label}: {build.found(experiment.config, dataset)}, split {settings.split}")
     shown = measure.batches(dataset, settings, experiment.layout)
     ready, known = measure.compiled(experiment, settings), known_scores.found(found.workdir)
     looks, last, learned = [], None, None

@@ -19,7 +19,7 @@ from diversedit_jax.api import Codec, Condition, Conditions, Model, Params, Spac
 from diversedit_jax.codecs import network_space, with_encoders
 from diversedit_jax.data import Dataset
 from diversedit_jax.data.pipeline import stacked
-from diversedit_jax.errors import ConfigError, DataError, RunError
+from diversedit_jax.errors import ConfigError, DataError, RunError, WeightsError
 from diversedit_jax.registry import finite, in_range, one_of
 from diversedit_jax.runtime import flops
 from diversedit_jax.runtime.files import flat
@@ -90,7 +90,8 @@ def inputs(config: ConfigDict, dataset: Dataset) -> dict[str, Any]:
         for key, path in flat({part: config[part].to_dict()}).items():
             if key.split(".")[-1] in configs.PATHS and path is not None:
                 place = weights_folder.folder_of(Path(path).expanduser(), "vae")
-                found[key] = weights_folder.digest(place)[:16]
+                with contextlib.suppress(WeightsError):  # an encoder of a user may read other folders
+                    found[key] = weights_folder.digest(place)[:16]
     return found
 
 

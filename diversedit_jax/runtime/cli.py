@@ -112,7 +112,9 @@ def reason(error: BaseException) -> str:
 def unknown_key(error: BaseException) -> str | None:
     """The words for a key that a config does not have, with the nearest one. None for another error."""
     lines = str(error).replace("\\n", "\n").splitlines()
-    given = NAME.findall(lines[0]) if lines and isinstance(error, AttributeError | KeyError) else []
+    if not isinstance(error, AttributeError | KeyError) or "has no attribute" in str(error):  # those are Python's
+        return None
+    given = NAME.findall(lines[0]) if lines else []
     if not given:
         return None
     meant = NAME.findall(lines[1])[:1] if len(lines) > 1 and "Did you mean" in lines[1] else []
