@@ -18,7 +18,7 @@ from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import dit
 from diversedit_jax.objectives.flow_matching import regress
 from diversedit_jax.training import optimizer as optim
-from diversedit_jax.training.step import Components, initializer, train_step
+from diversedit_jax.training.step import Components, initializer, started_from, train_step
 
 SHAPE, CLASSES, BATCH = (4, 4, 2), 5, 16
 CONDITIONS = Conditions.labels(CLASSES)
@@ -234,6 +234,8 @@ def test_accumulated_parts_draw_differently():
     jax.effects_barrier()
     assert len(seen) == 4
     assert len(np.unique([t for t, _ in seen])) == BATCH, "two parts drew the same times"
+    alternate = {np.asarray(batch()["x"])[part::4].tobytes() for part in range(4)}  # each device keeps its examples
+    assert {x.tobytes() for _, x in seen} == alternate
     used = np.concatenate([x for _, x in seen])
     assert sorted(x.tobytes() for x in used) == sorted(x.tobytes() for x in np.asarray(batch()["x"])), (
         "not each example once"
@@ -259,6 +261,17 @@ def test_state_at_the_start():
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} <= {np.dtype("float32"), np.dtype("int32")}
 
 
+def test_a_state_that_starts_from_given_parameters_averages_from_them():
+    state = jax.device_put(start(parts()), sharding.replicated(layout_of(1, 1)))
+    given = {"first": np.full((32, 32), 7, np.float32)}
+    new = started_from(state, given)
+    assert new.keys() == state.keys()
+    wanted = {"first": given["first"], "second": state["params"]["second"]}
+    for name in ("params", "ema"):
+        jax.tree.map(np.testing.assert_array_equal, new[name], wanted)
+    assert new["ema"]["first"] is not new["params"]["first"], "a step may donate one of them"
+
+
 def test_ema_follows_the_formula_and_the_step_is_counted():
     made = parts()
     step, state = step_of(made), start(made)
@@ -269,6 +282,18 @@ def test_ema_follows_the_formula_and_the_step_is_counted():
         assert state["step"] == count
         assert_close(state["ema"], ema, f"EMA after {count} steps", rtol=1e-6)
     assert np.abs(state["ema"]["first"] - state["params"]["first"]).max() > 1e-5
+
+
+def test_no_key_of_a_step_is_used_twice():
+    """The objective's draws, the codec's and those of two losses, found by jax's own check of keys."""
+
+    def encode(frozen, batch, key):
+        return batch | {"x": batch["x"] + jax.random.normal(key, batch["x"].shape)}
+
+    made = parts(codec=Codec(dict, encode, None), losses={"one": head(), "two": head()})
+    with jax.debug_key_reuse(True):
+        state = jax.eval_shape(initializer(made, batch()), KEY)
+        jax.eval_shape(partial(train_step, made), state, {}, batch(), RUN_KEY)
 
 
 def test_every_step_draws_anew_and_the_same_when_repeated():
