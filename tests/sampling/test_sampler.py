@@ -294,6 +294,13 @@ def test_guidance_of_some_channels_leaves_the_others():
             drawn(guidance_channels=channels)
 
 
+@pytest.mark.parametrize(("given", "wanted"), [(None, 2.0), (1.5, 1.5), (0.5, 0.5), (0.0, 1.0), (-1.0, 1.0)])
+def test_the_scale_of_the_token(given, wanted):
+    scales = sampling.state_of(Flow(token=3), SHAPE, 1, given).scales(2.0)
+    np.testing.assert_array_equal(scales[-3:], wanted)
+    np.testing.assert_array_equal(scales[:-3].reshape(-1, 2), np.tile([2.0, 1.0], (64, 1)))
+
+
 def test_guidance_that_cannot_be_is_refused_at_the_call():
     none = Space(SHAPE, Conditions.labels(0))
     with pytest.raises(ConfigError, match=r"cfg_scale = 2\.0: must be 1, because the data have no classes"):
