@@ -428,12 +428,14 @@ def test_tolerances_and_steps_reach_dopri5(monkeypatch):
     seen = {}
 
     def solved(term, solver, *, y0, stepsize_controller, max_steps, **given):
-        seen.update(rtol=stepsize_controller.rtol, atol=stepsize_controller.atol, max_steps=max_steps)
+        seen.update(
+            {name: getattr(stepsize_controller, name) for name in ("rtol", "atol", "dtmax")}, max_steps=max_steps
+        )
         return SimpleNamespace(result=diffrax.RESULTS.successful, ys=y0[None])
 
     monkeypatch.setattr(diffrax, "diffeqsolve", solved)
     exactly(solve.make("dopri5", Flow(), solve.Options(steps=7, rtol=1e-2, atol=1e-5)), lambda velocity, x, noise: x)
-    assert seen == {"rtol": 1e-2, "atol": 1e-5, "max_steps": 7}
+    assert seen == {"rtol": 1e-2, "atol": 1e-5, "dtmax": 0.25, "max_steps": 7}, "or a step over most of the interval"
 
 
 def test_evaluations_are_counted():

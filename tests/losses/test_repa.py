@@ -9,7 +9,7 @@ from diversedit_jax import losses
 from diversedit_jax.api import Context
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.losses import repa
-from diversedit_jax.losses._shared import head, init_head
+from diversedit_jax.losses._shared import head, init_head, unit
 from tests.losses.test_conformance import BATCH, TOKENS, WIDTH, batch, features, forward
 
 K = batch()["features/dinov2"].shape[-1]
@@ -47,6 +47,11 @@ def test_alignment_is_minus_the_mean_cosine_of_each_example():
     np.testing.assert_allclose(repa.alignment(z, 7 * z), -1, rtol=1e-6)
     gradient = jax.grad(lambda z: repa.alignment(z, targets).sum())(jnp.zeros((3, 4, 5)))
     assert not gradient.any(), "a zero vector has no direction and no gradient"
+
+
+def test_short_vectors_have_a_direction_down_to_1e_12():
+    vectors = jnp.array([[3e-8, 4e-8], [3e-13, 4e-13], [0, 0]])
+    np.testing.assert_allclose(unit(vectors), [[0.6, 0.8], [0, 0], [0, 0]], rtol=1e-6)
 
 
 def test_nt_xent_is_a_token_s_search_for_its_target_in_its_image():
