@@ -1,6 +1,7 @@
 """What holds for every test: eight simulated CPU devices, and shapes in signatures checked at run time."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -25,6 +26,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has what the process tha
 
 import jax
 import jaxtyping
+
+# What jax traces and compiles lives long. By default Python looks through all of it again and again, 4% of the run.
+gc.set_threshold(100_000, 20, 100)
 
 # Meshes are tested in this process. The count can only be set before the first array.
 jax.config.update("jax_num_cpu_devices", 8)

@@ -29,10 +29,11 @@ from diversedit_jax.training.step import Components, train_step
 from diversedit_jax.weights import dit as releases
 from diversedit_jax.weights.formats import weights_folder
 
-# The smallest value of each number in a config that belongs to no slot.
-LEAST = {"seed": 0, "total_steps": 1, "batch_size": 1, "accumulate": 1, "ema_decay": 0, "max_skipped": 0, "watchdog": 0}
-LEAST |= {"log_every": 1, "samples.every": 0, "samples.num": 0, "checkpoint.every": 0, "checkpoint.keep": 1}
-LEAST |= {"checkpoint.keep_every": 0, "checkpoint.best": 0}
+# The range of each number in a config that belongs to no slot, for `in_range`.
+RANGES = {"seed": {"low": 0, "high": 2**32 - 1}, "ema_decay": {"low": 0, "below": 1}}
+RANGES |= {key: {"low": 1} for key in ("total_steps", "batch_size", "accumulate", "log_every", "checkpoint.keep")}
+RANGES |= {key: {"low": 0} for key in ("max_skipped", "watchdog", "samples.every", "samples.num")}
+RANGES |= {f"checkpoint.{key}": {"low": 0} for key in ("every", "keep_every", "best")}
 
 
 class Experiment(NamedTuple):
@@ -136,11 +137,10 @@ def check_numbers(config: ConfigDict) -> None:
     """Raise ConfigError, with its key, for a number of a config that cannot be. Slots check their own options."""
     for key, value in flat(config.to_dict()).items():
         finite(f"config.{key}", value)
-        least = LEAST.get(key, 0 if key.startswith("evaluators.") and key.endswith(".every") else None)
-        if least is not None:
-            in_range(f"config.{key}", value, least)
-    in_range("config.seed", config.seed, high=2**32 - 1)
-    in_range("config.ema_decay", config.ema_decay, below=1)
+        if key in RANGES:
+            in_range(f"config.{key}", value, **RANGES[key])
+    for label, slot in config.evaluators.items():
+        in_range(f"config.evaluators.{label}.every", slot.every, 0)
 
 
 def components_of(

@@ -35,7 +35,7 @@ def make(
     weight_decay: float = 0.0,
     clip: float | None = 1.0,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW and its learning rate at each step. The defaults are those of SiT, REPA and DiverseDiT.
+    """AdamW and its learning rate at each step. The defaults are those of REPA and DiverseDiT; SiT does not clip.
 
     decay: `constant`, or `cosine` down to 0 at `total_steps`; both after a linear warm-up of `warmup_steps`.
     clip:  the largest global norm of the gradient of its parameters, or None.

@@ -67,7 +67,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def opened(workdir):
-    return trained.of_run(workdir, encoders=True)
+    return trained.of_run(workdir, losses=True)
 
 
 @pytest.fixture(scope="module")

@@ -431,7 +431,7 @@ def test_tolerances_and_steps_reach_dopri5(monkeypatch):
         seen.update(
             {name: getattr(stepsize_controller, name) for name in ("rtol", "atol", "dtmax")}, max_steps=max_steps
         )
-        return SimpleNamespace(result=diffrax.RESULTS.successful, ys=y0[None])
+        return SimpleNamespace(result=diffrax.RESULTS.successful, ys=y0[None], ts=jnp.zeros(1))
 
     monkeypatch.setattr(diffrax, "diffeqsolve", solved)
     exactly(solve.make("dopri5", Flow(), solve.Options(steps=7, rtol=1e-2, atol=1e-5)), lambda velocity, x, noise: x)

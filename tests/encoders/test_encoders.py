@@ -23,6 +23,7 @@ from diversedit_jax.models.vit import Architecture
 from diversedit_jax.runs import build, trained
 from diversedit_jax.training.step import initializer, train_step
 from diversedit_jax.weights import vit as published
+from diversedit_jax.weights.formats import weights_folder
 from tests import DATA
 
 SPACE = Space((8, 8, 1), Conditions.labels(4))
@@ -383,8 +384,8 @@ def test_an_encoder_of_one_s_own_for_small_images(tmp_path):
 
 def test_the_file_is_read_once(tmp_path, monkeypatch):
     opened = []
-    opening = published.open_weights
-    monkeypatch.setattr(published, "open_weights", lambda path: opened.append(path) or opening(path))
+    opening = weights_folder.open_weights
+    monkeypatch.setattr(weights_folder, "open_weights", lambda path: opened.append(path) or opening(path))
     encoder = encoders.make("dinov2", **toy(tmp_path))
     assert len(opened) == 1, "names and shapes are checked"
     for _ in range(2):

@@ -166,7 +166,7 @@ def test_a_config_that_says_otherwise_is_refused(folder):
         ({"block_out_channels": [8]}, r"says block_out_channels = \[8\], the arrays \[32, 64\]", ConfigError),
         ({"act_fn": "gelu"}, "says act_fn = gelu, the arrays silu", ConfigError),
         ({"norm_num_groups": 3}, "groups = 3 does not divide the width 32", ConfigError),
-        ({"_class_name": "AutoencoderTiny"}, "wanted the config of an AutoencoderKL, given that of AutoencoderTiny", 0),
+        ({"_class_name": "AutoencoderTiny"}, "wanted an AutoencoderKL, its config.json is of AutoencoderTiny", 0),
     ]:
         file.write_text(json.dumps(config | change))
         with pytest.raises(kind or WeightsError, match=words):
@@ -176,7 +176,9 @@ def test_a_config_that_says_otherwise_is_refused(folder):
 
 
 def test_what_is_no_autoencoder_is_refused(tmp_path):
-    refused(tmp_path, "wanted config.json and diffusion_pytorch_model.safetensors in it", WeightsError)
+    refused(
+        tmp_path, "a folder without weights .it is empty.: wanted diffusion_pytorch_model.safetensors", WeightsError
+    )
     refused(tmp_path / "nowhere", "No such file", WeightsError)
     shutil.copy(DATA / "sit_plain.safetensors", tmp_path)
     refused(tmp_path / "sit_plain.safetensors", "these are not the arrays of an autoencoder")

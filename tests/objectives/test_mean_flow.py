@@ -33,7 +33,9 @@ CASES = {
 def golden():
     """The reference's network and numbers."""
     release, _ = releases.open_release(reference.DATA / "meanflow.safetensors", heads=4)
-    model = models.make("dit", release.space(8), releases.inputs(release.arch), **releases.model_options(release.arch))
+    model = models.make(
+        "dit", release.space((8, 8)), releases.inputs(release.arch), **releases.model_options(release.arch)
+    )
     with np.load(reference.DATA / "meanflow.npz") as file:
         gold = {key: jnp.asarray(file[key], jax.dtypes.canonicalize_dtype(file[key].dtype)) for key in file.files}
     return model, release.params, gold

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from configs import digits
 from diversedit_jax import codecs, models, objectives, sample, sharding, train
-from diversedit_jax.api import Conditions, Context, Model, Space
+from diversedit_jax.api import Conditions, Context, Model, Objective, Space
 from diversedit_jax.config import slot
 from diversedit_jax.diffusion import image_and_token, paths, solvers
 from diversedit_jax.diffusion.guidance import guide
@@ -443,7 +443,7 @@ def sampler(model, batch_size=8, token=K, **options):
     """labels -> images of `model`, as they are."""
     pixels = codecs.make("pixels")._replace(decode=None)
     given = {"solver": "euler", "steps": 4, "batch_size": batch_size} | options
-    draw = samplers.make(model, pixels, SPACE, Flow(token=token), sharding.make(), **given)
+    draw = samplers.make(model, pixels, SPACE, Objective(None, Flow(token=token)), sharding.make(), **given)
     return lambda labels: draw({}, {}, np.asarray(labels), 0)
 
 
