@@ -37,6 +37,7 @@ def run(tmp_path_factory):
     return workdir, train.run(config.get_config(), workdir)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_like_one_that_was_not(run, tmp_path):
     assert_same_bits(run[1], train.run(config.get_config(), tmp_path))
 

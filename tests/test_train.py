@@ -163,6 +163,7 @@ def test_stopped_and_resumed_equals_straight_to_the_bit(straight, tmp_path, capf
     assert losses(workdir) == losses(straight[1])
 
 
+@pytest.mark.slow
 def test_the_best_checkpoints_are_kept(tmp_path, capsys):
     """Values 3, 1, 2 at steps 2, 4, 6. The newest step is always kept."""
     config = tiny(checkpoint__every=0)

@@ -188,6 +188,7 @@ def test_export_is_exact_and_to_reg_alone():
         releases.export(plain.params, "reg", plain.arch)
 
 
+@pytest.mark.slow
 def test_a_release_samples_at_once(tmp_path):
     write_safetensors(tmp_path / "reg.safetensors", reg_weights("sit_plain"))
     options = {"steps": 3, "cfg_scale": 2.3, "token_cfg_scale": 1.5, "guidance_interval": (0.0, 0.85)}

@@ -79,6 +79,7 @@ def stop(workdir: Path, asked: int) -> None:
         assert run.out(0).partition(said)[2][:1] == run.out(1).partition(said)[2][:1] != ""
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_all_at_one_step(tmp_path):
     stop(tmp_path, asked=1)
     assert Checkpoints(tmp_path / "checkpoints").latest() >= 3
