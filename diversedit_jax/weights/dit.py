@@ -199,8 +199,10 @@ def sides_of(family: str, table: np.ndarray, arch: Architecture) -> tuple[int, i
 
     ConfigError for another table than the fixed one: our network would not be the one that was trained.
     """
-    stored = np.asarray(table, np.float32).reshape(-1, table.shape[-1])
-    patches = len(stored) - int(arch.token_width is not None)
+    patches = math.prod(table.shape[:-1]) - int(arch.token_width is not None)
+    if table.ndim < 2 or table.shape[-1] != arch.width or patches < 1:
+        raise ConfigError(f"{family}: its position table has shape {list(table.shape)}, wanted [1, n, {arch.width}]")
+    stored = np.asarray(table, np.float32).reshape(-1, arch.width)
     grids = [(rows, patches // rows) for rows in range(1, patches + 1) if patches % rows == 0]
     apart = {grid: float(np.abs(position_table(arch, grid) - stored).max()) for grid in grids}
     nearest = min(apart, key=apart.get)

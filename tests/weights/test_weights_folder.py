@@ -160,6 +160,9 @@ def test_a_position_table_tells_height_and_width(tmp_path):
         (lambda x: x + 0.1, r"differs by up to 0.1 from that of 4 x 4: a learned or resized table is not read"),
         (lambda x: x[:, ::-1], "not the fixed sine-cosine table of any grid of 16 patches"),
         (lambda x: x * np.nan, "differs by up to nan"),
+        (lambda x: x[..., :-1], r"its position table has shape \[1, 16, 31\], wanted \[1, n, 32\]"),
+        (lambda x: x[:, :0], r"its position table has shape \[1, 0, 32\]"),
+        (lambda x: x[0, 0], r"its position table has shape \[32\]"),
     ],
 )
 def test_a_release_with_another_position_table_is_refused(change, match):
