@@ -46,7 +46,6 @@ DEFAULTS = [
     # --- Objectives.
     (flow_matching.make, f"{SIT}, section 2; {DIVERSEDIT}, Table A1", {"path": "linear", "prediction": "velocity"}),
     (flow_matching.make, f"{DIVERSEDIT}, Table A1", {"weight": "none", "time": "uniform", "condition_drop": 0.1}),
-    (flow_matching.make, f"{REPA}, code: --weighting=lognormal", {"time_mean": 0.0, "time_std": 1.0}),
     (ddpm.make, f"{DIT}, section 3.1 and code", {"num_timesteps": 1000, "condition_drop": 0.1, "learn_sigma": True}),
     (reg.make, f"{REG}, code", {"encoder": "dinov2", "width": 768, "token_weight": 0.03}),
     (reg.regress, f"{REG}, code", {"token_weight": 0.03}),
