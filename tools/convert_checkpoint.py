@@ -33,7 +33,7 @@ def describe(release: releases.Release, entries: dict[str, int]) -> str:
     facts = {"family": f"{release.family}: {FAMILIES[release.family].about}", **release.arch._asdict()}
     facts["image size"] = "not stored" if release.sides is None else " x ".join(map(str, release.sides))
     facts["in the file"] = ", ".join(f"{name} ({count} arrays)" for name, count in entries.items())
-    facts["EMA"] = "present" if ema else "not named: the arrays may be either"
+    facts["EMA"] = "present" if ema else "no" if "online" in entries else "not named: the arrays may be either"
     if release.unread:
         facts["not read"] = ", ".join(f"{path} ({dotted})" for path, dotted in release.unread.items())
     return "\n".join([*(f"{name:<14}{value}" for name, value in facts.items()), parameter_overview(release.params)])
