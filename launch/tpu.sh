@@ -655,7 +655,7 @@ main() {
   esac
   read -ra more_args <<<"$SSH_ARGS"
   if [[ $dry_run == 1 ]]; then
-    tmp=${TMPDIR:-/tmp}/tmp.XXXXXXXXXX # is not made
+    tmp=${TMPDIR:-/tmp}/tmp.XXXXXXXXXX # a dry run makes no folder: it shows the pattern of mktemp in its commands
     errors=/dev/null
   else
     command -v gcloud >/dev/null || die "gcloud is not installed: see Google's documentation, \"Install the gcloud CLI\""

@@ -48,11 +48,11 @@ class Experiment(NamedTuple):
     def sampler(self, **changes: Any) -> sampler.Sampler:
         """The sampler of the config, with changes to its options."""
         given, parts = configs.keywords(self.config.sampler, "config.sampler", sampler.make), self.components
-        build = partial(sampler.make, parts.model, parts.codec, self.space, parts.objective, self.layout)
+        make = partial(sampler.make, parts.model, parts.codec, self.space, parts.objective, self.layout)
         if changes:
-            return build(**given | changes)
+            return make(**given | changes)
         with configs.named("config.sampler", given):
-            return build(**given)
+            return make(**given)
 
     def conditions(self, rule: str | None, num: int, seed: int) -> Condition:
         """The stored conditions of `num` samples, by a rule of `conditioning.RULES`."""
