@@ -400,6 +400,14 @@ def test_what_is_neither_yes_nor_no_is_an_error_of_the_tools(cloud):
     assert process.stderr == "error: DIVERSEDIT_LATEST=maybe: wanted yes, true or 1, or no, false, 0 or nothing\n"
 
 
+def test_a_container_does_not_compile_its_libraries_at_every_start():
+    """Its image sets PYTHONDONTWRITEBYTECODE, and the installation leaves the compiling to the first import."""
+    variables = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"}
+    script = f"source {ROOT}/tools/environment.sh; {sys.executable} -c 'import sys; print(sys.dont_write_bytecode)'"
+    process = subprocess.run(["bash", "-c", script], env=variables, capture_output=True, text=True)
+    assert process.stdout == "False\n"
+
+
 # --- What is found before machines are paid for
 
 

@@ -8,6 +8,8 @@
 #   DIVERSEDIT_LATEST=yes the newest releases instead of the versions in constraints.txt
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# Images of containers set it: Python would compile jax and all that it imports anew at every start, for 3 seconds.
+unset PYTHONDONTWRITEBYTECODE
 candidates="python3.11 python3.12 python3.13 python3.14 python3 python"
 
 # Makes settings 1 or 0, however yes or no is written.
