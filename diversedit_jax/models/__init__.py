@@ -1,7 +1,9 @@
 """Networks in Flax NNX, one file each. The rest of the package sees a network as functions of its parameters."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 
+import jax
 from flax import nnx
 from jaxtyping import Array
 
@@ -13,12 +15,26 @@ from diversedit_jax.registry import suggestion
 PRECISIONS = ("highest", "high", "default")  # of matrix products, named as in jax; on a CPU all of them are float32
 
 
-def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
+class Keys:
+    """Draws the keys that `nnx.Rngs(key)` draws, for the layers of nnx, which take it as their `rngs`.
+
+    An nnx.Rngs counts its draws in a Variable. In traced code each of them then costs a text about all the code traced
+    so far: seconds for a deep network.
+    """
+
+    def __init__(self, key: Array):
+        self._key, self._count = key, count()
+
+    def params(self) -> Array:
+        return jax.random.fold_in(self._key, next(self._count))
+
+
+def functional(build: Callable[[Keys], nnx.Module]) -> Model:
     """The module that `build` makes, as pure functions. jit then sees plain dicts, which dispatch fastest."""
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(Keys(jax.random.key(0)))))
 
     def init(key: Array) -> Params:
-        return nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key))))
+        return nnx.to_pure_dict(nnx.state(build(Keys(key))))
 
     def apply(params: Params, *arrays: Array, **inputs: Array):
         return nnx.merge(graphdef, params)(*arrays, **inputs)

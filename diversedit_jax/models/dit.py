@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from diversedit_jax import sharding
 from diversedit_jax.api import Model, Params, Skips, Space
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.models import check_inputs, functional
+from diversedit_jax.models import Keys, check_inputs, functional
 from diversedit_jax.models.attention import ATTENDED, attend, choose, kept
 from diversedit_jax.models.stack import Stack, each, part, stacked
 from diversedit_jax.registry import in_range, one_of
@@ -107,7 +107,7 @@ class Block(nnx.Module):
     """A transformer block with adaLN-Zero (DiT, section 3.2)."""
 
     def __init__(
-        self, width: int, heads: int, mlp_ratio: float, qk_norm: bool, dtype, attention: str = "xla", *, rngs: nnx.Rngs
+        self, width: int, heads: int, mlp_ratio: float, qk_norm: bool, dtype, attention: str = "xla", *, rngs: Keys
     ):
         hidden, head = int(width * mlp_ratio), width // heads
         linear = partial(nnx.Linear, dtype=dtype, kernel_init=KERNELS["xavier"], rngs=rngs)
@@ -147,7 +147,7 @@ class Merge(nnx.Module):
     undoes a LayerNorm, so with one the Linear starts at zero and its output is added to x.
     """
 
-    def __init__(self, width: int, norm: bool, init: str, dtype, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, norm: bool, init: str, dtype, *, rngs: Keys):
         self.norm = nnx.LayerNorm(2 * width, epsilon=EPS, dtype=jnp.float32, rngs=rngs) if norm else None
         self.adds = norm and init == "identity"
         kernel = nnx.initializers.zeros if self.adds else KERNELS[init]
@@ -166,7 +166,7 @@ class Merge(nnx.Module):
 class TimeEmbedding(nnx.Module):
     """The sinusoids of t, not multiplied by 1000, through a two-layer MLP, in float32."""
 
-    def __init__(self, width: int, frequencies: int = 256, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, frequencies: int = 256, *, rngs: Keys):
         linear = partial(nnx.Linear, kernel_init=nnx.initializers.normal(0.02), precision="highest", rngs=rngs)
         self.fc1 = linear(frequencies, width)
         self.fc2 = linear(width, width)
@@ -201,7 +201,7 @@ class DiT(nnx.Module):
         dtype,
         stream_dtype,
         *,
-        rngs: nnx.Rngs,
+        rngs: Keys,
     ):
         half = depth // 2
         numbers = patch ** (len(shape) - 1)  # elements of a patch, for each channel

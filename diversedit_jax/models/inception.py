@@ -5,9 +5,8 @@ resized as in TensorFlow 1, average pools leave the padding out, the last block 
 classes. Arithmetic is float32; `precision` applies to the convolutions and the logits.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
-from itertools import count
 from typing import NamedTuple
 
 import jax
@@ -17,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.models import PRECISIONS, Model, bicubic, functional
+from diversedit_jax.models import PRECISIONS, Keys, Model, bicubic, functional
 from diversedit_jax.registry import one_of
 
 SIDE = 299  # pixels of the images that the network sees
@@ -127,14 +126,11 @@ BLOCKS: dict[str, dict[str, Steps]] = {
 
 
 class Unit(nnx.Module):
-    """Convolution, batch norm by the statistics of training, ReLU.
+    """Convolution, batch norm by the statistics of training, ReLU."""
 
-    It takes a key, not an nnx.Rngs: an nnx.Rngs counts its draws, and tracing that takes seconds for so many layers.
-    """
-
-    def __init__(self, inputs: int, spec: Conv, precision: str, key: Array):
+    def __init__(self, inputs: int, spec: Conv, precision: str, rngs: Keys):
         self.spec, self.precision = spec, precision
-        self.kernel = nnx.Param(jax.nn.initializers.he_normal()(key, (*spec.kernel, inputs, spec.width)))
+        self.kernel = nnx.Param(jax.nn.initializers.he_normal()(rngs.params(), (*spec.kernel, inputs, spec.width)))
         self.scale, self.var = (nnx.Param(jnp.ones(spec.width)) for _ in range(2))
         self.bias, self.mean = (nnx.Param(jnp.zeros(spec.width)) for _ in range(2))
 
@@ -150,11 +146,11 @@ class Unit(nnx.Module):
 class Branch(nnx.Module):
     """Steps one after the other; `width` is that of the last."""
 
-    def __init__(self, inputs: int, steps: Steps, precision: str, keys: Iterator[Array]):
+    def __init__(self, inputs: int, steps: Steps, precision: str, rngs: Keys):
         units, width = [], inputs
         for step in steps:
             if not isinstance(step, str):
-                units += [Unit(width, spec, precision, next(keys)) for spec in step]
+                units += [Unit(width, spec, precision, rngs) for spec in step]
                 width = sum(spec.width for spec in step)
         self.units = nnx.List(units)
         self.steps, self.width = steps, width
@@ -170,12 +166,11 @@ class Branch(nnx.Module):
 class Network(nnx.Module):
     """Images as the network sees them -> Features."""
 
-    def __init__(self, precision: str, rngs: nnx.Rngs):
-        keys = map(partial(jax.random.fold_in, rngs()), count())
-        self.stem = Branch(3, STEM, precision, keys)
+    def __init__(self, precision: str, rngs: Keys):
+        self.stem = Branch(3, STEM, precision, rngs)
         blocks, width = {}, self.stem.width
         for name, branches in BLOCKS.items():
-            made = {branch: Branch(width, steps, precision, keys) for branch, steps in branches.items()}
+            made = {branch: Branch(width, steps, precision, rngs) for branch, steps in branches.items()}
             blocks[name] = nnx.Dict(made)
             width = sum(branch.width for branch in made.values())
         self.blocks = nnx.Dict(blocks)

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from diversedit_jax.models import Keys
+
 
 class Stack(NamedTuple):
     """How a stack runs.
@@ -78,9 +80,9 @@ class Stack(NamedTuple):
         return flipped, [own if k in self.read_blocks else copy for k, (own, copy) in enumerate(copies, 1)]
 
 
-def stacked(build: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+def stacked(build: Callable[[Keys], nnx.Module], count: int, rngs: Keys) -> nnx.Module:
     """`count` modules as one, whose arrays have a leading layer axis."""
-    return jax.vmap(lambda key: build(nnx.Rngs(key)))(jax.random.split(rngs.params(), count))
+    return jax.vmap(lambda key: build(Keys(key)))(jax.random.split(rngs.params(), count))
 
 
 def part(layers: Any, begin: int, end: int | None = None) -> Any:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from diversedit_jax.api import Params
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.models import PRECISIONS, functional
+from diversedit_jax.models import PRECISIONS, Keys, functional
 from diversedit_jax.registry import one_of
 
 LOGVAR = (-30.0, 20.0)  # to which the log variance is clipped, as published
@@ -48,7 +48,7 @@ class Layers(NamedTuple):
 
     groups: int
     precision: str
-    rngs: nnx.Rngs
+    rngs: Keys
 
     def conv(self, inputs: int, outputs: int, side: int = 3, **options) -> nnx.Conv:
         return nnx.Conv(inputs, outputs, (side, side), precision=self.precision, rngs=self.rngs, **options)

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.models import Model, bicubic, functional
+from diversedit_jax.models import Keys, Model, bicubic, functional
 from diversedit_jax.models.attention import attend, choose
 from diversedit_jax.models.dit import patchify
 from diversedit_jax.models.stack import stacked
@@ -91,7 +91,7 @@ def resample(
 class Block(nnx.Module):
     """A pre-norm transformer block, with DINOv2's LayerScale and SwiGLU where the architecture has them."""
 
-    def __init__(self, arch: Architecture, dtype, *, rngs: nnx.Rngs):
+    def __init__(self, arch: Architecture, dtype, *, rngs: Keys):
         norm = partial(nnx.LayerNorm, arch.width, epsilon=arch.eps, dtype=jnp.float32, rngs=rngs)
         # The weights are never trained, so they are stored in the dtype of their products.
         linear = partial(nnx.Linear, dtype=dtype, param_dtype=dtype, rngs=rngs)
@@ -129,7 +129,7 @@ def _scaled(x: Float[Array, "b m d"], scale: nnx.Param | None) -> Float[Array, "
 class ViT(nnx.Module):
     """Normalised images [b h w c] -> tokens [b m d], float32: class token, registers, and patches row by row."""
 
-    def __init__(self, arch: Architecture, position: tuple[bool, float], dtype, *, rngs: nnx.Rngs):
+    def __init__(self, arch: Architecture, position: tuple[bool, float], dtype, *, rngs: Keys):
         def token(*shape: int) -> nnx.Param:
             return nnx.Param(0.02 * jax.random.normal(rngs.params(), (*shape, arch.width)))
 

@@ -30,6 +30,7 @@ from diversedit_jax.losses.diversity import (
     orthogonality,
     select_pairs,
 )
+from diversedit_jax.models import Keys
 from diversedit_jax.models.dit import Merge
 from tests import ROOT
 from tests.jaxprs import equations
@@ -121,7 +122,7 @@ def test_values_at_initialisation_with_skips(embedding):
     def features(key):
         x, deep = embedding, []
         for k in jax.random.split(key, 6):
-            x = Merge(768, True, "xavier", jnp.float32, rngs=nnx.Rngs(k))(x, embedding)
+            x = Merge(768, True, "xavier", jnp.float32, rngs=Keys(k))(x, embedding)
             deep.append(x)
         return jnp.stack([embedding] * 6 + deep)
 

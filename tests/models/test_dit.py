@@ -11,13 +11,14 @@ from flax import nnx
 from diversedit_jax import models, sharding
 from diversedit_jax.api import Conditions, Model, Space
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.models import dit
+from diversedit_jax.models import Keys, dit
 from diversedit_jax.models.dit import REMAT, SIZES, SKIPS, Block, Merge, patchify, position_table, unpatchify
 from tests.jaxprs import equations
 
 SHAPE, CLASSES, WIDTH, HEADS, BATCH = (4, 8, 3), 5, 16, 2, 3  # not square: height and width cannot be confused
 SPACE = Space(SHAPE, Conditions.labels(CLASSES))
 GRID = (2, 4)  # of patches
+RNGS = Keys(jax.random.key(0))
 
 
 def make(read_blocks=(), inputs=None, **options) -> Model:
@@ -101,10 +102,10 @@ def unrolled(params, x_t, t, y, *, depth: int, skip: str):
 
     def block(i):
         stack, j = (params["shallow"], i) if i < half else (params["deep"], i - half)
-        return module(lambda: Block(WIDTH, HEADS, 2.0, False, jnp.dtype("float32"), rngs=nnx.Rngs(0)), stack, j)
+        return module(lambda: Block(WIDTH, HEADS, 2.0, False, jnp.dtype("float32"), rngs=RNGS), stack, j)
 
     def merge(k):
-        build = lambda: Merge(WIDTH, form.norm, form.init, jnp.dtype("float32"), rngs=nnx.Rngs(0))  # noqa: E731
+        build = lambda: Merge(WIDTH, form.norm, form.init, jnp.dtype("float32"), rngs=RNGS)  # noqa: E731
         return module(build, params["merges"], k)
 
     def linear(p, x):
@@ -303,7 +304,7 @@ def test_capture_block_gives_the_stream_before_the_merge():
     for k in range(4):
         assert_close(before[k], merged[k], f"features[{k}], where nothing merges")
     for k, partner in ((4, 2), (5, 1)):
-        build = lambda: Merge(WIDTH, True, "xavier", jnp.dtype("float32"), rngs=nnx.Rngs(0))  # noqa: E731
+        build = lambda: Merge(WIDTH, True, "xavier", jnp.dtype("float32"), rngs=RNGS)  # noqa: E731
         merge = nnx.merge(nnx.graphdef(nnx.eval_shape(build)), jax.tree.map(lambda p, k=k: p[k - 4], params["merges"]))
         assert_close(merge(before[k], merged[partner]), merged[k], f"features[{k}], merged with features[{partner}]")
 
@@ -409,7 +410,7 @@ def test_labels_enter_through_the_table_only():
 
 def test_time_is_embedded_as_it_is():
     """Sinusoids of t in [0, 1] and not of 1000 t: the slowest is nearly constant, the fastest is cos t."""
-    embed = dit.TimeEmbedding(256, rngs=nnx.Rngs(0))
+    embed = dit.TimeEmbedding(256, rngs=RNGS)
     embed.fc1.kernel[...], embed.fc2.kernel[...] = jnp.eye(256), jnp.eye(256)
     t = jnp.linspace(0, 1, 9)
     waves = embed(t)
