@@ -14,8 +14,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has what the process that started it has set
     # Most of the time goes into compiling; without LLVM's optimisations that takes half as long, and with XLA's older
-    # form of fusions half of that. A flag that a jaxlib does not know would end the process.
-    fast = ["--xla_backend_optimization_level=0"]
+    # form of fusions half of that. Both cores are busy: a program in one part takes less than in 32 side by side.
+    # A flag that a jaxlib does not know would end the process.
+    fast = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
     fast += ["--xla_cpu_use_fusion_emitters=false"] if version("jaxlib").startswith("0.10.") else []
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *fast, IN_ORDER]).strip()
 
