@@ -28,6 +28,7 @@ from diversedit_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from diversedit_jax.evaluators import Current, SampleSpec
 from diversedit_jax.registry import suggestion
 from diversedit_jax.runs import build
+from diversedit_jax.runs.check import check
 from diversedit_jax.runtime import cli, files, flops, pictures, processes, profiler, versions, workdir_lock
 from diversedit_jax.runtime.metric_writer import MetricWriter
 from diversedit_jax.runtime.progress import Progress, duration
@@ -39,6 +40,7 @@ def run(config: ConfigDict, workdir: str | Path) -> State:
     """Train as `config` says, from the last checkpoint in `workdir` if there is one. Return the final state."""
     begin = time.monotonic()
     cli.silence()
+    check(config)
     workdir = files.writable_folder(workdir)
     processes.check_shared(workdir)
     held = workdir_lock.held(workdir, lambda line: print(line, file=sys.stderr, flush=True))
@@ -66,8 +68,8 @@ class Trainer:
         self.experiment = experiment = build.build(config, dataset.space)
         components, layout = experiment.components, experiment.layout
         learns_null = components.objective.learns_null
-        conditioning.check_guidance(config.sampler.cfg_scale, dataset.space.conditions, learns_null)
-        profiler.windows(config.profile)
+        with configs.named("config.sampler", config.sampler):
+            conditioning.check_guidance(config.sampler.cfg_scale, dataset.space.conditions, learns_null)
         sampled = config.samples.num or components.objective.predicts
         self.sampler = experiment.sampler() if sampled else None
         self.judge = build.best_by(config)  # label of the evaluator whose scores choose the best checkpoints
