@@ -56,6 +56,8 @@ def launch(main: Callable[..., None], *, arguments: bool = False, several: bool 
         if isinstance(error, OSError) and error.errno in FULL:  # whichever file was written
             place = f"cannot write {error.filename or 'a file'}: {error.strerror}"
             error = StorageError(f"{place}. Whole checkpoints stay; run it again when there is space")
+        if isinstance(error, RuntimeError) and "Unable to initialize backend" in str(error):
+            error = ConfigError(" ".join(str(error).split()))  # jax says which, and what JAX_PLATFORMS may be
         if not isinstance(error, RunError):
             traceback.print_exc()
             processes.leave(1)
