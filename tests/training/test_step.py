@@ -503,5 +503,5 @@ def test_a_loss_from_a_file_outside_of_the_package(tmp_path, monkeypatch):
     new, metrics = one_step(parts(losses={"theirs": theirs}))
     assert metrics["loss/theirs"] == pytest.approx(3 * float(metrics["theirs/size"]), rel=1e-6)
     assert np.abs(new["params"]["first"] - one_step(parts())[0]["params"]["first"]).max() > 1e-4
-    with pytest.raises(ConfigError, match=r"cannot load 'their_loss:mak'"):
-        configs.slot("losses", "their_loss:mak")
+    with pytest.raises(ConfigError, match=r"cannot load 'their_loss:make_it'"):
+        configs.slot("losses", "their_loss:make_it")
