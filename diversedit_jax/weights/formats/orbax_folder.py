@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from diversedit_jax.errors import WeightsError
+from diversedit_jax.errors import WeightsError, check_machine
+from diversedit_jax.reading import check_folder
 from diversedit_jax.weights.formats import NamedArrays
 
 METADATA = "_METADATA"
@@ -25,6 +26,7 @@ class OrbaxFolder(NamedArrays):
         import orbax.checkpoint as ocp  # here, because only such releases need it
 
         def tree() -> Any:
+            check_folder(path)
             checkpointer = ocp.PyTreeCheckpointer()
             if not (path / METADATA).is_file():
                 return checkpointer.restore(path)
@@ -40,6 +42,7 @@ class OrbaxFolder(NamedArrays):
         try:
             return read()
         except Exception as error:  # orbax raises any class, and documents none
+            check_machine(error)
             line = " ".join(str(error).split())[:300]
             raise WeightsError(f"{self._path}: orbax cannot read {what}: {type(error).__name__}: {line}") from error
 
