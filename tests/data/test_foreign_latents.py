@@ -241,7 +241,7 @@ def test_what_is_missing_or_damaged_is_named(tmp_path):
         refused("is not a path of this machine: mount the bucket", layout, "gs://bucket/set", ConfigError)
     refused("record 0: label 2 is not in 0 .. 1", "repa", repa(tmp_path / "labels"), num_classes=2)
 
-    refused("nowhere cannot be opened: .*No such file", "meanflow_lmdb", tmp_path / "nowhere")
+    refused("nowhere is not such a database: .*No such file", "meanflow_lmdb", tmp_path / "nowhere")
     with lmdb.open(str(tmp_path / "other"), map_size=2**20) as env, env.begin(write=True) as transaction:
         transaction.put(b"0", b"")
     refused("is not such a database: no key 'num_samples'", "meanflow_lmdb", tmp_path / "other")
