@@ -16,7 +16,6 @@ A run needs neither if its config has evaluators of the kind `scores`: those are
 """
 
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,16 +29,17 @@ from absl import flags
 from diversedit_jax import conditioning, registry, sharding
 from diversedit_jax import config as configs
 from diversedit_jax.diffusion import solve
-from diversedit_jax.errors import ConfigError
+from diversedit_jax.errors import ConfigError, check_machine
 from diversedit_jax.evaluation import extractors as networks
 from diversedit_jax.evaluation import feature_cache, image_files, presets, scoring, tables
 from diversedit_jax.evaluation.extractors import Extractor
 from diversedit_jax.evaluation.reference_statistics import Reference, open_reference
 from diversedit_jax.evaluation.tables import Point
+from diversedit_jax.reading import read_json
 from diversedit_jax.registry import in_range
 from diversedit_jax.runs import flags as run_flags
 from diversedit_jax.runs.trained import Source
-from diversedit_jax.runtime import cli
+from diversedit_jax.runtime import cli, workdir_lock
 from diversedit_jax.runtime.files import check_same, write_json
 from diversedit_jax.runtime.pictures import image_grid, save_png
 from diversedit_jax.runtime.progress import Ticker
@@ -141,6 +141,23 @@ def evaluate(
         if keep_samples and not (folder / SAMPLES).exists():
             raise ConfigError(f"{folder} was done without --keep_samples: choose another --out or remove {SCORES}")
         return done
+    if jax.process_index() != 0:
+        return _scored(images, judges, extract, statistics, folder, keep_samples, plan)
+    with feature_cache.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with workdir_lock.held(folder, lambda line: print(line, file=sys.stderr, flush=True)):
+        return _scored(images, judges, extract, statistics, folder, keep_samples, plan)
+
+
+def _scored(
+    images: Images,
+    judges: Judges,
+    extract: scoring.Extract,
+    statistics: Mapping,
+    folder: Path,
+    keep_samples: bool,
+    plan: dict[str, Any],
+) -> dict[str, float]:
     started, parts = time.monotonic(), folder / "parts"
     if images.labels is not None:
         rows = tables.grid_rows(images.labels)
@@ -187,9 +204,12 @@ def finished(folder: Path, plan: Mapping[str, Any]) -> dict[str, float] | None:
     if not (folder / SCORES).exists():
         return None
     try:
-        record = json.loads((folder / SCORES).read_text(encoding="utf-8"))
-        before, scores = record["plan"], record["scores"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        record = read_json(folder / SCORES)
+        before, scores = record["plan"], {name: float(score) for name, score in record["scores"].items()}
+        if not isinstance(before, dict):
+            raise ValueError("its plan is no JSON object")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        check_machine(error)
         raise ConfigError(f"{folder / SCORES} is damaged ({error}): remove it") from error
     check_same(f"{folder} holds an evaluation", before, plan, "choose another --out")
     return scores

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -139,6 +140,14 @@ def test_an_interrupted_evaluation_goes_on_and_ends_in_the_same_numbers(undistur
     assert "going on: 3 of 7 parts are there" in capsys.readouterr().out
     assert sorted(seen + rest) == list(range(0, NUM, 16))
     assert {path.name for path in tmp_path.iterdir()} == {"scores.json", "grid.png"}
+
+
+def test_two_evaluations_do_not_share_a_folder(source, judges, tmp_path):
+    running = {"host": socket.gethostname(), "pid": os.getppid(), "started": "today"}
+    (tmp_path / ".lock").write_text(json.dumps(running))
+    with pytest.raises(ConfigError, match="is in use by process"):
+        scored(judges, drawn(source), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {".lock"}
 
 
 def test_a_finished_evaluation_is_not_done_again_nor_overwritten(undisturbed, source, judges):
