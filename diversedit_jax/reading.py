@@ -84,12 +84,21 @@ def zip_members(file: RegularFile) -> dict[str, zipfile.ZipInfo]:
             infos = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, EOFError, struct.error) as error:
         raise ValueError(f"a truncated or damaged zip archive: {error}") from error
+    if _announced(file) not in (len(infos) % 2**16, 2**16 - 1):
+        raise ValueError(f"a damaged zip archive: its directory announces {_announced(file)} entries, not {len(infos)}")
     members: dict[str, zipfile.ZipInfo] = {}
     for info in infos:
         if info.filename in members:
             raise ValueError(f"two entries {info.filename}")
         members[info.filename] = info
     return members
+
+
+def _announced(file: RegularFile) -> int:
+    """How many entries the end of a zip announces, modulo 2^16: a damaged entry may swallow the next ones."""
+    file.seek(max(file.size - 2**16 - 22, 0))
+    end = file.read()
+    return int.from_bytes(end[end.rfind(b"PK\5\6") + 10 :][:2], "little")
 
 
 def member_start(file: RegularFile, info: zipfile.ZipInfo) -> int:

@@ -21,7 +21,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from diversedit_jax.data import latents
 from diversedit_jax.errors import ConfigError, DataError
-from diversedit_jax.reading import read_json
+from diversedit_jax.reading import check_folder, read_json
 from diversedit_jax.runtime.files import check_same, replacing, write_json
 
 NAME, SPLIT = "latents", "train"
@@ -186,6 +186,7 @@ def finish(folder: Path, plan: Plan) -> dict[str, Any]:
 def whole(folder: Path) -> dict[str, Any]:
     """The content of latents.json; DataError if the set is not finished."""
     try:
+        check_folder(folder)
         found = read_json(folder / WHOLE)
         for name in ("shape", "classes", "vae", "image", "records", "shards"):
             if name not in found:

@@ -238,7 +238,7 @@ def _tars(path: Path, labelled: bool) -> ImageFiles:
     ignored: Counter[str] = Counter()
     places: dict[str, Place] = {}
     labels: dict[str, int] = {}
-    for file in [path] if path.is_file() else sorted(path.iterdir()):
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if file.suffix == ".tar":
             _scan_tar(file, labelled, places, labels, ignored)
         else:
@@ -388,7 +388,7 @@ def _tfds(path: Path, labelled: bool, split: str) -> ImageFiles:
         records = records_of(builder, split)
     except Exception as error:
         check_machine(error)
-        raise DataError(f"images: cannot open split {split!r} of {path}: {error}".partition("\n")[0]) from error
+        raise DataError(f"images: cannot open split {split!r} of {path}: {first_line(error)}") from error
     features = dict(builder.info.features.items())
     if "image" not in features or type(features["image"]).__name__ != "Image":
         raise DataError(f"images: {path} has no feature `image` of encoded images, given: {', '.join(features)}")

@@ -17,8 +17,8 @@ ROOT = "tensorflow_datasets.core.features."
 
 
 def first_line(error: Exception) -> str:
-    """The type of an error and the first line of its message. Some errors of array_record have no message."""
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
+    """The type of an error and the begin of its message. Some errors of array_record have no message."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:300]
 
 
 def open_folder(path: Path) -> Any:

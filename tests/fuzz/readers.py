@@ -54,6 +54,12 @@ def latents(name: str, **options: Any) -> Callable[[Path], Any]:
     return read
 
 
+def verified(path: Path) -> Any:
+    from tools import latent_shards
+
+    return list(latent_shards.verify(path)), latents("latents", image=True, mirror=True)(path)[1]
+
+
 def weights(path: Path) -> Any:
     from diversedit_jax.weights.formats.weights_file import open_weights
 
@@ -145,6 +151,7 @@ READERS = {
     "latents": Reader(
         latents("latents", image=True, mirror=True, cached=("features/dinov2", "token/dinov2")), mib=1536
     ),
+    "latents verified": Reader(verified, sealed=True, mib=1536),
     "repa": Reader(latents("repa", image=True), mib=1536),
     "repa-zip": Reader(latents("repa"), sealed=True),
     "edm2-zip": Reader(latents("edm2"), sealed=True),

@@ -22,6 +22,7 @@ from tests.evaluation import test_feature_cache, test_image_files, test_referenc
 from tests.fuzz.readers import READERS
 from tests.models import test_inception
 from tests.weights import test_flax_msgpack, test_weights_file, test_weights_folder
+from tools import latent_shards
 
 SEED = 0
 EACH = 120  # damaged inputs of each reader: more than 4,000 in all
@@ -55,6 +56,22 @@ def latents(path):
     shutil.rmtree(path.parent / "made")
     about = {"format": 1, "moments": "mean_std", "classes": list("abcdefghij"), "vae": {"scale": 0.18}}
     (path / "latents.json").write_text(json.dumps(about))
+
+
+def shards(path):
+    """As tools.prepare_latents writes them, in two shards."""
+    about = {"format": 1, "moments": "mean_std", "shape": [4, 6, 2], "classes": ["a", "b"], "image": "png"}
+    about |= {"vae": {"name": "vae", "sha256": "0" * 64, "scale": 0.18}}
+    plan = latent_shards.Plan(about, latent_shards.features((4, 6, 2), 8, "png", {}, ("a", "b")), 4, 2)
+    latent_shards.claim(path, plan)
+    picture = test_image_collections.encoded(test_image_collections.picture(0, (8, 8)))
+    for shard in range(plan.shards):
+        records = [
+            {"moments": np.full((2, 4, 6, 4), 1 + i, np.float16), "key": str(i), "label": i % 2, "image": picture}
+            for i in plan.images(shard)
+        ]
+        latent_shards.write_shard(path, plan, shard, records, {})
+    latent_shards.finish(path, plan)
 
 
 def small_tree():
@@ -122,6 +139,7 @@ MAKERS = {
     "images tar json": lambda path: test_image_collections.tar(path, "json"),
     "images tfds": test_image_collections.imagenet,
     "latents": latents,
+    "latents verified": shards,
     **{name: layouts[name][0] for name in ("repa", "repa-zip", "meanflow_lmdb", "meanflow_pt", "lightningdit")},
     "edm2-zip": lambda path: test_foreign_latents.labelled(path.with_suffix(".zip"), True),
     "torch zip": copied(DATA / "weights_zip.pt"),

@@ -731,6 +731,44 @@ def test_safetensors_that_lie_are_refused(tmp_path):
     refused(written(entry.replace("F32", "C64").replace("[2]", "[1]")), "x has dtype C64, which is not read")
 
 
+@pytest.mark.parametrize(
+    "shape", ["[" + "1," * 2000 + "2]", "[0,4611686018427387904]", "[0,1099511627776,1099511627776]"]
+)
+def test_a_shape_that_no_array_has_is_refused(shape, tmp_path):
+    elements = 8 if shape.endswith("2]") else 0
+    header = f'{{"x":{{"dtype":"F32","shape":{shape},"data_offsets":[0,{elements}]}}}}'
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(elements))
+    refused(path, "no shape that an array can have|not a whole safetensors file")
+
+
+def test_no_flipped_bit_of_a_zip_goes_into_the_weights(tmp_path):
+    path = zipped(tmp_path / "a.pt", mapping(x=tensor(), y=tensor((2,), (1,), offset=1)))
+    content = path.read_bytes()
+    place = content.index(np.arange(6, dtype=np.float32).tobytes())
+    for name, damaged in (("x", place + 3), ("y", place + 23), ("pickle", content.index(b"_rebuild_tensor_v2") + 40)):
+        changed = bytearray(content)
+        changed[damaged] ^= 1
+        path.write_bytes(changed)
+        refused(path, "the checksum of its (storage|pickle) is wrong")
+        if name == "y":  # the bit lies in the storage, beside the tensor
+            with open_weights(path) as weights, pytest.raises(WeightsError, match="y is damaged"):
+                weights["y"]
+
+
+def test_a_zip_without_checksums_is_read(tmp_path):
+    """torch.serialization.set_crc32_options(False) leaves them out."""
+    content = bytearray(zipped(tmp_path / "a.pt", tensor()).read_bytes())
+    for signature, place in ((b"PK\3\4", 14), (b"PK\1\2", 16)):
+        at = content.find(signature)
+        while at >= 0:
+            content[at + place : at + place + 4] = bytes(4)
+            at = content.find(signature, at + 4)
+    (tmp_path / "a.pt").write_bytes(content)
+    with open_weights(tmp_path / "a.pt") as weights:
+        assert_same(weights[""], np.arange(6, dtype=np.float32).reshape(2, 3))
+
+
 # With torch, where it is installed ----------------------------------------------------------------------------------
 
 

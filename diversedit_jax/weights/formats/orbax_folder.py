@@ -10,6 +10,7 @@ import numpy as np
 from diversedit_jax.errors import WeightsError, check_machine
 from diversedit_jax.reading import check_folder
 from diversedit_jax.weights.formats import NamedArrays
+from diversedit_jax.weights.formats.torch_pickle import is_shape
 
 METADATA = "_METADATA"
 MARKS = (METADATA, "checkpoint", "manifest.ocdbt")  # an orbax checkpoint of any age has one of them
@@ -36,7 +37,13 @@ class OrbaxFolder(NamedArrays):
         self._path, self._ocp = path, ocp
         self.tree = self._try("this checkpoint", tree)
         self._leaves = _flat(self.tree)
-        self.shapes = {name: tuple(leaf.shape) for name, leaf in self._leaves.items()}
+        self.shapes = self._try("the shapes", self._shapes)
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = {name: tuple(leaf.shape) for name, leaf in self._leaves.items()}
+        if wrong := [name for name, shape in shapes.items() if not is_shape(shape)]:
+            raise ValueError(f"{wrong[0]} has shape {shapes[wrong[0]]}")
+        return shapes
 
     def _try(self, what: str, read: Callable[[], Any]) -> Any:
         try:
