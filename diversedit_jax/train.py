@@ -110,6 +110,9 @@ class Trainer:
                 self.feed = feed(whole)
                 self.batch = next(self.feed)
             notes += [*damaged, f"resuming from step {whole} of {config.total_steps}"]
+            if surplus := self.checkpoints.surplus():
+                rest = ", ".join(map(str, surplus))
+                notes.append(f"config.checkpoint keeps fewer steps than before: the next save removes {rest}")
             self.skipped, self.begin = self.checkpoints.meta(whole).get("skipped", 0), whole
         else:
             self.state = jax.jit(init, out_shardings=shardings)(key_init)
