@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -171,12 +171,15 @@ class Trainer:
     def loop(self, stack: contextlib.ExitStack) -> None:
         """Take all steps. Metrics are read one step late, so that the devices never wait for the host."""
         config = self.config
-        number, pending, stopped, faults = self.begin, None, None, 0
+        number, pending, faults = self.begin, None, 0
         if number < config.total_steps:
             self.compile()
-        stop = stack.enter_context(cli.stop_requests(self.note))
+        self.stop = stack.enter_context(cli.stop_requests(self.note))
         self.alive = stack.enter_context(cli.watchdog(config.watchdog))
-        while number < config.total_steps and not (stopped := stop(number)):
+        if 0 < number < config.total_steps:
+            with contextlib.suppress(cli.Interrupted):
+                self.look(number)  # what the run had no time for when it was stopped
+        while number < config.total_steps and not self.stop():
             self.alive()
             number += 1
             last = number == config.total_steps
@@ -201,17 +204,20 @@ class Trainer:
                 self.save(number)
             self.progress.update(number)
             if not last:
-                self.look(number)
+                with contextlib.suppress(cli.Interrupted):
+                    self.look(number)
         self.alive()  # watches the last save, too: its mount may hang
         if number < config.total_steps:
             if number > self.saved:
                 self.fetch(number, pending)
                 self.save(number)
-            self.checkpoints.wait()
-            kept = "saved" if self.checkpoints.steps() else "nothing to save"
-            raise cli.Stopped(
-                f"{stopped}: stopped at step {number} of {config.total_steps}, {kept}; run it again to resume"
-            )
+            self.stopped(number)
+
+    def stopped(self, step: int) -> NoReturn:
+        """End the run, which has stopped at a step, when its checkpoint is complete."""
+        self.checkpoints.wait()
+        kept, total = "saved" if self.checkpoints.steps() else "nothing to save", self.config.total_steps
+        raise cli.Stopped(f"{self.stop()}: stopped at step {step} of {total}, {kept}; run it again to resume")
 
     def fetch(self, step: int, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
         """The metrics of a step. If a loss is not finite, its batch was skipped: count it, or raise NonFiniteError."""
@@ -259,19 +265,32 @@ class Trainer:
         self.saved = step
 
     def look(self, step: int) -> None:
-        """Draw the samples and run the evaluators that are due at a step, for as long as they take."""
+        """Draw the samples and run the evaluators that are due at a step, for as long as they take.
+
+        Nothing is done again that was done before this step was restored.
+        """
         self.alive(False)
+        known = self.writer.known if self.writer and step == self.begin else ()
+        picture = self.workdir / "samples" / f"{step:07d}.png"
         with self.progress.pause():
-            if due(step, self.config.samples.every):
-                self.show(step, self.workdir / "samples" / f"{step:07d}.png")
+            if due(step, self.config.samples.every) and not processes.number_of_first(
+                step == self.begin and picture.exists()
+            ):
+                self.show(step, picture)
             for label in self.evaluators:
-                if due(step, self.config.evaluators[label].every):
+                written = any(name.startswith(f"{label}/") for name in known)
+                if due(step, self.config.evaluators[label].every) and not processes.number_of_first(written):
                     self.evaluate(step, label)
 
     def draw(self, conditions: Condition, first: int = 0) -> np.ndarray:
         """Draw samples of the EMA network. ConfigError if its objective does not say how."""
         sampler = self.sampler or self.experiment.sampler()
-        return sampler(self.state["ema"], self.frozen, conditions, self.config.seed, first=first)
+        return sampler(self.state["ema"], self.frozen, conditions, self.config.seed, first=first, between=self.go_on)
+
+    def go_on(self) -> None:
+        """Raise Interrupted if the run is to stop: it saves first, and computes samples and scores when it resumes."""
+        if self.stop():
+            raise cli.Interrupted
 
     def show(self, step: int, path: Path) -> None:
         """Draw samples, if the config asks for any, and write a grid of them, if they are images."""
@@ -308,9 +327,12 @@ class Trainer:
             self.note(f"nothing to do: the checkpoint is at step {self.begin}, config.total_steps is {total}")
         else:
             self.alive(False)
-            for label in self.evaluators:
-                self.evaluate(total, label)
-            self.show(total, path)
+            try:
+                for label in self.evaluators:
+                    self.evaluate(total, label)
+                self.show(total, path)
+            except cli.Interrupted:
+                self.stopped(total)
             self.alive()
         self.checkpoints.wait()
 

@@ -149,6 +149,10 @@ def test_other_numbers_of_devices_train_alike(straight, tmp_path, devices):
     assert losses(tmp_path) == pytest.approx(losses(straight[1]), rel=1e-5)
 
 
+def drawn(workdir: Path) -> dict[int, float]:
+    return {record["step"]: record["stop/drawn"] for record in records(workdir) if "stop/drawn" in record}
+
+
 def test_stopped_and_resumed_equals_straight_to_the_bit(straight, tmp_path, capfd):
     config = tiny()
     config.evaluators.stop = slot("evaluators", "tests.parts:terminate", marker=str(tmp_path / "stopped"))
@@ -157,8 +161,10 @@ def test_stopped_and_resumed_equals_straight_to_the_bit(straight, tmp_path, capf
     with pytest.raises(cli.Stopped, match=r"SIGTERM: stopped at step 3 of 6, saved"):
         train.run(config, workdir)
     assert Checkpoints(workdir / "checkpoints").steps() == [2, 3]
+    assert not drawn(workdir), "the run saved first, and did not wait for the evaluator"
     state = train.run(config, workdir)
     assert "resuming from step 3 of 6" in capfd.readouterr().err
+    assert drawn(workdir) == {3: 48, 6: 48}
     assert_same_bits(state, straight[2])
     assert losses(workdir) == losses(straight[1])
 
@@ -338,18 +344,24 @@ def test_a_disk_that_fills_ends_the_run_in_one_line_and_it_resumes(straight, tmp
 @pytest.mark.skipif(AS_USER != [] and shutil.which(AS_USER[0]) is None, reason="root may write anywhere")
 @pytest.mark.parametrize(
     ("place", "code", "message"),
-    [("checkpoints", 74, "could not be written (PermissionError"), (".", 78, "cannot be written: Permission denied")],
+    [
+        ("checkpoints", 74, "could not be written (PermissionError"),
+        (".", 78, "cannot be written: Permission denied"),
+        ("checkpoints/4", 74, "checkpoints/4 cannot be read (PermissionError"),
+        ("checkpoints/4/meta/metadata", 74, "checkpoints/4 cannot be read (PermissionError"),
+        ("metrics.jsonl", 74, "metrics.jsonl: Permission denied"),
+        ("config.json", 74, "config.json: Permission denied"),
+    ],
 )
-def test_a_directory_that_is_read_only_ends_the_run_in_one_line_and_it_resumes(
-    straight, tmp_path, place, code, message
-):
+def test_a_place_without_permission_ends_the_run_in_one_line_and_it_resumes(straight, tmp_path, place, code, message):
     workdir = Path(shutil.copytree(straight[1], tmp_path / "run"))
     shutil.rmtree(workdir / "checkpoints" / "6")
-    (workdir / place).chmod(0o555)
+    before = (workdir / place).stat().st_mode
+    (workdir / place).chmod(0o555 if place in ("checkpoints", ".") else 0)
     try:
         done = program_of(small(workdir), before=AS_USER)
     finally:
-        (workdir / place).chmod(0o755)
+        (workdir / place).chmod(before)
     assert done.returncode == code, done.stderr
     assert [message in line for line in done.stderr.splitlines() if line.startswith("error: ")] == [True]
     assert "Traceback" not in done.stderr
@@ -603,9 +615,10 @@ def start(workdir: Path, *options: str) -> subprocess.Popen:
         (["--config=configs/nope.py"], "config: file configs/nope.py not found"),
         (["--config=configs/digits.py", "--config.total_steps=ten"], "--config.total_steps=ten: invalid literal"),
         (["--config=configs/digits.py", "--workdir=/proc/none"], "workdir /proc/none cannot be written"),
+        (["--config=configs/digits.py", "--workdir="], "--workdir is empty: give it a value, or leave it out"),
         ([], "flag --config is required"),
     ],
-    ids=["unknown key", "missing file", "wrong type", "unwritable", "nothing"],
+    ids=["unknown key", "missing file", "wrong type", "unwritable", "empty", "nothing"],
 )
 def test_one_line_and_exit_code_78(tmp_path, arguments, message):
     full = [sys.executable, "-m", "diversedit_jax.train", f"--workdir={tmp_path}", *arguments]
