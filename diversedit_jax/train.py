@@ -143,7 +143,8 @@ class Trainer:
         with contextlib.suppress(CheckpointError):  # a damaged step: an older one is restored
             before = self.checkpoints.meta(self.begin).get("inputs", inputs) if self.begin else inputs
             remedy = "give the data and weights that it was trained with, or a new workdir"
-            files.check_same(f"{self.workdir} holds a run", before, inputs, remedy)
+            unknown = lambda key, old, new: None in (old, new)  # noqa: E731
+            files.check_same(f"{self.workdir} holds a run", before, inputs, remedy, unknown)
         return inputs
 
     def describe(self, notes: list[str]) -> None:
