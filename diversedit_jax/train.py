@@ -43,10 +43,10 @@ def run(config: ConfigDict, workdir: str | Path) -> State:
     processes.check_shared(workdir)
     held = workdir_lock.held(workdir, lambda line: print(line, file=sys.stderr, flush=True))
     with contextlib.ExitStack() as lock:
-        processes.first_alone(lambda: lock.enter_context(held))
+        check_lock = processes.first_alone(lambda: lock.enter_context(held)) or (lambda: None)
         processes.agree("config", files.flat(config.to_dict()))
         with contextlib.ExitStack() as stack:
-            trainer = Trainer(config, workdir, stack)
+            trainer = Trainer(config, workdir, stack, check_lock)
             trainer.loop(stack)
             trainer.finish()
         if jax.process_index() == 0:
@@ -57,9 +57,9 @@ def run(config: ConfigDict, workdir: str | Path) -> State:
 class Trainer:
     """A run: its components, its state, and the steps of its training."""
 
-    def __init__(self, config: ConfigDict, workdir: Path, stack: contextlib.ExitStack):
+    def __init__(self, config: ConfigDict, workdir: Path, stack: contextlib.ExitStack, check_lock: Callable[[], None]):
         """Initialise. All errors of the config and the data are found before anything compiles or is written."""
-        self.config, self.workdir = config, workdir
+        self.config, self.workdir, self.check_lock = config, workdir, check_lock
 
         # 1. Components, from the config and the data set.
         dataset = build.open_data(config)
@@ -242,6 +242,7 @@ class Trainer:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write the metrics of a step, and the rates since the last time."""
+        self.check_lock()
         rates = self.progress.report(step, shown(values))
         if rates:
             rates |= flops.rates(self.flops, rates["steps_per_sec"], jax.devices()[0].device_kind, jax.device_count())
@@ -255,6 +256,7 @@ class Trainer:
 
     def save(self, step: int) -> None:
         """Start to save the state."""
+        self.check_lock()
         meta = {
             "next_batch": step,
             "skipped": self.skipped,
@@ -299,6 +301,7 @@ class Trainer:
         if not config.samples.num:
             return
         drawn = self.draw(self.experiment.conditions(None, config.samples.num, config.seed))
+        self.check_lock()
         if self.writer is not None and drawn.dtype == np.uint8:
             grid = pictures.image_grid(pictures.as_pictures(drawn))
             path.parent.mkdir(exist_ok=True)
@@ -309,6 +312,7 @@ class Trainer:
         """Run an evaluator, and write its results."""
         learned = {"params": self.state["ema"]} | {name: self.state[name] for name in ("losses", "objective", "memory")}
         found = dict(self.evaluators[label](Current(learned, self.frozen, self.draw)))
+        self.check_lock()
         images = {f"{label}/{name}": x for name, x in found.items() if isinstance(x, np.ndarray)}
         scores = {f"{label}/{name}": x for name, x in found.items() if not isinstance(x, np.ndarray)}
         if self.writer is not None:

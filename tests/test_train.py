@@ -7,7 +7,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -376,13 +375,46 @@ def program_of(arguments: list[str], before: Sequence[str] = ()) -> subprocess.C
 
 
 def test_a_workdir_that_another_run_holds_is_refused(tmp_path):
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        holder = {"host": socket.gethostname(), "pid": other.pid, "started": "now"}
-        (tmp_path / workdir_lock.FILE).write_text(json.dumps(holder))
-        with pytest.raises(ConfigError, match=rf"is in use by process {other.pid} on .*, since now"):
+    with workdir_lock.held(tmp_path, print):
+        with pytest.raises(ConfigError, match=rf"{tmp_path} is in use by process {os.getpid()} on "):
             train.run(tiny(), tmp_path)
-        other.communicate()
-    assert [path.name for path in tmp_path.iterdir()] == [workdir_lock.FILE]
+        assert [path.name for path in tmp_path.iterdir()] == [workdir_lock.FILE]
+
+
+class Harmful(list):
+    """Examples. When some have been read, something happens to the workdir."""
+
+    def __init__(self, examples, harm):
+        super().__init__(examples)
+        self.harm, self.left = harm, 3 * 16
+
+    def __getitem__(self, index):
+        self.left -= 1
+        if self.left == 0:
+            self.harm()
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (lambda workdir: (workdir / workdir_lock.FILE).write_text("other"), "run was taken over by a process that"),
+        (shutil.rmtree, "run was removed while this run used it"),
+    ],
+)
+def test_a_run_that_loses_its_lock_ends_before_it_writes(tmp_path, monkeypatch, harm, says):
+    workdir = tmp_path / "run"
+
+    def data(split, *, data_dir=None, dequantize=True):
+        dataset = digits_data.make(split, data_dir=data_dir, dequantize=dequantize)
+        return dataset._replace(source=Harmful(dataset.source[:64], lambda: harm(workdir)))
+
+    monkeypatch.setattr(sys.modules[__name__], "data_of_the_test", data, raising=False)
+    with pytest.raises(ConfigError, match=says):
+        train.run(tiny(data__name=f"{__name__}:data_of_the_test", input__num_threads=0), workdir)
+    assert set(Checkpoints(workdir / "checkpoints").steps()) <= {2}
+    logged = workdir / "metrics.jsonl"
+    assert not logged.exists() or len(logged.read_text().splitlines()) <= 3
 
 
 class Sleeping(list):
