@@ -46,7 +46,7 @@ class NonFiniteError(RunError):
 
 
 class StorageError(RunError):
-    """A file that cannot be written: the disk is full or refuses writes."""
+    """A file that cannot be read or written: there is no permission, the disk is full, the mount fails."""
 
     exit_code = 74
 

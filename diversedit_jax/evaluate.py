@@ -15,10 +15,12 @@ and on its label. It writes scores.json, with everything that can change a score
 A run needs neither if its config has evaluators of the kind `scores`: those are used.
 """
 
+import contextlib
 import itertools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,8 +41,8 @@ from diversedit_jax.reading import read_json
 from diversedit_jax.registry import in_range
 from diversedit_jax.runs import flags as run_flags
 from diversedit_jax.runs.trained import Source
-from diversedit_jax.runtime import cli, workdir_lock
-from diversedit_jax.runtime.files import check_same, write_json
+from diversedit_jax.runtime import cli, processes, workdir_lock
+from diversedit_jax.runtime.files import check_same, writable_folder, write_json
 from diversedit_jax.runtime.pictures import image_grid, save_png
 from diversedit_jax.runtime.progress import Ticker
 from diversedit_jax.runtime.versions import versions
@@ -135,29 +137,31 @@ def plan_of(images: Images, judges: Judges) -> dict[str, Any]:
 def evaluate(
     images: Images, judges: Judges, extract: scoring.Extract, statistics: Mapping, folder: Path, keep_samples: bool
 ) -> dict[str, float]:
-    """Score images, and write the results to `folder`. An evaluation that was begun there goes on."""
+    """Score images, and write the results to `folder`. An evaluation that was begun there goes on.
+
+    ConfigError if another evaluation runs there.
+    """
     plan = plan_of(images, judges)
     if (done := finished(folder, plan)) is not None:
         if keep_samples and not (folder / SAMPLES).exists():
             raise ConfigError(f"{folder} was done without --keep_samples: choose another --out or remove {SCORES}")
         return done
-    if jax.process_index() != 0:
-        return _scored(images, judges, extract, statistics, folder, keep_samples, plan)
-    with feature_cache.writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with workdir_lock.held(folder, lambda line: print(line, file=sys.stderr, flush=True)):
-        return _scored(images, judges, extract, statistics, folder, keep_samples, plan)
+    held = workdir_lock.held(writable_folder(folder, "--out"), partial(print, flush=True))
+    with contextlib.ExitStack() as lock:
+        processes.first_alone(lambda: lock.enter_context(held))  # two would remove each other's parts
+        return _evaluate(images, judges, extract, statistics, folder, keep_samples, plan)
 
 
-def _scored(
+def _evaluate(
     images: Images,
     judges: Judges,
     extract: scoring.Extract,
     statistics: Mapping,
     folder: Path,
     keep_samples: bool,
-    plan: dict[str, Any],
+    plan: Mapping[str, Any],
 ) -> dict[str, float]:
+    """Score images in a folder whose lock this program holds."""
     started, parts = time.monotonic(), folder / "parts"
     if images.labels is not None:
         rows = tables.grid_rows(images.labels)

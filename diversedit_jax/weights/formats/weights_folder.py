@@ -49,7 +49,9 @@ def files(path: Path) -> list[Path]:
             return [path / name]
         if (index := path / f"{name}.index.json").is_file():
             parts = _read(index).get("weight_map")
-            if not isinstance(parts, dict) or not all(isinstance(part, str) and len(part) < 256 for part in parts.values()):
+            if not isinstance(parts, dict) or not all(
+                isinstance(part, str) and len(part) < 256 for part in parts.values()
+            ):
                 raise WeightsError(f"{index}: wanted 'weight_map', the file of each array")
             return [path / Path(part).name for part in dict.fromkeys(parts.values())]
     raise WeightsError(f"{path}: a folder without weights ({described(path)}): wanted {', '.join(NAMES)}, or an index")
