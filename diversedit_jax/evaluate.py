@@ -212,9 +212,9 @@ def finished(folder: Path, plan: Mapping[str, Any]) -> dict[str, float] | None:
         before, scores = record["plan"], {name: float(score) for name, score in record["scores"].items()}
         if not isinstance(before, dict):
             raise ValueError("its plan is no JSON object")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         check_machine(error)
-        raise ConfigError(f"{folder / SCORES} is damaged ({error}): remove it") from error
+        raise ConfigError(f"{folder / SCORES} is damaged ({error!s:.200}): remove it") from error
     check_same(f"{folder} holds an evaluation", before, plan, "choose another --out")
     return scores
 
