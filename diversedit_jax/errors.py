@@ -15,19 +15,27 @@ class RunError(Exception):
     exit_code = 1
 
 
-class ConfigError(RunError, ValueError):
+class InputError(RunError):
+    """An error in what was given. It may quote names that lie in a file, with line breaks and codes of a terminal."""
+
+    def __str__(self) -> str:
+        """What is wrong, on one line."""
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in super().__str__())
+
+
+class ConfigError(InputError, ValueError):
     """A config, flag, or working directory that cannot be used."""
 
     exit_code = 78
 
 
-class DataError(RunError):
+class DataError(InputError):
     """Training data that is missing or damaged."""
 
     exit_code = 65
 
 
-class WeightsError(RunError):
+class WeightsError(InputError):
     """A file of weights that is missing, damaged, or holds more than weights."""
 
     exit_code = 65  # as for data: the input is wrong. 74 is for our own checkpoints, which the disk may have damaged.

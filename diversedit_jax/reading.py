@@ -81,11 +81,11 @@ def zip_members(file: RegularFile) -> dict[str, zipfile.ZipInfo]:
     """The members of a zip by name, in the order of its directory."""
     try:
         with zipfile.ZipFile(file) as archive:
-            infos = archive.infolist()
+            infos, announced = archive.infolist(), _announced(file, archive.comment)
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, EOFError, struct.error) as error:
         raise ValueError(f"a truncated or damaged zip archive: {error}") from error
-    if _announced(file) not in (len(infos) % 2**16, 2**16 - 1):
-        raise ValueError(f"a damaged zip archive: its directory announces {_announced(file)} entries, not {len(infos)}")
+    if announced not in (len(infos) % 2**16, 2**16 - 1):  # a damaged entry may swallow the next ones
+        raise ValueError(f"a damaged zip archive: it announces {announced} entries and has {len(infos)}")
     members: dict[str, zipfile.ZipInfo] = {}
     for info in infos:
         if info.filename in members:
@@ -94,11 +94,14 @@ def zip_members(file: RegularFile) -> dict[str, zipfile.ZipInfo]:
     return members
 
 
-def _announced(file: RegularFile) -> int:
-    """How many entries the end of a zip announces, modulo 2^16: a damaged entry may swallow the next ones."""
-    file.seek(max(file.size - 2**16 - 22, 0))
-    end = file.read()
-    return int.from_bytes(end[end.rfind(b"PK\5\6") + 10 :][:2], "little")
+def _announced(file: RegularFile, comment: bytes) -> int:
+    """How many entries the end of a zip announces, modulo 2^16. comment: of the archive, behind that."""
+    for size in (22 + len(comment), 22 + 2**16):  # what follows may be longer than the comment that zipfile found
+        file.seek(max(file.size - size, 0))
+        end = file.read()
+        if (place := end.rfind(b"PK\5\6")) >= 0:
+            return int.from_bytes(end[place + 10 : place + 12], "little")
+    return -1
 
 
 def member_start(file: RegularFile, info: zipfile.ZipInfo) -> int:

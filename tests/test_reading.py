@@ -10,7 +10,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from diversedit_jax.errors import MachineError, check_machine
+from diversedit_jax.errors import DataError, MachineError, check_machine
 from diversedit_jax.reading import Npz, RegularFile, check_folder, parse_json, parse_npy, read_member, zip_members
 from tests import ROOT
 
@@ -139,3 +139,9 @@ def test_every_image_is_opened_as_one_of_the_formats_that_are_asked_for():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Image.open"):
                 assert "formats" in {keyword.arg for keyword in node.keywords}, f"{path}, line {node.lineno}"
+
+
+def test_an_error_is_one_line_whatever_it_quotes():
+    error = DataError("no image a\nb\x1b[31m\ud800é")
+    assert str(error) == r"no image a\nb\x1b[31m\ud800é"
+    assert str(error).isprintable()

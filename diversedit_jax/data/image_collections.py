@@ -199,6 +199,7 @@ def _folder_index(path: Path) -> dict[str, int] | None:
         content = read_json(path / INDEX)
         return index_labels(content) if isinstance(content, dict) and "labels" in content else None
     except (OSError, ValueError, TypeError) as error:
+        check_machine(error)
         raise DataError(f"images: {path / INDEX} cannot be read: {type(error).__name__}: {error}") from error
 
 
@@ -281,6 +282,7 @@ def _scan_tar(file: Path, labelled: bool, places: dict[str, Place], labels: dict
                 raise tarfile.ReadError("it is truncated: it has no end mark")
         places |= {key: _plain(key, found, ignored) for key, found in images.items()}
     except (tarfile.TarError, OSError, ValueError) as error:
+        check_machine(error)
         raise DataError(f"images: {file} cannot be read: {error}") from error
 
 

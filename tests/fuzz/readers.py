@@ -204,7 +204,7 @@ def verdict(reader: Reader, path: Path, whole: Mapping[str, bytes], plain: bool)
         return f"MEMORY {error}"
     except RunError as error:
         text = str(error)
-        return "refused" if text.strip() and "\n" not in text and len(text) < 2000 else f"LONG {text!r:.300}"
+        return "refused" if text and text.isprintable() and len(text) < 2000 else f"WORDS {text!r:.300}"
     except BaseException as error:
         return f"TRACEBACK {type(error).__name__}: {error!s:.200}"
     if found == whole:

@@ -107,7 +107,7 @@ def test_the_report_names_every_image_that_is_not_there(straight):
     assert report["ignored"] == {"*.txt": 1}
     skipped = report["skipped"]
     assert set(skipped) == {"ant/03.png", "ant/07.png", "bee/13.png"}
-    assert "truncated" in skipped["ant/03.png"]
+    assert "Truncated" in skipped["ant/03.png"]
     assert skipped["ant/07.png"] == "an empty file"
     with Image.open(straight / "mosaic.png") as mosaic:
         assert mosaic.size == (8 * 96, 2 * 96)  # small images are shown six times as large
