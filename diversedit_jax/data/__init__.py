@@ -31,8 +31,8 @@ MAX_CLASSES = 1 << 20  # far more than any data set has: a damaged label would a
 def label(value: Any) -> int:
     """A label as files of others have it: a whole number, or its digits. ValueError for anything else."""
     number = int(value) if isinstance(value, str | bytes) else operator.index(value)
-    if not 0 <= number < MAX_CLASSES:
-        raise ValueError(f"label {number!s:.40}: wanted 0 .. {MAX_CLASSES - 1}")
+    if isinstance(value, bool) or not 0 <= number < MAX_CLASSES:
+        raise ValueError(f"label {value!s:.40}: wanted 0 .. {MAX_CLASSES - 1}")
     return number
 
 

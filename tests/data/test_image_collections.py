@@ -517,7 +517,7 @@ def test_no_flipped_bit_of_a_png_is_read():
             continue
 
 
-@pytest.mark.parametrize("label", [200_000_000, 2**40, -1, 1.5, None, "three", [1]])
+@pytest.mark.parametrize("label", [200_000_000, 2**40, -1, 1.5, True, None, "three", [1]])
 def test_a_label_that_is_none_is_refused(label, tmp_path):
     """A large one would take gigabytes: as many names of classes, and as many rows of the network's table."""
     folder(tmp_path / "folder")
