@@ -649,7 +649,7 @@ main() {
   case $command in
     run | up)
       if [[ $DATA_DIR == gs://* ]]; then
-        trainer_flags "$REMOTE_DIR/bucket" "$REMOTE_DIR/data/${DATA_DIR##*/}"
+        trainer_flags "$REMOTE_DIR/bucket" "$REMOTE_DIR/data/${DATA_DIR#gs://}"
       else
         trainer_flags "$REMOTE_DIR/bucket" "$DATA_DIR"
       fi

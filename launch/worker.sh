@@ -95,8 +95,8 @@ install_all() {
     mount_bucket
   fi
   if [[ ${DATA_DIR:-} == gs://* ]]; then
-    mkdir -p "$REMOTE_DIR/data/${DATA_DIR##*/}"
-    retry gcloud storage rsync --recursive --quiet "$DATA_DIR" "$REMOTE_DIR/data/${DATA_DIR##*/}" ||
+    mkdir -p "$REMOTE_DIR/data/${DATA_DIR#gs://}"
+    retry gcloud storage rsync --recursive --quiet "$DATA_DIR" "$REMOTE_DIR/data/${DATA_DIR#gs://}" ||
       die "$DATA_DIR cannot be copied; free space: $(df -h "$REMOTE_DIR/data" | tail -n 1)"
   fi
   echo "worker $(number): installed"

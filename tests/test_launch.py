@@ -915,7 +915,7 @@ def test_up_runs_to_the_end(cloud):
     for worker in range(2):
         assert cloud.started(worker) == [
             f"-m diversedit_jax.train --config=configs/diversedit.py:xl2 --workdir={remote}/bucket/runs/diversedit_xl2 "
-            f"--config.data.data_dir={remote}/data/latents {' '.join(FLAGS)}" % (worker, worker)
+            f"--config.data.data_dir={remote}/data/bucket/sets/latents {' '.join(FLAGS)}" % (worker, worker)
         ]
         code = cloud.path / f"node1/{worker}/remote/run/exit_code"
         assert code.read_text() == "0\n"
@@ -925,7 +925,7 @@ def test_up_runs_to_the_end(cloud):
     assert [call[-2] for call in mounts] == ["bucket", "bucket"]
     copies = cloud.calls("gcloud", "storage", "rsync")
     assert [call[-2:] for call in copies] == [
-        ["gs://bucket/sets/latents", remote % i + "/data/latents"] for i in (0, 1)
+        ["gs://bucket/sets/latents", remote % i + "/data/bucket/sets/latents"] for i in (0, 1)
     ]
     assert "the node is still there, and costs" in last_line(process)
 
