@@ -3,7 +3,10 @@
 Codes 42 and 127-255 ask for a restart. After the others a restart would fail the same way.
 """
 
+import errno
+
 EXIT_PREEMPTED = 42
+LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)  # files, memory or processes that the system refuses
 
 
 class RunError(Exception):
@@ -28,6 +31,12 @@ class WeightsError(RunError):
     """A file of weights that is missing, damaged, or holds more than weights."""
 
     exit_code = 65  # as for data: the input is wrong. 74 is for our own checkpoints, which the disk may have damaged.
+
+
+class MachineError(RunError):
+    """The machine lacks memory, threads or open files. No file is to blame."""
+
+    exit_code = 71
 
 
 class NonFiniteError(RunError):
@@ -60,3 +69,13 @@ class DamagedCheckpointError(CheckpointError):
     def __init__(self, problem: str, remedy: str):
         super().__init__(f"{problem}. {remedy}")
         self.problem = problem
+
+
+def check_machine(error: BaseException) -> None:
+    """Raise MachineError if it is the machine that fails. For readers that take every other error for damage."""
+    if isinstance(error, MachineError):
+        raise error
+    lacking = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in LACKING)
+    text = f"{type(error).__name__}: {error}".partition("\n")[0].removesuffix(": ")
+    if lacking or "can't start new thread" in text:
+        raise MachineError(f"the machine lacks memory, threads or open files: {text}") from error

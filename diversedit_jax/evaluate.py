@@ -17,7 +17,6 @@ A run needs neither if its config has evaluators of the kind `scores`: those are
 
 import contextlib
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,12 +31,13 @@ from absl import flags
 from diversedit_jax import conditioning, registry, sharding
 from diversedit_jax import config as configs
 from diversedit_jax.diffusion import solve
-from diversedit_jax.errors import ConfigError
+from diversedit_jax.errors import ConfigError, check_machine
 from diversedit_jax.evaluation import extractors as networks
 from diversedit_jax.evaluation import feature_cache, image_files, presets, scoring, tables
 from diversedit_jax.evaluation.extractors import Extractor
 from diversedit_jax.evaluation.reference_statistics import Reference, open_reference
 from diversedit_jax.evaluation.tables import Point
+from diversedit_jax.reading import read_json
 from diversedit_jax.registry import in_range
 from diversedit_jax.runs import flags as run_flags
 from diversedit_jax.runs.trained import Source
@@ -208,9 +208,12 @@ def finished(folder: Path, plan: Mapping[str, Any]) -> dict[str, float] | None:
     if not (folder / SCORES).exists():
         return None
     try:
-        record = json.loads((folder / SCORES).read_text(encoding="utf-8"))
-        before, scores = record["plan"], record["scores"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        record = read_json(folder / SCORES)
+        before, scores = record["plan"], {name: float(score) for name, score in record["scores"].items()}
+        if not isinstance(before, dict):
+            raise ValueError("its plan is no JSON object")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        check_machine(error)
         raise ConfigError(f"{folder / SCORES} is damaged ({error}): remove it") from error
     check_same(f"{folder} holds an evaluation", before, plan, "choose another --out")
     return scores
