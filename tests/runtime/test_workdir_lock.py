@@ -157,20 +157,25 @@ def move_away(folder):
     folder.rename(folder.with_name("moved"))
 
 
-def begin_anew(folder):
+def make_anew(folder):
     shutil.rmtree(folder)
     folder.mkdir()
+
+
+def begin_anew(folder):
+    make_anew(folder)
     left_by(folder, ABROAD)
 
 
 @pytest.mark.parametrize(
     ("harm", "says"),
     [
-        (remove_lock, r"run/\.lock was removed while this run used it: it ends, and saves nothing more"),
+        (remove_lock, r"run/\.lock was removed or moved while this run used it: this run ends, and saves nothing more"),
         (take_over, "run was taken over by process 1 on elsewhere, since .*: this run ends, and saves nothing more"),
         (begin_anew, "run was taken over by process 1 on elsewhere"),
-        (shutil.rmtree, "run was removed while this run used it"),
-        (move_away, "run was removed while this run used it"),
+        (shutil.rmtree, "run was removed or moved while this run used it"),
+        (move_away, "run was removed or moved while this run used it"),
+        (make_anew, "run was removed or moved while this run used it"),
     ],
 )
 def test_a_lock_that_is_lost_says_so(tmp_path, harm, says):
