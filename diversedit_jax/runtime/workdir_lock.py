@@ -179,17 +179,17 @@ def _parsed(text: str | None) -> dict:
     """What a lease says; nothing if it is torn."""
     try:
         found = json.loads(text or "")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def _holder(text: str | None) -> str:
-    """The holder of a lease, in words."""
+    """The holder of a lease, in words, on one line."""
     found = _parsed(text)
     if not {"pid", "host", "started"} <= found.keys():
         return "a process that did not write its name"
-    return f"process {found['pid']} on {found['host']}, since {found['started']}"
+    return " ".join(f"process {found['pid']} on {found['host']}, since {found['started']}".split())[:200]
 
 
 def _refusal(directory: Path, seen: _Seen) -> ConfigError:

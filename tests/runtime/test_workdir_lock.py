@@ -79,13 +79,18 @@ def test_the_lock_of_a_killed_process_does_not_outlive_it_in_a_process_of_its_nu
         assert taken_at_once(tmp_path)
 
 
-@pytest.mark.parametrize("holder", [OLD, ABROAD, "", "{", '{"host": 1}', "[1]", "\xff\0"])
+@pytest.mark.parametrize(
+    "holder", [OLD, ABROAD, ABROAD | {"host": "a\nb" * 1000}, "", "{", '{"host": 1}', "[1]", "[" * 10**5, "\xff\0"]
+)
 def test_any_other_lock_is_taken_over_when_nobody_touches_it(tmp_path, holder):
     left_by(tmp_path, holder)
-    begin = time.monotonic()
-    with workdir_lock.held(tmp_path, SAID.append, gone=0.2) as check:
+    said, begin = [], time.monotonic()
+    with workdir_lock.held(tmp_path, said.append, gone=0.2) as check:
         assert time.monotonic() - begin >= 0.2
         check()
+    assert len(said) == 1
+    assert "\n" not in said[0]
+    assert len(said[0]) < 400
 
 
 def test_without_a_number_of_the_kernel_no_holder_counts_as_dead(tmp_path, monkeypatch):
