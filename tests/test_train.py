@@ -399,7 +399,7 @@ class Harmful(list):
     ("harm", "says"),
     [
         (lambda workdir: (workdir / workdir_lock.FILE).write_text("other"), "run was taken over by a process that"),
-        (shutil.rmtree, "run was removed while this run used it"),
+        (shutil.rmtree, "run was removed or moved while this run used it"),
     ],
 )
 def test_a_run_that_loses_its_lock_ends_before_it_writes(tmp_path, monkeypatch, harm, says):

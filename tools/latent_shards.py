@@ -128,7 +128,9 @@ def write_shard(
     """Write a shard, whole or not at all, then its note. DataError if the disk refuses it.
 
     records: the examples, in order. skipped: missing image -> why, complete when `records` ends.
+    ConfigError if the folder has another plan: of two that claimed it at the same moment, the last one has it.
     """
+    claim(folder, plan)
     place = folder / plan.file(shard)
     checksum, count, size = hashlib.sha256(), 0, 0
     for left in folder.glob(f".{place.name}.*"):  # by a killed process

@@ -19,7 +19,7 @@ import jax
 from absl import app, flags
 from jax.experimental import multihost_utils
 
-from diversedit_jax.errors import EXIT_PREEMPTED, ConfigError, RunError, StorageError
+from diversedit_jax.errors import EXIT_PREEMPTED, ConfigError, MachineError, RunError, StorageError, check_machine
 from diversedit_jax.runtime import processes
 
 NAME = re.compile(r"['\"]([\w./-]+)['\"\\]")  # a quoted name in an error of absl or ml_collections
@@ -105,16 +105,30 @@ def launch(main: Callable[..., None], *, arguments: bool = False, several: bool 
         print("interrupted", file=sys.stderr)
         processes.leave(130)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in FULL:  # whichever file was written
-            place = f"cannot write {error.filename or 'a file'}: {error.strerror}"
-            error = StorageError(f"{place}. Whole checkpoints stay; run it again when there is space")
-        elif isinstance(error, OSError) and error.filename is not None:  # no permission, a mount that fails
-            error = StorageError(f"{error.filename}: {error.strerror}")
+        error = of_machine(error)
         if not isinstance(error, RunError):
             traceback.print_exc()
             processes.leave(1)
         print(f"error: {error}", file=sys.stderr)
         processes.leave(error.exit_code)
+
+
+def of_machine(error: Exception) -> Exception:
+    """The error of one line for what the machine refuses: memory, space, permission. Else the error itself."""
+    try:
+        check_machine(error)
+    except MachineError as lack:
+        return lack
+    text = " ".join(str(error).split())
+    if isinstance(error, jax.errors.JaxRuntimeError) and text.startswith("RESOURCE_EXHAUSTED"):
+        remedy = "take a smaller batch, config.accumulate, config.mesh.fsdp or config.model.remat"
+        return MachineError(f"the memory of a device does not suffice ({text[:200]}): {remedy}")
+    if isinstance(error, OSError) and error.errno in FULL:  # whichever file was written
+        place = f"cannot write {error.filename or 'a file'}: {error.strerror}"
+        return StorageError(f"{place}. Whole checkpoints stay; run it again when there is space")
+    if isinstance(error, OSError) and error.filename is not None:  # no permission, a mount that fails
+        return StorageError(f"{error.filename}: {error.strerror}")
+    return error
 
 
 def parse(argv: Sequence[str]) -> list[str]:

@@ -53,8 +53,9 @@ def held(
         try:
             found = path.read_text(encoding="utf-8", errors="replace")
         except (FileNotFoundError, NotADirectoryError):
-            what = path if directory.is_dir() else directory
-            raise ConfigError(f"{what} was removed while this run used it: it ends, and saves nothing more") from None
+            same = directory.is_dir() and os.path.samestat(directory.stat(), os.fstat(folder))
+            what = f"{path if same else directory} was removed or moved while this run used it"
+            raise ConfigError(f"{what}: this run ends, and saves nothing more") from None
         except OSError as error:
             raise StorageError(f"{path} cannot be read: {error.strerror}") from error
         if found != text:
@@ -88,7 +89,7 @@ def held(
         try:
             yield check
         except Exception:
-            check()  # what went wrong is told by the loss of the lock, if it was lost
+            check()  # a lost lock is the better explanation
             raise
         finally:
             ended.set()
@@ -136,10 +137,8 @@ def _created(folder: int, text: str) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
-        if error.errno == errno.ESTALE:  # gcsfuse finds that another mount was faster when the file is closed
+        if error.errno == errno.ESTALE:  # gcsfuse: when the file was closed, that of another mount was there
             return False
-        with contextlib.suppress(OSError):
-            os.unlink(FILE, dir_fd=folder)
         raise
     return True
 
@@ -180,17 +179,17 @@ def _parsed(text: str | None) -> dict:
     """What a lease says; nothing if it is torn."""
     try:
         found = json.loads(text or "")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def _holder(text: str | None) -> str:
-    """The holder of a lease, in words."""
+    """The holder of a lease, in words, on one line."""
     found = _parsed(text)
     if not {"pid", "host", "started"} <= found.keys():
         return "a process that did not write its name"
-    return f"process {found['pid']} on {found['host']}, since {found['started']}"
+    return " ".join(f"process {found['pid']} on {found['host']}, since {found['started']}".split())[:200]
 
 
 def _refusal(directory: Path, seen: _Seen) -> ConfigError:

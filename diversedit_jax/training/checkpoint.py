@@ -28,7 +28,14 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import checkpoint_managers as policies
 
-from diversedit_jax.errors import CheckpointError, ConfigError, DamagedCheckpointError, UnfitCheckpointError
+from diversedit_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    DamagedCheckpointError,
+    MachineError,
+    UnfitCheckpointError,
+    check_machine,
+)
 from diversedit_jax.registry import in_range
 from diversedit_jax.runtime import processes
 from diversedit_jax.runtime.cli import silence
@@ -42,8 +49,7 @@ FORMAT = 1  # of our record; raise it when old code could not read the new recor
 UNUSABLE = re.compile(r"[\\*?\[]|:/")
 # How tensorstore's errors begin where the machine is to blame, and not what a file holds.
 OF_MACHINE = re.compile(
-    "(PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|UNAUTHENTICATED|ABORTED|CANCELLED|UNKNOWN)\\b"
-    "|can't start new thread"
+    r"(PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|UNAUTHENTICATED|ABORTED|CANCELLED|UNKNOWN)\b"
 )
 State = Any  # a pytree of arrays
 
@@ -376,8 +382,12 @@ def not_of_content(error: BaseException) -> str | None:
     while error.__cause__:
         error = error.__cause__
     missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
-    other = isinstance(error, OSError | MemoryError) and not missing
-    return cause(error) if other or OF_MACHINE.search(str(error)) else None
+    failed = (isinstance(error, OSError) and not missing) or OF_MACHINE.match(str(error))
+    try:
+        check_machine(error)
+    except MachineError:
+        failed = True
+    return cause(error) if failed else None
 
 
 def unreadable(folder: Path) -> str | None:

@@ -102,6 +102,35 @@ with cli.stop_requests(lambda text: print(text, file=Reentrant())) as stop:
     assert (done.returncode, done.stdout) == (0, "SIGTERM\n"), done.stderr
 
 
+@pytest.mark.parametrize(
+    ("fault", "code", "says"),
+    [
+        (
+            "jax.numpy.zeros(2**44).block_until_ready()",
+            71,
+            "error: the memory of a device does not suffice (RESOURCE_E",
+        ),
+        ("raise MemoryError", 71, "error: the machine lacks memory, threads or open files: MemoryError"),
+        ('raise RuntimeError("can\'t start new thread")', 71, "error: the machine lacks memory, threads or open files"),
+        ("raise OSError(24, 'Too many open files', 'a.npy')", 71, "error: the machine lacks memory, threads or open"),
+        (
+            "raise OSError(28, 'No space left on device', 'a.npy')",
+            74,
+            "error: cannot write a.npy: No space left on dev",
+        ),
+        ("open('/proc/self/mem/x')", 74, "error: /proc/self/mem/x: Not a directory"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(fault, code, says):
+    program = f"import jax\nfrom diversedit_jax.runtime import cli\n\ndef main():\n    {fault}\n\ncli.launch(main)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == code, done.stderr
+    assert done.stderr.startswith(says)
+    assert done.stderr.count("\n") == 1
+
+
 def state_of(pid: int) -> str:
     with open(f"/proc/{pid}/stat") as file:
         return file.read().rpartition(")")[2].split()[0]

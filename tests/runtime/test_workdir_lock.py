@@ -79,13 +79,18 @@ def test_the_lock_of_a_killed_process_does_not_outlive_it_in_a_process_of_its_nu
         assert taken_at_once(tmp_path)
 
 
-@pytest.mark.parametrize("holder", [OLD, ABROAD, "", "{", '{"host": 1}', "[1]", "\xff\0"])
+@pytest.mark.parametrize(
+    "holder", [OLD, ABROAD, ABROAD | {"host": "a\nb" * 1000}, "", "{", '{"host": 1}', "[1]", "[" * 10**5, "\xff\0"]
+)
 def test_any_other_lock_is_taken_over_when_nobody_touches_it(tmp_path, holder):
     left_by(tmp_path, holder)
-    begin = time.monotonic()
-    with workdir_lock.held(tmp_path, SAID.append, gone=0.2) as check:
+    said, begin = [], time.monotonic()
+    with workdir_lock.held(tmp_path, said.append, gone=0.2) as check:
         assert time.monotonic() - begin >= 0.2
         check()
+    assert len(said) == 1
+    assert "\n" not in said[0]
+    assert len(said[0]) < 400
 
 
 def test_without_a_number_of_the_kernel_no_holder_counts_as_dead(tmp_path, monkeypatch):
@@ -157,20 +162,25 @@ def move_away(folder):
     folder.rename(folder.with_name("moved"))
 
 
-def begin_anew(folder):
+def make_anew(folder):
     shutil.rmtree(folder)
     folder.mkdir()
+
+
+def begin_anew(folder):
+    make_anew(folder)
     left_by(folder, ABROAD)
 
 
 @pytest.mark.parametrize(
     ("harm", "says"),
     [
-        (remove_lock, r"run/\.lock was removed while this run used it: it ends, and saves nothing more"),
+        (remove_lock, r"run/\.lock was removed or moved while this run used it: this run ends, and saves nothing more"),
         (take_over, "run was taken over by process 1 on elsewhere, since .*: this run ends, and saves nothing more"),
         (begin_anew, "run was taken over by process 1 on elsewhere"),
-        (shutil.rmtree, "run was removed while this run used it"),
-        (move_away, "run was removed while this run used it"),
+        (shutil.rmtree, "run was removed or moved while this run used it"),
+        (move_away, "run was removed or moved while this run used it"),
+        (make_anew, "run was removed or moved while this run used it"),
     ],
 )
 def test_a_lock_that_is_lost_says_so(tmp_path, harm, says):
