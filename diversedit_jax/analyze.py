@@ -221,7 +221,7 @@ def chosen_by_flags(given: flags.FlagValues, others: Sequence[str]) -> list[Trai
     def opened(text: str) -> Trained:
         label, path = named(text)
         if configs.holds_run(path) or (path.exists() and text == given.workdir):
-            found = trained.of_run(path, data=data, model=model, losses=True)
+            found = trained.of_run(path, data=data, model=model, losses=True, trust=given.trust_workdir)
         elif path.exists():
             about = (given.family, given.heads, given.weights, run_flags.sides(given.side))
             found = trained.of_release(path, *about, data=data, vae=given.vae, model=model)

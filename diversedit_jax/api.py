@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Float
 
+from diversedit_jax.registry import INT32, in_range
+
 Params = Any  # a pytree of arrays that gradients change
 Memory = Any  # a pytree of arrays that a step reads and writes, without gradients: statistics, slow averages
 Condition = Any  # a pytree of arrays [b ...]: labels [b], or {"context": [b m k], "mask": [b m]}, or whatever y is
@@ -31,6 +33,7 @@ class Conditions(NamedTuple):
     @classmethod
     def labels(cls, classes: int) -> "Conditions":
         """Labels 0 .. classes - 1, with the null label `classes`. Without classes (0) every label is the null label."""
+        in_range("num_classes", classes, 0, INT32 - 1)
         return cls(np.int32(classes), classes)
 
 

@@ -19,11 +19,16 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from diversedit_jax import registry
-from diversedit_jax.errors import ConfigError
+from diversedit_jax.errors import ConfigError, DataError, WeightsError
+from diversedit_jax.reading import read_json
 from diversedit_jax.runtime.files import check_same, differences, flat, write_json
 
 FILE, MODULES = "config.json", "modules"  # MODULES: a key of FILE, the folders of modules that the run's user wrote
 RESERVED = ("name", "every")  # keys of a slot that are not options of its factory
+DEEPEST = 16  # dicts and lists inside of each other, in a stored config
+# Keys that runs of older versions lack, and their values there.
+LATER = {"init_from": {"fresh": []}, "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "rules": []}}
+NAMES = ("name", "extractor")  # keys whose values name factories
 SINGLE = {"data": "data", "codec": "codecs", "model": "models", "objective": "objectives"}  # key -> kind of slot
 LABELED = ("encoders", "losses", "evaluators")  # kinds of slots that a run has any number of, under labels
 
@@ -68,32 +73,30 @@ def slot(kind: str, name: str, **changes: Any) -> ConfigDict:
 
 
 def keywords(config: ConfigDict, place: str, build: Callable) -> dict[str, Any]:
-    """The options of a config as keyword arguments. ConfigError if one is required and not set, or not finite."""
+    """The options of a config as keyword arguments.
+
+    ConfigError if one is required and not set, or is not of the type in the signature of the factory `build`.
+    """
     given = {name: _plain(value) for name, value in config.to_dict().items() if name not in RESERVED}
-    for name, value in given.items():
-        registry.finite(f"{place}.{name}", value)
     for name, parameter in registry.options(build).items():
-        if parameter.default is inspect.Parameter.empty and given.get(name) is None:
+        value, default = given.get(name, parameter.default), parameter.default
+        if default is inspect.Parameter.empty and value in (None, default):
             raise ConfigError(f"{place}.{name} is not set; give it with --{place}.{name}=VALUE")
+        if value is not default:
+            registry.fits(f"{place}.{name}", value, parameter.annotation)
     return given
-
-
-def check(config: ConfigDict) -> None:
-    """Find what is missing in the slots of a run, and build none. ConfigError as of `make`."""
-    slots = [(kind, f"config.{key}", config[key]) for key, kind in SINGLE.items()]
-    slots += [(kind, f"config.{kind}.{label}", one) for kind in LABELED for label, one in config[kind].items()]
-    for kind, place, one in slots:
-        keywords(one, place, _factory(kind, one, place))
 
 
 def make(kind: str, config: ConfigDict, place: str, *args: Any) -> Any:
     """Build the slot that a config describes. place: of the config, for errors, such as `config.model`."""
-    given = keywords(config, place, _factory(kind, config, place))
+    given = keywords(config, place, factory(kind, config, place))
     with named(place, given):
         return registry.make(kind, config.name, *args, **given)
 
 
-def _factory(kind: str, config: ConfigDict, place: str) -> Callable:
+def factory(kind: str, config: ConfigDict, place: str) -> Callable:
+    """The factory that the slot `config` at `place` names."""
+    registry.fits(f"{place}.name", config.to_dict().get("name"), str)
     try:
         return registry.factory(kind, config.name)
     except ConfigError as error:
@@ -105,9 +108,11 @@ def named(place: str, options: Collection[str]) -> Iterator[None]:
     """Give errors of what is built here from `options` the place of these in the config, such as `config.model`."""
     try:
         yield
-    except (ConfigError, TypeError, ValueError) as error:
-        text = str(error)
-        option = re.match(r"(?:\w+: )?(?:\w+\.)?(\w+) = ", text)
+    except (DataError, WeightsError) as error:
+        raise type(error)(f"{place}: {error}") from error
+    except (ConfigError, OSError, TypeError, ValueError) as error:
+        text = " ".join(str(error).split())  # one line
+        option = re.match(r"(?:\w+: )?(?:\w+\.|--)?(\w+) ?= ?", text)
         if option and option[1] in options:
             text = f"{place}.{text[option.start(1) :]}"
         elif not (isinstance(error, ConfigError) and text.startswith("config.")):
@@ -123,7 +128,7 @@ def modules(config: Mapping[str, Any]) -> dict[str, str]:
     """The modules outside this package that a config names, such as `my_loss:make`, and the folder of each."""
     found = {}
     for key, value in flat(config).items():
-        if key.split(".")[-1] == "name" and ":" in str(value):
+        if key.split(".")[-1] in NAMES and registry.OUTSIDE.fullmatch(str(value)):
             module = value.partition(":")[0]
             spec = importlib.util.find_spec(module)
             if spec is not None and spec.origin is not None:
@@ -132,14 +137,17 @@ def modules(config: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def claim(workdir: Path, config: ConfigDict) -> list[str]:
+def claim(workdir: Path, config: ConfigDict, saved: Mapping[str, Any] | None = None) -> list[str]:
     """Store a run's config in its workdir. If one is stored there, compare them first.
+
+    saved: the config in the run's last checkpoint, which is compared if the stored one is gone.
 
     Returns a line for each allowed difference (FREE, PATHS). Any other difference is a ConfigError.
     """
     notes, given = [], json.loads(json.dumps(config.to_dict()))
-    if (workdir / FILE).exists():
-        stored = load(workdir).to_dict()
+    if (workdir / FILE).exists() or saved:
+        stored = _stored(workdir) if (workdir / FILE).exists() else _of_this_version(dict(saved))
+        stored.pop(MODULES, None)
         check_same(f"{workdir} holds a run", stored, given, "use its values or a new workdir", _may_change)
         notes = [f"config.{key}: {old!r} -> {new!r}" for key, (old, new) in differences(stored, given).items()]
     places = {MODULES: found} if (found := modules(given)) else {}
@@ -158,37 +166,74 @@ def _may_change(key: str, old: Any, new: Any) -> bool:
 def holds_run(path: Path) -> bool:
     """Whether `path` is the workdir of a run. Other programs write a config.json, too."""
     try:
-        load(path)
+        _stored(path)
     except ConfigError:
         return False
     return True
 
 
-def load(workdir: Path) -> ConfigDict:
+def load(workdir: Path, parts: Collection[str] = (*SINGLE, *LABELED), *, trust: bool = False) -> ConfigDict:
     """The config of the run in a workdir. A config of an older version gets the names of this version.
 
-    The folders of its user's modules, which it stores, can then be imported from.
+    parts: the slots (keys of SINGLE and LABELED) that will be built. The others in LABELED are left out.
+    trust: whether the slots may be factories outside this package, see `registry.factory`. A stored config can come
+        from anywhere, and to build them runs their code. The folders of these modules, which it stores, can then be
+        imported from. Without trust, ConfigError names them; nothing is imported.
     """
+    stored = _stored(workdir)
+    folders = stored.pop(MODULES, {})
+    stored |= {kind: {} for kind in LABELED if kind not in parts}
+    built = {part: stored[part] for part in parts if isinstance(stored.get(part), dict)}
+    own = {key: name for key, name in flat(built).items() if key.split(".")[-1] in NAMES and ":" in str(name)}
+    if own and not trust:
+        named = ", ".join(f"{name} (config.{key})" for key, name in own.items())
+        raise ConfigError(f"{workdir}: its {FILE} runs code outside this package: {named}; allow it by --trust_workdir")
+    if own and isinstance(folders, dict):
+        sys.path += [folder for folder in folders.values() if isinstance(folder, str) and folder not in sys.path]
     try:
-        stored = json.loads((workdir / FILE).read_text())
+        return ConfigDict(stored)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # a key with a dot, or such as `items`
+        raise ConfigError(f"{workdir / FILE} is damaged: {' '.join(str(error).split())}") from None
+
+
+def _stored(workdir: Path) -> dict[str, Any]:
+    """The config in a workdir as it is stored, with the names of this version."""
+    try:
+        stored = read_json(workdir / FILE)
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{workdir} holds no run: it has no {FILE}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"{workdir / FILE} is damaged: {error}") from None
     if not isinstance(stored, dict) or not {"data", "model", "objective"} <= stored.keys():
         raise ConfigError(f"{workdir} holds no run: its {FILE} is of another program")
-    sys.path += [folder for folder in stored.pop(MODULES, {}).values() if folder not in sys.path]
-    if "prepare" in stored:
+    if _deep(stored):
+        raise ConfigError(f"{workdir / FILE} is damaged: it is nested more than {DEEPEST} times")
+    return _of_this_version(stored)
+
+
+def _of_this_version(stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored config with the names of this version."""
+    if all(isinstance(stored.get(key), dict) for key in ("prepare", "model", "objective")):
         codec, model, objective = stored.pop("prepare"), stored["model"], stored["objective"]
-        stored |= {"codec": codec | {"name": "vae" if codec["name"] == "latents" else codec["name"]}, "groups": {}}
+        stored |= {"codec": codec | ({"name": "vae"} if codec.get("name") == "latents" else {}), "groups": {}}
         model.pop("second_time", None)
         if (width := model.pop("token_width", None)) is not None:
             objective["width"] = width
         if "label_drop" in objective:
             objective["condition_drop"] = objective.pop("label_drop")
-    if "init_from" in stored:
-        stored["init_from"].setdefault("fresh", [])
-    return ConfigDict(stored)
+    for key, later in LATER.items():
+        if isinstance(stored.get(key), dict):
+            stored[key] = later | stored[key]
+    return stored
+
+
+def _deep(tree: Any) -> bool:
+    """Whether lists and dicts are nested deeper than in any config, so that Python could not walk through them."""
+    level = [tree]
+    for _ in range(DEEPEST):
+        inner = [node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list)]
+        level = [node for nodes in inner for node in nodes]
+    return bool(level)
 
 
 def copied(config: ConfigDict) -> ConfigDict:

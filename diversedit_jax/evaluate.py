@@ -38,8 +38,9 @@ from diversedit_jax.evaluation.extractors import Extractor
 from diversedit_jax.evaluation.reference_statistics import Reference, open_reference
 from diversedit_jax.evaluation.tables import Point
 from diversedit_jax.reading import read_json
-from diversedit_jax.registry import in_range
+from diversedit_jax.registry import INT32, UINT32, in_range
 from diversedit_jax.runs import flags as run_flags
+from diversedit_jax.runs.check import check
 from diversedit_jax.runs.trained import Source
 from diversedit_jax.runtime import cli, processes, workdir_lock
 from diversedit_jax.runtime.files import check_same, writable_folder, write_json
@@ -92,6 +93,8 @@ def of_file(path: str | Path, num: int | None) -> Images:
 
 def of_source(source: Source, varied: Point, draw: Sampler, num: int, rule: str | None, seed: int) -> Images:
     """`num` images to sample. varied: options that a sweep changes. rule: of `conditioning.RULES`."""
+    in_range("--num", num, 1, INT32)
+    in_range("--seed", seed, 0, UINT32)
     scoring.check_images(source.name, source.shape)
     options = source.options | dict(varied)
     batch = sharding.filled(options["batch_size"])
@@ -248,19 +251,34 @@ def _value(name: str, value: str, text: str) -> Any:
         raise ConfigError(f"--sweep {text}: {value!r} is no {name}, wanted {form}") from None
 
 
-def judges_of(extractors: Sequence[str], references: Sequence[str], workdir: str | None, few: bool = False) -> Judges:
-    """The networks and references that the flags name; by default those of the evaluators `scores` of the run."""
+def judges_of(
+    extractors: Sequence[str], references: Sequence[str], workdir: str | None, few: bool = False, trust: bool = False
+) -> Judges:
+    """The networks and references that the flags name; by default those of the evaluators `scores` of the run.
+
+    trust: see `config.load`.
+    """
     chosen = cli.named_files("extractor", extractors)
-    paths = list(references)
+    places, paths = dict.fromkeys(chosen, "--extractor"), dict.fromkeys(references, "--reference")
     if workdir is not None and not chosen:
-        config = configs.load(Path(workdir).expanduser())
-        own = [slot for slot in config.evaluators.values() if slot.name == "scores"]
-        chosen = {slot.extractor: {} if slot.file is None else {"file": slot.file} for slot in own}
-        paths = paths or [slot.reference for slot in own if slot.reference is not None]
+        config = configs.load(Path(workdir).expanduser(), ["evaluators"], trust=trust)
+        check(config, ["evaluators"])
+        for label, one in config.evaluators.items():
+            if one.name == "scores":
+                name, place = one.get("extractor", "inception"), f"config.evaluators.{label}"
+                chosen[name], places[name] = {"file": one.file} if one.get("file") else {}, place
+                if one.get("reference") and not references:
+                    paths[one.reference] = place
     if not chosen:
         raise ConfigError("give a feature network: --extractor=inception=FILE, with the weights of FID's Inception")
-    made = [networks.make(name, **options) for name, options in chosen.items()]
-    return Judges(made, [open_reference(path) for path in paths], few)
+    made, opened = [], []
+    for name, options in chosen.items():
+        with configs.named(places[name], options):
+            made.append(networks.make(name, **options))
+    for path, place in paths.items():
+        with configs.named(place, ()):
+            opened.append(open_reference(path))
+    return Judges(made, opened, few)
 
 
 def run(
@@ -313,7 +331,7 @@ if __name__ == "__main__":
         """Read the flags and run."""
         given = flags.FLAGS
         points = sweep_of(given.sweep, extra)
-        judges = judges_of(given.extractor, given.reference, given.workdir, given.few)
+        judges = judges_of(given.extractor, given.reference, given.workdir, given.few, given.trust_workdir)
         if given.samples is not None:
             for flag in given.get_key_flags_for_module(sys.argv[0]):
                 if flag.present and flag.name not in READ_WITH_SAMPLES:

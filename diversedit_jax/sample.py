@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.registry import in_range
+from diversedit_jax.registry import INT32, in_range
 from diversedit_jax.runs import flags as run_flags
 from diversedit_jax.runs.trained import Source
 from diversedit_jax.runtime import cli, files, pictures
@@ -33,7 +33,7 @@ def run(
 
     labels: to repeat in turn. None: every class in turn, or the conditions of held-out data.
     """
-    in_range("num", num, 1)
+    in_range("num", num, 1, INT32)
     y = source.conditions(None, num, seed) if labels is None else repeated(labels, num, source.space.conditions.classes)
     begin = time.monotonic()
     images = source.sampler(source.params, source.frozen, y, seed, source.weak)

@@ -28,6 +28,7 @@ from diversedit_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from diversedit_jax.evaluators import Current, SampleSpec
 from diversedit_jax.registry import suggestion
 from diversedit_jax.runs import build
+from diversedit_jax.runs.check import check
 from diversedit_jax.runtime import cli, files, flops, pictures, processes, profiler, versions, workdir_lock
 from diversedit_jax.runtime.metric_writer import MetricWriter
 from diversedit_jax.runtime.progress import Progress, duration
@@ -39,6 +40,7 @@ def run(config: ConfigDict, workdir: str | Path) -> State:
     """Train as `config` says, from the last checkpoint in `workdir` if there is one. Return the final state."""
     begin = time.monotonic()
     cli.silence()
+    check(config)
     workdir = files.writable_folder(workdir)
     processes.check_shared(workdir)
     held = workdir_lock.held(workdir, lambda line: print(line, file=sys.stderr, flush=True))
@@ -66,8 +68,8 @@ class Trainer:
         self.experiment = experiment = build.build(config, dataset.space)
         components, layout = experiment.components, experiment.layout
         learns_null = components.objective.learns_null
-        conditioning.check_guidance(config.sampler.cfg_scale, dataset.space.conditions, learns_null)
-        profiler.windows(config.profile)
+        with configs.named("config.sampler", config.sampler):
+            conditioning.check_guidance(config.sampler.cfg_scale, dataset.space.conditions, learns_null)
         sampled = config.samples.num or components.objective.predicts
         self.sampler = experiment.sampler() if sampled else None
         self.judge = build.best_by(config)  # label of the evaluator whose scores choose the best checkpoints
@@ -96,12 +98,13 @@ class Trainer:
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"the config cannot be traced: {type(error).__name__}: {error}") from error
 
-        self.inputs = self.same_inputs(build.inputs(config, dataset))
+        before = self.last_meta()
+        self.inputs = self.same_inputs(build.inputs(config, dataset), before)
 
         # 3. The state: initialised on its devices, or restored.
         shardings = sharding.shardings(abstract, layout)
         given = None if self.begin else build.starting_params(config, components.model, abstract["params"])
-        notes = processes.first_alone(lambda: configs.claim(workdir, config)) or []
+        notes = processes.first_alone(lambda: configs.claim(workdir, config, before.get("config"))) or []
         self.frozen, self.skipped = build.frozen_weights(components.codec, layout), 0
         if self.begin:
             self.state, whole, damaged = self.checkpoints.restore_newest(sharding.placed(abstract, shardings))
@@ -110,9 +113,8 @@ class Trainer:
                 self.feed = feed(whole)
                 self.batch = next(self.feed)
             notes += [*damaged, f"resuming from step {whole} of {config.total_steps}"]
-            if surplus := self.checkpoints.surplus():
-                rest = ", ".join(map(str, surplus))
-                notes.append(f"config.checkpoint keeps fewer steps than before: the next save removes {rest}")
+            if surplus := ", ".join(map(str, self.checkpoints.surplus())):
+                notes.append(f"config.checkpoint keeps fewer steps than before: the next save removes {surplus}")
             self.skipped, self.begin = self.checkpoints.meta(whole).get("skipped", 0), whole
         else:
             self.state = jax.jit(init, out_shardings=shardings)(key_init)
@@ -138,13 +140,17 @@ class Trainer:
         self.step = jax.jit(partial(train_step, components), donate_argnums=0, out_shardings=outputs)
         self.saved = self.fetched = self.begin  # the last steps of which the state was saved, the metrics fetched
 
-    def same_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """`inputs`, if they are those of the last checkpoint. ConfigError if not."""
-        with contextlib.suppress(CheckpointError):  # a damaged step: an older one is restored
-            before = self.checkpoints.meta(self.begin).get("inputs", inputs) if self.begin else inputs
-            remedy = "give the data and weights that it was trained with, or a new workdir"
-            unknown = lambda key, old, new: None in (old, new)  # noqa: E731
-            files.check_same(f"{self.workdir} holds a run", before, inputs, remedy, unknown)
+    def last_meta(self) -> dict[str, Any]:
+        """The meta of the last checkpoint; {} without one, or if it is damaged: an older one is restored then."""
+        with contextlib.suppress(CheckpointError):
+            return self.checkpoints.meta(self.begin) if self.begin else {}
+        return {}
+
+    def same_inputs(self, inputs: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+        """`inputs`, if they are those in the meta `before`, as far as both are known. ConfigError if not."""
+        remedy = "give the data and weights that it was trained with, or a new workdir"
+        what, known = f"{self.workdir} holds a run", before.get("inputs", inputs)
+        files.check_same(what, known, inputs, remedy, lambda key, old, new: None in (old, new))
         return inputs
 
     def describe(self, notes: list[str]) -> None:
@@ -261,6 +267,7 @@ class Trainer:
             "next_batch": step,
             "skipped": self.skipped,
             "inputs": self.inputs,
+            "config": self.config.to_dict(),
             **build.to_json(self.experiment.space),
         }
         with self.progress.pause():

@@ -1,4 +1,4 @@
-"""Parts that tests put into a run by dotted path, such as `tests.parts:terminate`."""
+"""Parts that tests put into a run by dotted path, such as `tests.parts:make_terminate`."""
 
 import os
 import resource
@@ -12,7 +12,7 @@ import numpy as np
 from diversedit_jax.api import AuxLoss, Term
 
 
-def terminate(spec, *, marker: str):
+def make_terminate(spec, *, marker: str):
     """An evaluator of three batches of samples. The first time it runs, it asks the program to stop before them."""
 
     def run(current):
@@ -24,7 +24,7 @@ def terminate(spec, *, marker: str):
     return run
 
 
-def full(spec, *, limit: int):
+def make_full(spec, *, limit: int):
     """An evaluator after which no file of this process can grow beyond `limit` bytes, as on a full disk."""
 
     def run(current):
@@ -34,13 +34,13 @@ def full(spec, *, limit: int):
     return run
 
 
-def rated(spec, *, values: tuple[float, ...]):
+def make_rated(spec, *, values: tuple[float, ...]):
     """An evaluator whose `value` at each run is the next of these; no sample is drawn."""
     left = iter(values)
     return lambda sample: [("value", next(left))]
 
 
-def pictured(spec, *, side: int):
+def make_pictured(spec, *, side: int):
     """An evaluator that looks at the network: the number of its parameters, and a picture."""
 
     def run(current):
@@ -50,7 +50,7 @@ def pictured(spec, *, side: int):
     return run
 
 
-def poisoned(*, at: int, last: int = 10**9):
+def make_poisoned(*, at: int, last: int = 10**9):
     """An auxiliary loss that is NaN from step `at` to step `last` (steps counted from 1)."""
 
     def apply(forward, batch, context):
@@ -60,7 +60,7 @@ def poisoned(*, at: int, last: int = 10**9):
     return AuxLoss(apply)
 
 
-def aligned(*, label: str):
+def make_aligned(*, label: str):
     """An auxiliary loss that reads the features of a frozen encoder."""
 
     def apply(forward, batch, context):
@@ -70,7 +70,7 @@ def aligned(*, label: str):
     return AuxLoss(apply, blocks=(1,), reads=(f"features/{label}", f"token/{label}"))
 
 
-def since(*, at: int):
+def make_since(*, at: int):
     """An auxiliary loss that is the objective from step `at` on, and 0 before."""
 
     def apply(forward, batch, context):
@@ -79,7 +79,7 @@ def since(*, at: int):
     return AuxLoss(apply)
 
 
-def twice(*, sign: float = 1.0):
+def make_twice(*, sign: float = 1.0):
     """An auxiliary loss that is the objective itself, twice, or its opposite."""
 
     def apply(forward, batch, context):

@@ -24,6 +24,7 @@ from diversedit_jax.api import Conditions, Space
 from diversedit_jax.data import pipeline
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.runs import build
+from diversedit_jax.runs.check import KEYS, check
 from diversedit_jax.runtime import cli
 from diversedit_jax.runtime.files import flat
 from diversedit_jax.sampling import sampler
@@ -164,12 +165,12 @@ def test_check_names_each_required_option_that_is_not_set():
     config = recipe("repa:dinov2@5,mae@10")
     for place in ("data.data_dir", "encoders.dinov2.file", "encoders.mae.file"):
         with pytest.raises(ConfigError, match=rf"^config\.{place} is not set; give it with --config\.{place}=VALUE$"):
-            configs.check(config)
+            check(config)
         config.update_from_flattened_dict({place: "somewhere"})
-    configs.check(config)
+    check(config)
     config.losses.repa_mae_10.name = "repaa"
     with pytest.raises(ConfigError, match=r"config.losses.repa_mae_10.name: unknown name 'repaa'; did you mean 'repa'"):
-        configs.check(config)
+        check(config)
 
 
 def test_the_launcher_knows_by_the_text_of_a_config_whether_it_needs_data():
@@ -180,7 +181,7 @@ def test_the_launcher_knows_by_the_text_of_a_config_whether_it_needs_data():
     found = []
     for name in NAMES:
         try:
-            configs.check(recipe(name))
+            check(recipe(name))
         except ConfigError as error:
             found += [name] * ("config.data.data_dir" in str(error))
     assert done.stdout.split() == found
@@ -385,12 +386,13 @@ def test_every_other_number_of_a_config_has_its_range():
     config = default.get_config()
     own = [key for key in config if isinstance(config[key], int | float) and not isinstance(config[key], bool)]
     inside = [f"{top}.{key}" for top in ("checkpoint", "samples") for key in numbers(config[top])]
-    assert {*own, *inside} - {"checkpoint.lower"} == build.RANGES.keys()
-    for key in build.RANGES:
+    ranged = {key for key, (_, limits) in KEYS.items() if limits and not key.startswith(("mesh.", "init_from."))}
+    assert {*own, *inside} - {"checkpoint.lower"} == ranged
+    for key in ranged:
         for wrong in (-1, 2**32, math.nan):
             if wrong == 2**32 and key != "seed":
                 continue
             tree, (place, _, last) = config.to_dict(), key.rpartition(".")
             (tree[place] if place else tree)[last] = wrong
             with pytest.raises(ConfigError, match=rf"config.{key} = {wrong}: must be"):
-                build.check_numbers(ConfigDict(tree))
+                check(ConfigDict(tree))

@@ -58,7 +58,7 @@ def test_memory_and_the_objectives_own_parameters_are_trained_and_kept(run):
 
 def test_samples_are_those_of_the_closed_form(run):
     """The network predicts the data: taken for a velocity, its samples would be about the noise minus the mean."""
-    source = trained.drawing(trained.of_run(run[0]))
+    source = trained.drawing(trained.of_run(run[0], trust=True))
     each = 96
     y = jax.tree.map(lambda leaf: np.repeat(leaf, each, axis=0), source.conditions(None, 4, seed=0))
     images = source.sampler(source.params, source.frozen, y, seed=0)
@@ -71,13 +71,15 @@ def test_samples_are_those_of_the_closed_form(run):
 
 
 def test_the_run_is_evaluated_and_analyzed(run, tmp_path):
-    source = trained.drawing(trained.of_run(run[0]))
-    judges = evaluate.judges_of((), (), str(run[0]))
+    source = trained.drawing(trained.of_run(run[0], trust=True))
+    judges = evaluate.judges_of((), (), str(run[0]), trust=True)
     images = evaluate.of_source(source, {}, source.sampler, 256, None, 0)
     ((_, scores),) = evaluate.run(judges, [{}], lambda point: images, tmp_path / "scores")
     assert 0 <= scores["fd_patches"] < 0.3
     settings = analyze.Settings(analyze.Estimator(), num=32, batch=16)
-    analyze.run([trained.of_run(run[0], losses=True)], tmp_path / "analysis", settings, times=(0.5,), at=("last",))
+    analyze.run(
+        [trained.of_run(run[0], losses=True, trust=True)], tmp_path / "analysis", settings, times=(0.5,), at=("last",)
+    )
     report = (tmp_path / "analysis" / "report.html").read_text()
     assert "the conditions of these data are not labels" in report
     assert "gradients" in report
@@ -95,7 +97,7 @@ def test_an_objective_that_does_not_say_how_to_sample_is_never_sampled(tmp_path)
     train.run(short, tmp_path)
     assert not list(tmp_path.glob("samples*"))
     with pytest.raises(ConfigError, match=message):
-        trained.drawing(trained.of_run(tmp_path))
+        trained.drawing(trained.of_run(tmp_path, trust=True))
 
 
 @pytest.mark.parametrize(
@@ -113,5 +115,5 @@ def test_videos_and_volumes_train_and_sample(shape, tmp_path):
     state = train.run(own, tmp_path)
     assert int(state["step"]) == 20
     assert (tmp_path / "samples.png").exists()
-    source = trained.drawing(trained.of_run(tmp_path))
+    source = trained.drawing(trained.of_run(tmp_path, trust=True))
     assert source.sampler(source.params, source.frozen, np.arange(2, dtype=np.int32), seed=0).shape == (2, *shape)

@@ -45,7 +45,7 @@ def test_the_project_of_the_worked_examples_trains_and_samples(tmp_path, monkeyp
     config.samples.num = 4
     state = train.run(config, tmp_path / "run")
     assert int(state["step"]) == 3
-    source = trained.drawing(trained.of_run(tmp_path / "run"), overrides={"cfg_scale": 2.0, "steps": 2})
+    source = trained.drawing(trained.of_run(tmp_path / "run", trust=True), overrides={"cfg_scale": 2.0, "steps": 2})
     conditions = source.conditions(None, 4, seed=0)
     assert conditions.shape == (4, 3)
     assert source.sampler(source.params, source.frozen, conditions, seed=0).shape == (4, 8, 8, 1)

@@ -154,7 +154,7 @@ def drawn(workdir: Path) -> dict[int, float]:
 
 def test_stopped_and_resumed_equals_straight_to_the_bit(straight, tmp_path, capfd):
     config = tiny()
-    config.evaluators.stop = slot("evaluators", "tests.parts:terminate", marker=str(tmp_path / "stopped"))
+    config.evaluators.stop = slot("evaluators", "tests.parts:make_terminate", marker=str(tmp_path / "stopped"))
     config.evaluators.stop.every = 3
     workdir = tmp_path / "run"
     with pytest.raises(cli.Stopped, match=r"SIGTERM: stopped at step 3 of 6, saved"):
@@ -173,9 +173,9 @@ def test_the_best_checkpoints_are_kept(tmp_path, capsys):
     """Values 3, 1, 2 at steps 2, 4, 6. The newest step is always kept."""
     config = tiny(checkpoint__every=0)
     config.checkpoint.update({"keep": 1, "keep_every": 0, "best": 1, "metric": "rated/value"})
-    config.evaluators.rated = slot("evaluators", "tests.parts:rated", values=(3.0, 1.0, 2.0))
+    config.evaluators.rated = slot("evaluators", "tests.parts:make_rated", values=(3.0, 1.0, 2.0))
     config.evaluators.rated.every = 2
-    config.evaluators.pictured = slot("evaluators", "tests.parts:pictured", side=5)
+    config.evaluators.pictured = slot("evaluators", "tests.parts:make_pictured", side=5)
     train.run(config, tmp_path)
     assert Checkpoints(tmp_path / "checkpoints").steps() == [4, 6]
     assert f"best       {tmp_path / 'checkpoints' / '4'}" in capsys.readouterr().out
@@ -203,7 +203,7 @@ def test_the_best_checkpoints_are_kept(tmp_path, capsys):
 def test_a_metric_that_is_not_there_keeps_nothing(metric, message, tmp_path):
     config = tiny(total_steps=2)
     config.checkpoint.update({"best": 2, "metric": metric})
-    config.evaluators.rated = slot("evaluators", "tests.parts:rated", values=(3.0,))
+    config.evaluators.rated = slot("evaluators", "tests.parts:make_rated", values=(3.0,))
     config.evaluators.rated.every = 1
     with pytest.raises(ConfigError, match=message):
         train.run(config, tmp_path)
@@ -253,7 +253,7 @@ def test_data_of_any_number_of_classes_train_and_are_sampled(num_classes, tmp_pa
 @pytest.mark.slow
 def test_records_that_cannot_be_read_are_replaced_when_the_config_says_so(tmp_path, capfd):
     config = tiny(total_steps=2, checkpoint__every=0)
-    config.data = ConfigDict({"name": "tests.test_train:partly_damaged"})
+    config.data = ConfigDict({"name": "tests.test_train:make_partly_damaged"})
     with pytest.raises(DataError, match="record 5: ValueError: damaged"):
         train.run(config, tmp_path / "strict")
     config.input.max_bad_records = 1
@@ -274,14 +274,14 @@ class PartlyDamaged:
         return {"x": np.full((8, 8, 1), index / 16, np.float32), "y": index % 3}
 
 
-def partly_damaged(split):
+def make_partly_damaged(split):
     return Dataset(PartlyDamaged(), None, Space((8, 8, 1), Conditions.labels(3)))
 
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_by_name(tmp_path):
     config = tiny()
-    config.losses.bad = slot("losses", "tests.parts:poisoned", at=4)
+    config.losses.bad = slot("losses", "tests.parts:make_poisoned", at=4)
     with pytest.raises(NonFiniteError, match=r"loss/bad is nan at step 4; nothing of it was saved, .* is step 2"):
         train.run(config, tmp_path)
     assert Checkpoints(tmp_path / "checkpoints").steps() == [2]
@@ -294,7 +294,7 @@ def test_batches_are_skipped_as_often_as_the_config_allows(tmp_path, capfd):
 
     def config(total_steps):
         made = tiny(max_skipped=2, total_steps=total_steps, checkpoint__every=2)
-        made.losses.bad = slot("losses", "tests.parts:poisoned", at=2, last=4)
+        made.losses.bad = slot("losses", "tests.parts:make_poisoned", at=2, last=4)
         return made
 
     train.run(config(3), tmp_path)
@@ -324,7 +324,7 @@ def test_batches_are_skipped_as_often_as_the_config_allows(tmp_path, capfd):
 def test_a_disk_that_fills_ends_the_run_in_one_line_and_it_resumes(straight, tmp_path, limit, every, message):
     full = f"""
         config.checkpoint.every = {every}
-        config.evaluators.full = slot("evaluators", "tests.parts:full", limit={limit})
+        config.evaluators.full = slot("evaluators", "tests.parts:make_full", limit={limit})
         config.evaluators.full.every = 3
     """
     workdir = tmp_path / "run"
@@ -426,7 +426,7 @@ class Sleeping(list):
         return super().__getitem__(index)
 
 
-def sleeping(split, *, data_dir: str | None = None, dequantize: bool = True):
+def make_sleeping(split, *, data_dir: str | None = None, dequantize: bool = True):
     dataset = digits_data.make(split, data_dir=data_dir, dequantize=dequantize)
     return dataset._replace(source=Sleeping(dataset.source[:64]))
 
@@ -435,7 +435,7 @@ def sleeping(split, *, data_dir: str | None = None, dequantize: bool = True):
 def test_a_hang_ends_in_stacks_and_a_code_that_asks_for_a_restart(tmp_path):
     flags = ["--config.watchdog=6", "--config.total_steps=50", "--config.batch_size=8", "--config.input.num_threads=0"]
     command = [sys.executable, "-m", "diversedit_jax.train", "--config=configs/digits.py", f"--workdir={tmp_path}"]
-    command += [*flags, "--config.data.name=tests.test_train:sleeping"]
+    command += [*flags, "--config.data.name=tests.test_train:make_sleeping"]
     command += ["--config.model.depth=2", "--config.model.width=16", "--config.model.heads=2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == -signal.SIGALRM, done.stderr

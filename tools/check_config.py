@@ -6,10 +6,11 @@ exit code 78. The scripts in launch/ ask this before they pay for machines.
 
 from absl import flags
 
-from diversedit_jax import config, train
+from diversedit_jax import train
+from diversedit_jax.runs import check
 from diversedit_jax.runtime import cli, processes
 
 if __name__ == "__main__":
     train.define_flags()
     processes.define_flags()
-    cli.launch(lambda: config.check(flags.FLAGS.config))
+    cli.launch(lambda: check.check(flags.FLAGS.config))

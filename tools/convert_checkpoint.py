@@ -56,9 +56,12 @@ def architecture(model: ConfigDict, space: Space) -> releases.Architecture:
     )
 
 
-def of_run(workdir: Path, weights: str = "ema") -> tuple[releases.Release, dict[str, int]]:
-    """The weights of the last checkpoint of one of our runs. weights: one of `trained.WEIGHTS`."""
-    found = trained.of_run(workdir)
+def of_run(workdir: Path, weights: str = "ema", trust: bool = False) -> tuple[releases.Release, dict[str, int]]:
+    """The weights of the last checkpoint of one of our runs.
+
+    weights: one of `trained.WEIGHTS`. trust: see `config.load`.
+    """
+    found = trained.of_run(workdir, trust=trust)
     model, inputs = found.experiment.config.model, found.experiment.components.objective.inputs
     if model.skip not in ("none", "release") or (model.skip == "release" and model.skip_init == "identity"):
         raise ConfigError(
@@ -80,7 +83,7 @@ def main(arguments: list[str]) -> None:
         raise ConfigError("give IN and OUT, or IN and --inspect; --help says more")
     source = Path(arguments[0])
     if configs.holds_run(source):
-        release, entries = of_run(source, "online" if given.online else "ema")
+        release, entries = of_run(source, "online" if given.online else "ema", given.trust_workdir)
     else:
         release, entries = releases.open_release(source, given.family, given.heads, given.weights)
     if given.inspect:
@@ -99,5 +102,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("heads", None, "Attention heads, for a width that no published size has.")
     flags.DEFINE_string("weights", None, "Entry of a training file; by default its EMA.")
     flags.DEFINE_boolean("online", False, "Of a run: take the trained weights instead of their EMA.")
+    flags.DEFINE_boolean("trust_workdir", False, "Of a run: run code outside this package that its config names.")
     flags.DEFINE_boolean("inspect", False, "Print what IN is, and write nothing.")
     cli.launch(main, arguments=True)

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from diversedit_jax.runtime.files import replacing, write_csv
@@ -63,6 +64,9 @@ def figure(folder: Path, name: str, header: Row, rows: Sequence[Row], size: Size
     with matplotlib.rc_context(STYLE):
         drawn = Figure(size, layout="constrained")
         yield drawn
+        for text in drawn.findobj(Text):  # in names, two $ would begin and end a formula
+            if "$" in text.get_text() and "mathdefault" not in text.get_text():  # as the ticks of logarithmic axes
+                text.set_parse_math(False)
         for kind, options in {"png": {}, "svg": {"metadata": {"Date": None}}}.items():
             with replacing(folder / f"{name}.{kind}") as partial:
                 drawn.savefig(partial, format=kind, dpi=DPI, **options)

@@ -22,7 +22,7 @@ from diversedit_jax.data import Dataset, pipeline
 from diversedit_jax.errors import ConfigError, RunError
 from diversedit_jax.metrics import similarity
 from diversedit_jax.metrics.linear_probe import linear_probe
-from diversedit_jax.registry import in_range, one_of
+from diversedit_jax.registry import INT32, UINT32, in_range, one_of
 from diversedit_jax.runs.build import Experiment
 from diversedit_jax.runtime.progress import Ticker
 
@@ -104,7 +104,8 @@ def check(settings: Settings) -> None:
     in_range("--multiplier", estimator.multiplier, above=0)
     in_range("--degree", estimator.degree, 1)
     for name in ("num", "batch", "noises"):
-        in_range(f"--{name}", getattr(settings, name), 1)
+        in_range(f"--{name}", getattr(settings, name), 1, INT32)
+    in_range("--seed", settings.seed, 0, UINT32)
     if sharding.filled(settings.batch) < 4:
         raise ConfigError(f"--batch={settings.batch}: must be at least 4, for the unbiased estimator of HSIC")
 
@@ -118,12 +119,17 @@ def split_of(data: Callable[[str], Dataset], split: str | None) -> str:
     return split or "train"
 
 
+def whole_batches(dataset: Dataset, settings: Settings) -> int:
+    """The number of whole batches in at most `num` examples. ConfigError if there is none."""
+    batch = sharding.filled(settings.batch)
+    if count := min(settings.num, len(dataset.source)) // batch:
+        return count
+    raise ConfigError(f"--num={settings.num} of {len(dataset.source)} examples: not one batch of {batch} (--batch)")
+
+
 def batches(dataset: Dataset, settings: Settings, layout: sharding.Layout) -> list[Batch]:
     """Read the first whole batches, at most `num` examples in an order by the seed, onto all devices."""
-    batch = sharding.filled(settings.batch)
-    count = min(settings.num, len(dataset.source)) // batch
-    if not count:
-        raise ConfigError(f"--num={settings.num} of {len(dataset.source)} examples: not one batch of {batch} (--batch)")
+    batch, count = sharding.filled(settings.batch), whole_batches(dataset, settings)
     rows = sharding.rows(layout, batch)
     with contextlib.closing(pipeline.batches(dataset, batch, settings.seed, rows=rows, num_threads=1)) as loader:
         return [sharding.from_rows(local, layout, batch) for local in itertools.islice(loader, count)]

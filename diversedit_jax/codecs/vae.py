@@ -14,6 +14,7 @@ from diversedit_jax import sharding
 from diversedit_jax.api import Batch, Codec, Params
 from diversedit_jax.codecs import pixels
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.models import PRECISIONS
 from diversedit_jax.models.vae import VAE, network
 from diversedit_jax.registry import in_range, one_of
 from diversedit_jax.weights.vae import open_vae
@@ -51,6 +52,7 @@ def make(
     """
     in_range("codec.scale", scale, above=0)
     in_range("codec.chunk", chunk, 1)
+    one_of("codec.precision", precision, PRECISIONS)
     one_of("codec.rounding", rounding, pixels.ROUNDINGS)
 
     def encode(frozen: Params, batch: Batch, key: Array) -> Batch:

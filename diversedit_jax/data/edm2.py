@@ -8,6 +8,7 @@ standardises the channels: `config.codec.scale` is 1.
 import numpy as np
 
 from diversedit_jax.data import Dataset, foreign_latents, local_path
+from diversedit_jax.registry import in_range
 
 MEAN, STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)  # of the raw latents, as EDM2 has them
 FINAL_STD = 0.5  # in EDM2's space
@@ -28,6 +29,8 @@ def make(
     num_classes: by default one more than the largest label, 0 without labels. mean, std: of the stored channels.
     final_std: of the latents to train on.
     """
+    in_range("edm2: std", min(std, default=0), above=0)
+    in_range("edm2: final_std", final_std, above=0)
     foreign_latents.no_mirror("edm2", mirror)
     foreign_latents.no_splits("edm2", split)
     path = local_path("edm2", data_dir)

@@ -106,6 +106,9 @@ def dataset(
     if moments.ndim != 3 + mirror or (mirror and len(moments) != 2):
         raise DataError(f"{name}: moments of shape {list(moments.shape)}: wanted [h w 2k]" + (", twice" * mirror))
     *_, h, w, channels = moments.shape
+    for option, values in zip(("mean", "std"), normalise or (), strict=bool(normalise)):
+        if len(values) not in (1, channels // 2):
+            raise ConfigError(f"{name}: {option} has {len(values)} values, the latents have {channels // 2} channels")
     source = replace(source, shape=(h, w, channels))
     space = Space((h, w, channels // 2), Conditions.labels(num_classes))
     return Dataset(source, flip if mirror else None, space, scale)

@@ -124,9 +124,9 @@ def batches(
     rows = range(batch_size) if rows is None else rows
     in_range("batch_size", batch_size, 1)
     in_range("start", start, 0)
-    in_range("num_threads", num_threads, 0)
-    in_range("num_workers", num_workers, 0)
-    in_range("timeout", timeout, 0)
+    in_range("num_threads", num_threads, 0, 1024)
+    in_range("num_workers", num_workers, 0, 1024)
+    in_range("timeout", timeout, 0, threading.TIMEOUT_MAX)
     in_range("max_bad_records", max_bad_records, 0)
     if not rows or not 0 <= min(rows) <= max(rows) < batch_size:
         raise ConfigError(f"rows = {list(rows)}: wanted some of 0 .. {batch_size - 1}")

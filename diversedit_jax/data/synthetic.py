@@ -1,5 +1,6 @@
 """Random examples without a disk, for benchmarks. Normal numbers, because zeros would be computed too fast."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,8 +36,10 @@ def make(
     """
     one_of("synthetic: split", split, ("train", "test"))
     in_range("synthetic: num_classes", num_classes, 0)
-    in_range("synthetic: size", size, 1)
+    in_range("synthetic: seed", seed, 0)
+    in_range("synthetic: size", size, 1, 2**28)
     in_range("synthetic: shape", min(shape, default=0), 1)
+    in_range("synthetic: shape", math.prod(shape), 1, 2**24)
     rng = np.random.default_rng([seed, split == "test"])
     pool = rng.standard_normal((min(POOL, size), *shape), dtype=np.float32)
     labels = rng.integers(max(num_classes, 1), size=size, dtype=np.int32)

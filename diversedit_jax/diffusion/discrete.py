@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from diversedit_jax.diffusion.paths import Examples, over, per_example
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.registry import in_range
+from diversedit_jax.registry import MANY, in_range
 
 Index = Int[Array, ""] | Int[Array, " b"]  # one step for all examples, or one for each
 Output = Float[Array, "b *s k"]  # of a network: k = c (noise) or 2 c (noise and variance)
@@ -52,7 +52,7 @@ def from_betas(betas: np.ndarray, num_timesteps: int, timesteps: np.ndarray) -> 
 
 def linear(num_timesteps: int) -> Schedule:
     """DDPM's schedule: beta from 1e-4 to 0.02 in 1000 steps, or in other numbers scaled to the same total noise."""
-    in_range("num_timesteps", num_timesteps, 21)  # with fewer, the last beta is 1 or more
+    in_range("num_timesteps", num_timesteps, 21, MANY)  # with fewer, the last beta is 1 or more
     scale = 1000 / num_timesteps
     betas = np.linspace(scale * 1e-4, scale * 0.02, num_timesteps)
     return from_betas(betas, num_timesteps, np.arange(num_timesteps))

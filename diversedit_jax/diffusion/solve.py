@@ -16,7 +16,7 @@ from diversedit_jax.diffusion.guidance import Velocity, over_span
 from diversedit_jax.diffusion.predictions import AverageVelocity, Diffusion, Flow
 from diversedit_jax.diffusion.solvers import Noise
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.registry import in_range, one_of
+from diversedit_jax.registry import MANY, in_range, one_of
 
 Convert = Callable[[Network], Network]  # the network as a solver takes it
 # (guided, x, noise) -> x at the end. `guided` gives the guided velocity of the converted network.
@@ -132,7 +132,9 @@ NAMES = tuple(dict.fromkeys(name for known in SOLVERS.values() for name in known
 def make(name: str, predicts: Any, options: Options) -> Solve:
     """The solver `name` for a network that predicts this. ConfigError if it cannot solve it."""
     one_of("solver", name, NAMES)
-    in_range("steps", options.steps, 1)
+    in_range("steps", options.steps, 1, MANY)
+    one_of("diffusion", options.diffusion, solvers.DIFFUSIONS)
+    one_of("last_step_kind", options.last_step_kind, solvers.LAST_STEPS)
     in_range("diffusion_norm", options.diffusion_norm, 0)
     in_range("last_step", options.last_step, above=0, below=1)
     in_range("rtol", options.rtol, above=0)

@@ -63,6 +63,7 @@ def build(
     side: None: 16 patches for each 256 pixels, as in REPA's code, for images of `sizes`.
     resize_first: resize images before they are normalised, not after.
     """
+    in_range("heads", 1 if heads is None else heads, 1)
     name, release = kind.name, open_encoder(kind, file, heads, position, dtype)
     arch = release.arch
     network = vit.network(arch, position, dtype)

@@ -89,7 +89,7 @@ def plot_sweep(path: Path, rows: Sequence[Row], title: str) -> None:
             panel.tick_params(axis="x", rotation=30)
     if len(lines) > 1:
         axes[0].legend(frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)  # $ in a name is no formula
     with files.replacing(path) as partial:
         figure.savefig(partial, format=path.suffix[1:], dpi=160)
 

@@ -10,7 +10,7 @@ from diversedit_jax.data import digits
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.evaluators import SampleSpec
 from diversedit_jax.metrics.frechet import frechet_distance, moments
-from diversedit_jax.registry import in_range
+from diversedit_jax.registry import MANY, in_range
 
 Sample = Callable[[np.ndarray], np.ndarray]  # int32 labels [n] -> uint8 images [n 8 8 1]
 
@@ -33,11 +33,11 @@ def make(
     """
     if spec.shape != digits.SHAPE:
         raise ConfigError(f"digits: the samples are {spec.shape or 'latents'}, wanted images {digits.SHAPE}")
-    in_range("digits: num", num, 2)
+    in_range("digits: num", num, 2, MANY)
+    (train, train_labels), (test, test_labels) = (digits.levels(split, data_dir) for split in ("train", "test"))
 
     @functools.cache  # fit once, at the first run
     def judge():
-        (train, train_labels), (test, test_labels) = (digits.levels(split, data_dir) for split in ("train", "test"))
         classifier = SVC(C=10).fit(flat(train), train_labels)
         real = moments(flat(test)).gaussian
         constants = {

@@ -5,12 +5,13 @@ from functools import cache
 
 import jax
 
-from diversedit_jax import sharding
+from diversedit_jax import conditioning, sharding
 from diversedit_jax.api import Condition
 from diversedit_jax.evaluation import extractors, scoring
 from diversedit_jax.evaluation.extractors import Features
 from diversedit_jax.evaluation.reference_statistics import Statistics, open_reference
 from diversedit_jax.evaluators import Current, SampleSpec
+from diversedit_jax.registry import MANY, in_range, one_of
 
 
 def make(
@@ -31,6 +32,8 @@ def make(
 
     Wrong options raise ConfigError now, not at the first evaluation.
     """
+    one_of("scores: labels", labels, (None, *conditioning.RULES))
+    in_range("scores: num", num, 2, MANY)
     scoring.check_images("scores: the run", spec.shape)
     one = extractors.make(extractor, **({} if file is None else {"file": file}))
     references = [] if reference is None else [open_reference(reference)]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from diversedit_jax.analysis import drawing, measure
 from diversedit_jax.analysis.measure import Estimator, Settings
+from diversedit_jax.errors import ConfigError, RunError
 from diversedit_jax.evaluators import Current, SampleSpec
 from diversedit_jax.metrics import similarity
 from diversedit_jax.registry import in_range
@@ -31,16 +32,23 @@ def make(
 
     num: images of a forward pass. time: 0 is data, 1 is noise. unit, kernel, hsic: see `analysis.measure.Estimator`.
     split: by default `test`, if the data have one.
+
+    Wrong options raise ConfigError now, not at the first evaluation.
     """
     in_range("similarity: time", time, 0, 1)
     settings = Settings(Estimator(unit, kernel, hsic), num, batch)
     measure.check(settings)
+    settings = settings._replace(split=measure.split_of(spec.data, split))
+    try:
+        dataset = spec.data(settings.split)
+    except RunError as error:
+        raise ConfigError(f"split = {settings.split!r}: {error}") from error
+    measure.whole_batches(dataset, settings)
 
     @cache  # compile and read once, at the first run
     def prepared() -> tuple[measure.Pass, list]:
-        chosen = settings._replace(split=measure.split_of(spec.data, split))
-        shown = measure.batches(spec.data(chosen.split), chosen, spec.experiment.layout)
-        return measure.compiled(spec.experiment, chosen), shown
+        shown = measure.batches(spec.data(settings.split), settings, spec.experiment.layout)
+        return measure.compiled(spec.experiment, settings), shown
 
     def run(current: Current) -> Iterable[tuple[str, Any]]:
         ready, shown = prepared()

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from diversedit_jax.api import Params
 
+DTYPES = ("float32", "bfloat16", "float16")  # of matmuls
 EPS = 1e-12  # the smallest length that is divided by, torch's default
 xavier = jax.nn.initializers.xavier_uniform()
 

@@ -113,6 +113,8 @@ def make(
     in_range("dispersive: tau", tau, above=0)
     in_range("dispersive: margin", margin, 0)
     in_range("dispersive: groups", groups, 1)
+    for block in blocks:
+        in_range("dispersive: blocks", block, 0)
     if not blocks:
         raise ConfigError("dispersive: blocks = () must name at least one block")
 

@@ -355,6 +355,7 @@ def check_settings(settings: Settings, detach: str | None) -> None:
     if len(settings.weights) != 3:
         raise ConfigError(f"diversity: weights = {settings.weights}: wanted three, of L_orth, L_MI and L_disp")
     in_range("diversity: k", settings.k, 1)
+    in_range("diversity: hi", settings.hi, above=0)
     in_range("diversity: lo", settings.lo, 0, below=settings.hi)
 
 

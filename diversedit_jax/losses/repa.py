@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from diversedit_jax.api import AuxLoss, Batch, Params, Term
 from diversedit_jax.arrays import portable
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.losses._shared import head, init_head, unit
-from diversedit_jax.registry import in_range, one_of
+from diversedit_jax.losses._shared import DTYPES, head, init_head, unit
+from diversedit_jax.registry import MANY, in_range, one_of
 
 SIMILARITIES = ("cosine", "nt_xent")
 
@@ -114,12 +114,13 @@ def make(
     in_range("repa: warmup_steps", warmup_steps, 0)
     in_range("repa: decay_steps", decay_steps, 0)
     in_range("repa: until", until or 0, 0)
-    in_range("repa: width", width, 1)
+    in_range("repa: width", width, 1, MANY)
+    in_range("repa: block", block, 1)
     in_range("repa: tau", tau, above=0)
     one_of("repa: similarity", similarity, SIMILARITIES)
     if decay_steps and until is None:
         raise ConfigError(f"repa: decay_steps = {decay_steps} needs `until`, which is not set")
-    compute = jnp.dtype(dtype)
+    compute = jnp.dtype(one_of("repa: dtype", dtype, DTYPES))
 
     def init(key, forward, batch):
         targets = targets_of(batch, encoder, class_token)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from diversedit_jax.api import AuxLoss, Term
 from diversedit_jax.arrays import portable
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.losses._shared import head, init_head, unit, wide
+from diversedit_jax.losses._shared import DTYPES, head, init_head, unit, wide
 from diversedit_jax.registry import in_range, one_of
 
 BETA = 0.05  # of smooth L1: below it the error is quadratic
@@ -111,6 +111,8 @@ def make(
     dtype: of the head's matmuls.
     """
     one_of("sra: distance", distance, DISTANCES)
+    in_range("sra: block", block, 1)
+    in_range("sra: teacher_block", teacher_block, 1)
     in_range("sra: t_max", t_max, 0, 1)
     in_range("sra: decay_from_epoch", decay_from_epoch, 0)
     in_range("sra: steps_per_epoch", steps_per_epoch, 1)
@@ -118,7 +120,7 @@ def make(
     in_range("sra: num_timesteps", 1 if num_timesteps is None else num_timesteps, 1)
     if num_timesteps is not None and t_max * num_timesteps < 1:
         raise ConfigError(f"sra: t_max = {t_max} of num_timesteps = {num_timesteps} is less than one step")
-    compute = jnp.dtype(dtype)
+    compute = jnp.dtype(one_of("sra: dtype", dtype, DTYPES))
 
     def init(key, forward, batch):
         d = forward.features[block].shape[-1]

@@ -24,7 +24,7 @@ from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import Keys, check_inputs, functional
 from diversedit_jax.models.attention import ATTENDED, attend, choose, kept
 from diversedit_jax.models.stack import Stack, each, part, stacked
-from diversedit_jax.registry import in_range, one_of
+from diversedit_jax.registry import MANY, in_range, one_of
 
 EPS = 1e-6  # of every LayerNorm
 FLOATS = ("float32", "bfloat16", "float16")
@@ -388,12 +388,12 @@ def make(
         raise ConfigError("model dit takes labels, and the conditions of these data are not labels: use another model")
     one_of("model.remat", remat, REMAT)
     one_of("model.capture", capture, ("merged", "block"))
-    in_range("model.mlp_ratio", mlp_ratio, above=0)
     one_of("model.dtype", dtype, FLOATS)
     one_of("model.stream_dtype", stream_dtype, FLOATS)
     depth, width, heads = _dimensions(size, depth=depth, width=width, heads=heads)
+    in_range("model.mlp_ratio", mlp_ratio, 1 / width, MANY / width)
     grid, prefix = _grid(shape, patch, width), int("token" in inputs)
-    out_channels = in_range("model.out_channels", shape[-1] if out_channels is None else out_channels, 1)
+    out_channels = in_range("model.out_channels", shape[-1] if out_channels is None else out_channels, 1, MANY)
     for block in read_blocks:
         in_range("config.losses: block", block, 0, depth)
     form = _skip(skip, skip_init)
@@ -414,8 +414,8 @@ def _dimensions(size: str, **changes: int | None) -> Size:
     """A published size with some of its numbers changed; None: unchanged."""
     dims = SIZES[one_of("model.size", size, SIZES)]
     dims = dims._replace(**{name: value for name, value in changes.items() if value is not None})
-    for name, least in {"depth": 2, "width": 1, "heads": 1}.items():
-        in_range(f"model.{name}", getattr(dims, name), least)
+    for name, (least, most) in {"depth": (2, 10_000), "width": (1, MANY), "heads": (1, MANY)}.items():
+        in_range(f"model.{name}", getattr(dims, name), least, most)
     if dims.width % dims.heads:
         raise ConfigError(f"model.heads = {dims.heads} does not divide the width {dims.width}")
     return dims

@@ -15,7 +15,7 @@ from diversedit_jax.diffusion.paths import Path, per_example
 from diversedit_jax.diffusion.predictions import Flow
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.objectives.flow_matching import bound
-from diversedit_jax.registry import in_range
+from diversedit_jax.registry import MANY, in_range
 
 
 def regress(
@@ -76,7 +76,7 @@ def make(
     token_weight: weight of the error of the token.
     path, time, time_mean, time_std, condition_drop: see `flow_matching.make`.
     """
-    in_range("width", width, 1)
+    in_range("width", width, 1, MANY)
     in_range("condition_drop", condition_drop, 0, 1)
     in_range("token_weight", token_weight, 0)
     curve, name = paths.make(path), f"token/{encoder}"

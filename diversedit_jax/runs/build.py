@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,8 @@ from diversedit_jax.codecs import network_space, with_encoders
 from diversedit_jax.data import Dataset
 from diversedit_jax.data.pipeline import read, stacked
 from diversedit_jax.errors import ConfigError, DataError, RunError, WeightsError
-from diversedit_jax.registry import finite, in_range, one_of
+from diversedit_jax.registry import one_of
+from diversedit_jax.runs.check import check
 from diversedit_jax.runtime import flops
 from diversedit_jax.runtime.files import flat
 from diversedit_jax.sampling import sampler
@@ -29,11 +31,7 @@ from diversedit_jax.training.step import Components, train_step
 from diversedit_jax.weights import dit as releases
 from diversedit_jax.weights.formats import weights_folder
 
-# The range of each number in a config that belongs to no slot, for `in_range`.
-RANGES = {"seed": {"low": 0, "high": 2**32 - 1}, "ema_decay": {"low": 0, "below": 1}}
-RANGES |= {key: {"low": 1} for key in ("total_steps", "batch_size", "accumulate", "log_every", "checkpoint.keep")}
-RANGES |= {key: {"low": 0} for key in ("max_skipped", "watchdog", "samples.every", "samples.num")}
-RANGES |= {f"checkpoint.{key}": {"low": 0} for key in ("every", "keep_every", "best")}
+BUILT = ("codec", "model", "objective", "losses", "encoders")  # the slots that `build` builds
 
 
 class Experiment(NamedTuple):
@@ -47,10 +45,11 @@ class Experiment(NamedTuple):
 
     def sampler(self, **changes: Any) -> sampler.Sampler:
         """The sampler of the config, with changes to its options."""
-        given, parts = configs.keywords(self.config.sampler, "config.sampler", sampler.make), self.components
+        chosen = ConfigDict({**self.config.sampler.to_dict(), **changes})
+        given, parts = configs.keywords(chosen, "config.sampler", sampler.make), self.components
         make = partial(sampler.make, parts.model, parts.codec, self.space, parts.objective, self.layout)
         if changes:
-            return make(**given | changes)
+            return make(**given)
         with configs.named("config.sampler", given):
             return make(**given)
 
@@ -117,7 +116,7 @@ def conditions(data: Callable[[str], Dataset], space: Space, rule: str | None, n
 
 def build(config: ConfigDict, space: Space, devices: Sequence[jax.Device] | None = None) -> Experiment:
     """A run for stored examples of `space`. devices: of another machine, to compile for it; None: of this one."""
-    check_numbers(config)
+    check(config, BUILT)
     layout = sharding.make(**config.mesh, devices=devices)
     at_once = layout.shards * config.accumulate
     if config.batch_size % at_once:
@@ -136,16 +135,6 @@ def build(config: ConfigDict, space: Space, devices: Sequence[jax.Device] | None
     return Experiment(config, space, layout.with_rules(components.model.rules), components, rates)
 
 
-def check_numbers(config: ConfigDict) -> None:
-    """Raise ConfigError, with its key, for a number of a config that cannot be. Slots check their own options."""
-    for key, value in flat(config.to_dict()).items():
-        finite(f"config.{key}", value)
-        if key in RANGES:
-            in_range(f"config.{key}", value, **RANGES[key])
-    for label, slot in config.evaluators.items():
-        in_range(f"config.evaluators.{label}.every", slot.every, 0)
-
-
 def components_of(
     config: ConfigDict, space: Space, layout: sharding.Layout, transform: optax.GradientTransformation
 ) -> Components:
@@ -160,7 +149,13 @@ def components_of(
     codec = with_encoders(codec, encoders) if encoders else codec
     read_blocks = tuple(sorted({block for aux in losses.values() for block in aux.blocks}))
     with jax.set_mesh(layout.mesh):  # a network may ask where it will run
-        model = configs.make("models", config.model, "config.model", inner, objective.inputs, read_blocks)
+        try:
+            model = configs.make("models", config.model, "config.model", inner, objective.inputs, read_blocks)
+        except ConfigError as error:  # of a block that a loss reads, a model does not know the label
+            said = re.match(r"config\.losses: block = (-?\d+)(.*)", str(error))
+            for label in [label for label, aux in losses.items() if said and int(said[1]) in aux.blocks]:
+                raise ConfigError(f"config.losses.{label}: block = {said[1]}{said[2]}") from None
+            raise
     null = space.conditions.null
     return Components(model, codec, objective, losses, transform, config.ema_decay, config.accumulate, null)
 
@@ -184,10 +179,10 @@ def work(experiment: Experiment, state: Any, batch: Any, again: bool = False) ->
 def on_this_machine(config: ConfigDict) -> ConfigDict:
     """A copy of a config whose mesh fits the devices of this machine, however many trained the run."""
     config = configs.copied(config)
-    given = {axis: config.mesh.get(axis, 1) for axis in ("fsdp", "tensor")}  # a run of an older version lacks some
+    given = {axis: config.mesh[axis] for axis in ("fsdp", "tensor")}
     if min(given.values()) < 1 or jax.device_count() % math.prod(given.values()):
         given = {"fsdp": 1, "tensor": 1}
-    config.mesh = ConfigDict({"data": -1, **given, "rules": config.mesh.get("rules", ())})
+    config.mesh = ConfigDict({"data": -1, **given, "rules": config.mesh.rules})
     return config
 
 
@@ -214,7 +209,8 @@ def starting_params(config: ConfigDict, model: Model, wanted: Params) -> Params 
         return None
     for part in source.fresh:
         one_of("config.init_from.fresh", part, wanted)
-    release, _ = releases.open_release(Path(source.file), source.family, source.heads, source.weights)
+    with configs.named("config.init_from", ()):
+        release, _ = releases.open_release(Path(source.file), source.family, source.heads, source.weights)
     params = {part: tree for part, tree in release.params.items() if part not in source.fresh}
     given, needed = (sharding.by_name(tree) for tree in (params, wanted))
     for name in sorted(given.keys() | needed.keys()):

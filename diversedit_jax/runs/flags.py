@@ -21,6 +21,8 @@ def define_release_flags() -> None:
     flags.DEFINE_integer("heads", None, "Attention heads of the release, for a width that no published size has.")
     flags.DEFINE_string("weights", None, "Entry of the release's file; by default its EMA.")
     flags.DEFINE_bool("online", False, "Use the trained weights instead of their EMA.")
+    trust = "Run code outside this package that the config stored in a workdir names, such as a loss of your own."
+    flags.DEFINE_bool("trust_workdir", False, trust)
     flags.DEFINE_list("side", None, "N or H,W: size of the release's latents, if it does not store it.")
 
 
@@ -55,7 +57,7 @@ def source(defaults: Mapping[str, Any] | None = None) -> Source:
     given = flags.FLAGS
     overrides = dict(defaults or {})
     rounding = overrides.pop("rounding", None)
-    codec = {"vae": given.vae, "rounding": given.rounding or rounding}
+    changes = {"vae": given.vae, "rounding": given.rounding or rounding}
     named = [name for name in options(sampler.make) if name in given and given[name].value is not None]
     overrides |= {name: given[name].value for name in named}
     if given.guidance_interval is not None:
@@ -64,9 +66,11 @@ def source(defaults: Mapping[str, Any] | None = None) -> Source:
         raise ConfigError("give --workdir=DIR of a run or --checkpoint=FILE of a release")
     if given.workdir is not None:
         weights = "online" if given.online else "ema"
-        return drawing(of_run(given.workdir, **codec), given.step, given.weak_step, overrides, weights)
+        return drawing(
+            of_run(given.workdir, **changes, trust=given.trust_workdir), given.step, given.weak_step, overrides, weights
+        )
     release = (given.checkpoint, given.family, given.heads, given.weights, sides(given.side))
-    return drawing(of_release(*release, **codec), overrides=overrides)
+    return drawing(of_release(*release, **changes), overrides=overrides)
 
 
 def sides(texts: list[str] | None) -> tuple[int, ...] | None:

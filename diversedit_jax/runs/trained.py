@@ -28,6 +28,7 @@ from diversedit_jax.diffusion import solve
 from diversedit_jax.errors import CheckpointError, ConfigError, RunError
 from diversedit_jax.registry import one_of
 from diversedit_jax.runs import build
+from diversedit_jax.runs.check import check
 from diversedit_jax.sampling import sampler
 from diversedit_jax.training.checkpoint import Checkpoints
 from diversedit_jax.training.checksums import checksums
@@ -86,6 +87,7 @@ def of_run(
     rounding: str | None = None,
     model: Mapping[str, Any] | None = None,
     losses: bool = False,
+    trust: bool = False,
 ) -> Trained:
     """The run in `workdir`.
 
@@ -93,9 +95,13 @@ def of_run(
     model:         changes to config.model; options that it does not have are ignored.
     losses:        also build the losses and open the frozen encoders, for analysis. If an encoder cannot be opened, the
                    losses that read it are left out.
+    trust:         run code outside this package that the stored config names, see `config.load`.
     """
     workdir = Path(workdir).expanduser().absolute()
-    config = build.on_this_machine(configs.load(workdir))
+    parts = [part for part in build.BUILT if losses or part not in configs.LABELED]
+    config = configs.load(workdir, [*parts, *(["data"] if data is None else [])], trust=trust)
+    check(config, parts)
+    config = build.on_this_machine(config)
     if data is not None:
         config.data = ConfigDict(data)
     for option, value in _given(vae=vae, rounding=rounding).items():
@@ -105,8 +111,6 @@ def of_run(
     config.model.update({option: value for option, value in (model or {}).items() if option in config.model})
     checkpoints = Checkpoints(workdir / "checkpoints")
     space, notes = build.from_json(checkpoints.meta()), []
-    if not losses:
-        config.losses, config.encoders = ConfigDict(), ConfigDict()
     try:
         experiment = build.build(config, space)
     except RunError as error:

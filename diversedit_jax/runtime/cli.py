@@ -123,6 +123,8 @@ def of_machine(error: Exception) -> Exception:
     if isinstance(error, jax.errors.JaxRuntimeError) and text.startswith("RESOURCE_EXHAUSTED"):
         remedy = "take a smaller batch, config.accumulate, config.mesh.fsdp or config.model.remat"
         return MachineError(f"the memory of a device does not suffice ({text[:200]}): {remedy}")
+    if isinstance(error, RuntimeError) and text.startswith("Unable to initialize backend"):
+        return ConfigError(text)  # jax says which, and what JAX_PLATFORMS may be
     if isinstance(error, OSError) and error.errno in FULL:  # whichever file was written
         place = f"cannot write {error.filename or 'a file'}: {error.strerror}"
         return StorageError(f"{place}. Whole checkpoints stay; run it again when there is space")

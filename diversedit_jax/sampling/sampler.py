@@ -21,7 +21,7 @@ from diversedit_jax.diffusion.predictions import Diffusion
 from diversedit_jax.diffusion.solvers import normal_per_image
 from diversedit_jax.diffusion.times import check_interval
 from diversedit_jax.errors import ConfigError, NonFiniteError
-from diversedit_jax.registry import in_range
+from diversedit_jax.registry import MANY, UINT32, in_range
 
 FINITE, INFINITE, NAN = range(3)  # what samples hold, the worst last
 
@@ -68,6 +68,7 @@ class Sampler:
         cfg_scale, guidance_interval: None: those of the sampler.
         between: is called after every batch; what it raises ends the sampling.
         """
+        in_range("seed", seed, 0, UINT32)
         scale = self.cfg_scale if cfg_scale is None else cfg_scale
         interval = self.guidance_interval if guidance_interval is None else guidance_interval
         check_interval("guidance_interval", interval)
@@ -186,7 +187,7 @@ def make(
     solution = solve.make(solver, objective.predicts, given)
     interval = check_interval("guidance_interval", guidance_interval)
     in_range("cfg_scale", cfg_scale, 0)
-    in_range("batch_size", batch_size, 1)
+    in_range("batch_size", batch_size, 1, MANY)
     shape = codec.shape(space.shape)
     if guidance_channels is not None:
         in_range("guidance_channels", guidance_channels, 1, shape[-1])

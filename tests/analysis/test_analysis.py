@@ -55,8 +55,8 @@ def workdir(tmp_path_factory):
     """A run with two checkpoints that was never trained: all of its weights are random."""
     config = digits.get_config()
     config.model.update({"depth": DEPTH, "width": WIDTH, "heads": 2, "remat": "none"})
-    config.losses.same = slot("losses", "tests.parts:twice")
-    config.losses.against = slot("losses", "tests.parts:twice", sign=-1.0)
+    config.losses.same = slot("losses", "tests.parts:make_twice")
+    config.losses.against = slot("losses", "tests.parts:make_twice", sign=-1.0)
     config.evaluators = ConfigDict()
     workdir = tmp_path_factory.mktemp("mine")
     untrained.leave(workdir, config, dict.fromkeys((5, 10), ("ema", "params")), scale=0.3)
@@ -67,7 +67,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def opened(workdir):
-    return trained.of_run(workdir, losses=True)
+    return trained.of_run(workdir, losses=True, trust=True)
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +241,7 @@ def test_a_loss_that_is_the_objective_pulls_where_it_pulls(experiment, learned, 
 
 
 def test_a_loss_pulls_as_it_weighs_at_the_step_of_the_checkpoint(experiment, learned, shown):
-    losses = {"now": parts.since(at=10), "later": parts.since(at=11)}
+    losses = {"now": parts.make_since(at=10), "later": parts.make_since(at=11)}
     found = gradient_conflict.pulls(experiment, losses, learned, FROZEN, shown[:1], step=10)
     np.testing.assert_allclose(found["now"].cosine, 1, rtol=1e-4)
     assert np.isnan(found["later"].cosine).all()
@@ -623,7 +623,7 @@ def test_the_study_trains_analyses_and_goes_on(tmp_path):
 
 
 def test_the_evaluator_of_a_run_says_the_same(workdir, opened, learned, found):
-    built = build.build(configs.load(workdir), opened.space)
+    built = build.build(configs.load(workdir, trust=True), opened.space)
     before = built.config.to_dict()
     spec, options = SampleSpec.of(built), {"num": 2 * BATCH, "batch": BATCH}
     values = dict(evaluators.make("similarity", spec, time=T, **options)(Current(learned, FROZEN, None)))

@@ -455,7 +455,7 @@ def config_with(tmp_path, **options):
     config.codec = configs.slot("codecs", "pixels")
     config.encoders.toy = configs.slot("encoders", "dinov2", **toy(tmp_path, **options))
     config.model.update({"depth": 2, "width": 16, "heads": 2})
-    config.losses.aligned = configs.slot("losses", "tests.parts:aligned", label="toy")
+    config.losses.aligned = configs.slot("losses", "tests.parts:make_aligned", label="toy")
     config.sampler.update({"solver": "euler", "steps": 2, "batch_size": 8})
     config.samples.num = 8
     return config

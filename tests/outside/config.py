@@ -1,4 +1,8 @@
-"""The config of the project: python -m diversedit_jax.train --config=tests/outside/config.py --workdir=DIR"""
+"""The config of the project.
+
+python -m diversedit_jax.train --config=tests/outside/config.py --workdir=DIR
+python -m diversedit_jax.sample --workdir=DIR --trust_workdir    # its parts are code outside of the package
+"""
 
 from ml_collections import ConfigDict
 

@@ -143,6 +143,19 @@ def test_a_run_without_a_checkpoint_says_so_in_every_program(copied):
             use(workdir)
 
 
+def test_what_makes_a_run_is_in_its_checkpoint(copied):
+    """Without config.json another seed, rate or batch size is refused as with it."""
+    workdir, data = copied
+    (workdir / "config.json").unlink()
+    config = config_of(data, steps=3)
+    config.seed, config.optim.learning_rate = 1, 0.2
+    with pytest.raises(ConfigError, match=r"optim.learning_rate: 0.1 there, 0.2 given; seed: 0 there, 1 given"):
+        train.run(config, workdir)
+    assert not (workdir / "config.json").exists()
+    train.run(config_of(data, steps=3), workdir)
+    assert configs.load(workdir).total_steps == 3
+
+
 class Torn:
     """Five examples of a user's data; the second cannot be read."""
 

@@ -193,7 +193,7 @@ def test_a_directory_that_is_not_shared_is_refused_in_time(tmp_path, monkeypatch
 @pytest.mark.slow
 def test_one_that_hangs_ends_all_with_their_stacks(tmp_path):
     """The second reads a record that never comes, the first waits for it in the step; both say where they stand."""
-    hang = ["--config.watchdog=8", "--config.data.name=tests.test_train:sleeping", "--config.input.num_threads=0"]
+    hang = ["--config.watchdog=8", "--config.data.name=tests.test_train:make_sleeping", "--config.input.num_threads=0"]
     with Processes(training(tmp_path, *hang, "--config.total_steps=50"), 2, 1, tmp_path) as run:
         codes = run.wait()
         outs = [run.out(i) for i in range(2)]

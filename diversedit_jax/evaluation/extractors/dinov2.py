@@ -13,6 +13,7 @@ from diversedit_jax.encoders.dinov2 import KIND
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.evaluation.extractors import Extractor, Features, digest
 from diversedit_jax.models import bicubic, vit
+from diversedit_jax.registry import in_range
 from diversedit_jax.weights.vit import open_encoder
 
 
@@ -23,10 +24,12 @@ def make(*, file: str, side: int = 224, heads: int | None = None) -> Extractor:
     score resized with Pillow, which rounds to 256 levels and gives almost the same. Arithmetic is float32.
     file, heads: as in `encoders.dinov2`.
     """
+    in_range("dinov2: side", side, 1)
+    in_range("dinov2: heads", 1 if heads is None else heads, 1)
     release = open_encoder(KIND, file, heads, "hub", "float32")
     arch = release.arch
     network = vit.network(arch, "hub", "float32")
-    if side < 1 or side % arch.patch:
+    if side % arch.patch:
         raise ConfigError(f"dinov2: side = {side} is not a multiple of its patches of {arch.patch} pixels")
 
     def apply(weights: Params, images: Array) -> Features:
