@@ -19,7 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from diversedit_jax import registry
-from diversedit_jax.errors import ConfigError, DataError, WeightsError
+from diversedit_jax.errors import ConfigError, DataError, StorageError, WeightsError
 from diversedit_jax.reading import read_json
 from diversedit_jax.runtime.files import check_same, differences, flat, write_json
 
@@ -202,6 +202,8 @@ def _stored(workdir: Path) -> dict[str, Any]:
         stored = read_json(workdir / FILE)
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{workdir} holds no run: it has no {FILE}") from None
+    except OSError as error:
+        raise StorageError(f"{workdir / FILE}: {error.strerror}") from None
     except ValueError as error:
         raise ConfigError(f"{workdir / FILE} is damaged: {error}") from None
     if not isinstance(stored, dict) or not {"data", "model", "objective"} <= stored.keys():
