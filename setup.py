@@ -52,13 +52,12 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "cuda12": ["jax[cuda12]"],  # for drivers older than CUDA 13
-        "lmdb": ["lmdb>=1.6"],  # latents of MeanFlow's port to torch, kept in that database
         "plan": ["libtpu==0.0.42.*"],  # tools/pod_plan.py: the TPU compiler that jax 0.10.2 is for, 205 MB, own terms
         "test": [
             "beartype>=0.21",  # checks the shapes in signatures at run time
             "build>=1.2",  # builds the wheel that a test looks into
             "equinox>=0.13",  # losses are tested on its models too
-            "lmdb>=1.6",
+            "lmdb>=1.6",  # writes a database that our reader must read
             "pytest>=8.3",
             "pytest-xdist>=3.6",  # a process per core: most of the time goes into compiling, by one thread
             "ruff>=0.17",

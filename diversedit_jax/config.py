@@ -19,7 +19,8 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from diversedit_jax import registry
-from diversedit_jax.errors import ConfigError, DataError, WeightsError
+from diversedit_jax.errors import ConfigError, DataError, StorageError, WeightsError
+from diversedit_jax.reading import read_json
 from diversedit_jax.runtime.files import check_same, differences, flat, write_json
 
 FILE, MODULES = "config.json", "modules"  # MODULES: a key of FILE, the folders of modules that the run's user wrote
@@ -136,14 +137,16 @@ def modules(config: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def claim(workdir: Path, config: ConfigDict) -> list[str]:
+def claim(workdir: Path, config: ConfigDict, saved: Mapping[str, Any] | None = None) -> list[str]:
     """Store a run's config in its workdir. If one is stored there, compare them first.
+
+    saved: the config in the run's last checkpoint, which is compared if the stored one is gone.
 
     Returns a line for each allowed difference (FREE, PATHS). Any other difference is a ConfigError.
     """
     notes, given = [], json.loads(json.dumps(config.to_dict()))
-    if (workdir / FILE).exists():
-        stored = _stored(workdir)
+    if (workdir / FILE).exists() or saved:
+        stored = _stored(workdir) if (workdir / FILE).exists() else _of_this_version(dict(saved))
         stored.pop(MODULES, None)
         check_same(f"{workdir} holds a run", stored, given, "use its values or a new workdir", _may_change)
         notes = [f"config.{key}: {old!r} -> {new!r}" for key, (old, new) in differences(stored, given).items()]
@@ -196,15 +199,22 @@ def load(workdir: Path, parts: Collection[str] = (*SINGLE, *LABELED), *, trust: 
 def _stored(workdir: Path) -> dict[str, Any]:
     """The config in a workdir as it is stored, with the names of this version."""
     try:
-        stored = json.loads((workdir / FILE).read_text(encoding="utf-8"))
+        stored = read_json(workdir / FILE)
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{workdir} holds no run: it has no {FILE}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise StorageError(f"{workdir / FILE}: {error.strerror}") from None
+    except ValueError as error:
         raise ConfigError(f"{workdir / FILE} is damaged: {error}") from None
     if not isinstance(stored, dict) or not {"data", "model", "objective"} <= stored.keys():
         raise ConfigError(f"{workdir} holds no run: its {FILE} is of another program")
     if _deep(stored):
         raise ConfigError(f"{workdir / FILE} is damaged: it is nested more than {DEEPEST} times")
+    return _of_this_version(stored)
+
+
+def _of_this_version(stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored config with the names of this version."""
     if all(isinstance(stored.get(key), dict) for key in ("prepare", "model", "objective")):
         codec, model, objective = stored.pop("prepare"), stored["model"], stored["objective"]
         stored |= {"codec": codec | ({"name": "vae"} if codec.get("name") == "latents" else {}), "groups": {}}

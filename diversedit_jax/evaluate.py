@@ -15,11 +15,12 @@ and on its label. It writes scores.json, with everything that can change a score
 A run needs neither if its config has evaluators of the kind `scores`: those are used.
 """
 
+import contextlib
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,18 +31,19 @@ from absl import flags
 from diversedit_jax import conditioning, registry, sharding
 from diversedit_jax import config as configs
 from diversedit_jax.diffusion import solve
-from diversedit_jax.errors import ConfigError
+from diversedit_jax.errors import ConfigError, check_machine
 from diversedit_jax.evaluation import extractors as networks
 from diversedit_jax.evaluation import feature_cache, image_files, presets, scoring, tables
 from diversedit_jax.evaluation.extractors import Extractor
 from diversedit_jax.evaluation.reference_statistics import Reference, open_reference
 from diversedit_jax.evaluation.tables import Point
+from diversedit_jax.reading import read_json
 from diversedit_jax.registry import INT32, UINT32, in_range
 from diversedit_jax.runs import flags as run_flags
 from diversedit_jax.runs.check import check
 from diversedit_jax.runs.trained import Source
-from diversedit_jax.runtime import cli
-from diversedit_jax.runtime.files import check_same, write_json
+from diversedit_jax.runtime import cli, processes, workdir_lock
+from diversedit_jax.runtime.files import check_same, writable_folder, write_json
 from diversedit_jax.runtime.pictures import image_grid, save_png
 from diversedit_jax.runtime.progress import Ticker
 from diversedit_jax.runtime.versions import versions
@@ -138,12 +140,31 @@ def plan_of(images: Images, judges: Judges) -> dict[str, Any]:
 def evaluate(
     images: Images, judges: Judges, extract: scoring.Extract, statistics: Mapping, folder: Path, keep_samples: bool
 ) -> dict[str, float]:
-    """Score images, and write the results to `folder`. An evaluation that was begun there goes on."""
+    """Score images, and write the results to `folder`. An evaluation that was begun there goes on.
+
+    ConfigError if another evaluation runs there.
+    """
     plan = plan_of(images, judges)
     if (done := finished(folder, plan)) is not None:
         if keep_samples and not (folder / SAMPLES).exists():
             raise ConfigError(f"{folder} was done without --keep_samples: choose another --out or remove {SCORES}")
         return done
+    held = workdir_lock.held(writable_folder(folder, "--out"), partial(print, flush=True))
+    with contextlib.ExitStack() as lock:
+        processes.first_alone(lambda: lock.enter_context(held))  # two would remove each other's parts
+        return _evaluate(images, judges, extract, statistics, folder, keep_samples, plan)
+
+
+def _evaluate(
+    images: Images,
+    judges: Judges,
+    extract: scoring.Extract,
+    statistics: Mapping,
+    folder: Path,
+    keep_samples: bool,
+    plan: Mapping[str, Any],
+) -> dict[str, float]:
+    """Score images in a folder whose lock this program holds."""
     started, parts = time.monotonic(), folder / "parts"
     if images.labels is not None:
         rows = tables.grid_rows(images.labels)
@@ -190,10 +211,13 @@ def finished(folder: Path, plan: Mapping[str, Any]) -> dict[str, float] | None:
     if not (folder / SCORES).exists():
         return None
     try:
-        record = json.loads((folder / SCORES).read_text(encoding="utf-8"))
-        before, scores = record["plan"], record["scores"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{folder / SCORES} is damaged ({error}): remove it") from error
+        record = read_json(folder / SCORES)
+        before, scores = record["plan"], {name: float(score) for name, score in record["scores"].items()}
+        if not isinstance(before, dict):
+            raise ValueError("its plan is no JSON object")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        check_machine(error)
+        raise ConfigError(f"{folder / SCORES} is damaged ({error!s:.200}): remove it") from error
     check_same(f"{folder} holds an evaluation", before, plan, "choose another --out")
     return scores
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -45,10 +45,10 @@ def run(config: ConfigDict, workdir: str | Path) -> State:
     processes.check_shared(workdir)
     held = workdir_lock.held(workdir, lambda line: print(line, file=sys.stderr, flush=True))
     with contextlib.ExitStack() as lock:
-        processes.first_alone(lambda: lock.enter_context(held))
+        check_lock = processes.first_alone(lambda: lock.enter_context(held)) or (lambda: None)
         processes.agree("config", files.flat(config.to_dict()))
         with contextlib.ExitStack() as stack:
-            trainer = Trainer(config, workdir, stack)
+            trainer = Trainer(config, workdir, stack, check_lock)
             trainer.loop(stack)
             trainer.finish()
         if jax.process_index() == 0:
@@ -59,9 +59,9 @@ def run(config: ConfigDict, workdir: str | Path) -> State:
 class Trainer:
     """A run: its components, its state, and the steps of its training."""
 
-    def __init__(self, config: ConfigDict, workdir: Path, stack: contextlib.ExitStack):
+    def __init__(self, config: ConfigDict, workdir: Path, stack: contextlib.ExitStack, check_lock: Callable[[], None]):
         """Initialise. All errors of the config and the data are found before anything compiles or is written."""
-        self.config, self.workdir = config, workdir
+        self.config, self.workdir, self.check_lock = config, workdir, check_lock
 
         # 1. Components, from the config and the data set.
         dataset = build.open_data(config)
@@ -98,12 +98,13 @@ class Trainer:
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"the config cannot be traced: {type(error).__name__}: {error}") from error
 
-        self.inputs = self.same_inputs(build.inputs(config, dataset))
+        before = self.last_meta()
+        self.inputs = self.same_inputs(build.inputs(config, dataset), before)
 
         # 3. The state: initialised on its devices, or restored.
         shardings = sharding.shardings(abstract, layout)
         given = None if self.begin else build.starting_params(config, components.model, abstract["params"])
-        notes = processes.first_alone(lambda: configs.claim(workdir, config)) or []
+        notes = processes.first_alone(lambda: configs.claim(workdir, config, before.get("config"))) or []
         self.frozen, self.skipped = build.frozen_weights(components.codec, layout), 0
         if self.begin:
             self.state, whole, damaged = self.checkpoints.restore_newest(sharding.placed(abstract, shardings))
@@ -112,6 +113,8 @@ class Trainer:
                 self.feed = feed(whole)
                 self.batch = next(self.feed)
             notes += [*damaged, f"resuming from step {whole} of {config.total_steps}"]
+            if surplus := ", ".join(map(str, self.checkpoints.surplus())):
+                notes.append(f"config.checkpoint keeps fewer steps than before: the next save removes {surplus}")
             self.skipped, self.begin = self.checkpoints.meta(whole).get("skipped", 0), whole
         else:
             self.state = jax.jit(init, out_shardings=shardings)(key_init)
@@ -137,12 +140,17 @@ class Trainer:
         self.step = jax.jit(partial(train_step, components), donate_argnums=0, out_shardings=outputs)
         self.saved = self.fetched = self.begin  # the last steps of which the state was saved, the metrics fetched
 
-    def same_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """`inputs`, if they are those of the last checkpoint. ConfigError if not."""
-        with contextlib.suppress(CheckpointError):  # a damaged step: an older one is restored
-            before = self.checkpoints.meta(self.begin).get("inputs", inputs) if self.begin else inputs
-            remedy = "give the data and weights that it was trained with, or a new workdir"
-            files.check_same(f"{self.workdir} holds a run", before, inputs, remedy)
+    def last_meta(self) -> dict[str, Any]:
+        """The meta of the last checkpoint; {} without one, or if it is damaged: an older one is restored then."""
+        with contextlib.suppress(CheckpointError):
+            return self.checkpoints.meta(self.begin) if self.begin else {}
+        return {}
+
+    def same_inputs(self, inputs: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+        """`inputs`, if they are those in the meta `before`, as far as both are known. ConfigError if not."""
+        remedy = "give the data and weights that it was trained with, or a new workdir"
+        what, known = f"{self.workdir} holds a run", before.get("inputs", inputs)
+        files.check_same(what, known, inputs, remedy, lambda key, old, new: None in (old, new))
         return inputs
 
     def describe(self, notes: list[str]) -> None:
@@ -170,12 +178,15 @@ class Trainer:
     def loop(self, stack: contextlib.ExitStack) -> None:
         """Take all steps. Metrics are read one step late, so that the devices never wait for the host."""
         config = self.config
-        number, pending, stopped, faults = self.begin, None, None, 0
+        number, pending, faults = self.begin, None, 0
         if number < config.total_steps:
             self.compile()
-        stop = stack.enter_context(cli.stop_requests(self.note))
+        self.stop = stack.enter_context(cli.stop_requests(self.note))
         self.alive = stack.enter_context(cli.watchdog(config.watchdog))
-        while number < config.total_steps and not (stopped := stop(number)):
+        if 0 < number < config.total_steps:
+            with contextlib.suppress(cli.Interrupted):
+                self.look(number)  # what the run had no time for when it was stopped
+        while number < config.total_steps and not self.stop():
             self.alive()
             number += 1
             last = number == config.total_steps
@@ -200,17 +211,20 @@ class Trainer:
                 self.save(number)
             self.progress.update(number)
             if not last:
-                self.look(number)
+                with contextlib.suppress(cli.Interrupted):
+                    self.look(number)
         self.alive()  # watches the last save, too: its mount may hang
         if number < config.total_steps:
             if number > self.saved:
                 self.fetch(number, pending)
                 self.save(number)
-            self.checkpoints.wait()
-            kept = "saved" if self.checkpoints.steps() else "nothing to save"
-            raise cli.Stopped(
-                f"{stopped}: stopped at step {number} of {config.total_steps}, {kept}; run it again to resume"
-            )
+            self.stopped(number)
+
+    def stopped(self, step: int) -> NoReturn:
+        """End the run, which has stopped at a step, when its checkpoint is complete."""
+        self.checkpoints.wait()
+        kept, total = "saved" if self.checkpoints.steps() else "nothing to save", self.config.total_steps
+        raise cli.Stopped(f"{self.stop()}: stopped at step {step} of {total}, {kept}; run it again to resume")
 
     def fetch(self, step: int, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
         """The metrics of a step. If a loss is not finite, its batch was skipped: count it, or raise NonFiniteError."""
@@ -234,6 +248,7 @@ class Trainer:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write the metrics of a step, and the rates since the last time."""
+        self.check_lock()
         rates = self.progress.report(step, shown(values))
         if rates:
             rates |= flops.rates(self.flops, rates["steps_per_sec"], jax.devices()[0].device_kind, jax.device_count())
@@ -247,10 +262,12 @@ class Trainer:
 
     def save(self, step: int) -> None:
         """Start to save the state."""
+        self.check_lock()
         meta = {
             "next_batch": step,
             "skipped": self.skipped,
             "inputs": self.inputs,
+            "config": self.config.to_dict(),
             **build.to_json(self.experiment.space),
         }
         with self.progress.pause():
@@ -258,19 +275,32 @@ class Trainer:
         self.saved = step
 
     def look(self, step: int) -> None:
-        """Draw the samples and run the evaluators that are due at a step, for as long as they take."""
+        """Draw the samples and run the evaluators that are due at a step, for as long as they take.
+
+        Nothing is done again that was done before this step was restored.
+        """
         self.alive(False)
+        known = self.writer.known if self.writer and step == self.begin else ()
+        picture = self.workdir / "samples" / f"{step:07d}.png"
         with self.progress.pause():
-            if due(step, self.config.samples.every):
-                self.show(step, self.workdir / "samples" / f"{step:07d}.png")
+            if due(step, self.config.samples.every) and not processes.number_of_first(
+                step == self.begin and picture.exists()
+            ):
+                self.show(step, picture)
             for label in self.evaluators:
-                if due(step, self.config.evaluators[label].every):
+                written = any(name.startswith(f"{label}/") for name in known)
+                if due(step, self.config.evaluators[label].every) and not processes.number_of_first(written):
                     self.evaluate(step, label)
 
     def draw(self, conditions: Condition, first: int = 0) -> np.ndarray:
         """Draw samples of the EMA network. ConfigError if its objective does not say how."""
         sampler = self.sampler or self.experiment.sampler()
-        return sampler(self.state["ema"], self.frozen, conditions, self.config.seed, first=first)
+        return sampler(self.state["ema"], self.frozen, conditions, self.config.seed, first=first, between=self.go_on)
+
+    def go_on(self) -> None:
+        """Raise Interrupted if the run is to stop: it saves first, and computes samples and scores when it resumes."""
+        if self.stop():
+            raise cli.Interrupted
 
     def show(self, step: int, path: Path) -> None:
         """Draw samples, if the config asks for any, and write a grid of them, if they are images."""
@@ -278,6 +308,7 @@ class Trainer:
         if not config.samples.num:
             return
         drawn = self.draw(self.experiment.conditions(None, config.samples.num, config.seed))
+        self.check_lock()
         if self.writer is not None and drawn.dtype == np.uint8:
             grid = pictures.image_grid(pictures.as_pictures(drawn))
             path.parent.mkdir(exist_ok=True)
@@ -288,6 +319,7 @@ class Trainer:
         """Run an evaluator, and write its results."""
         learned = {"params": self.state["ema"]} | {name: self.state[name] for name in ("losses", "objective", "memory")}
         found = dict(self.evaluators[label](Current(learned, self.frozen, self.draw)))
+        self.check_lock()
         images = {f"{label}/{name}": x for name, x in found.items() if isinstance(x, np.ndarray)}
         scores = {f"{label}/{name}": x for name, x in found.items() if not isinstance(x, np.ndarray)}
         if self.writer is not None:
@@ -307,9 +339,12 @@ class Trainer:
             self.note(f"nothing to do: the checkpoint is at step {self.begin}, config.total_steps is {total}")
         else:
             self.alive(False)
-            for label in self.evaluators:
-                self.evaluate(total, label)
-            self.show(total, path)
+            try:
+                for label in self.evaluators:
+                    self.evaluate(total, label)
+                self.show(total, path)
+            except cli.Interrupted:
+                self.stopped(total)
             self.alive()
         self.checkpoints.wait()
 

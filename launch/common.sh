@@ -6,6 +6,7 @@ if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
   exit 1
 fi
 
+unset CDPATH # with it, cd goes elsewhere
 launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source-path=SCRIPTDIR source=../tools/environment.sh
 source "$launch/../tools/environment.sh" # sets root
@@ -22,7 +23,8 @@ log() {
 }
 
 die() {
-  printf 'error: %s\n' "$*" >&2
+  local said="$*"
+  printf 'error: %s\n' "${said//$'\n'/ }" >&2
   exit 1
 }
 
@@ -38,8 +40,11 @@ load_env() {
   fi
   read_env "$launch/env.example"
   yes_or_no SPOT RESERVED DETERMINISTIC || exit 1
-  whole_numbers MAX_RESTARTS POLL_SECONDS WAIT_SECONDS STOP_SECONDS SETTLE_SECONDS ATTEMPTS BACKOFF_SECONDS \
-    BACKOFF_MAX_SECONDS COMMAND_SECONDS GRACE_SECONDS USER_ID NUM_SLICES NODES GPUS_PER_NODE CPUS_PER_TASK
+  whole_numbers 0 MAX_RESTARTS POLL_SECONDS WAIT_SECONDS STOP_SECONDS SETTLE_SECONDS BACKOFF_SECONDS \
+    BACKOFF_MAX_SECONDS COMMAND_SECONDS GRACE_SECONDS USER_ID
+  whole_numbers 1 ATTEMPTS NUM_SLICES NODES GPUS_PER_NODE CPUS_PER_TASK
+  plain_names PROJECT ZONE TPU_NAME ACCELERATOR_TYPE RUNTIME_VERSION NETWORK SUBNETWORK SERVICE_ACCOUNT CLUSTER IMAGE \
+    WORKLOAD RESERVATION TIME_LIMIT
 }
 
 read_env() {
@@ -77,12 +82,36 @@ required() {
   done
 }
 
-# Values that become arithmetic must be numbers: bash would otherwise evaluate them.
+# Makes settings decimal numbers of at least $1. In arithmetic bash evaluates other text, reads 010 as 8, fails at 08,
+# and wraps around beyond 64 bits.
 whole_numbers() {
+  local least=$1 name
+  for name in "${@:2}"; do
+    if ! [[ ${!name} =~ ^0*([0-9]{1,10})$ ]] || ((10#${BASH_REMATCH[1]} < least)); then
+      die "$name=${!name}: wanted a whole number of at least $least, with at most 10 digits"
+    fi
+    printf -v "$name" %s "$((10#${BASH_REMATCH[1]}))"
+  done
+}
+
+# Settings that become a part of commands, labels and YAML of others: nothing in them may be syntax there.
+plain_names() {
   local name
   for name in "$@"; do
-    [[ ${!name} =~ ^[0-9]+$ ]] || die "$name=${!name}: wanted a whole number"
+    [[ -z ${!name} || ${!name} == *"<"*">"* || ${!name} =~ ^[A-Za-z0-9][A-Za-z0-9._:/@-]*$ ]] ||
+      die "$name=${!name}: wanted letters, digits and ._:/@- only, a letter or digit first"
   done
+}
+
+check_bucket() {
+  [[ $BUCKET =~ ^gs://[a-z0-9][a-z0-9._-]*$ ]] || die "BUCKET=$BUCKET: wanted gs://NAME, without a folder"
+}
+
+# Sets `more` to the words of a setting.
+words() {
+  [[ ${!1} != *[\'\"\\]* ]] || die "$1=${!1}: it is split at blanks; quotes and backslashes are not read"
+  # shellcheck disable=SC2034
+  read -r -d '' -a more <<<"${!1}" || true # read fails at the end of its input
 }
 
 # --- Commands
@@ -222,9 +251,9 @@ trainer_flags() {
   names_flag --config || flags+=("--config=$CONFIG")
   if ! names_flag --workdir; then
     case $WORKDIR in
+      /*) path=$WORKDIR ;;
       "$BUCKET"/*) path=$base/${WORKDIR#"$BUCKET"/} ;;
       *://*) die "WORKDIR=$WORKDIR is not in BUCKET=$BUCKET" ;;
-      /*) path=$WORKDIR ;;
       *) path=$base/$WORKDIR ;;
     esac
     flags+=("--workdir=$path")

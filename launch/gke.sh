@@ -58,18 +58,21 @@ image() {
 }
 
 run_workload() {
-  local data=$DATA_DIR
+  local data=$DATA_DIR command
   case $data in
     "$BUCKET"/*) data=/bucket/${data#"$BUCKET"/} ;;
     gs://*) die "DATA_DIR=$data is not in BUCKET=$BUCKET" ;;
   esac
   trainer_flags /bucket "$data"
+  command=$(quote python -m diversedit_jax.train "${flags[@]}")
+  [[ $command != *$'\n'* ]] || die "a flag has a line break, which would end a line of XPK's YAML: $command"
+  [[ $command != *\$[\$\(]* ]] || die "a flag has \$( or \$\$, which Kubernetes replaces: $command"
   check_flags "$root"
   # 42 and 127-255 are the exit codes that XPK restarts on; the cache lives and dies with its container.
   xpk_cluster workload create "--workload=$WORKLOAD" "--tpu-type=$ACCELERATOR_TYPE" "--num-slices=$NUM_SLICES" \
     "--docker-image=$IMAGE" "--max-restarts=$MAX_RESTARTS" "--termination-grace-period-seconds=$GRACE_SECONDS" \
     "--storage=$storage" --env=JAX_COMPILATION_CACHE_DIR=/tmp/xla-cache \
-    "--command=$(quote python -m diversedit_jax.train "${flags[@]}")"
+    "--command=$command"
 }
 
 logs() {
@@ -94,11 +97,20 @@ main() {
   done
   [[ $command == run || ${#given[@]} -eq 0 ]] || die "$command takes no flags of the trainer"
   load_env
+  [[ -z $worker ]] || whole_numbers 0 worker
   required PROJECT ZONE CLUSTER WORKLOAD
   case $command in
-    create) required ACCELERATOR_TYPE BUCKET && create ;;
+    create)
+      required ACCELERATOR_TYPE BUCKET
+      check_bucket
+      create
+      ;;
     image) required IMAGE && image ;;
-    run) required ACCELERATOR_TYPE BUCKET IMAGE && run_workload ;;
+    run)
+      required ACCELERATOR_TYPE BUCKET IMAGE
+      check_bucket
+      run_workload
+      ;;
     status) xpk_cluster workload list "--filter-by-job=$WORKLOAD" ;;
     logs) logs ;;
     stop) xpk_cluster workload delete "--workload=$WORKLOAD" --force ;;

@@ -66,7 +66,7 @@ main() {
       *) refuse "$option" ;;
     esac
   done
-  whole_numbers MAX_RESTARTS
+  whole_numbers 0 MAX_RESTARTS
   case $command in
     install) gpu_environment ;;
     run) run_training ;;

@@ -36,14 +36,16 @@ logs=$root/runs/slurm
 submit() {
   local more
   [[ $DATA_DIR != gs://* ]] || die "DATA_DIR=$DATA_DIR: give a path that the nodes see"
+  [[ $root != *\\* ]] || die "$root: sbatch cannot write a log below a folder with a backslash in its name"
+  words SBATCH_ARGS
   trainer_flags "$root" "$DATA_DIR"
   check_flags "$root"
-  read -ra more <<<"$SBATCH_ARGS"
   run mkdir -p "$logs"
+  # In the environment, for sbatch splits --export at commas. In --output it replaces what follows a %.
   # --signal without B: goes to the tasks, not to the script, which is to see their exit codes.
-  run sbatch --job-name=diversedit "--nodes=$NODES" --ntasks-per-node=1 "--gpus-per-node=$GPUS_PER_NODE" \
-    "--cpus-per-task=$CPUS_PER_TASK" "--time=$TIME_LIMIT" --signal=TERM@120 --requeue --open-mode=append \
-    "--output=$logs/%j.log" "--export=ALL,DIVERSEDIT_LAUNCH=$launch,LAUNCH_ENV=${LAUNCH_ENV:-}" "${more[@]}" \
+  run env "DIVERSEDIT_LAUNCH=$launch" "LAUNCH_ENV=${LAUNCH_ENV:-}" sbatch --export=ALL --job-name=diversedit \
+    "--nodes=$NODES" --ntasks-per-node=1 "--gpus-per-node=$GPUS_PER_NODE" "--cpus-per-task=$CPUS_PER_TASK" \
+    "--time=$TIME_LIMIT" --signal=TERM@120 --requeue --open-mode=append "--output=${logs//%/%%}/%j.log" "${more[@]}" \
     "$launch/slurm.sh" job -- "${flags[@]}"
 }
 

@@ -133,7 +133,7 @@ on_worker() {
   # A connection to a machine that has gone ends after a minute and a half.
   bounded gcloud compute tpus tpu-vm ssh "$TPU_NAME" "--worker=$worker" "--command=$command" \
     "--project=$PROJECT" "--zone=$ZONE" --quiet \
-    --ssh-flag=-oConnectTimeout=30 --ssh-flag=-oServerAliveInterval=30 "${more_args[@]}"
+    --ssh-flag=-oConnectTimeout=30 --ssh-flag=-oServerAliveInterval=30 "${more[@]}"
 }
 
 # The command that calls worker.sh there.
@@ -317,7 +317,7 @@ delete_node() {
 # The checkout as an archive: what git tracks and what it would not ignore, as it lies there. All nodes get the same.
 pack() {
   if [[ $checkout == "$tmp/clone" ]]; then
-    run git clone --quiet --depth=1 ${REPO_REF:+"--branch=$REPO_REF"} "$REPO" "$checkout" || return
+    run git clone --quiet --depth=1 ${REPO_REF:+"--branch=$REPO_REF"} -- "$REPO" "$checkout" || return
   elif [[ ! -e $checkout/.git ]]; then
     log "REPO=$checkout is no git checkout"
     return 1
@@ -342,11 +342,12 @@ install_on() {
   # One installation at a time: a connection that broke leaves the earlier one running. .venv stays.
   unpack="set -e; sudo mkdir -p $directory; sudo chown \"\$(id -u)\" $directory; mkdir -p $directory/code"
   unpack+="; exec 8>$directory/install.lock; flock --wait 1800 8"
+  unpack+=" || { echo 'error: another installation has run for half an hour' >&2; exit 1; }"
   unpack+="; if [ -e $directory/code/launch/worker.sh ]; then $(remote idle); fi"
   unpack+="; find $directory/code -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +"
   unpack+="; tar -xzf diversedit.tgz -C $directory/code; $(remote install)"
   bounded gcloud compute tpus tpu-vm scp "$tmp/diversedit.tgz" "$TPU_NAME:diversedit.tgz" "--worker=$worker" \
-    "--project=$PROJECT" "--zone=$ZONE" --quiet "${more_args[@]}" &&
+    "--project=$PROJECT" "--zone=$ZONE" --quiet "${more[@]}" &&
     on_worker "$worker" "$unpack"
 }
 
@@ -606,7 +607,7 @@ show_status() {
 
 main() {
   local command option worker=0 lines=100 yes=0 delete_when_done=0 count="" allowed assumed=ACTIVE
-  local -a options given flags=() more_args
+  local -a options given flags=() more
   read_command "create up wait install run logs ssh status stop delete" "$@"
   case $command in
     create) allowed="" assumed=ABSENT ;;
@@ -628,32 +629,33 @@ main() {
       *) refuse "$option" ;;
     esac
   done
-  whole_numbers MAX_RESTARTS lines
-  [[ $worker == all || $worker =~ ^[0-9]+$ ]] || die "--worker=$worker: wanted a number or all"
+  whole_numbers 0 MAX_RESTARTS lines
+  [[ $worker == all ]] || whole_numbers 0 worker
   case $command in
     run | up | ssh) ;;
     *) ((${#given[@]} == 0)) || die "$command takes no flags of the trainer" ;;
   esac
   required PROJECT ZONE TPU_NAME
+  [[ $REMOTE_DIR == /* ]] || die "REMOTE_DIR=$REMOTE_DIR: wanted a path that begins with /"
   case $command in
     create | up) required ACCELERATOR_TYPE RUNTIME_VERSION ;;
   esac
   case $command in
     install | run | up | stop | status)
       required BUCKET REMOTE_DIR
-      [[ $BUCKET =~ ^gs://[^/]+$ ]] || die "BUCKET=$BUCKET: wanted gs://NAME, without a folder"
+      check_bucket
       ;;
   esac
   case $command in
     run | up)
       if [[ $DATA_DIR == gs://* ]]; then
-        trainer_flags "$REMOTE_DIR/bucket" "$REMOTE_DIR/data/${DATA_DIR##*/}"
+        trainer_flags "$REMOTE_DIR/bucket" "$REMOTE_DIR/data/${DATA_DIR#gs://}"
       else
         trainer_flags "$REMOTE_DIR/bucket" "$DATA_DIR"
       fi
       ;;
   esac
-  read -ra more_args <<<"$SSH_ARGS"
+  words SSH_ARGS
   if [[ $dry_run == 1 ]]; then
     tmp=${TMPDIR:-/tmp}/tmp.XXXXXXXXXX # a dry run makes no folder: it shows the pattern of mktemp in its commands
     errors=/dev/null
@@ -676,11 +678,11 @@ main() {
     stop) stop_workers ;;
     logs)
       run gcloud compute tpus tpu-vm ssh "$TPU_NAME" "--worker=$worker" "--command=$(remote log "$lines")" \
-        "--project=$PROJECT" "--zone=$ZONE" --quiet "${more_args[@]}"
+        "--project=$PROJECT" "--zone=$ZONE" --quiet "${more[@]}"
       ;;
     ssh)
       run gcloud compute tpus tpu-vm ssh "$TPU_NAME" "--worker=$worker" ${given[0]+"--command=${given[*]}"} \
-        "--project=$PROJECT" "--zone=$ZONE" --quiet "${more_args[@]}"
+        "--project=$PROJECT" "--zone=$ZONE" --quiet "${more[@]}"
       ;;
     delete)
       if ((!yes)) && [[ $dry_run != 1 ]]; then

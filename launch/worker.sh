@@ -33,7 +33,8 @@ number() {
     value=$(curl -fsS --max-time 10 -H "Metadata-Flavor: Google" \
       "http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number") ||
       value=$(hostname | sed -n 's/.*-w-\([0-9]*\)$/\1/p')
-    echo "${value:-0}" >"$file"
+    [[ ${value:=0} =~ ^[0-9]+$ ]] || die "the number of this worker is no number: $value"
+    echo "$value" >"$file"
   fi
   echo "$(<"$file")"
 }
@@ -94,8 +95,8 @@ install_all() {
     mount_bucket
   fi
   if [[ ${DATA_DIR:-} == gs://* ]]; then
-    mkdir -p "$REMOTE_DIR/data/${DATA_DIR##*/}"
-    retry gcloud storage rsync --recursive --quiet "$DATA_DIR" "$REMOTE_DIR/data/${DATA_DIR##*/}" ||
+    mkdir -p "$REMOTE_DIR/data/${DATA_DIR#gs://}"
+    retry gcloud storage rsync --recursive --quiet "$DATA_DIR" "$REMOTE_DIR/data/${DATA_DIR#gs://}" ||
       die "$DATA_DIR cannot be copied; free space: $(df -h "$REMOTE_DIR/data" | tail -n 1)"
   fi
   echo "worker $(number): installed"
@@ -158,7 +159,7 @@ start() {
 trainer() {
   local code=0 child
   exec 9>"$state/lock"
-  flock --wait 30 9
+  flock --wait 30 9 || die "another trainer is starting"
   mkdir -p "$REMOTE_DIR/cache"
   chmod 700 "$REMOTE_DIR/cache" # compiled programs are code
   export JAX_COMPILATION_CACHE_DIR=$REMOTE_DIR/cache
@@ -179,7 +180,7 @@ end() {
   local pid i
   if [[ -s $state/pid ]] && pid=$(<"$state/pid") && grep -qs diversedit_jax.train "/proc/$pid/cmdline"; then
     kill -TERM "$pid" || true
-    for ((i = 0; i < 5 * ${STOP_SECONDS:-300}; i++)); do
+    for ((i = 0; i < 5 * STOP_SECONDS; i++)); do
       kill -0 "$pid" 2>/dev/null || break
       sleep 0.2
     done
@@ -205,6 +206,9 @@ main() {
   state=$REMOTE_DIR/run
   # Those of common.sh, which read them from launch/env elsewhere.
   ATTEMPTS=${ATTEMPTS:-3} BACKOFF_SECONDS=${BACKOFF_SECONDS:-10} BACKOFF_MAX_SECONDS=${BACKOFF_MAX_SECONDS:-60}
+  STOP_SECONDS=${STOP_SECONDS:-300}
+  whole_numbers 0 BACKOFF_SECONDS BACKOFF_MAX_SECONDS STOP_SECONDS
+  whole_numbers 1 ATTEMPTS
   mkdir -p "$state"
   case $command in
     install) install_all ;;

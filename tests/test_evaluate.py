@@ -24,6 +24,7 @@ from diversedit_jax.evaluate import Images
 from diversedit_jax.evaluation import presets, scoring, tables
 from diversedit_jax.evaluators import Current, SampleSpec
 from diversedit_jax.runs import build, trained
+from diversedit_jax.runtime import workdir_lock
 from diversedit_jax.sampling import sampler
 from tests import ROOT, untrained
 
@@ -150,6 +151,14 @@ def test_a_finished_evaluation_is_not_done_again_nor_overwritten(undisturbed, so
     assert scored(judges, drawn(source)._replace(read=never), folder) == scores
     with pytest.raises(ConfigError, match=r"holds an evaluation .*images.labels: 'balanced' there, 'uniform' given"):
         scored(judges, drawn(source, rule="uniform"), folder)
+
+
+def test_a_folder_in_which_another_evaluation_runs_is_refused(undisturbed, source, judges, tmp_path):
+    with workdir_lock.held(tmp_path, print):
+        with pytest.raises(ConfigError, match=f"{tmp_path} is in use by process {os.getpid()} on "):
+            scored(judges, drawn(source), tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [workdir_lock.FILE]
+        assert scored(judges, drawn(source), undisturbed[0]) == undisturbed[1]
 
 
 def test_other_files_of_the_same_name_are_judged_anew(undisturbed, judges, tmp_path):

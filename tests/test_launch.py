@@ -78,6 +78,8 @@ elif name == "mountpoint":
     sys.exit(not os.path.exists(f"{arguments[-1]}/.mounted"))
 elif name == "gcsfuse":
     open(f"{arguments[-1]}/.mounted", "w").close()
+elif name == "sbatch":
+    print(os.environ["DIVERSEDIT_LAUNCH"], os.environ["LAUNCH_ENV"], sep="\n")
 elif name == "srun":
     fcntl.flock(lock, fcntl.LOCK_UN)
     for i in ("0", "1"):
@@ -329,7 +331,9 @@ def test_every_setting_of_the_example_is_read(cloud):
     names = re.findall(r"^([A-Z_]+)=", (LAUNCH / "env.example").read_text(), re.MULTILINE)
     text = "".join(path.read_text() for path in LAUNCH.glob("*.sh"))
     for name in names:
-        assert re.search(rf"\$\{{?!?{name}\b|\(\(!?{name}\b|\b{name} [A&|]", text), f"nothing reads {name}"
+        assert re.search(rf"\$\{{?!?{name}\b|\(\(!?{name}\b|\b{name} [A&|]|\bwords {name}\b", text), (
+            f"nothing reads {name}"
+        )
 
 
 @pytest.mark.parametrize("variable", ["PROJECT", "ZONE", "BUCKET"])
@@ -344,10 +348,10 @@ def test_a_missing_variable_is_named(cloud, variable, value):
 
 def test_the_env_file_gives_way_to_the_environment(cloud):
     file = cloud.path / "settings"
-    file.write_text("# mine\nTPU_NAME=\"from file\"  \nSPOT=0 # on demand\nexport RUNTIME_VERSION='v2'\nZONE=nowhere\n")
+    file.write_text("# mine\nTPU_NAME=\"from-file\"  \nSPOT=0 # on demand\nexport RUNTIME_VERSION='v2'\nZONE=nowhere\n")
     process = cloud.run("tpu.sh", "create", "--dry_run", LAUNCH_ENV=str(file))
     create = next(shlex.split(line) for line in process.stdout.splitlines() if " create " in line)
-    assert "--node-id=from file" in create
+    assert "--node-id=from-file" in create
     assert "--runtime-version=v2" in create
     assert "--zone=us-west4-a" in create
     assert "--spot" not in create
@@ -359,18 +363,228 @@ def test_the_env_file_gives_way_to_the_environment(cloud):
         ("ZOEN=us", "unknown variable ZOEN"),
         ("not a setting", "wanted NAME=VALUE"),
         ("ATTEMPTS=a[$(touch hacked)]", "wanted a whole number"),
-        ("TPU_NAME=$(touch hacked)", None),
+        ("TPU_NAME=$(touch hacked)", "TPU_NAME=$(touch hacked): wanted letters, digits and"),
+        ("SSH_ARGS=$(touch hacked)", None),
     ],
 )
 def test_the_env_file_is_checked_and_never_run(cloud, line, says):
     (cloud.repository / "launch" / "env").write_text(line + "\n")
-    process = cloud.run("tpu.sh", "create", "--dry_run")
+    process = cloud.run("tpu.sh", "install", "--dry_run")
     assert not list(cloud.path.rglob("hacked"))
     if says is None:
-        assert "'$(touch hacked)'" in process.stdout
+        assert "'$(touch' 'hacked)'" in process.stdout
     else:
         assert process.returncode == 1
         assert says in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("written", "number"), [("0", 0), ("08", 8), ("010", 10), ("0" * 30 + "7", 7), ("9" * 10, 10**10 - 1)]
+)
+def test_numbers_are_decimal(written, number):
+    script = f"source {LAUNCH}/common.sh; whole_numbers 0 NUMBER; echo $((NUMBER))"
+    process = subprocess.run(
+        ["bash", "-c", script], env=os.environ | {"NUMBER": written}, capture_output=True, text=True
+    )
+    assert process.stdout == f"{number}\n", process.stderr
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["", " 8", "8 ", "-1", "+1", "0x10", "1e3", "8.0", "eight", "8\n9", "1" * 11, "18446744073709551617", "$(x)"],
+)
+def test_what_is_no_number_is_refused(cloud, value):
+    process = cloud.run("gpu_node.sh", "run", MAX_RESTARTS=value)
+    assert process.returncode == 1
+    shown = value.replace("\n", " ")
+    says = f"MAX_RESTARTS={shown}: wanted a whole number of at least 0, with at most 10 digits"
+    assert process.stderr == f"error: {says}\n"
+
+
+def test_every_number_of_the_example_is_checked(cloud):
+    numbers = re.findall(r"^([A-Z_]+)=\d+$", (LAUNCH / "env.example").read_text(), re.MULTILINE)
+    assert len(numbers) > 10
+    for name in numbers:
+        process = cloud.run("slurm.sh", "status", "--dry_run", **{name: "1e3"})
+        assert process.stderr.startswith(f"error: {name}=1e3: wanted a whole number"), name
+    for name in ("NODES", "GPUS_PER_NODE", "CPUS_PER_TASK", "NUM_SLICES", "ATTEMPTS"):
+        process = cloud.run("slurm.sh", "status", "--dry_run", **{name: "00"})
+        assert process.stderr.startswith(f"error: {name}=00: wanted a whole number of at least 1"), name
+    process = cloud.run("worker.sh", "status", REMOTE_DIR=str(cloud.path / "remote"), STOP_SECONDS="1e3")
+    assert process.stderr.startswith("error: STOP_SECONDS=1e3: wanted a whole number")
+
+
+def test_restarts_are_counted_in_decimal(cloud):
+    cloud.ends(*[137] * 20)
+    process = cloud.run("gpu_node.sh", "run", MAX_RESTARTS="08")
+    assert process.returncode == 137
+    assert len(cloud.started()) == 1 + 8
+    assert last_line(process).endswith("gave up after 8 restarts")
+    process = cloud.run("gpu_node.sh", "run", "--max_restarts=two")
+    assert process.stderr.startswith("error: MAX_RESTARTS=two: wanted a whole number")
+
+
+NAMES = ["PROJECT", "ZONE", "TPU_NAME", "ACCELERATOR_TYPE", "RUNTIME_VERSION", "NETWORK", "SUBNETWORK"]
+NAMES += ["SERVICE_ACCOUNT", "CLUSTER", "IMAGE", "WORKLOAD", "RESERVATION", "TIME_LIMIT"]
+
+
+@pytest.mark.parametrize("value", ["-x", "a b", "a,b=c", "a'b", 'a"b', "a$b", "a\\b", "a\nb", "a;b", "a #b"])
+def test_a_name_that_others_would_take_for_syntax_is_refused(cloud, value):
+    for name in NAMES if value == "-x" else ["WORKLOAD"]:
+        process = cloud.run("gke.sh", "status", **{name: value})
+        assert process.returncode == 1
+        shown = value.replace("\n", " ")
+        assert process.stderr == (
+            f"error: {name}={shown}: wanted letters, digits and ._:/@- only, a letter or digit first\n"
+        )
+    assert not cloud.calls()
+
+
+@pytest.mark.parametrize("bucket", ["bucket", "gs://bucket/folder", "gs://a,b", "gs://-a"])
+@pytest.mark.parametrize(("script", "command"), [("tpu.sh", "run"), ("gke.sh", "run"), ("gke.sh", "create")])
+def test_what_is_no_bucket_is_refused(cloud, script, command, bucket):
+    process = cloud.run(script, command, BUCKET=bucket)
+    assert (process.returncode, process.stderr) == (
+        1,
+        f"error: BUCKET={bucket}: wanted gs://NAME, without a folder\n",
+    )
+    assert not cloud.calls()
+
+
+def test_words_of_a_setting_are_split_at_every_blank_and_have_no_quotes(cloud):
+    process = cloud.run("slurm.sh", "submit", SBATCH_ARGS="--partition=gpu\n --account=me\t--exclusive")
+    assert process.returncode == 0, process.stderr
+    [call] = cloud.calls("sbatch")
+    position = call.index(str(cloud.repository / "launch/slurm.sh"))
+    assert call[position - 3 : position] == ["--partition=gpu", "--account=me", "--exclusive"]
+    words = shlex.split(cloud.run("tpu.sh", "ssh", "--dry_run", SSH_ARGS="--internal-ip\n--plain").stdout)
+    assert words[-2:] == ["--internal-ip", "--plain"]
+    for script, command, name in [("slurm.sh", "submit", "SBATCH_ARGS"), ("tpu.sh", "ssh", "SSH_ARGS")]:
+        for value in ('--comment="two words"', "--comment='two words'", "--comment=two\\ words"):
+            process = cloud.run(script, command, **{name: value})
+            says = "it is split at blanks; quotes and backslashes are not read"
+            assert (process.returncode, process.stderr) == (1, f"error: {name}={value}: {says}\n")
+    assert len(cloud.calls()) == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "command", "variables"),
+    [
+        ("slurm.sh", "submit", {"BUCKET": ""}),
+        ("slurm.sh", "submit", {}),
+        ("tpu.sh", "run", {}),
+    ],
+)
+def test_a_workdir_from_the_root_is_taken_as_it_is(cloud, script, command, variables):
+    output = cloud.run(script, command, "--dry_run", WORKDIR="/data/runs/a b", **variables).stdout
+    assert "--workdir=/data/runs/a b" in output.replace("'\\''", "")
+
+
+def test_a_folder_of_a_worker_begins_at_the_root(cloud):
+    process = cloud.run("tpu.sh", "install", REMOTE_DIR="diversedit")
+    assert process.stderr == "error: REMOTE_DIR=diversedit: wanted a path that begins with /\n"
+    assert not cloud.calls()
+
+
+# --- Paths with all that other programs take for syntax
+
+
+ODD = ["""a, b=c 'd' "e" 100%j a:b $HOME ;& {a}*?[b] # ~ å""", "-a", "a\nb"]
+
+
+@pytest.fixture(params=ODD)
+def odd(request, cloud):
+    """A cloud whose checkout has an odd name."""
+    cloud.repository = cloud.repository.rename(cloud.path / request.param)
+    return cloud
+
+
+def test_a_slurm_job_finds_a_checkout_of_any_name(odd):
+    settings = odd.repository / "launch" / "env,a"
+    settings.write_text("NODES=3\n")
+    process = odd.run("slurm.sh", "submit", "--", *FLAGS, LAUNCH_ENV=str(settings))
+    assert process.returncode == 0, process.stderr
+    launch = str(odd.repository / "launch")
+    assert process.stdout == f"{launch}\n{settings}\n", "the job gets both in its environment"
+    [call] = odd.calls("sbatch")
+    assert "--nodes=3" in call
+    assert "--export=ALL" in call
+    logs = str(odd.repository / "runs/slurm").replace("%", "%%")
+    assert f"--output={logs}/%j.log" in call
+    assert call[call.index(f"{launch}/slurm.sh") + 1 :] == [
+        *["job", "--", "--config=configs/diversedit.py:xl2", f"--workdir={odd.repository}/runs/diversedit_xl2"],
+        *["--config.data.data_dir=/latents", *FLAGS],
+    ]
+    odd.run("slurm.sh", "install")
+    job = shutil.copy(odd.repository / "launch/slurm.sh", odd.path / "slurm_script")
+    variables = {"DIVERSEDIT_LAUNCH": launch, "SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}
+    process = odd.run(job, "job", "--", *FLAGS, **variables)
+    assert process.returncode == 0, process.stderr
+    assert odd.started(1) == [f"-m diversedit_jax.train {' '.join(FLAGS)}"]
+
+
+def test_a_checkout_of_any_name_is_copied_to_the_workers(odd):
+    odd.set(states=["ACTIVE"], workers=1)
+    process = odd.run("tpu.sh", "install", REPO=str(odd.repository))
+    assert process.returncode == 0, process.stderr
+    assert (odd.path / "node0/0/remote/code/launch/worker.sh").exists()
+
+
+def test_a_backslash_in_the_path_of_a_checkout_is_refused_where_sbatch_would_misread_it(cloud):
+    cloud.repository = cloud.repository.rename(cloud.path / "a\\b")
+    process = cloud.run("slurm.sh", "submit")
+    says = "sbatch cannot write a log below a folder with a backslash in its name"
+    assert (process.returncode, process.stderr) == (1, f"error: {cloud.repository}: {says}\n")
+
+
+@pytest.mark.parametrize("file", ["launch/common.sh", "tools/environment.sh"])
+def test_cdpath_does_not_lead_elsewhere(cloud, file):
+    for folder in ("launch", "tools"):
+        (cloud.path / "elsewhere" / folder).mkdir(parents=True)
+    variables = os.environ | {"CDPATH": str(cloud.path / "elsewhere")}
+    script = f'source {file}; echo "$root"'
+    process = subprocess.run(
+        ["bash", "-euc", script], cwd=cloud.repository, env=variables, capture_output=True, text=True
+    )
+    assert process.stdout == f"{cloud.repository}\n", process.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--config.note=a\nb", "a flag has a line break"),
+        ("--config.note=$(HOME)", "a flag has $( or $$, which Kubernetes replaces"),
+        ("--config.note=$$", "a flag has $( or $$, which Kubernetes replaces"),
+    ],
+)
+def test_a_flag_that_does_not_survive_xpk_is_refused(cloud, flag, says):
+    process = cloud.run("gke.sh", "run", "--", flag)
+    assert process.returncode == 1
+    assert process.stderr.startswith(f"error: {says}")
+    assert len(process.stderr.splitlines()) == 1
+    assert not cloud.calls()
+
+
+@pytest.mark.parametrize("worker", ["x", "0,a=b", "-1", ""])
+def test_the_number_of_a_worker_of_gke_is_a_number(cloud, worker):
+    process = cloud.run("gke.sh", "logs", f"--worker={worker}", "--dry_run")
+    if worker:
+        assert process.stderr.startswith(f"error: worker={worker}: wanted a whole number")
+    assert cloud.run("gke.sh", "logs", "--worker=08", "--dry_run").stdout.endswith("job-completion-index=8\n")
+
+
+def test_a_python_in_a_folder_with_a_blank_is_found(cloud):
+    (cloud.path / "my tools").mkdir()
+    python = cloud.path / "my tools" / "python"
+    python.symlink_to(sys.executable)
+    script = f"source {ROOT}/tools/environment.sh; find_python"
+    process = subprocess.run(
+        ["bash", "-c", script],
+        env={"PATH": os.environ["PATH"], "PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.stdout == f"{python}\n", process.stderr
 
 
 @pytest.mark.parametrize(
@@ -503,6 +717,12 @@ def test_code_that_is_not_there_starts_nothing(cloud, repository):
     assert process.returncode == 1
     assert f"{cloud.path}/nowhere" in process.stderr
     assert not cloud.calls()
+
+
+def test_a_repository_is_no_option_of_git(cloud):
+    process = cloud.run("tpu.sh", "install", REPO="--upload-pack=true://x")
+    assert process.returncode != 0
+    assert "protocol '--upload-pack=true' is not supported" in process.stderr
 
 
 def test_all_nodes_of_a_run_get_the_same_clone(cloud):
@@ -695,7 +915,7 @@ def test_up_runs_to_the_end(cloud):
     for worker in range(2):
         assert cloud.started(worker) == [
             f"-m diversedit_jax.train --config=configs/diversedit.py:xl2 --workdir={remote}/bucket/runs/diversedit_xl2 "
-            f"--config.data.data_dir={remote}/data/latents {' '.join(FLAGS)}" % (worker, worker)
+            f"--config.data.data_dir={remote}/data/bucket/sets/latents {' '.join(FLAGS)}" % (worker, worker)
         ]
         code = cloud.path / f"node1/{worker}/remote/run/exit_code"
         assert code.read_text() == "0\n"
@@ -705,7 +925,7 @@ def test_up_runs_to_the_end(cloud):
     assert [call[-2] for call in mounts] == ["bucket", "bucket"]
     copies = cloud.calls("gcloud", "storage", "rsync")
     assert [call[-2:] for call in copies] == [
-        ["gs://bucket/sets/latents", remote % i + "/data/latents"] for i in (0, 1)
+        ["gs://bucket/sets/latents", remote % i + "/data/bucket/sets/latents"] for i in (0, 1)
     ]
     assert "the node is still there, and costs" in last_line(process)
 

@@ -7,7 +7,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -149,6 +148,10 @@ def test_other_numbers_of_devices_train_alike(straight, tmp_path, devices):
     assert losses(tmp_path) == pytest.approx(losses(straight[1]), rel=1e-5)
 
 
+def drawn(workdir: Path) -> dict[int, float]:
+    return {record["step"]: record["stop/drawn"] for record in records(workdir) if "stop/drawn" in record}
+
+
 def test_stopped_and_resumed_equals_straight_to_the_bit(straight, tmp_path, capfd):
     config = tiny()
     config.evaluators.stop = slot("evaluators", "tests.parts:make_terminate", marker=str(tmp_path / "stopped"))
@@ -157,8 +160,10 @@ def test_stopped_and_resumed_equals_straight_to_the_bit(straight, tmp_path, capf
     with pytest.raises(cli.Stopped, match=r"SIGTERM: stopped at step 3 of 6, saved"):
         train.run(config, workdir)
     assert Checkpoints(workdir / "checkpoints").steps() == [2, 3]
+    assert not drawn(workdir), "the run saved first, and did not wait for the evaluator"
     state = train.run(config, workdir)
     assert "resuming from step 3 of 6" in capfd.readouterr().err
+    assert drawn(workdir) == {3: 48, 6: 48}
     assert_same_bits(state, straight[2])
     assert losses(workdir) == losses(straight[1])
 
@@ -338,18 +343,24 @@ def test_a_disk_that_fills_ends_the_run_in_one_line_and_it_resumes(straight, tmp
 @pytest.mark.skipif(AS_USER != [] and shutil.which(AS_USER[0]) is None, reason="root may write anywhere")
 @pytest.mark.parametrize(
     ("place", "code", "message"),
-    [("checkpoints", 74, "could not be written (PermissionError"), (".", 78, "cannot be written: Permission denied")],
+    [
+        ("checkpoints", 74, "could not be written (PermissionError"),
+        (".", 78, "cannot be written: Permission denied"),
+        ("checkpoints/4", 74, "checkpoints/4 cannot be read (PermissionError"),
+        ("checkpoints/4/meta/metadata", 74, "checkpoints/4 cannot be read (PermissionError"),
+        ("metrics.jsonl", 74, "metrics.jsonl: Permission denied"),
+        ("config.json", 74, "config.json: Permission denied"),
+    ],
 )
-def test_a_directory_that_is_read_only_ends_the_run_in_one_line_and_it_resumes(
-    straight, tmp_path, place, code, message
-):
+def test_a_place_without_permission_ends_the_run_in_one_line_and_it_resumes(straight, tmp_path, place, code, message):
     workdir = Path(shutil.copytree(straight[1], tmp_path / "run"))
     shutil.rmtree(workdir / "checkpoints" / "6")
-    (workdir / place).chmod(0o555)
+    before = (workdir / place).stat().st_mode
+    (workdir / place).chmod(0o555 if place in ("checkpoints", ".") else 0)
     try:
         done = program_of(small(workdir), before=AS_USER)
     finally:
-        (workdir / place).chmod(0o755)
+        (workdir / place).chmod(before)
     assert done.returncode == code, done.stderr
     assert [message in line for line in done.stderr.splitlines() if line.startswith("error: ")] == [True]
     assert "Traceback" not in done.stderr
@@ -364,13 +375,46 @@ def program_of(arguments: list[str], before: Sequence[str] = ()) -> subprocess.C
 
 
 def test_a_workdir_that_another_run_holds_is_refused(tmp_path):
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        holder = {"host": socket.gethostname(), "pid": other.pid, "started": "now"}
-        (tmp_path / workdir_lock.FILE).write_text(json.dumps(holder))
-        with pytest.raises(ConfigError, match=rf"is in use by process {other.pid} on .*, since now"):
+    with workdir_lock.held(tmp_path, print):
+        with pytest.raises(ConfigError, match=rf"{tmp_path} is in use by process {os.getpid()} on "):
             train.run(tiny(), tmp_path)
-        other.communicate()
-    assert [path.name for path in tmp_path.iterdir()] == [workdir_lock.FILE]
+        assert [path.name for path in tmp_path.iterdir()] == [workdir_lock.FILE]
+
+
+class Harmful(list):
+    """Examples. When some have been read, something happens to the workdir."""
+
+    def __init__(self, examples, harm):
+        super().__init__(examples)
+        self.harm, self.left = harm, 3 * 16
+
+    def __getitem__(self, index):
+        self.left -= 1
+        if self.left == 0:
+            self.harm()
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (lambda workdir: (workdir / workdir_lock.FILE).write_text("other"), "run was taken over by a process that"),
+        (shutil.rmtree, "run was removed or moved while this run used it"),
+    ],
+)
+def test_a_run_that_loses_its_lock_ends_before_it_writes(tmp_path, monkeypatch, harm, says):
+    workdir = tmp_path / "run"
+
+    def data(split, *, data_dir=None, dequantize=True):
+        dataset = digits_data.make(split, data_dir=data_dir, dequantize=dequantize)
+        return dataset._replace(source=Harmful(dataset.source[:64], lambda: harm(workdir)))
+
+    monkeypatch.setattr(sys.modules[__name__], "data_of_the_test", data, raising=False)
+    with pytest.raises(ConfigError, match=says):
+        train.run(tiny(data__name=f"{__name__}:data_of_the_test", input__num_threads=0), workdir)
+    assert set(Checkpoints(workdir / "checkpoints").steps()) <= {2}
+    logged = workdir / "metrics.jsonl"
+    assert not logged.exists() or len(logged.read_text().splitlines()) <= 3
 
 
 class Sleeping(list):
@@ -603,9 +647,10 @@ def start(workdir: Path, *options: str) -> subprocess.Popen:
         (["--config=configs/nope.py"], "config: file configs/nope.py not found"),
         (["--config=configs/digits.py", "--config.total_steps=ten"], "--config.total_steps=ten: invalid literal"),
         (["--config=configs/digits.py", "--workdir=/proc/none"], "workdir /proc/none cannot be written"),
+        (["--config=configs/digits.py", "--workdir="], "--workdir is empty: give it a value, or leave it out"),
         ([], "flag --config is required"),
     ],
-    ids=["unknown key", "missing file", "wrong type", "unwritable", "nothing"],
+    ids=["unknown key", "missing file", "wrong type", "unwritable", "empty", "nothing"],
 )
 def test_one_line_and_exit_code_78(tmp_path, arguments, message):
     full = [sys.executable, "-m", "diversedit_jax.train", f"--workdir={tmp_path}", *arguments]

@@ -3,14 +3,15 @@
 # Afterwards "$python" has this repository and its dependencies, and "$root" is the repository.
 #
 #   VIRTUAL_ENV           an active virtual environment is used as it is; otherwise .venv in the repository is made
-#   PYTHON                the Python that makes .venv (default: the first of $candidates that is new enough)
+#   PYTHON                the Python that makes .venv (default: the first of candidates that is new enough)
 #   DIVERSEDIT_EXTRAS     extras of setup.py to install besides, for example `cuda` or `tpu`
 #   DIVERSEDIT_LATEST=yes the newest releases instead of the versions in constraints.txt
 
+unset CDPATH # with it, cd goes elsewhere
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # Images of containers set it: Python would compile jax and all that it imports anew at every start, for 3 seconds.
 unset PYTHONDONTWRITEBYTECODE
-candidates="python3.11 python3.12 python3.13 python3.14 python3 python"
+candidates=(python3.11 python3.12 python3.13 python3.14 python3 python)
 
 # Makes settings 1 or 0, however yes or no is written.
 yes_or_no() {
@@ -56,7 +57,10 @@ python_version() {
 
 find_python() {
   local candidate found="" version why
-  for candidate in ${PYTHON:-$candidates}; do
+  if [[ -n ${PYTHON:-} ]]; then
+    local candidates=("$PYTHON")
+  fi
+  for candidate in "${candidates[@]}"; do
     command -v "$candidate" >/dev/null || continue
     if version=$(python_version "$candidate"); then
       if why=$(quietly "$candidate" -c "import ensurepip, venv"); then
@@ -67,7 +71,7 @@ find_python() {
     fi
     found+="${found:+, }$candidate ($version)"
   done
-  echo "Python 3.11 or newer is needed; found ${found:-none of: ${PYTHON:-$candidates}}." \
+  echo "Python 3.11 or newer is needed; found ${found:-none of: ${candidates[*]}}." \
     "Set PYTHON to one, or activate a virtual environment." >&2
   return 1
 }

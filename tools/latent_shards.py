@@ -9,7 +9,6 @@ one ends with an error, and the shard is that of the other.
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from diversedit_jax.data import latents
 from diversedit_jax.errors import ConfigError, DataError
+from diversedit_jax.reading import check_folder, read_json
 from diversedit_jax.runtime.files import check_same, replacing, write_json
 
 NAME, SPLIT = "latents", "train"
@@ -90,12 +90,16 @@ def claim(folder: Path, plan: Plan) -> bool:
         (folder / NOTES).mkdir(parents=True, exist_ok=True)
         for file in (WHOLE, PLAN):
             if (folder / file).exists():
-                theirs = json.loads((folder / file).read_text(encoding="utf-8"))
+                theirs = read_json(folder / file)
+                if not isinstance(theirs, dict):
+                    raise ValueError(f"{file} is no JSON object")
                 begun = {key: theirs.get(key) for key in ours}
                 check_same(f"{folder} holds a set", begun, ours, "use its settings or another folder")
                 return file == WHOLE
         write_json(folder / PLAN, ours)
-    except (OSError, json.JSONDecodeError) as error:
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{folder} cannot be used: {error}") from error
     return False
 
@@ -114,7 +118,7 @@ def writing(place: Path) -> Iterator[None]:
 def note(folder: Path, shard: int) -> dict[str, Any] | None:
     """The note of a shard; None if the shard is not whole."""
     with contextlib.suppress(FileNotFoundError, ValueError):
-        return json.loads((folder / NOTES / f"{shard:05d}.json").read_text(encoding="utf-8"))
+        return read_json(folder / NOTES / f"{shard:05d}.json")
     return None
 
 
@@ -124,7 +128,9 @@ def write_shard(
     """Write a shard, whole or not at all, then its note. DataError if the disk refuses it.
 
     records: the examples, in order. skipped: missing image -> why, complete when `records` ends.
+    ConfigError if the folder has another plan: of two that claimed it at the same moment, the last one has it.
     """
+    claim(folder, plan)
     place = folder / plan.file(shard)
     checksum, count, size = hashlib.sha256(), 0, 0
     for left in folder.glob(f".{place.name}.*"):  # by a killed process
@@ -182,7 +188,8 @@ def finish(folder: Path, plan: Plan) -> dict[str, Any]:
 def whole(folder: Path) -> dict[str, Any]:
     """The content of latents.json; DataError if the set is not finished."""
     try:
-        found = json.loads((folder / WHOLE).read_text(encoding="utf-8"))
+        check_folder(folder)
+        found = read_json(folder / WHOLE)
         for name in ("shape", "classes", "vae", "image", "records", "shards"):
             if name not in found:
                 raise ValueError(f"it has no {name!r}; tools.prepare_latents writes it")
@@ -213,26 +220,30 @@ def records(file: Path) -> Iterator[bytes]:
 def verify(folder: Path) -> Iterator[int]:
     """Read a finished set; yields the number of records of each good shard. DataError names a fault and its place."""
     about = whole(folder)
-    h, w, c = about["shape"]
-    for shard in about["shards"]:
+    try:
+        h, w, c = map(int, about["shape"])
+        classes = len(about["classes"] or [0])
+        shards = [(folder / str(one["file"]), int(one["records"]), one["sha256"]) for one in about["shards"]]
+    except (TypeError, KeyError, ValueError) as error:
+        raise DataError(f"{folder / WHOLE} cannot be used: {type(error).__name__}: {error}") from error
+    for file, wanted, digest in shards:
         checksum, count = hashlib.sha256(), 0
-        file = folder / shard["file"]
         try:
             for count, record in enumerate(records(file), 1):
                 checksum.update(record)
-                if wrong := fault(record, (2, h, w, 2 * c), len(about["classes"] or [0])):
+                if wrong := fault(record, (2, h, w, 2 * c), classes):
                     raise DataError(f"{file}, record {count - 1}: {wrong}")
         except DataError:
             raise
         except Exception as error:  # array_record raises several kinds
             raise DataError(f"{file}, record {count}: {str(error).partition(chr(10))[0]}") from error
-        if count != shard["records"]:
-            raise DataError(f"{file} has {count} records, {WHOLE} says {shard['records']}")
-        if checksum.hexdigest() != shard["sha256"]:
+        if count != wanted:
+            raise DataError(f"{file} has {count} records, {WHOLE} says {wanted}")
+        if checksum.hexdigest() != digest:
             raise DataError(f"{file}: the checksum differs: its records were changed after they were written")
         yield count
     info, _ = latents.open_source(folder, SPLIT)
-    if list(info.splits[SPLIT].shard_lengths) != [shard["records"] for shard in about["shards"]]:
+    if list(info.splits[SPLIT].shard_lengths) != [wanted for _, wanted, _ in shards]:
         raise DataError(f"{folder}: dataset_info.json and {WHOLE} differ in the numbers of records")
 
 

@@ -41,7 +41,7 @@ from diversedit_jax.codecs import pixels
 from diversedit_jax.codecs.vae import moments
 from diversedit_jax.data import Dataset, image_collections, latents, local_path
 from diversedit_jax.data.image_collections import ImageFiles
-from diversedit_jax.errors import ConfigError, DataError
+from diversedit_jax.errors import ConfigError, DataError, MachineError
 from diversedit_jax.models import PRECISIONS
 from diversedit_jax.models import vae as vae_model
 from diversedit_jax.registry import in_range
@@ -231,7 +231,7 @@ def cropped(
                 if options.strict:
                     raise
                 skipped[images.keys[index]] = str(error).removeprefix(f"{images.keys[index]}: ")
-            except (OSError, MemoryError) as error:
+            except (OSError, MachineError) as error:
                 why = f"{str(error) or type(error).__name__}; once it is fixed, run the same command again"
                 raise DataError(f"{images.keys[index]}: {why}") from error
             ticker.update(1)

@@ -31,7 +31,7 @@ from absl import flags
 from diversedit_jax import __version__, sharding
 from diversedit_jax.data import image_collections, local_path
 from diversedit_jax.data.image_collections import ImageFiles
-from diversedit_jax.errors import ConfigError, DataError
+from diversedit_jax.errors import ConfigError, DataError, MachineError
 from diversedit_jax.evaluation import extractors, image_files, reference_statistics, scoring
 from diversedit_jax.evaluation.extractors import Extractor
 from diversedit_jax.registry import in_range
@@ -83,7 +83,7 @@ def _decoded(images: ImageFiles, numbers: np.ndarray, size: int, threads: int) -
         for index, future in ahead:
             try:
                 yield future.result()
-            except (OSError, MemoryError) as error:
+            except (OSError, MachineError) as error:
                 raise DataError(f"{images.keys[index]}: {str(error) or type(error).__name__}") from error
 
 

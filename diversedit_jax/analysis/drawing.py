@@ -139,7 +139,7 @@ def rendered(matrix: Float[np.ndarray, "l l"], scale: str) -> UInt8[np.ndarray, 
         figure = Figure(layout="constrained")
         heatmaps(figure, [[Panel("", matrix)]], None, scale)
         figure.savefig(file, format="png", dpi=DPI)
-        with Image.open(file) as image:
+        with Image.open(file, formats=("PNG",)) as image:
             return np.asarray(image.convert("RGB"))
 
 

@@ -1,15 +1,15 @@
 """Collect the scores that a run has of its samples, by step: from evaluators in training and from `evaluate`."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from diversedit_jax.config import FILE
 from diversedit_jax.evaluation import tables
+from diversedit_jax.reading import parse_json, read_json
 
 DISTANCES = ("fid", "fd", "frechet")  # how the names of distances between samples and data begin
 TITLES = {"fid": "FID", "sfid": "sFID", "fd": "FD", "sfd": "sFD", "frechet": "Fréchet distance", "inception": "IS"}
-UNREADABLE = (OSError, ValueError, KeyError, TypeError)
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError)
 
 
 def found(workdir: Path | None) -> dict[int, dict[str, float]]:
@@ -23,7 +23,7 @@ def found(workdir: Path | None) -> dict[int, dict[str, float]]:
     metrics = workdir / "metrics.jsonl"
     for line in metrics.read_bytes().splitlines() if metrics.is_file() else []:
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             step = int(record["step"])
         except UNREADABLE:
             continue
@@ -36,13 +36,13 @@ def found(workdir: Path | None) -> dict[int, dict[str, float]]:
 def evaluations(workdir: Path) -> tuple[dict[int, dict[str, float]], dict[int, dict[str, float]]]:
     """Return what `evaluate` found, as `found` does: with the sampler of the run, and with other settings."""
     try:
-        sampler = json.loads((workdir / FILE).read_text(encoding="utf-8"))["sampler"]
+        sampler = dict(read_json(workdir / FILE)["sampler"])
     except UNREADABLE:
         sampler = {}
     own, others = {}, {}
     for path in sorted(workdir.glob("evaluations/**/scores.json")):
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = read_json(path)
             images = record["plan"]["images"]
             if images["kind"] != "run":
                 continue

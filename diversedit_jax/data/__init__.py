@@ -1,5 +1,6 @@
 """Data sets on the host: numpy, grain and tfds, never jax arrays."""
 
+import operator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,17 @@ class Dataset(NamedTuple):
     transform: Any
     space: Space
     scale: float | None = None
+
+
+MAX_CLASSES = 1 << 20  # far more than any data set has: a damaged label would ask for gigabytes of names and weights
+
+
+def label(value: Any) -> int:
+    """A label as files of others have it: a whole number, or its digits. ValueError for anything else."""
+    number = int(value) if isinstance(value, str | bytes) else operator.index(value)
+    if isinstance(value, bool) or not 0 <= number < MAX_CLASSES:
+        raise ValueError(f"label {value!s:.40}: wanted 0 .. {MAX_CLASSES - 1}")
+    return number
 
 
 # make(name, split, **options): the data set `name`; options: the keywords of `data.<name>.make`.

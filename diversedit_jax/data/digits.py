@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 
 from diversedit_jax.api import Conditions, Space
 from diversedit_jax.data import Dataset, local_path
-from diversedit_jax.errors import ConfigError, DataError
+from diversedit_jax.errors import ConfigError, DataError, check_machine
 from diversedit_jax.registry import one_of
 
 SHAPE = (8, 8, 1)
@@ -96,6 +96,7 @@ def levels(split: str, data_dir: str | Path | None = None) -> tuple[np.ndarray, 
         if images.shape != (SIZES[split], *SHAPE):
             raise ValueError(f"{split} has images {images.shape}, wanted {(SIZES[split], *SHAPE)}")
     except Exception as error:  # array_record and tfds raise many kinds
+        check_machine(error)
         cause = str(error).partition("\n")[0] or type(error).__name__
         raise DataError(f"digits: {place} is damaged ({cause}); delete it and it is built anew") from error
     return images, labels

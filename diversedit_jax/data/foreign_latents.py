@@ -3,8 +3,6 @@
 Used by one module for each layout: `repa`, `edm2`, `meanflow_lmdb`, `meanflow_pt`, `lightningdit`.
 """
 
-import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +15,8 @@ from diversedit_jax.api import Conditions, Space
 from diversedit_jax.data import Dataset, image_collections
 from diversedit_jax.data.image_collections import INDEX, ImageFiles
 from diversedit_jax.data.latents import chosen, flip, label_of
-from diversedit_jax.errors import ConfigError, DataError
+from diversedit_jax.errors import ConfigError, DataError, check_machine
+from diversedit_jax.reading import parse_npy, read_json
 from diversedit_jax.registry import one_of
 
 LOGVAR = (-30.0, 20.0)  # published code clips log variances to this range
@@ -56,6 +55,7 @@ class Stored:
         try:
             return self._example(self.read(index))
         except Exception as error:
+            check_machine(error)
             text = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
             raise DataError(f"{self.name}, record {index}: {text}") from error
 
@@ -147,8 +147,8 @@ class NpyReader:
     images: ImageFiles | None = None
 
     def __call__(self, index: int) -> Record:
-        moments = np.load(io.BytesIO(self.read(index)), allow_pickle=False)[None]
-        image = None if self.images is None else np.asarray(image_collections.decode(self.images.read(index)))
+        moments = parse_npy(self.read(index))[None]
+        image = None if self.images is None else image_collections.image_of(self.images, index)
         return Record(moments, self.labels.get(self.names[index], 0), image)
 
     def classes(self, num_classes: int | None) -> int:
@@ -163,10 +163,11 @@ def npy_files(name: str, path: Path) -> NpyReader:
     missing = DataError(f'{name}: {path} has no {INDEX}: {{"labels": [[file, class], ...]}}')
     if path.is_dir():
         try:
-            labels = image_collections.index_labels(json.loads((path / INDEX).read_bytes()))
+            labels = image_collections.index_labels(read_json(path / INDEX))
         except FileNotFoundError:
             raise missing from None
         except (OSError, ValueError, KeyError, TypeError) as error:
+            check_machine(error)
             raise DataError(f"{name}: {path / INDEX} cannot be read: {type(error).__name__}: {error}") from error
         names = labels or [file.relative_to(path).as_posix() for file in path.rglob("*.npy")]
     elif path.is_file():

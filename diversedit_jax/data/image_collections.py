@@ -13,16 +13,14 @@ A folder of splits holds folders named train, val, test or the like, and no othe
 Images are sorted by name. Bytes of a name that are not UTF-8 become backslashes. Without labels there are no classes.
 """
 
+import errno
 import io
-import json
 import math
 import os
 import re
-import struct
 import tarfile
 import threading
 import zipfile
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
@@ -33,21 +31,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 from PIL import Image
 
+from diversedit_jax.data import label as whole_label
 from diversedit_jax.data import local_path
-from diversedit_jax.data.latents import RAW, parsed
-from diversedit_jax.errors import DataError
+from diversedit_jax.data.tfds_folder import first_line, open_folder, parsed, records_of
+from diversedit_jax.errors import DataError, check_machine
+from diversedit_jax.reading import RegularFile, member_start, parse_json, read_json, read_member, zip_members
 from diversedit_jax.registry import one_of
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+READ = (*SUFFIXES, ".npy")  # kinds of files whose reading finds a damaged name
 KINDS = ("folder", "tar", "zip", "tfds")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # that are decoded. For others, Pillow may start a program
+PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
 MAX_PIXELS = 2**27  # of an image: a larger one could exhaust the memory. Pillow's own limit is higher, 1.8e8
 INDEX = "dataset.json"
 SPLIT = re.compile(r"(train|training|val|valid|validation|dev|eval|test|testing)[-_]?\d*", re.IGNORECASE)
-METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of compression in a zip
-DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, struct.error)  # a wrong checksum, wrong codes, an end too early
+MAX_LABEL = 1 << 20  # bytes of a file in a tar that holds one label
 Place = tuple[Path, int, int]  # a tar file, and offset and size of an image in it
 
 
@@ -108,7 +109,7 @@ def open_images(
 
 
 def _kind(path: Path) -> str:
-    if path.is_file():
+    if not path.is_dir():
         if path.suffix not in (".tar", ".zip"):
             raise DataError(f"images: {path} is neither a folder nor a .tar or .zip file")
         return path.suffix[1:]
@@ -187,7 +188,7 @@ def _by_folder(
 
 def index_labels(content: Mapping[str, Any]) -> dict[str, int]:
     """name -> label in a parsed dataset.json; {} if `labels` is null: there are no classes."""
-    return {str(name): int(label) for name, label in content["labels"] or ()}
+    return {str(name): whole_label(label) for name, label in content["labels"] or ()}
 
 
 def _folder_index(path: Path) -> dict[str, int] | None:
@@ -195,9 +196,10 @@ def _folder_index(path: Path) -> dict[str, int] | None:
     if not (path / INDEX).exists():
         return None
     try:
-        content = json.loads((path / INDEX).read_bytes())
+        content = read_json(path / INDEX)
         return index_labels(content) if isinstance(content, dict) and "labels" in content else None
     except (OSError, ValueError, TypeError) as error:
+        check_machine(error)
         raise DataError(f"images: {path / INDEX} cannot be read: {type(error).__name__}: {error}") from error
 
 
@@ -212,7 +214,7 @@ def _walk(top: Path, below: str, ignored: Counter, above: frozenset) -> Iterator
             name = f"{below}/{entry.name}" if below else entry.name
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 ignored["hidden file or folder"] += 1
-            elif entry.is_dir():
+            elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():  # the link may go in circles
                 yield from _walk(top, name, ignored, above | {here})
             elif not entry.name.lower().endswith(SUFFIXES):
                 ignored[f"*{Path(entry.name).suffix or entry.name}"] += 1
@@ -224,9 +226,11 @@ def _walk(top: Path, below: str, ignored: Counter, above: frozenset) -> Iterator
 
 def read_file(folder: Path, keys: Sequence[str], index: int) -> bytes:
     try:
-        return (folder / keys[index]).read_bytes()
-    except (FileNotFoundError, PermissionError) as error:
-        if not folder.is_dir():  # the whole disk is gone, not this image alone
+        with RegularFile(folder / keys[index]) as file:
+            return file.read()
+    except OSError as error:
+        check_machine(error)
+        if not folder.is_dir() or error.errno in (errno.EIO, errno.ESTALE):  # the disk is gone, not this image alone
             raise
         raise DataError(f"cannot be read: {error.strerror}") from error
 
@@ -235,7 +239,7 @@ def _tars(path: Path, labelled: bool) -> ImageFiles:
     ignored: Counter[str] = Counter()
     places: dict[str, Place] = {}
     labels: dict[str, int] = {}
-    for file in [path] if path.is_file() else sorted(path.iterdir()):
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if file.suffix == ".tar":
             _scan_tar(file, labelled, places, labels, ignored)
         else:
@@ -249,15 +253,19 @@ def _tars(path: Path, labelled: bool) -> ImageFiles:
 def _scan_tar(file: Path, labelled: bool, places: dict[str, Place], labels: dict[str, int], ignored: Counter) -> None:
     """Add the images and labels of one tar file, in one pass over its headers."""
     images: dict[str, dict[str, Place]] = {}  # key -> suffix -> place
+    end = 0
     try:
-        with tarfile.open(file, "r:") as tar:
+        with RegularFile(file) as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
             for member in tar:
+                if member.size < 0 or member.offset < end:  # tarfile would go round in circles
+                    raise tarfile.ReadError("it has a member of a negative size")
+                end = member.offset_data
                 folder, _, name = member.name.rpartition("/")
                 stem, _, suffix = name.partition(".")
                 key = f"{file.name}/{folder}/{stem}" if folder else f"{file.name}/{stem}"
                 if member.isdir():
                     continue
-                if not member.isfile():
+                if not member.isfile() or member.issparse():
                     ignored["link or device"] += 1
                 elif _is_hidden(member.name):
                     ignored["hidden file or folder"] += 1
@@ -267,14 +275,14 @@ def _scan_tar(file: Path, labelled: bool, places: dict[str, Place], labels: dict
                     images[key][suffix] = (file, member.offset_data, member.size)
                 elif suffix not in ("cls", "json"):
                     ignored[f"*.{suffix}"] += 1
-                elif labelled and (label := _label(tar.extractfile(member).read(), member.name)) is not None:
+                elif labelled and (label := _label(tar.extractfile(member).read(MAX_LABEL), member.name)) is not None:
                     labels[key] = label
-            with open(file, "rb") as opened:  # tarfile does not notice if a file was cut between two members
-                opened.seek(tar.offset)
-                if opened.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                    raise tarfile.ReadError("it is truncated: it has no end mark")
+            opened.seek(tar.offset)  # tarfile does not notice if a file was cut between two members
+            if opened.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("it is truncated: it has no end mark")
         places |= {key: _plain(key, found, ignored) for key, found in images.items()}
     except (tarfile.TarError, OSError, ValueError) as error:
+        check_machine(error)
         raise DataError(f"images: {file} cannot be read: {error}") from error
 
 
@@ -290,16 +298,16 @@ def _plain(key: str, images: Mapping[str, Place], ignored: Counter[str]) -> Plac
 
 def _label(content: bytes, name: str) -> int | None:
     try:
-        value = json.loads(content) if name.endswith("json") else int(content)
+        value = parse_json(content) if name.endswith("json") else content
         value = value.get("label") if isinstance(value, dict) else value
-        return value if value is None else int(value)
+        return value if value is None else whole_label(value)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{name} is not a label: {error}") from error
 
 
 def _read_range(places: Sequence[Place], index: int) -> bytes:
     file, offset, size = places[index]
-    with open(file, "rb") as opened:
+    with RegularFile(file) as opened:
         opened.seek(offset)
         content = opened.read(size)
     if len(content) != size:
@@ -321,20 +329,17 @@ class ZipReader:
         return ZipReader, (self.path, self.names)
 
     def __call__(self, index: int) -> bytes:
-        with self._lock:
-            if not self._directory:
-                with zipfile.ZipFile(self.path) as file:
-                    self._directory.update(file.NameToInfo)
-        info = self._directory[self.names[index]]
-        if info.compress_type not in METHODS:
-            raise DataError(f"{info.filename}: compressed by method {info.compress_type}: wanted none, or deflate")
+        name = self.names[index]
         try:
-            with open(self.path, "rb") as file:
-                file.seek(info.header_offset + 26)
-                file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)  # the name again, and extra fields
-                return zipfile.ZipExtFile(file, "r", info).read()
-        except DAMAGED as error:
-            raise DataError(f"{info.filename}: damaged in the zip: {str(error) or 'truncated'}") from error
+            with RegularFile(self.path) as file:
+                with self._lock:
+                    if not self._directory:
+                        self._directory.update(zip_members(file))
+                if name not in self._directory:
+                    raise ValueError("it is not there")
+                return read_member(file, self._directory[name])
+        except ValueError as error:
+            raise DataError(f"{name}: {error}") from error
 
 
 def zip_index(path: Path) -> tuple[list[str], dict[str, int] | None]:
@@ -343,16 +348,21 @@ def zip_index(path: Path) -> tuple[list[str], dict[str, int] | None]:
     The names in the dataset.json are relative to its folder.
     """
     try:
-        with zipfile.ZipFile(path) as file:
-            names = sorted(info.filename for info in file.infolist() if not info.is_dir())
+        with RegularFile(path) as file:
+            members = zip_members(file)
+            names = sorted(name for name in members if not name.endswith("/"))
+            for name in names:  # with a damaged bit, the name of an image or of the index would be that of another kind
+                if not name.lower().endswith(READ):
+                    member_start(file, members[name])
             indices = [name for name in names if name.rpartition("/")[2] == INDEX and not _is_hidden(name)]
             if len(indices) > 1:
                 raise DataError(f"images: {path} holds several {INDEX}: {', '.join(indices[:3])}")
             if not indices:
                 return names, None
-            listed = index_labels(json.loads(file.read(indices[0])))
+            listed = index_labels(parse_json(read_member(file, members[indices[0]])))
             return names, {indices[0].removesuffix(INDEX) + name: label for name, label in listed.items()}
-    except (zipfile.BadZipFile, OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        check_machine(error)
         raise DataError(f"images: {path} cannot be read: {type(error).__name__}: {error}") from error
 
 
@@ -376,22 +386,29 @@ def _wrapper(keys: Sequence[str]) -> str:
 
 def _tfds(path: Path, labelled: bool, split: str) -> ImageFiles:
     try:
-        builder = tfds.builder_from_directory(str(path))
-        records = builder.as_data_source(split, deserialize_method=RAW)
+        builder = open_folder(path)
+        records = records_of(builder, split)
     except Exception as error:
-        raise DataError(f"images: cannot open split {split!r} of {path}: {error}".partition("\n")[0]) from error
+        check_machine(error)
+        raise DataError(f"images: cannot open split {split!r} of {path}: {first_line(error)}") from error
     features = dict(builder.info.features.items())
     if "image" not in features or type(features["image"]).__name__ != "Image":
         raise DataError(f"images: {path} has no feature `image` of encoded images, given: {', '.join(features)}")
     label = features.get("label") if labelled else None
     name = "file_name" if "file_name" in features else None
     keys, labels = [], np.zeros(len(records), np.int32)
-    for begin in range(0, len(records), 256):
-        for index, record in enumerate(records.__getitems__(range(begin, min(begin + 256, len(records)))), begin):
-            stored = parsed(record)
-            keys.append(stored[name].bytes_list.value[0].decode() if name else f"{split}-{index:08d}")
-            labels[index] = stored["label"].int64_list.value[0] if label is not None else 0
-    classes = () if label is None else tuple(getattr(label, "names", map(str, range(labels.max() + 1))))
+    try:
+        for begin in range(0, len(records), 256):
+            for index, record in enumerate(records.__getitems__(range(begin, min(begin + 256, len(records)))), begin):
+                stored = parsed(record)
+                keys.append(stored[name].bytes_list.value[0].decode() if name else f"{split}-{index:08d}")
+                labels[index] = whole_label(stored["label"].int64_list.value[0]) if label is not None else 0
+        classes = () if label is None else tuple(getattr(label, "names", map(str, range(labels.max(initial=-1) + 1))))
+        if classes and labels.max(initial=-1) >= len(classes):
+            raise ValueError(f"label {labels.max()} of {len(classes)} classes")
+    except Exception as error:  # array_record and protobuf raise many kinds
+        check_machine(error)
+        raise DataError(f"images: split {split!r} of {path}, record {len(keys)}: {first_line(error)}") from error
     return ImageFiles("tfds", path, keys, labels, classes, partial(_read_record, records), {})
 
 
@@ -408,7 +425,10 @@ def decode(content: bytes) -> Image.Image:
     if not content:
         raise DataError("an empty file")
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        if content.startswith(PNG):  # Pillow does not look at the checksum of the pixels while it decodes them
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                image.verify()
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{image.width} x {image.height} pixels: more than {MAX_PIXELS}")
             image.load()
@@ -473,14 +493,21 @@ def crops_ahead(
 
 
 def crop(images: ImageFiles, index: int, size: int) -> np.ndarray:
-    """Decode and crop one image of a collection, uint8 [size size 3].
+    """Decode and crop one image of a collection, uint8 [size size 3]. Errors as of `image_of`."""
+    return image_of(images, index, lambda image: center_crop(image, size))
 
-    Raises DataError with its name if the image is bad. OSError and MemoryError mean that the machine fails.
+
+def image_of(images: ImageFiles, index: int, changed: Callable[[Image.Image], Any] = np.asarray) -> np.ndarray:
+    """Decode one image of a collection, uint8 [h w 3]. changed: what to make of it, such as a crop.
+
+    Raises DataError with its name if the image is bad. MachineError and OSError mean that the machine fails.
     """
     try:
-        return center_crop(decode(images.read(index)), size)
-    except (OSError, MemoryError):
+        return changed(decode(images.read(index)))
+    except OSError as error:
+        check_machine(error)
         raise
     except Exception as error:
+        check_machine(error)
         text = str(error) if isinstance(error, DataError) else f"cannot be read: {error}"
         raise DataError(f"{images.keys[index]}: {text}") from error

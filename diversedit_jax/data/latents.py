@@ -25,7 +25,6 @@ An ImageNet image of 256x256 takes 32 KiB (h = w = 32, c = 4, both versions), it
 tokens of DINOv2-B 768 KiB. So run encoders on the pixels instead of storing tokens.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,21 +32,17 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from tensorflow_datasets.proto import tf_example_pb2
 
 from diversedit_jax.api import Conditions, Space
 from diversedit_jax.data import Dataset, local_path
-from diversedit_jax.errors import ConfigError, DataError
+from diversedit_jax.data.image_collections import decode
+from diversedit_jax.data.tfds_folder import first_line, open_folder, parsed, records_of
+from diversedit_jax.errors import ConfigError, DataError, check_machine
+from diversedit_jax.reading import read_json
 
 ABOUT = "latents.json"
 FORMAT, MOMENTS = 1, "mean_std"
-RAW = tfds.decode.DeserializeMethod.RAW_BYTES
 CACHED = {"features": 3, "token": 2}  # kind of a cached encoder output -> axes of the stored array
-
-
-def first_line(error: Exception) -> str:
-    """The type of an error and the first line of its message. Some errors of array_record have no message."""
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def open_source(data_dir: Path, split: str) -> tuple[tfds.core.DatasetInfo, Any]:
@@ -55,15 +50,16 @@ def open_source(data_dir: Path, split: str) -> tuple[tfds.core.DatasetInfo, Any]
     if not data_dir.is_dir():
         raise DataError(f"latents: data_dir {data_dir} is not a directory of this machine")
     try:
-        builder = tfds.builder_from_directory(str(data_dir))
+        builder = open_folder(data_dir)
     except Exception as error:
+        check_machine(error)
         unfinished = (data_dir / "plan.json").exists() and not (data_dir / ABOUT).exists()
         why = "its preparation is not finished" if unfinished else first_line(error)
         raise DataError(f"latents: {data_dir} is not a tfds dataset: {why}") from error
     try:
-        whole = builder.info.splits[split].num_examples
-        records = builder.as_data_source(split, deserialize_method=RAW) if whole else []
+        records = records_of(builder, split)
     except Exception as error:
+        check_machine(error)
         raise DataError(f"latents: cannot open split {split!r} of {data_dir}: {first_line(error)}") from error
     if len(records) == 0:
         raise DataError(f"latents: split {split!r} of {data_dir} is empty")
@@ -73,20 +69,18 @@ def open_source(data_dir: Path, split: str) -> tuple[tfds.core.DatasetInfo, Any]
 def about(data_dir: Path) -> dict[str, Any]:
     """The content of latents.json, {} if there is none. DataError if its format is not the one that is read here."""
     try:
-        found = json.loads((data_dir / ABOUT).read_text(encoding="utf-8"))
+        found = read_json(data_dir / ABOUT)
+        if not isinstance(found, dict):
+            raise ValueError("wanted a JSON object")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
+        check_machine(error)
         raise DataError(f"latents: {data_dir / ABOUT} cannot be read: {error}") from error
     for name, wanted in (("format", FORMAT), ("moments", MOMENTS)):
         if found.get(name) != wanted:
             raise DataError(f"latents: {data_dir / ABOUT} says {name} = {found.get(name)!r}, wanted {wanted!r}")
     return found
-
-
-def parsed(record: bytes) -> Mapping[str, Any]:
-    """The features of a record, as stored."""
-    return tf_example_pb2.Example.FromString(record).features.feature
 
 
 def check(
@@ -107,8 +101,10 @@ def check(
         if not np.issubdtype(given.np_dtype, wanted_dtype):
             raise DataError(f"latents: {name} is {np.dtype(given.np_dtype)}, wanted {wanted_dtype.__name__}")
         as_bytes = type(given) is tfds.features.Tensor and given._encoding == tfds.features.Encoding.BYTES
-        if given.shape and type(given) is not tfds.features.Image and not as_bytes:
-            raise DataError(f"latents: {name} is stored as {given}; wanted Tensor(encoding='bytes') or Image")
+        as_image = type(given) is tfds.features.Image and given.shape[-1] in (1, 3)
+        if given.shape and not as_image and not as_bytes:
+            wanted_kind = "Tensor(encoding='bytes') or Image with 1 or 3 channels"
+            raise DataError(f"latents: {name} is stored as {given}; wanted {wanted_kind}")
     given_classes = getattr(features["label"], "num_classes", None)
     if given_classes is not None and given_classes > num_classes:
         raise DataError(f"latents: the data have {given_classes} classes, num_classes is {num_classes}")
@@ -120,8 +116,8 @@ def decoded(feature: Any, value: Any) -> Any:
         (number,) = value.int64_list.value
         return number
     (content,) = value.bytes_list.value
-    if type(feature) is tfds.features.Image:
-        return feature.decode_example_np(content)
+    if type(feature) is tfds.features.Image:  # tfds would let Pillow decode all that it can
+        return np.asarray(decode(content))[..., : feature.shape[-1]]
     return np.frombuffer(content, feature.np_dtype).reshape(feature.shape)
 
 
@@ -148,6 +144,7 @@ class Moments:
         try:
             return self._example(self.records[index])
         except Exception as error:
+            check_machine(error)
             message = str(error) if isinstance(error, DataError) else first_line(error)
             raise DataError(f"{self.name}, record {index} ({self.place(index)}): {message}") from error
 
@@ -223,20 +220,29 @@ def make(
     folder = local_path("latents", data_dir)
     info, records = open_source(folder, split)
     says = about(folder)
-    features = dict(info.features.items())
-    if shape is None:
-        if len(getattr(features.get("moments"), "shape", ())) != 4:
-            raise DataError(f"latents: no feature 'moments' [2 h w 2c], given: {', '.join(sorted(features))}")
-        _, h, w, channels = features["moments"].shape
-        shape = h, w, channels // 2
-    if num_classes is None:
-        num_classes = getattr(features.get("label"), "num_classes", None)
-        num_classes = len(says["classes"] or ()) if "classes" in says else num_classes
-        num_classes = told_classes(f"latents: {folder}", num_classes)
-    check(features, tuple(shape), num_classes, image, cached)
-    read = {name: features[name] for name in ("moments", "label", *["image"] * image, *cached)}
-    files = tfds.core.data_sources.base.file_instructions(info, split)
-    shards = tuple((one.filename, one.examples_in_shard if one.take == -1 else one.take, one.skip) for one in files)
-    source = Moments(records, f"{data_dir}, split {split}", num_classes, read, shards, mirror)
-    space = Space(tuple(shape), Conditions.labels(num_classes))
-    return Dataset(source, flip if mirror else None, space, says.get("vae", {}).get("scale"))
+    try:
+        features = dict(info.features.items())
+        if shape is None:
+            if len(getattr(features.get("moments"), "shape", ())) != 4:
+                raise DataError(f"latents: no feature 'moments' [2 h w 2c], given: {', '.join(sorted(features))}")
+            _, h, w, channels = features["moments"].shape
+            shape = h, w, channels // 2
+        if num_classes is None:
+            num_classes = getattr(features.get("label"), "num_classes", None)
+            num_classes = len(says["classes"] or ()) if "classes" in says else num_classes
+            num_classes = told_classes(f"latents: {folder}", num_classes)
+        check(features, tuple(shape), num_classes, image, cached)
+        read = {name: features[name] for name in ("moments", "label", *["image"] * image, *cached)}
+        files = tfds.core.data_sources.base.file_instructions(info, split)
+        shards = tuple((one.filename, one.examples_in_shard if one.take == -1 else one.take, one.skip) for one in files)
+        source = Moments(records, f"{data_dir}, split {split}", num_classes, read, shards, mirror)
+        space = Space(tuple(shape), Conditions.labels(num_classes))
+        scale = says.get("vae", {}).get("scale")
+        if scale is not None and not 0 < float(scale) < np.inf:
+            raise ValueError(f"the scale of the autoencoder is {scale}")
+        return Dataset(source, flip if mirror else None, space, scale)
+    except (ConfigError, DataError):
+        raise
+    except Exception as error:  # tfds has metadata of many kinds
+        check_machine(error)
+        raise DataError(f"latents: the metadata of {folder} cannot be used: {first_line(error)}") from error

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import safetensors
 
-from diversedit_jax.data import Dataset, foreign_latents, local_path
+from diversedit_jax.data import Dataset, foreign_latents, label, local_path
 from diversedit_jax.data.foreign_latents import Record
 from diversedit_jax.errors import DataError
-from diversedit_jax.weights.formats.weights_file import open_weights
+from diversedit_jax.weights.formats.weights_file import WeightsFile, open_weights
 
 STATS = "latents_stats.pt"
 
@@ -35,8 +35,29 @@ class Reader:
         names = ("latents", "latents_flip") if self.both else ("latents",)
         with safetensors.safe_open(self.files[which], framework="numpy") as file:  # reads only this row
             drawn = np.stack([file.get_slice(name)[row : row + 1][0] for name in names]).astype(np.float32)
-            label = int(file.get_slice("labels")[row : row + 1][0])
-        return Record(np.concatenate([drawn, np.zeros_like(drawn)], axis=1), label)
+            found = label(file.get_slice("labels")[row : row + 1][0])
+        return Record(np.concatenate([drawn, np.zeros_like(drawn)], axis=1), found)
+
+
+def _shape(file: Path, weights: WeightsFile, mirror: bool) -> tuple[int, ...]:
+    """The shape of a file's latents. DataError if its arrays do not fit each other."""
+    names = ("latents", "labels", *["latents_flip"] * mirror)
+    if missing := [name for name in names if name not in weights]:
+        raise DataError(f"lightningdit: {file} has no array {missing[0]}, given: {', '.join(weights)}")
+    shapes = {name: weights.shapes[name] for name in names}
+    latents, labels = shapes["latents"], shapes["labels"]
+    if len(latents) != 4 or labels != latents[:1] or shapes.get("latents_flip", latents) != latents:
+        raise DataError(f"lightningdit: {file} has shapes {shapes}: wanted latents [n k h w] and labels [n]")
+    return latents
+
+
+def _statistics(file: Path, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation [k] of the latents."""
+    with open_weights(file) as weights:
+        mean, std = (np.asarray(weights[name], np.float32).reshape(-1) for name in ("mean", "std"))
+    if not mean.size == std.size == channels or not (np.isfinite(mean).all() and ((std > 0) & (std < np.inf)).all()):
+        raise DataError(f"lightningdit: {file}: wanted a finite mean and a standard deviation of {channels} channels")
+    return mean, std
 
 
 def make(
@@ -51,25 +72,25 @@ def make(
     files = tuple(sorted(path.glob("*.safetensors")))
     if not files:
         raise DataError(f"lightningdit: {path} has no .safetensors files")
-    counts, largest = [], -1
+    shapes, largest = [], -1
     for file in files:
         with open_weights(file) as weights:
-            missing = [name for name in ("latents", "labels", *["latents_flip"] * mirror) if name not in weights]
-            if missing:
-                raise DataError(f"lightningdit: {file} has no array {missing[0]}, given: {', '.join(weights)}")
-            counts.append(weights.shapes["latents"][0])
-            largest = max(largest, int(np.max(weights["labels"], initial=-1)))
+            shapes.append(_shape(file, weights, mirror))
+            try:
+                largest = max([largest, *map(label, weights["labels"].tolist())])
+            except (TypeError, ValueError) as error:
+                raise DataError(f"lightningdit: {file}: labels: {error}") from error
     statistics = None
     if normalise:
         if not (path / STATS).is_file():
             raise DataError(f"lightningdit: {path / STATS} is missing; without it set normalise=False")
-        with open_weights(path / STATS) as weights:
-            statistics = tuple(np.asarray(weights[name], np.float32).reshape(-1) for name in ("mean", "std"))
+        statistics = _statistics(path / STATS, shapes[0][1])
     options = {
         "num_classes": largest + 1 if num_classes is None else num_classes,
         "scale": 1.0,
         "mirror": mirror,
         "normalise": statistics,
     }
+    counts = [shape[0] for shape in shapes]
     reader = Reader(files, np.cumsum(counts), mirror)
     return foreign_latents.dataset(f"lightningdit: {path}", sum(counts), reader, **options)

@@ -4,22 +4,18 @@
     0, 1, ...     a pickled dict: `moments` and `moments_flip`, float32 [8 h w], means, then LOG VARIANCES, of the image
                   and of its mirror image; `label`, `filename`
 
-Needs the package lmdb (`pip install -e .[lmdb]`). No code in a pickle is run: `weights.formats.numpy_pickle` builds
-arrays, and refuses any other object by name.
+No code in a pickle is run: `weights.formats.numpy_pickle` builds arrays, and refuses any other object by name.
 """
 
-import os
-import threading
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from diversedit_jax.data import Dataset, foreign_latents, local_path
+from diversedit_jax.data import Dataset, foreign_latents, label, local_path
 from diversedit_jax.data.foreign_latents import Record
 from diversedit_jax.data.latents import told_classes
-from diversedit_jax.errors import ConfigError, DataError
+from diversedit_jax.data.lmdb_file import Database, open_database
+from diversedit_jax.errors import DataError, check_machine
 from diversedit_jax.weights.formats import numpy_pickle
 
 
@@ -27,12 +23,11 @@ from diversedit_jax.weights.formats import numpy_pickle
 class Reader:
     """index -> Record, from many threads and processes."""
 
-    path: Path
+    database: Database
     both: bool
 
     def get(self, key: str) -> bytes:
-        with environment(self.path).begin() as transaction:
-            value = transaction.get(key.encode())
+        value = self.database.get(key.encode())
         if value is None:
             raise DataError(f"no key {key!r}")
         return value
@@ -40,28 +35,7 @@ class Reader:
     def __call__(self, index: int) -> Record:
         found = numpy_pickle.load(self.get(str(index)))
         names = ("moments", "moments_flip") if self.both else ("moments",)
-        return Record(np.stack([found[name] for name in names]), int(found["label"]))
-
-
-_opened: dict[tuple[int, Path], Any] = {}
-_lock = threading.Lock()
-
-
-def environment(path: Path) -> Any:
-    """The database, opened for reading. LMDB allows a process to open it only once."""
-    try:
-        import lmdb  # an optional package
-    except ImportError:
-        raise ConfigError("meanflow_lmdb: the package lmdb is not installed: pip install -e .[lmdb]") from None
-    key = (os.getpid(), path.resolve())
-    with _lock:
-        if key not in _opened:
-            try:
-                options = {"subdir": path.is_dir(), "lock": False, "readahead": False, "meminit": False}
-                _opened[key] = lmdb.open(str(path), readonly=True, **options)
-            except lmdb.Error as error:
-                raise DataError(f"meanflow_lmdb: {path} cannot be opened: {error}") from error
-        return _opened[key]
+        return Record(np.stack([found[name] for name in names]), label(found["label"]))
 
 
 def make(split: str, *, data_dir: str, num_classes: int | None = None, mirror: bool = False) -> Dataset:
@@ -71,10 +45,11 @@ def make(split: str, *, data_dir: str, num_classes: int | None = None, mirror: b
     """
     foreign_latents.no_splits("meanflow_lmdb", split)
     path = local_path("meanflow_lmdb", data_dir)
-    reader = Reader(path, mirror)
     try:
+        reader = Reader(open_database(path), mirror)
         count = int(reader.get("num_samples"))
-    except (DataError, ValueError) as error:
+    except (DataError, OSError, ValueError) as error:
+        check_machine(error)
         raise DataError(f"meanflow_lmdb: {path} is not such a database: {error}") from error
     classes = told_classes(f"meanflow_lmdb: {path}", num_classes)
     return foreign_latents.dataset(

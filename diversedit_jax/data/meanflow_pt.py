@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diversedit_jax.data import Dataset, foreign_latents, local_path
+from diversedit_jax.data import Dataset, foreign_latents, label, local_path
 from diversedit_jax.data.foreign_latents import Record
 from diversedit_jax.data.latents import told_classes
 from diversedit_jax.errors import DataError
@@ -28,8 +28,8 @@ class Reader:
         with open_weights(self.folder / self.names[index]) as file:
             if not isinstance(file.tree, dict) or not {"image", "label"} <= file.tree.keys():
                 raise DataError(f"{self.names[index]}: wanted a dict with `image` and `label`")
-            label = file["label"] if "label" in file else file.tree["label"]
-            return Record(np.asarray(file["image"], np.float32)[None], int(label))
+            found = file["label"] if "label" in file else file.tree["label"]
+            return Record(np.asarray(file["image"], np.float32)[None], label(found))
 
 
 def make(

@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 
 from diversedit_jax.data import Dataset
-from diversedit_jax.errors import ConfigError, DataError
+from diversedit_jax.errors import ConfigError, DataError, check_machine
 from diversedit_jax.registry import in_range
 
 Bad = dict[int, str]  # a record that cannot be read -> why
@@ -90,6 +90,7 @@ def _good(source: Any, record: int, max_bad: int, bad: Bad) -> dict:
                 return example
             bad[number] = f"record {number}: the source gave None"  # grain would skip it
         except Exception as error:
+            check_machine(error)
             text = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
             bad[number] = text if f"record {number}" in text else f"record {number}: {text}"
     raise DataError(bad[record])

@@ -5,7 +5,6 @@ file appears whole or not at all. A damaged one is made again.
 """
 
 import contextlib
-import json
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from diversedit_jax.errors import CheckpointError, DataError
+from diversedit_jax.errors import CheckpointError, DataError, check_machine
 from diversedit_jax.evaluation.extractors import Features
 from diversedit_jax.evaluation.scoring import ExtractedFeatures
+from diversedit_jax.reading import Npz, read_json
 from diversedit_jax.runtime.files import check_same, replacing, write_json, write_npz
 
 PLAN = "plan.json"
@@ -26,11 +26,14 @@ def claim(folder: Path, plan: Mapping[str, Any]) -> bool:
     """Make the folder. Returns whether the same plan had begun there; ConfigError for another plan."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        begun = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        begun = read_json(folder / PLAN)
+        if not isinstance(begun, dict):
+            raise ValueError("wanted a JSON object")
     except FileNotFoundError:
         write_json(folder / PLAN, plan)
         return False
     except (OSError, ValueError) as error:
+        check_machine(error)
         raise DataError(f"{folder / PLAN} cannot be read: {error}") from error
     check_same(f"{folder} holds an unfinished evaluation", begun, plan, "finish it, remove it, or choose another --out")
     return True
@@ -64,24 +67,37 @@ def write(
         write_npz(place(folder, first), arrays)
 
 
+@contextlib.contextmanager
+def _part(path: Path) -> Iterator[Npz]:
+    """The arrays of a part, each verified when it is read. ValueError if some are missing."""
+    with Npz(path) as file:
+        if NAMES not in file or sorted(file) != sorted([NAMES, *map(str, np.ravel(file[NAMES]))]):
+            raise ValueError("arrays are missing")
+        yield file
+
+
 def read(folder: Path, first: int) -> dict[str, np.ndarray] | None:
     """The arrays of a part. If it is missing or damaged: None, and its file is removed."""
     path = place(folder, first)
     try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            found = {name: file[name] for name in file.files}
-        if sorted(found) == sorted([NAMES, *found.pop(NAMES, ())]):
-            return found
-    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile):  # RuntimeError: a bit says "encrypted"
-        pass
-    path.unlink(missing_ok=True)
+        with _part(path) as file:
+            return {name: file[name] for name in file if name != NAMES}
+    except (OSError, ValueError, MemoryError) as error:
+        check_machine(error)
+    with writing(path):
+        path.unlink(missing_ok=True)
     return None
 
 
 def _below(folder: Path, first: int, prefix: str) -> dict[str, np.ndarray]:
-    """The arrays of a part whose names begin with a prefix, without it."""
-    with np.load(place(folder, first), allow_pickle=False) as file:
-        return {name.removeprefix(prefix): file[name] for name in file.files if name.startswith(prefix)}
+    """The arrays of a part whose names begin with a prefix, without it. DataError if the part is damaged by now."""
+    path = place(folder, first)
+    try:
+        with _part(path) as file:
+            return {name.removeprefix(prefix): file[name] for name in file if name.startswith(prefix)}
+    except (OSError, ValueError, MemoryError) as error:
+        check_machine(error)
+        raise DataError(f"{path} was damaged or removed ({error}): run the same command again") from error
 
 
 def features(folder: Path, firsts: list[int], name: str) -> Iterator[Features]:
@@ -96,14 +112,13 @@ def shown(folder: Path, firsts: list[int]) -> dict[int, np.ndarray]:
 
 def join_images(folder: Path, firsts: list[int], num: int, labels: np.ndarray | None, out: Path) -> None:
     """Write the kept images of all parts as an .npz that the script of ADM reads: `arr_0`, and `labels`."""
-    with np.load(place(folder, firsts[0]), allow_pickle=False) as file:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (num, *file["images"].shape[1:])}
+    size = _below(folder, firsts[0], "images")[""].shape[1:]
+    header = {"descr": "|u1", "fortran_order": False, "shape": (num, *size)}
     with writing(out), replacing(out) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             np.lib.format.write_array_header_1_0(member, header)
             for first in firsts:
-                with np.load(place(folder, first), allow_pickle=False) as file:
-                    member.write(np.ascontiguousarray(file["images"][: num - first]).tobytes())
+                member.write(np.ascontiguousarray(_below(folder, first, "images")[""][: num - first]).tobytes())
         if labels is not None:
             with archive.open("labels.npy", "w") as member:
                 np.lib.format.write_array(member, np.asarray(labels, np.int32), allow_pickle=False)

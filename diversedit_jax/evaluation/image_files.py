@@ -1,10 +1,7 @@
 """Finished images in the files that evaluators exchange: an .npz with `arr_0`, or a folder of images of one size."""
 
 import hashlib
-import struct
-import tokenize
 import zipfile
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,13 +11,11 @@ from typing import NamedTuple
 import numpy as np
 
 from diversedit_jax.data import image_collections, local_path
-from diversedit_jax.errors import DataError
+from diversedit_jax.errors import DataError, check_machine
+from diversedit_jax.reading import RegularFile, checksum, member_start, npy_header, parse_npy, read_member, zip_members
 from diversedit_jax.weights.formats.weights_file import file_digest
 
 ARRAY = "arr_0"
-# Errors that numpy and zipfile raise for damaged files.
-DAMAGED = (OSError, ValueError, TypeError, KeyError, EOFError, SyntaxError, RuntimeError)
-DAMAGED += (struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
 
 
 class SampleFiles(NamedTuple):
@@ -75,25 +70,30 @@ def _digest(path: Path) -> str:
 
 
 def stored_array(path: Path, name: str) -> np.ndarray:
-    """An array of an .npz, or of an .npy. If it is not compressed, it is mapped from the file, not read."""
-    try:
-        if path.suffix == ".npy":
-            return np.lib.format.open_memmap(path, "r")
+    """An array of an .npz, or of an .npy. If it is not compressed, it is verified, and mapped from the file.
+
+    An .npz has a checksum of each array; an .npy has none.
+    """
+    if path.suffix != ".npy":
         check_zip(path)
-        with zipfile.ZipFile(path) as file:
-            members = [info.filename for info in file.infolist()]
-            if f"{name}.npy" not in members:
+    try:
+        with RegularFile(path) as file:
+            if path.suffix == ".npy":
+                return _mapped(path, file, file.size)
+            members = zip_members(file)
+            if (info := members.get(f"{name}.npy")) is None:
                 known = ", ".join(member.removesuffix(".npy") for member in members) or "nothing"
                 raise DataError(f"{path}: no array {name}, it holds {_shown(known)}")
-            info = file.getinfo(f"{name}.npy")
-        if info.compress_type != zipfile.ZIP_STORED:
-            with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as arrays:
-                return arrays[name]
-        return _mapped(path, info)
-    except DataError:
-        raise
-    except DAMAGED as error:
-        raise DataError(f"{path}: cannot be read: {_shown(str(error)) or type(error).__name__}") from error
+            if info.compress_type != zipfile.ZIP_STORED:
+                return parse_npy(read_member(file, info))
+            start = member_start(file, info)
+            if info.compress_size != info.file_size or checksum(file, start, info.file_size) != info.CRC:
+                raise ValueError(f"{name} is damaged: its checksum is wrong")
+            file.seek(start)
+            return _mapped(path, file, info.file_size)
+    except (OSError, ValueError, MemoryError) as error:
+        check_machine(error)
+        raise DataError(f"{path}: cannot be read: {_shown(str(error))}") from error
 
 
 def _shown(text: str) -> str:
@@ -105,28 +105,25 @@ def check_zip(path: Path) -> None:
     """Raise DataError, with the first bytes, if a file is not an .npz: for example a web page or half a download."""
     if path.is_dir():
         raise DataError(f"{path}: a folder, wanted a file .npz")
-    if not zipfile.is_zipfile(path):
-        with open(path, "rb") as file:
+    try:
+        with RegularFile(path) as file:
+            if zipfile.is_zipfile(file):
+                return
+            file.seek(0)
             begin = file.read(24)
-        why = "truncated" if begin.startswith(b"PK") else f"begins with {begin}" if begin else "empty"
-        raise DataError(f"{path}: not an .npz file: {why}")
+    except OSError as error:
+        check_machine(error)
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    why = "truncated" if begin.startswith(b"PK") else f"begins with {begin}" if begin else "empty"
+    raise DataError(f"{path}: not an .npz file: {why}")
 
 
-def _mapped(path: Path, info: zipfile.ZipInfo) -> np.ndarray:
-    """An uncompressed member of an .npz as a view of the file."""
-    with open(path, "rb") as file:
-        file.seek(info.header_offset + 26)
-        name, extra = struct.unpack("<HH", file.read(4))
-        file.seek(info.header_offset + 30 + name + extra)
-        version = np.lib.format.read_magic(file)
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = header(file)
-        if dtype.hasobject:
-            raise ValueError("an array of objects")
-        end = file.tell() + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-        if end > path.stat().st_size:
-            raise ValueError("it is truncated")
-        return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
+def _mapped(path: Path, file: RegularFile, nbytes: int) -> np.ndarray:
+    """The array that fills `nbytes` of an open file from here on, as a view of the file."""
+    shape, order, dtype = npy_header(file, nbytes)
+    if not np.prod(shape):
+        return np.empty(shape, dtype)
+    return np.memmap(path, dtype, "r", file.tell(), shape, order)
 
 
 def _of_images(path: Path) -> SampleFiles:
@@ -134,15 +131,19 @@ def _of_images(path: Path) -> SampleFiles:
 
     def decoded(index: int) -> np.ndarray:
         try:
-            return np.asarray(image_collections.decode(images.read(index)))
+            return image_collections.image_of(images, index)
         except DataError as error:
-            raise DataError(f"{path}: {images.keys[index]}: {error}") from error
+            raise DataError(f"{path}: {error}") from error
 
     shape = decoded(0).shape
 
     def read(first: int, count: int) -> np.ndarray:
-        with ThreadPoolExecutor() as pool:
-            found = list(pool.map(decoded, range(first, min(first + count, len(images)))))
+        try:
+            with ThreadPoolExecutor() as pool:
+                found = list(pool.map(decoded, range(first, min(first + count, len(images)))))
+        except RuntimeError as error:
+            check_machine(error)
+            raise
         for index, image in enumerate(found, first):
             if image.shape != shape:
                 (h, w, _), (h0, w0, _) = image.shape, shape

@@ -10,7 +10,6 @@ diversedit_jax .npz of tools.reference_stats: like adm, with arrays of other net
                single images, and how the file was made.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diversedit_jax.data import local_path
-from diversedit_jax.errors import DataError, WeightsError
+from diversedit_jax.errors import DataError, WeightsError, check_machine
 from diversedit_jax.evaluation import image_files
 from diversedit_jax.evaluation.image_files import SampleFiles
+from diversedit_jax.reading import Npz, RegularFile, parse_json
 from diversedit_jax.weights.formats import numpy_pickle
 from diversedit_jax.weights.formats.weights_file import file_digest
 
@@ -69,17 +69,21 @@ def open_reference(path: str | Path) -> Reference:
 def _npz(path: Path, about: dict[str, Any]) -> Reference:
     image_files.check_zip(path)
     try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            names = set(file.files)
-            arrays = {name: file[name] for name in file.files if name != image_files.ARRAY}
-    except image_files.DAMAGED as error:
+        with Npz(path) as arrays:
+            return _of_arrays(path, arrays, about)
+    except (OSError, ValueError, MemoryError) as error:
+        check_machine(error)
         raise DataError(f"reference: {path} cannot be read: {error}".partition("\n")[0]) from error
-    images = None
+
+
+def _of_arrays(path: Path, arrays: Npz, about: dict[str, Any]) -> Reference:
+    """The reference in the arrays of an .npz. Those that it does not need are not read."""
+    names, images = set(arrays), None
     if image_files.ARRAY in names:
         images = image_files.of_array(path, image_files.stored_array(path, image_files.ARRAY))
     if ABOUT in names:
         try:
-            made = json.loads(str(arrays[ABOUT]))
+            made = parse_json(str(arrays[ABOUT]))
             digests = {name: one.get("weights", {}).get("digest") for name, one in made["extractors"].items()}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             why = f"{type(error).__name__}: {error}"
@@ -89,7 +93,7 @@ def _npz(path: Path, about: dict[str, Any]) -> Reference:
         return Reference(by_network, images, about | {"format": "diversedit_jax", "made": made})
     plain = names & {"mu", "sigma"}
     if {"ref_mu", "ref_sigma"} <= names:
-        kind, arrays = "meanflow", arrays | {"mu": arrays["ref_mu"], "sigma": arrays["ref_sigma"]}
+        kind, arrays = "meanflow", {"mu": arrays["ref_mu"], "sigma": arrays["ref_sigma"]}
     elif names & {"mu_s", "sigma_s"} or (plain and images):
         kind = "adm"
     elif plain:
@@ -104,8 +108,10 @@ def _npz(path: Path, about: dict[str, Any]) -> Reference:
 
 def _edm2(path: Path) -> dict[str, Statistics]:
     try:
-        content = numpy_pickle.load(path.read_bytes())
-    except (OSError, WeightsError, ValueError) as error:
+        with RegularFile(path) as file:
+            content = numpy_pickle.load(file.read())
+    except (OSError, WeightsError, ValueError, MemoryError) as error:
+        check_machine(error)
         raise DataError(f"reference: {path} cannot be read: {error}") from error
     found = {EDM2[key]: value for key, value in content.items() if key in EDM2} if isinstance(content, dict) else {}
     if not found or not all(isinstance(value, dict) for value in found.values()):
@@ -132,8 +138,9 @@ def _gaussian(path: Path, arrays: Mapping[str, Any], mean_name: str, cov_name: s
     for name in (mean_name, cov_name):
         if name not in arrays:
             raise DataError(f"reference: {path} has no {name}, it holds {', '.join(map(str, arrays))}")
+    given = arrays[mean_name], arrays[cov_name]
     try:
-        mean, cov = (np.asarray(arrays[name], np.float64) for name in (mean_name, cov_name))
+        mean, cov = (np.asarray(array, np.float64) for array in given)
     except (ValueError, TypeError) as error:
         raise DataError(f"reference: {path}: {mean_name} or {cov_name} is no array of numbers: {error}") from error
     if not mean.size or mean.shape != (mean.size,) or cov.shape != (mean.size, mean.size):

@@ -19,7 +19,7 @@ from diversedit_jax import config as configs
 from diversedit_jax.api import Codec, Condition, Conditions, Model, Params, Space
 from diversedit_jax.codecs import network_space, with_encoders
 from diversedit_jax.data import Dataset
-from diversedit_jax.data.pipeline import stacked
+from diversedit_jax.data.pipeline import read, stacked
 from diversedit_jax.errors import ConfigError, DataError, RunError, WeightsError
 from diversedit_jax.registry import one_of
 from diversedit_jax.runs.check import check
@@ -78,14 +78,16 @@ def found(config: ConfigDict, dataset: Dataset) -> str:
 def inputs(config: ConfigDict, dataset: Dataset) -> dict[str, Any]:
     """What a run reads, by content: it is the same wherever the files lie.
 
-    The number of examples and a digest of 16 conditions, evenly spread; a digest of each file of weights.
+    The number of examples and digests of 16 conditions, evenly spread; a digest of each file of weights. A
+    record that cannot be read is left out: training replaces it, if config.input allows it.
     """
-    count, sums = len(dataset.source), hashlib.sha256()
-    for index in np.linspace(0, count - 1, min(count, 16)).astype(int):
-        with contextlib.suppress(DataError):  # training replaces damaged records, if config.input allows it
-            for leaf in jax.tree.leaves(dataset.source[int(index)]["y"]):
-                sums.update(np.ascontiguousarray(leaf).tobytes())
-    found = {"data": {"examples": count, "conditions": sums.hexdigest()[:16]}}
+    count, conditions = len(dataset.source), {}
+    for index in map(int, np.linspace(0, count - 1, min(count, 16))):
+        with contextlib.suppress(DataError):
+            (example,), _ = read(dataset.source, [index], 0)
+            parts = [np.ascontiguousarray(leaf).tobytes() for leaf in jax.tree.leaves(example["y"])]
+            conditions[str(index)] = hashlib.sha256(b"".join(parts)).hexdigest()[:8]
+    found = {"data": {"examples": count, "condition": conditions}}
     for part in ("codec", "encoders"):
         for key, path in flat({part: config[part].to_dict()}).items():
             if key.split(".")[-1] in configs.PATHS and path is not None:
@@ -106,7 +108,8 @@ def conditions(data: Callable[[str], Dataset], space: Space, rule: str | None, n
             source = data("test").source
         except RunError:
             source = data("train").source
-        return stacked([source[number % len(source)]["y"] for number in range(num)])
+        examples, _ = read(source, [number % len(source) for number in range(num)], 0)
+        return stacked([example["y"] for example in examples])
 
     return conditioning.chosen(rule, num, space.conditions, seed, held_out)
 

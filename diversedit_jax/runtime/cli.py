@@ -4,6 +4,7 @@ import ast
 import contextlib
 import errno
 import faulthandler
+import itertools
 import logging
 import os
 import re
@@ -18,7 +19,7 @@ import jax
 from absl import app, flags
 from jax.experimental import multihost_utils
 
-from diversedit_jax.errors import EXIT_PREEMPTED, ConfigError, RunError, StorageError
+from diversedit_jax.errors import EXIT_PREEMPTED, ConfigError, MachineError, RunError, StorageError, check_machine
 from diversedit_jax.runtime import processes
 
 NAME = re.compile(r"['\"]([\w./-]+)['\"\\]")  # a quoted name in an error of absl or ml_collections
@@ -29,12 +30,63 @@ class Stopped(Exception):
     """The program was asked to stop, and has saved."""
 
 
+class Interrupted(BaseException):
+    """The program was asked to stop: leave what can be done again, and save. No `except Exception` holds it up."""
+
+
+class Output:
+    """A stream to which writing may fail: the pipe is closed, the disk is full. The program goes on and saves."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._failing():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._failing():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            if isinstance(error, BrokenPipeError):  # nobody will read any more, nor what Python still keeps for them
+                nowhere(self._stream.fileno())
+
+
+def nowhere(descriptor: int) -> None:
+    """Let what is written to a file descriptor vanish."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    if null != descriptor:
+        os.dup2(null, descriptor)
+        os.close(null)
+
+
+def let_output_fail() -> None:
+    """Let the program go on without its output, also where the caller has closed it."""
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: the next file that is opened would be taken for it
+            nowhere(descriptor)
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115 (open to the end)
+        setattr(sys, name, Output(stream))
+
+
 def launch(main: Callable[..., None], *, arguments: bool = False, several: bool = False) -> None:
     """Parse the flags, run `main`, exit: 0 done, 42 stopped and saved, or an error's own code (see `errors`).
 
     arguments: give `main` the list of arguments that are not flags; else they are an error.
     several:   the program may be one of several processes; they find each other first.
     """
+    let_output_fail()
     app.define_help_flags()
     if several:
         processes.define_flags()
@@ -53,16 +105,32 @@ def launch(main: Callable[..., None], *, arguments: bool = False, several: bool 
         print("interrupted", file=sys.stderr)
         processes.leave(130)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in FULL:  # whichever file was written
-            place = f"cannot write {error.filename or 'a file'}: {error.strerror}"
-            error = StorageError(f"{place}. Whole checkpoints stay; run it again when there is space")
-        if isinstance(error, RuntimeError) and "Unable to initialize backend" in str(error):
-            error = ConfigError(" ".join(str(error).split()))  # jax says which, and what JAX_PLATFORMS may be
+        error = of_machine(error)
         if not isinstance(error, RunError):
             traceback.print_exc()
             processes.leave(1)
         print(f"error: {error}", file=sys.stderr)
         processes.leave(error.exit_code)
+
+
+def of_machine(error: Exception) -> Exception:
+    """The error of one line for what the machine refuses: memory, space, permission. Else the error itself."""
+    try:
+        check_machine(error)
+    except MachineError as lack:
+        return lack
+    text = " ".join(str(error).split())
+    if isinstance(error, jax.errors.JaxRuntimeError) and text.startswith("RESOURCE_EXHAUSTED"):
+        remedy = "take a smaller batch, config.accumulate, config.mesh.fsdp or config.model.remat"
+        return MachineError(f"the memory of a device does not suffice ({text[:200]}): {remedy}")
+    if isinstance(error, RuntimeError) and text.startswith("Unable to initialize backend"):
+        return ConfigError(text)  # jax says which, and what JAX_PLATFORMS may be
+    if isinstance(error, OSError) and error.errno in FULL:  # whichever file was written
+        place = f"cannot write {error.filename or 'a file'}: {error.strerror}"
+        return StorageError(f"{place}. Whole checkpoints stay; run it again when there is space")
+    if isinstance(error, OSError) and error.filename is not None:  # no permission, a mount that fails
+        return StorageError(f"{error.filename}: {error.strerror}")
+    return error
 
 
 def parse(argv: Sequence[str]) -> list[str]:
@@ -73,6 +141,11 @@ def parse(argv: Sequence[str]) -> list[str]:
         sys.path += [str(folder) for folder in file.absolute().parents[:2] if str(folder) not in sys.path]
     try:
         extra = flags.FLAGS(argv)[1:]
+        for name in flags.FLAGS:  # an unset variable in a script; a path that is empty would be the current directory
+            if flags.FLAGS[name].present and flags.FLAGS[name].value == "" and flags.FLAGS[name].default is None:
+                raise ConfigError(f"--{name} is empty: give it a value, or leave it out")
+        if "" in extra:
+            raise ConfigError(f"argument {extra.index('') + 1} is empty")
         if "config" in flags.FLAGS:
             hasattr(flags.FLAGS["config"].value, "keys")  # raises if the file could not be loaded
     except Exception as error:
@@ -175,31 +248,41 @@ def handling(handler: Callable[[int, Any], None], *numbers: int) -> Iterator[Non
 
 
 @contextlib.contextmanager
-def stop_requests(notify: Callable[[str], None]) -> Iterator[Callable[[int], str | None]]:
-    """Turn Ctrl-C and SIGTERM into requests to stop. Yields step -> the name of the first signal, or None.
+def stop_requests(notify: Callable[[str], None]) -> Iterator[Callable[[], str | None]]:
+    """Turn Ctrl-C and SIGTERM into requests to stop. Yields a function: the name of the first signal, or None.
 
-    A second Ctrl-C interrupts at once. Each process must ask at every step: all then get the same answer.
+    A second Ctrl-C interrupts at once. All processes must ask equally often: all then get the same answer.
     """
     received: list[str] = []
+    asked = itertools.count()
+
+    def say(text: str) -> None:
+        with contextlib.suppress(Exception):  # the signal may have come in the middle of a print
+            notify(text)
 
     def receive(number, frame):
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(signal.Signals(number).name)
-        notify(f"{received[0]}: saving after this step (Ctrl-C again quits at once)")
+        say(f"{received[0]}: saving after this step (Ctrl-C again quits at once)")
 
     def pass_on(number, frame):  # jax stops all processes at a SIGTERM, with a handler of its own
         signal.signal(signal.SIGINT, interrupt)
-        notify("Ctrl-C: stopping all processes after a step (Ctrl-C again quits at once)")
+        say("Ctrl-C: stopping all processes after a step (Ctrl-C again quits at once)")
         os.kill(os.getpid(), signal.SIGTERM)
+
+    def together() -> str | None:
+        if not received and multihost_utils.reached_preemption_sync_point(next(asked)):  # true only once
+            received.append("SIGTERM")
+        return received[0] if received else None
 
     interrupt = signal.getsignal(signal.SIGINT)
     if jax.process_count() > 1:
         with handling(pass_on, signal.SIGINT):
-            yield lambda step: "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None
+            yield together
     else:
         with handling(receive, signal.SIGINT, signal.SIGTERM):
-            yield lambda step: received[0] if received else None
+            yield lambda: received[0] if received else None
 
 
 @contextlib.contextmanager
@@ -207,22 +290,33 @@ def watchdog(seconds: float) -> Iterator[Callable[[bool], None]]:
     """End a program that gives no sign of life for so many seconds: code 142, which asks for a restart. 0: never.
 
     It first writes the stacks of all threads. Yields alive(): a sign of life; alive(False): pause until the next one.
+    Ctrl-Z pauses it, too.
     """
     if not seconds or not hasattr(signal, "SIGALRM"):
         yield lambda watched=True: None
         return
+    watching = False
 
     def alive(watched: bool = True) -> None:
+        nonlocal watching
+        watching = watched
         faulthandler.cancel_dump_traceback_later()
         signal.setitimer(signal.ITIMER_REAL, seconds + 1 if watched else 0)
         if watched:
-            faulthandler.dump_traceback_later(seconds, exit=False, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(seconds, exit=False, file=2)
 
-    alive()
-    try:
-        yield alive
-    finally:
+    def pause(number, frame):
+        before = watching
         alive(False)
+        os.kill(os.getpid(), signal.SIGSTOP)  # until the shell continues it
+        alive(before)
+
+    with handling(pause, signal.SIGTSTP):
+        alive()
+        try:
+            yield alive
+        finally:
+            alive(False)
 
 
 def silence() -> None:

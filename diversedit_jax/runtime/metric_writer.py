@@ -25,14 +25,17 @@ class MetricWriter(contextlib.AbstractContextManager):
     """Metrics to `metrics.jsonl` and TensorBoard event files, with clu's names of methods. For one process only.
 
     start_step: the step of a resumed run. What a killed run wrote after it is dropped from the JSON lines and hidden in
-    TensorBoard. Later writes must be of larger steps.
+    TensorBoard. Later writes must be of larger steps, or of what the run did not write at this one.
+
+    known: the names that the run wrote at `start_step`.
     """
 
     def __init__(self, directory: str | os.PathLike, start_step: int = 0):
         silence()
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        keep_until(directory / "metrics.jsonl", start_step)
+        kept = keep_until(directory / "metrics.jsonl", start_step)
+        self.known = {name for line in kept if line["step"] == start_step for name in line}
         self._lines = open(directory / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         suffix = f".{start_step:09}"  # without it a restart within one second would overwrite the file before
         # Not tensorboardX.SummaryWriter: a full disk ends its thread, and then it waits for the thread forever.
@@ -73,16 +76,16 @@ class MetricWriter(contextlib.AbstractContextManager):
             self._flushed = time.monotonic()
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Drop torn lines, and lines of later steps, from a file of JSON lines."""
+def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop torn lines, and lines of later steps, from a file of JSON lines. Returns what stays."""
     if not path.exists():
-        return
-
-    def stays(line: str) -> bool:
-        try:
-            return json.loads(line)["step"] <= step
-        except (ValueError, KeyError, TypeError):
-            return False
-
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    write_text(path, "".join(f"{line}\n" for line in lines if stays(line)))
+        return []
+    kept, stays = [], []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            content = json.loads(line)
+            if content["step"] <= step:
+                kept.append(content)
+                stays.append(f"{line}\n")
+    write_text(path, "".join(stays))
+    return kept

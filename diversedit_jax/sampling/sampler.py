@@ -55,6 +55,7 @@ class Sampler:
         first: int = 0,
         cfg_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        between: Callable[[], None] = lambda: None,
     ) -> np.ndarray:
         """Samples [n ...] on the host: uint8 images, or float32 without a decoder.
 
@@ -65,6 +66,7 @@ class Sampler:
         weak: parameters of a less trained state. It guides the samples (autoguidance), with the scale `cfg_scale`.
         first: the number of the first sample.
         cfg_scale, guidance_interval: None: those of the sampler.
+        between: is called after every batch; what it raises ends the sampling.
         """
         in_range("seed", seed, 0, UINT32)
         scale = self.cfg_scale if cfg_scale is None else cfg_scale
@@ -97,6 +99,7 @@ class Sampler:
             if fault != FINITE:
                 raise NonFiniteError(f"samples {first + begin} to {first + begin + size - 1} are not finite")
             done.append(jax.device_get(images))
+            between()
         return np.concatenate(done)[:count]
 
     def lower(self, params: Params, frozen: Any) -> jax.stages.Lowered:

@@ -11,6 +11,8 @@ import json
 import logging
 import math
 import os
+import re
+import stat
 import sys
 import time
 import warnings
@@ -26,7 +28,15 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import checkpoint_managers as policies
 
-from diversedit_jax.errors import CheckpointError, DamagedCheckpointError, UnfitCheckpointError
+from diversedit_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    DamagedCheckpointError,
+    MachineError,
+    UnfitCheckpointError,
+    check_machine,
+)
+from diversedit_jax.registry import in_range
 from diversedit_jax.runtime import processes
 from diversedit_jax.runtime.cli import silence
 from diversedit_jax.runtime.files import write_json
@@ -35,6 +45,12 @@ from diversedit_jax.training.checksums import checksums
 
 SCORES = "scores.json"  # beside the steps: {step: value}, for keeping the best
 FORMAT = 1  # of our record; raise it when old code could not read the new record
+# In such a path orbax and tensorstore find other files than those there: they take it for a pattern or for a URL.
+UNUSABLE = re.compile(r"[\\*?\[]|:/")
+# How tensorstore's errors begin where the machine is to blame, and not what a file holds.
+OF_MACHINE = re.compile(
+    r"(PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|UNAUTHENTICATED|ABORTED|CANCELLED|UNKNOWN)\b"
+)
 State = Any  # a pytree of arrays
 
 
@@ -67,6 +83,12 @@ class Checkpoints(contextlib.AbstractContextManager):
     ):
         silence()
         self.directory = Path(directory).absolute()
+        if found := UNUSABLE.search(f"{self.directory}/"):
+            raise ConfigError(
+                f"checkpoints cannot be kept in {self.directory}: orbax misreads {found[0]!r} in a path. "
+                "Take another path, or a symbolic link without it"
+            )
+        in_range("keep", keep, 1)
         self._keep, self._keep_every, self._best, self._lower = keep, keep_every, best, lower
         self._writer: ocp.CheckpointManager | None = None
         self._saving: int | None = None
@@ -77,9 +99,14 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def steps(self) -> list[int]:
         """The complete steps on disk, in order."""
-        if not self.directory.is_dir():
-            return []
-        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal() and path.is_dir())
+        found = []
+        with contextlib.suppress(FileNotFoundError):  # nothing is saved yet
+            for path in self.directory.iterdir():
+                with contextlib.suppress(FileNotFoundError):  # it is being removed
+                    # not is_dir: it takes a folder that cannot be looked at for none
+                    if path.name.isdecimal() and stat.S_ISDIR(path.stat().st_mode):
+                        found.append(int(path.name))
+        return sorted(found)
 
     def latest(self) -> int | None:
         """The newest complete step, or None."""
@@ -88,8 +115,21 @@ class Checkpoints(contextlib.AbstractContextManager):
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Which of these steps to keep. Orbax asks its preservation policy, which is this object."""
         steps = [info.step for info in checkpoints]
-        kept = {*steps[max(len(steps) - self._keep, 0) :], *(self.best_steps() if self._best else ())}
-        return [step in kept or (self._keep_every > 0 and step % self._keep_every == 0) for step in steps]
+        kept = self._kept(steps)
+        return [step in kept for step in steps]
+
+    def _kept(self, steps: Sequence[int]) -> set[int]:
+        best = self.best_steps() if self._best else ()
+        return {
+            *steps[-self._keep :],
+            *best,
+            *(step for step in steps if self._keep_every and step % self._keep_every == 0),
+        }
+
+    def surplus(self) -> list[int]:
+        """The steps on disk that the next save removes because an earlier run kept more."""
+        steps = self.steps()
+        return sorted(set(steps) - self._kept(steps))
 
     def score(self, step: int, value: float) -> None:
         """Store how good `step` is, for keeping the best. A value that is not finite is never among the best."""
@@ -112,7 +152,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             return {int(step): float(value) for step, value in stored.items()}
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, AttributeError) as error:
+        except (ValueError, AttributeError) as error:
             raise CheckpointError(f"{path} is damaged ({error}): remove it to forget scores") from error
 
     def save(self, step: int, state: State, meta: Mapping[str, Any]) -> None:
@@ -171,16 +211,20 @@ class Checkpoints(contextlib.AbstractContextManager):
         """The newest step that every process can read whole: its state, its number, and a line for each newer step.
 
         A damaged step is renamed to STEP.damaged-TIME, so that the run can save that step again. CheckpointError if no
-        step is whole (the oldest is never renamed), or if one does not fit the target.
+        step is whole (the oldest is never renamed), if one cannot be read now, or if one does not fit the target.
         """
         notes, tried = [], []
         while True:
             step = processes.number_of_first(self.latest() or 0)
-            problem = None
+            problem, refusal = None, None
             try:
                 state, _ = self.restore(target, step)
             except DamagedCheckpointError as error:
                 problem = error.problem
+            except CheckpointError as error:
+                refusal = error
+            if not processes.all_of(refusal is None):
+                raise refusal or CheckpointError("another process cannot use the checkpoint; its message says why")
             if processes.all_of(problem is None):
                 return state, step, notes
             tried.append(step)
@@ -216,12 +260,15 @@ class Checkpoints(contextlib.AbstractContextManager):
             except CheckpointError:
                 raise
             except Exception as error:  # orbax raises many kinds, among them a bare Exception
-                problem = cause(error)
+                problem, reason = cause(error), not_of_content(error)
             time.sleep(0.1)  # the reads still under way fail too, while nothing is printed
             gc.collect()
+        path = self.directory / str(step)
+        if reason := unreadable(path) or reason:
+            raise CheckpointError(f"checkpoint {path} cannot be read ({reason}). It was not changed")
         older = [other for other in steps if other < step]
         remedy = f"Move it away to {f'resume from step {older[-1]}' if older else 'start from the beginning'}."
-        raise DamagedCheckpointError(f"checkpoint {self.directory / str(step)} is damaged ({problem})", remedy)
+        raise DamagedCheckpointError(f"checkpoint {path} is damaged ({problem})", remedy)
 
     def _verified(self, target: State, prefix: str, step: int) -> tuple[State, dict[str, Any]]:
         """The arrays of a step whose names begin with `prefix`, in the structure of `target`, and the meta."""
@@ -234,11 +281,8 @@ class Checkpoints(contextlib.AbstractContextManager):
                     f"checkpoint {self.directory / str(step)} does not fit this config: {problem}. "
                     "Use its config, or another workdir"
                 )
-            tree = nested(wanted)
-            placed = ocp.checkpoint_utils.construct_restore_args(tree)
-            part = ocp.args.PyTreeRestore(tree, restore_args=placed, partial_restore=True)
             with self._reader() as reader:
-                arrays = by_name(reader.restore(step, args=ocp.args.Composite(state=part)).state)
+                arrays = by_name(reader.restore(step, args=ocp.args.Composite(state=partly(nested(wanted)))).state)
             if problem := difference(leaves_of(arrays), leaves_of(wanted)):
                 raise ValueError(problem)
         except Exception as raised:  # orbax raises many kinds
@@ -254,6 +298,10 @@ class Checkpoints(contextlib.AbstractContextManager):
         """The body of our record of a step: UnfitCheckpointError if it has a newer format, ValueError if damaged."""
         with self._reader() as reader:
             record = reader.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        return self._checked(record, step)
+
+    def _checked(self, record: Mapping[str, Any], step: int) -> dict[str, Any]:
+        """The body of a record. Errors as of `_record`."""
         if record["format"] != FORMAT:
             raise UnfitCheckpointError(
                 f"checkpoint {self.directory / str(step)} has format {record['format']}, this version reads format "
@@ -271,15 +319,28 @@ class Checkpoints(contextlib.AbstractContextManager):
             preservation_policy=self,
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._prove),
         )
 
+    def _prove(self) -> None:
+        """Read the record of the step under way, and its smallest array: this needs the whole index of the arrays.
+
+        Orbax calls it before it gives the step its name and removes older ones. If it raises, both do not happen.
+        """
+        (folder,) = self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+        record = self._checked(json.loads((folder / "meta" / "metadata").read_text(encoding="utf-8")), self._saving)
+        name, (shape, dtype) = min(record["leaves"].items(), key=lambda item: math.prod(item[1][0]))
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        tree = nested({name: jax.ShapeDtypeStruct(shape, dtype, sharding=here)})
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone("proof"))
+        arrays = by_name(handler.restore(folder / "state", args=partly(tree)))
+        if checksums(arrays)[name] != record["checksums"][name]:
+            raise ValueError(f"wrong checksum of {name}")
+
     def _reader(self) -> ocp.CheckpointManager:
-        """Orbax for reading. Each process reads alone: else orbax would wait, even for a process that cannot read."""
-        alone, mine = {}, jax.process_index()
-        if jax.process_count() > 1:
-            alone = {"primary_host": mine, "active_processes": {mine}, "barrier_sync_key_prefix": f"reader{mine}"}
-        options = ocp.options.MultiprocessingOptions(**alone)
-        return self._manager(read_only=True, save_interval_steps=0, create=False, multiprocessing_options=options)
+        return self._manager(
+            read_only=True, save_interval_steps=0, create=False, multiprocessing_options=alone("reader")
+        )
 
     def _manager(self, **options: Any) -> ocp.CheckpointManager:
         # lightweight: it reads no old step, so that a damaged one cannot stop a save
@@ -301,6 +362,49 @@ class Checkpoints(contextlib.AbstractContextManager):
             raise CheckpointError(
                 f"checkpoint {self.directory / str(step)} could not be written ({cause(error)}). Whole steps: {whole}."
             ) from error
+
+
+def partly(tree: Any) -> ocp.args.PyTreeRestore:
+    """What orbax needs to restore a part of a state. tree: jax.ShapeDtypeStruct with shardings."""
+    placed = ocp.checkpoint_utils.construct_restore_args(tree)
+    return ocp.args.PyTreeRestore(tree, restore_args=placed, partial_restore=True)
+
+
+def alone(prefix: str) -> ocp.options.MultiprocessingOptions:
+    """A process by itself: else orbax would wait for the others, even for one that cannot read."""
+    mine = jax.process_index()
+    given = {"primary_host": mine, "active_processes": {mine}, "barrier_sync_key_prefix": f"{prefix}{mine}"}
+    return ocp.options.MultiprocessingOptions(**(given if jax.process_count() > 1 else {}))
+
+
+def not_of_content(error: BaseException) -> str | None:
+    """The cause of a failed read, on one line, if it says nothing about what the files hold; else None."""
+    while error.__cause__:
+        error = error.__cause__
+    missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    failed = (isinstance(error, OSError) and not missing) or OF_MACHINE.match(str(error))
+    try:
+        check_machine(error)
+    except MachineError:
+        failed = True
+    return cause(error) if failed else None
+
+
+def unreadable(folder: Path) -> str | None:
+    """Why the bytes of a file in a folder cannot be had, on one line; None if all files can be read."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    try:
+        for place, _, names in os.walk(folder, onerror=refuse):
+            for name in names:
+                with open(os.path.join(place, name), "rb") as file:
+                    while file.read(2**24):
+                        pass
+    except OSError as error:
+        return cause(error)
+    return None
 
 
 def leaves_of(arrays: Mapping[str, Any]) -> dict[str, list]:

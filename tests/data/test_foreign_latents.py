@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import pickle
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -241,7 +242,7 @@ def test_what_is_missing_or_damaged_is_named(tmp_path):
         refused("is not a path of this machine: mount the bucket", layout, "gs://bucket/set", ConfigError)
     refused("record 0: label 2 is not in 0 .. 1", "repa", repa(tmp_path / "labels"), num_classes=2)
 
-    refused("nowhere cannot be opened: .*No such file", "meanflow_lmdb", tmp_path / "nowhere")
+    refused("nowhere is not such a database: .*No such file", "meanflow_lmdb", tmp_path / "nowhere")
     with lmdb.open(str(tmp_path / "other"), map_size=2**20) as env, env.begin(write=True) as transaction:
         transaction.put(b"0", b"")
     refused("is not such a database: no key 'num_samples'", "meanflow_lmdb", tmp_path / "other")
@@ -389,3 +390,44 @@ def test_worker_processes_read_the_same(layout, tmp_path):
             given = next(workers)
             for name, array in batch.items():
                 np.testing.assert_array_equal(given[name], array)
+
+
+def test_arrays_of_lightningdit_that_do_not_fit_are_named(tmp_path):
+    path = shards(tmp_path / "set")
+    latents, labels = np.zeros((2, K, H, W), np.float32), np.int64([0, 1])
+    for arrays, words in [
+        ({"latents": np.zeros((), np.float32), "labels": labels}, r"wanted latents \[n k h w\] and labels \[n\]"),
+        ({"latents": latents, "labels": labels[:1]}, r"wanted latents \[n k h w\] and labels \[n\]"),
+        ({"latents": latents, "labels": labels * 2**40}, "label 1099511627776: wanted 0 .. 1048575"),
+        ({"latents": latents, "labels": np.float32([0, 1])}, "labels: 'float' object"),
+    ]:
+        save_file(arrays, path / "a.safetensors")
+        refused(words, "lightningdit", path)
+    (path / "a.safetensors").unlink()
+    mean, std = channel_statistics()
+    for changed in (0 * std, np.full_like(std, np.nan)):
+        storages = {"0": mean.tobytes(), "1": changed.tobytes()}
+        zipped(path / "latents_stats.pt", mapping(mean=named("0", K), std=named("1", K)), storages)
+        refused("wanted a finite mean and a standard deviation of 4 channels", "lightningdit", path)
+
+
+@pytest.mark.parametrize("layout", ["repa", "edm2", "meanflow_lmdb", "meanflow_pt", "lightningdit"])
+def test_pipes_are_refused(layout, tmp_path):
+    """Reading one would wait until somebody writes."""
+    write, options, _ = LAYOUTS[layout]
+    path = write(tmp_path / "set")
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and file.suffix not in (".png",) and file.name != "lock.mdb":
+            content = file.read_bytes()
+            file.unlink()
+            os.mkfifo(file)
+            with pytest.raises((DataError, WeightsError), match=r"not a regular file|is missing"):
+                every_example(layout, path, options)
+            file.unlink()
+            file.write_bytes(content)
+
+
+def test_a_truncated_database_is_refused(tmp_path):
+    file = database(tmp_path / "set") / "data.mdb"
+    file.write_bytes(file.read_bytes()[:20_000])
+    refused("is not such a database: it is truncated: 20000 bytes", "meanflow_lmdb", file.parent, num_classes=3)

@@ -19,7 +19,7 @@ from PIL import Image
 from diversedit_jax import data
 from diversedit_jax.api import Conditions, Space
 from diversedit_jax.data import image_collections
-from diversedit_jax.errors import ConfigError, DataError
+from diversedit_jax.errors import ConfigError, DataError, MachineError
 
 CLASSES = ("ant", "bee", "cow")
 
@@ -256,7 +256,7 @@ def archive(path, kind, members):
         ("tar", ["a.left.png", "a.right.png"], r"a has several images: .left.png, .right.png"),
         ("tar", ["a.png", "a.png"], "two images of the name a.png"),
         ("tar", ["a.png", "a.cls"], "a.cls is not a label: invalid literal"),
-        ("zip", ["a.png", "a.png"], "several images of the name a.png"),
+        ("zip", ["a.png", "a.png"], "two entries a.png"),
     ],
 )
 def test_of_images_of_one_name_none_is_lost(kind, members, words, tmp_path):
@@ -300,7 +300,7 @@ def test_what_is_no_collection_is_named(tmp_path):
     refused("gs://bucket/images", "gs://bucket/images is not a path of this machine: mount the bucket", ConfigError)
     refused(tmp_path, "kind = 'lmdb' is unknown; known: folder, tar, zip, tfds", ConfigError, kind="lmdb")
     (tmp_path / "bad.zip").write_bytes(b"PK\3\4")
-    refused(tmp_path / "bad.zip", "bad.zip cannot be read: BadZipFile")
+    refused(tmp_path / "bad.zip", "bad.zip cannot be read: ValueError: a truncated or damaged zip archive")
     whole = tar(tmp_path / "tars") / "train-0000.tar"
     content = whole.read_bytes()
     for size in (2000, 1536, 700, len(content.rstrip(b"\0"))):
@@ -379,7 +379,7 @@ def test_a_disk_that_goes_is_no_fault_of_an_image(tmp_path, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr(Image.Image, "convert", full)
-    with pytest.raises(MemoryError):
+    with pytest.raises(MachineError, match=r"lacks memory, threads or open files: MemoryError$"):
         image_collections.crop(images, 2, 8)
 
 
@@ -488,3 +488,90 @@ def test_a_zip_is_stored_or_deflated(tmp_path):
     images = image_collections.open_images(tmp_path / "set.zip")
     with pytest.raises(DataError, match=r"a.png: compressed by method 12: wanted none, or deflate"):
         images.read(0)
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_only_images_are_decoded(tmp_path):
+    """Pillow starts Ghostscript to decode EPS. The content says what a file is, not its name."""
+    with pytest.raises(DataError, match="cannot identify image file"):
+        image_collections.decode(EPS)
+    folder(tmp_path)
+    (tmp_path / "bee/a.png").write_bytes(EPS)
+    images = image_collections.open_images(tmp_path)
+    with pytest.raises(DataError, match=r"bee/a.png: not an image that can be decoded: cannot identify"):
+        image_collections.crop(images, 2, 8)
+
+
+def test_no_flipped_bit_of_a_png_is_read():
+    """Of an image that compresses well, Pillow has all pixels before it meets a checksum."""
+    smooth = np.add.outer(np.arange(0, 256, 4), np.arange(64)).astype(np.uint8)[..., None].repeat(3, axis=2)
+    whole = encoded(smooth)
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        try:
+            np.testing.assert_array_equal(np.asarray(image_collections.decode(bytes(damaged))), smooth)
+        except DataError:
+            continue
+
+
+@pytest.mark.parametrize("label", [200_000_000, 2**40, -1, 1.5, True, None, "three", [1]])
+def test_a_label_that_is_none_is_refused(label, tmp_path):
+    """A large one would take gigabytes: as many names of classes, and as many rows of the network's table."""
+    folder(tmp_path / "folder")
+    (tmp_path / "folder" / "dataset.json").write_text(json.dumps({"labels": [[name, label] for name in ITEMS]}))
+    files = {"a.png": encoded(picture(0)), "a.json": json.dumps({"label": [label]}).encode()}
+    archive(tmp_path / "set.tar", "tar", files.items())
+    files = {"a.png": files["a.png"], "a.cls": str(label).encode()}
+    archive(tmp_path / "cls.tar", "tar", files.items())
+    for name in ("folder", "set.tar", "cls.tar"):
+        with pytest.raises(DataError, match=r"cannot be read: ") as error:
+            image_collections.open_images(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+def test_a_tar_that_goes_in_circles_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "set.tar", "w") as file:
+        add(file, "a.png", encoded(picture(0)))
+        add(file, "b.png", encoded(picture(1)))
+    content = bytearray((tmp_path / "set.tar").read_bytes())
+    content[124:136] = (256**12 - 512).to_bytes(12, "big")  # a size of -512
+    total = sum(content[:148]) + 256 + sum(content[156:512])
+    content[148:156] = b"%06o\0 " % total
+    (tmp_path / "set.tar").write_bytes(content)
+    with pytest.raises(DataError, match="negative size"):
+        image_collections.open_images(tmp_path / "set.tar")
+
+
+def test_a_damaged_name_in_a_zip_costs_neither_labels_nor_images(tmp_path):
+    path = zipped(tmp_path / "set")
+    whole = path.read_bytes()
+    for name in (b"dataset.json", b"img00000003.png"):
+        damaged = bytearray(whole)
+        damaged[whole.rindex(name) + len(name) - 1] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match="no header of entry"):
+            image_collections.open_images(path)
+
+
+@pytest.mark.parametrize("kind", ["dataset.json", "set.tar", "set.zip"])
+def test_a_pipe_is_refused(kind, tmp_path):
+    """Opening one would wait until somebody writes."""
+    folder(tmp_path)
+    os.mkfifo(tmp_path / kind)
+    with pytest.raises(DataError, match="is not a regular file"):
+        image_collections.open_images(tmp_path if kind == "dataset.json" else tmp_path / kind)
+
+
+def test_a_module_that_a_data_set_names_is_not_imported(tmp_path, monkeypatch):
+    path = imagenet(tmp_path / "set")
+    (tmp_path / "planted.py").write_text("raise SystemExit('this ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    features = (path / "features.json").read_text()
+    (path / "features.json").write_text(
+        features.replace("tensorflow_datasets.core.features.image_feature.Image", "planted.Image")
+    )
+    with pytest.raises(DataError, match=r"features.json asks for 'planted.Image': only the features of tfds are read"):
+        image_collections.open_images(path)

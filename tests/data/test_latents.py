@@ -387,3 +387,33 @@ def test_a_shard_that_is_cut_off_is_an_error_that_names_it(tmp_path, workers, ke
         next(batches)
     assert one_line(error)
     assert error.value.exit_code == 65
+
+
+def test_what_latents_json_says_is_checked(written, tmp_path):
+    path = shutil.copytree(written, tmp_path / "set")
+    good = {"format": 1, "moments": "mean_std", "classes": list("abcdefghij"), "vae": {"scale": 0.18}}
+    for change, words in [
+        ([1], "wanted a JSON object"),
+        (good | {"classes": 5}, "cannot be used: TypeError"),
+        (good | {"vae": [1]}, "cannot be used: AttributeError"),
+        (good | {"vae": {"scale": -1}}, "the scale of the autoencoder is -1"),
+    ]:
+        (path / "latents.json").write_text(json.dumps(change))
+        with pytest.raises(DataError, match=words) as error:
+            data.make("latents", "train", data_dir=str(path))
+        assert "\n" not in str(error.value)
+    (path / "latents.json").unlink()
+    os.mkfifo(path / "latents.json")
+    with pytest.raises(DataError, match="is not a regular file"):
+        make(str(path))
+
+
+def test_stored_images_are_decoded_as_images_alone(tmp_path):
+    """tfds would let Pillow decode whatever it can, for EPS by starting Ghostscript."""
+    feature = tfds.features.Image(shape=(8, 12, 3), encoding_format="png")
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    path = write(tmp_path, count=2, more={"image": (feature, lambda i: png(pixels(i)) if i else eps)})
+    source = make(path, image=True).source
+    np.testing.assert_array_equal(source[1]["image"], pixels(1))
+    with pytest.raises(DataError, match=r"record 0 .*: not an image that can be decoded: cannot identify"):
+        source[0]

@@ -1,6 +1,7 @@
 """Batches: one global order and one stream of draws, whatever the number of processes, threads and restarts."""
 
 import contextlib
+import errno
 import gc
 import itertools
 import multiprocessing
@@ -13,7 +14,7 @@ import pytest
 
 from diversedit_jax.api import Conditions, Space
 from diversedit_jax.data import Dataset, pipeline
-from diversedit_jax.errors import ConfigError, DataError
+from diversedit_jax.errors import ConfigError, DataError, MachineError
 
 SIZE = 20
 SPACE = Space((2, 2, 1), Conditions.labels(SIZE))
@@ -235,3 +236,14 @@ def test_what_cannot_be_is_said_at_once(options, message):
 def test_an_empty_data_set_is_a_data_error():
     with pytest.raises(DataError, match="empty"):
         pipeline.batches(numbers(size=0), 8, seed=0)
+
+
+def test_a_machine_that_lacks_files_has_no_bad_records():
+    """Replacing records would train on other data than asked for, and hide the cause."""
+
+    class Refused(list):
+        def __getitem__(self, index):
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    with pytest.raises(MachineError, match="Too many open files"):
+        pipeline.read(Refused(range(4)), [0, 1], max_bad=3)

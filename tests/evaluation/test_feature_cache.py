@@ -5,7 +5,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from diversedit_jax.errors import CheckpointError, ConfigError, DataError
+from diversedit_jax.errors import CheckpointError, ConfigError, DataError, MachineError
 from diversedit_jax.evaluation import feature_cache
 from diversedit_jax.evaluation.extractors import Features
 
@@ -158,3 +158,28 @@ def test_nothing_but_its_own_files_is_removed(folder):
     (folder / "notes.txt").unlink()
     feature_cache.remove(folder, FIRSTS)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "removed"])
+def test_a_part_that_is_damaged_after_it_was_found_is_named(damage, folder, tmp_path):
+    path = feature_cache.place(folder, 4)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:200] if damage == "cut" else whole.replace(IMAGES[5].tobytes(), bytes(IMAGES[5].size)))
+    if damage == "removed":
+        path.unlink()
+    with pytest.raises(DataError, match=r"00000004.npz was damaged or removed .*: run the same command again"):
+        feature_cache.join_images(folder, FIRSTS, 10, None, tmp_path / "samples.npz")
+    assert not (tmp_path / "samples.npz").exists()
+    if damage != "changed":
+        with pytest.raises(DataError, match=r"00000004.npz was damaged or removed"):
+            list(feature_cache.features(folder, FIRSTS, "toy"))
+
+
+def test_a_machine_that_lacks_files_costs_no_part(folder, monkeypatch):
+    def refuse(*_):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(feature_cache, "Npz", refuse)
+    with pytest.raises(MachineError, match="Too many open files"):
+        feature_cache.read(folder, 4)
+    assert feature_cache.place(folder, 4).exists()

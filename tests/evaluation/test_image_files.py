@@ -1,14 +1,16 @@
 """Finished images: every file that holds them gives the same ones, and what holds none is refused in one line."""
 
 import io
+import os
 import tarfile
+import threading
 import zipfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from diversedit_jax.errors import ConfigError, DataError
+from diversedit_jax.errors import ConfigError, DataError, MachineError
 from diversedit_jax.evaluation.image_files import open_samples
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 4, 6, 3), dtype=np.uint8)
@@ -212,3 +214,31 @@ def test_a_digest_is_of_the_content(tmp_path):
         Image.fromarray(image).save(folder / f"{number}.png")
         digests.append(open_samples(folder).digest())
     assert digests[3] != digests[4]
+
+
+@pytest.mark.parametrize("write", [stored, compressed])
+def test_no_flipped_bit_goes_into_a_score(write, tmp_path):
+    path = write(tmp_path)
+    whole = path.read_bytes()
+    for place in whole.index(b"arr_0.npy") + np.random.default_rng(0).integers(50, 500, 40):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        refused(path, "cannot be read: ")
+
+
+def test_a_pipe_is_refused(tmp_path):
+    for name in ("a.npz", "a.npy"):
+        os.mkfifo(tmp_path / name)
+        refused(tmp_path / name, "is not a regular file")
+
+
+def test_a_machine_without_threads_is_not_taken_for_damage(tmp_path, monkeypatch):
+    found = open_samples(folder(tmp_path))
+
+    def refuse(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(MachineError, match="can't start new thread"):
+        found.read(0, 7)

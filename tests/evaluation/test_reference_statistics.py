@@ -175,7 +175,7 @@ NAN = np.where(np.eye(D) > 0, np.nan, SIGMA)
         ({"mu": MU, "sigma": NAN}, "sigma is not finite"),
         ({"mu": np.where(MU > 0, np.inf, MU), "sigma": SIGMA}, "mu is not finite"),
         ({"mu": np.array(["a"]), "sigma": SIGMA}, "mu or sigma is no array of numbers"),
-        ({"mu": np.array([{}]), "sigma": SIGMA}, "cannot be read: Object arrays cannot be loaded"),
+        ({"mu": np.array([{}]), "sigma": SIGMA}, "cannot be read: array mu: Object arrays cannot be loaded"),
         ({"mu": MU, "sigma": SIGMA, "arr_0": IMAGES / 255}, r"arr_0 is float64 \[4, 6, 6, 3\]: wanted uint8"),
     ],
 )
@@ -264,7 +264,7 @@ def test_what_is_no_file_of_statistics_is_refused(tmp_path):
     with zipfile.ZipFile(page, "w") as file:
         file.writestr("mu", "a text")
         file.writestr("sigma", json.dumps(SIGMA.tolist()))
-    refused(page, "mu or sigma is no array of numbers")
+    refused(page, "holds nothing: wanted mu and sigma, or arr_0")
     (tmp_path / "stats.txt").write_text("3")
     refused(tmp_path / "stats.txt", "is neither an .npz with arr_0 nor a folder")
     (tmp_path / "empty").mkdir()

@@ -13,8 +13,10 @@ from ml_collections import ConfigDict
 from configs import default
 from diversedit_jax import config as configs
 from diversedit_jax import sample, train
-from diversedit_jax.errors import CheckpointError, ConfigError
-from diversedit_jax.runs import trained
+from diversedit_jax.api import Conditions, Space
+from diversedit_jax.data import Dataset
+from diversedit_jax.errors import CheckpointError, ConfigError, DataError
+from diversedit_jax.runs import build, trained
 from diversedit_jax.weights import dit as releases
 from diversedit_jax.weights.formats.weights_file import write_safetensors
 from tests.data.test_latents import write
@@ -58,7 +60,7 @@ def test_data_may_move_and_what_they_hold_may_not(copied, tmp_path, capfd):
     before = (workdir / "config.json").read_bytes()
     for other, told in (
         (write(tmp_path / "fewer", count=19, label=LABEL), "data.examples: 20 there, 19 given"),
-        (write(tmp_path / "other", labels=range(9, -1, -1), label=LABEL), "data.conditions: '[0-9a-f]{16}' there"),
+        (write(tmp_path / "other", labels=range(9, -1, -1), label=LABEL), "data.condition.0: '[0-9a-f]{8}' there"),
     ):
         with pytest.raises(
             ConfigError, match=rf"holds a run with other settings .*{told}.*: give the data and weights"
@@ -139,3 +141,38 @@ def test_a_run_without_a_checkpoint_says_so_in_every_program(copied):
     for use in (convert_checkpoint.of_run, lambda path: trained.drawing(trained.of_run(path))):
         with pytest.raises(CheckpointError, match="no checkpoint in"):
             use(workdir)
+
+
+def test_what_makes_a_run_is_in_its_checkpoint(copied):
+    """Without config.json another seed, rate or batch size is refused as with it."""
+    workdir, data = copied
+    (workdir / "config.json").unlink()
+    config = config_of(data, steps=3)
+    config.seed, config.optim.learning_rate = 1, 0.2
+    with pytest.raises(ConfigError, match=r"optim.learning_rate: 0.1 there, 0.2 given; seed: 0 there, 1 given"):
+        train.run(config, workdir)
+    assert not (workdir / "config.json").exists()
+    train.run(config_of(data, steps=3), workdir)
+    assert configs.load(workdir).total_steps == 3
+
+
+class Torn:
+    """Five examples of a user's data; the second cannot be read."""
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        if index == 1:
+            raise OSError("torn")
+        return {"x": np.zeros((4, 4, 1), np.float32), "y": {"text": np.full((2, 3), index, np.float32)}}
+
+
+def test_a_record_that_cannot_be_read_is_left_out_of_the_digest_and_named_in_samples():
+    space = Space((4, 4, 1), Conditions({"text": np.zeros((2, 3), np.float32)}))
+    digests = build.inputs(default.get_config(), Dataset(Torn(), None, space))["data"]
+    assert digests["examples"] == 5
+    assert list(digests["condition"]) == ["0", "2", "3", "4"]
+    assert len(set(digests["condition"].values())) == 4
+    with pytest.raises(DataError, match="record 1: OSError: torn"):
+        build.conditions(lambda split: Dataset(Torn(), None, space), space, None, 3, seed=0)

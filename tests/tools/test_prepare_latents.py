@@ -107,7 +107,7 @@ def test_the_report_names_every_image_that_is_not_there(straight):
     assert report["ignored"] == {"*.txt": 1}
     skipped = report["skipped"]
     assert set(skipped) == {"ant/03.png", "ant/07.png", "bee/13.png"}
-    assert "truncated" in skipped["ant/03.png"]
+    assert "Truncated" in skipped["ant/03.png"]
     assert skipped["ant/07.png"] == "an empty file"
     with Image.open(straight / "mosaic.png") as mosaic:
         assert mosaic.size == (8 * 96, 2 * 96)  # small images are shown six times as large
@@ -245,6 +245,25 @@ def test_two_that_write_one_shard_do_not_harm_it(tmp_path):
         assert len(list(latent_shards.records(tmp_path / plan.file(0)))) == 2
 
 
+def test_two_plans_that_claim_a_folder_together_do_not_mix(tmp_path, monkeypatch):
+    """Both find no plan there. The last one to write its own has the folder."""
+    features = latent_shards.features((1, 1, 1), 8, None, {}, ())
+    first, last = (latent_shards.Plan({"size": size}, features, 1, 1) for size in (8, 16))
+    write_json = latent_shards.write_json
+
+    def overtaken(path, content):
+        monkeypatch.undo()
+        write_json(path, content)
+        write_json(path, last.content)
+
+    monkeypatch.setattr(latent_shards, "write_json", overtaken)
+    assert not latent_shards.claim(tmp_path, first)
+    with pytest.raises(ConfigError, match="size: 16 there, 8 given"):
+        latent_shards.write_shard(tmp_path, first, 0, [], {"a": "no image"})
+    assert latent_shards.missing(tmp_path, last) == [0]
+    latent_shards.write_shard(tmp_path, last, 0, [], {"a": "no image"})
+
+
 def test_what_cannot_work_is_said_at_once(home, tmp_path):
     for options, words in [
         ({"size": 15}, "--size = 15: must be a positive multiple of 2, the pixels of a latent"),
@@ -255,7 +274,7 @@ def test_what_cannot_work_is_said_at_once(home, tmp_path):
         with pytest.raises(ConfigError, match=words):
             prepare(home, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(DataError, match=r"ant/03.png: .*truncated"):
+    with pytest.raises(DataError, match=r"ant/03.png: .*Truncated"):
         prepare(home, tmp_path / "out", strict=True)
 
 

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import pytest
 from diversedit_jax.errors import CheckpointError, ConfigError
 from diversedit_jax.runtime.files import writable_folder
 from diversedit_jax.sharding import by_name
+from diversedit_jax.training import checkpoint
 from diversedit_jax.training.checkpoint import FORMAT, Checkpoints
 from diversedit_jax.training.checksums import checksum, checksums
 from tests import ROOT, checkpoint_fixture
@@ -300,6 +302,81 @@ def test_the_only_step_damaged_says_start_again(copy):
     (copy / "6" / "meta" / "metadata").write_text("{}")
     with pytest.raises(CheckpointError, match="Move it away to start from the beginning"):
         Checkpoints(copy).restore(target_of(make_state(0)))
+
+
+def everything(directory):
+    return {path: path.lstat().st_mtime_ns for path in directory.rglob("*")}
+
+
+@pytest.mark.parametrize("name", ["meta/metadata", "state/manifest.ocdbt", "state", "."])
+def test_what_cannot_be_read_is_not_damaged(copy, name):
+    """A file that leads to itself stands for a disk or a mount that fails: its bytes cannot be had."""
+    path = copy / "6" / name
+    path.rename(copy / "away")
+    path.symlink_to(path)
+    before = everything(copy)
+    with pytest.raises((CheckpointError, OSError), match="Too many levels of symbolic links") as info:
+        Checkpoints(copy).restore_newest(target_of(make_state(6)))
+    assert "damaged" not in one_line(info)
+    assert everything(copy) == before
+    path.unlink()
+    (copy / "away").rename(path)
+    assert Checkpoints(copy).restore_newest(target_of(make_state(6)))[1:] == (6, [])
+
+
+@pytest.mark.parametrize("error", [MemoryError("no memory"), RuntimeError("can't start new thread"), OSError(5, "EIO")])
+def test_a_failing_machine_is_not_a_damaged_checkpoint(copy, error, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(Checkpoints, "_record", fail)
+    before = everything(copy)
+    with pytest.raises(CheckpointError, match=re.escape(f"{copy}/6 cannot be read ({type(error).__name__}: ")) as info:
+        Checkpoints(copy).restore_newest(target_of(make_state(6)))
+    assert one_line(info).endswith("It was not changed")
+    assert everything(copy) == before
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a*", "a?", "a\\b", "gs:"])
+def test_a_path_that_orbax_misreads_is_refused(tmp_path, name):
+    with pytest.raises(ConfigError, match="orbax misreads") as info:
+        Checkpoints(tmp_path / name)
+    assert str(tmp_path / name) in one_line(info)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a b]", "ü {x} 'q' $HOME", "m%20n#1", "-x,~|", "a:b\nc"])
+def test_other_special_characters_are_legal_in_a_path(saved, tmp_path, name):
+    shutil.copytree(saved, tmp_path / name)
+    with Checkpoints(tmp_path / name) as checkpoints:
+        checkpoints.save(8, make_state(8), {})
+    assert_same(Checkpoints(tmp_path / name).restore(target_of(make_state(0)))[0], make_state(8))
+
+
+def test_a_step_that_cannot_be_read_back_is_never_complete(saved, tmp_path, monkeypatch):
+    """Orbax writes no index of the arrays here. Without the proof, this step would have removed the older ones."""
+    monkeypatch.setattr(checkpoint, "UNUSABLE", re.compile("$^"))
+    directory = Path(shutil.copytree(saved, tmp_path / "a[1]"))
+    with Checkpoints(directory, keep=1) as checkpoints:
+        checkpoints.save(8, make_state(8), {})
+        with pytest.raises(CheckpointError, match=re.escape("Whole steps: 4, 6.")):
+            checkpoints.wait()
+    assert Checkpoints(directory).steps() == [4, 6]
+
+
+def test_no_setting_keeps_nothing(copy):
+    for keep in (0, -1):
+        with pytest.raises(ConfigError, match=f"keep = {keep}: must be at least 1"):
+            Checkpoints(copy, keep=keep)
+
+
+def test_what_a_smaller_keep_removes_is_known_before(copy):
+    assert Checkpoints(copy, keep=2).surplus() == []
+    assert Checkpoints(copy, keep=1).surplus() == [4]
+    assert Checkpoints(copy, keep=1, keep_every=2).surplus() == []
+    with Checkpoints(copy, keep=1) as checkpoints:
+        checkpoints.save(8, make_state(8), {})
+    assert Checkpoints(copy).steps() == [8]
 
 
 # Other processes: another mesh, a full disk, a kill.

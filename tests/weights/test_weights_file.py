@@ -264,7 +264,7 @@ def test_the_optimizer_is_not_read(tmp_path, monkeypatch):
     legacy(tmp_path / "b.pt", body, keys=op(["1", "0"]), tail=tail)
     asked = []
 
-    class Counted(weights_file._File):
+    class Counted(weights_file.RegularFile):
         def read(self, size=-1, /):
             asked.append(len(data := super().read(size)))
             return data
@@ -273,7 +273,7 @@ def test_the_optimizer_is_not_read(tmp_path, monkeypatch):
             asked.append(read := super().readinto(buffer))
             return read
 
-    monkeypatch.setattr(weights_file, "_File", Counted)
+    monkeypatch.setattr(weights_file, "RegularFile", Counted)
     for name in ("a.pt", "b.pt"):
         asked.clear()
         with bounded(mib=1), open_weights(tmp_path / name) as weights:
@@ -335,8 +335,8 @@ def test_what_is_no_weight_file_is_refused(tmp_path):
 
 def test_the_file_is_closed_when_it_is_refused(tmp_path, monkeypatch):
     opened = []
-    kind = weights_file._File
-    monkeypatch.setattr(weights_file, "_File", lambda path: opened.append(kind(path)) or opened[-1])
+    kind = weights_file.RegularFile
+    monkeypatch.setattr(weights_file, "RegularFile", lambda path: opened.append(kind(path)) or opened[-1])
     refused(legacy(tmp_path / "a.pt", b"}" + b"P" * 20), "opcode b'P'")
     with open_weights(FIXTURES[0]):
         pass
@@ -349,7 +349,7 @@ def test_the_file_is_closed_when_it_is_refused(tmp_path, monkeypatch):
         (tensor((7,), (1,)), r"tensor float32 \[7\] that does not fit into its storage of 24 bytes"),
         (tensor((2, 3), (4, 1)), "does not fit"),
         (tensor(offset=1), "does not fit"),
-        (tensor((10**9, 10**9), (0, 0)), "does not fit"),
+        (tensor((10**9, 10**9), (0, 0)), "no sensible"),
         (tensor((10**9,), (0,)), "does not fit"),
         (tensor((2**48,), (1,)), "no sensible"),
         (tensor((-2, 3), (3, 1)), "no sensible"),
@@ -729,6 +729,44 @@ def test_safetensors_that_lie_are_refused(tmp_path):
     refused(written(entry, entry), "not a whole safetensors file")
     refused(written('"a":{' * 1000), "not a whole safetensors file")
     refused(written(entry.replace("F32", "C64").replace("[2]", "[1]")), "x has dtype C64, which is not read")
+
+
+@pytest.mark.parametrize(
+    "shape", ["[" + "1," * 2000 + "2]", "[0,4611686018427387904]", "[0,1099511627776,1099511627776]"]
+)
+def test_a_shape_that_no_array_has_is_refused(shape, tmp_path):
+    elements = 8 if shape.endswith("2]") else 0
+    header = f'{{"x":{{"dtype":"F32","shape":{shape},"data_offsets":[0,{elements}]}}}}'
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(elements))
+    refused(path, "no shape that an array can have|not a whole safetensors file")
+
+
+def test_no_flipped_bit_of_a_zip_goes_into_the_weights(tmp_path):
+    path = zipped(tmp_path / "a.pt", mapping(x=tensor(), y=tensor((2,), (1,), offset=1)))
+    content = path.read_bytes()
+    place = content.index(np.arange(6, dtype=np.float32).tobytes())
+    for name, damaged in (("x", place + 3), ("y", place + 23), ("pickle", content.index(b"_rebuild_tensor_v2") + 40)):
+        changed = bytearray(content)
+        changed[damaged] ^= 1
+        path.write_bytes(changed)
+        refused(path, "the checksum of its (storage|pickle) is wrong")
+        if name == "y":  # the bit lies in the storage, beside the tensor
+            with open_weights(path) as weights, pytest.raises(WeightsError, match="y is damaged"):
+                weights["y"]
+
+
+def test_a_zip_without_checksums_is_read(tmp_path):
+    """torch.serialization.set_crc32_options(False) leaves them out."""
+    content = bytearray(zipped(tmp_path / "a.pt", tensor()).read_bytes())
+    for signature, place in ((b"PK\3\4", 14), (b"PK\1\2", 16)):
+        at = content.find(signature)
+        while at >= 0:
+            content[at + place : at + place + 4] = bytes(4)
+            at = content.find(signature, at + 4)
+    (tmp_path / "a.pt").write_bytes(content)
+    with open_weights(tmp_path / "a.pt") as weights:
+        assert_same(weights[""], np.arange(6, dtype=np.float32).reshape(2, 3))
 
 
 # With torch, where it is installed ----------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Break small runs on purpose, and check that each ends like an undisturbed run or says why it cannot.
 
-    python -m tools.chaos --out=DIR [--kills=100] [--topologies=20] [--json=FILE]
+    python -m tools.chaos --out=DIR [--kills=100] [--topologies=20] [--attacks=200] [--json=FILE]
 
 A DiverseDiT 16 wide trains on the digits and saves every few steps.
 
@@ -10,6 +10,9 @@ there. At its end a run has the arrays and losses of the undisturbed run, to the
 topologies: a run continues a few steps at a time, each time on another mesh and number of devices and processes. The
 losses equal those of an undisturbed run to 1e-4.
 damages: files cut off, emptied, removed or with a flipped bit, read-only directories, full disks.
+attacks: closed pipes, missing permissions, paths with special characters, another `keep`, SIGTERM during an evaluation,
+other data, several starts at once. Nothing that was saved is lost, and each error is one line. At its end a run has the
+arrays and losses of the undisturbed run, to the bit.
 
 The first failure ends the program with code 1; DIR holds the runs. For Linux. A whole test took 39 minutes on 2 CPU
 cores with other work.
@@ -29,6 +32,7 @@ from diversedit_jax.runtime import cli
 from diversedit_jax.runtime.files import write_json
 from diversedit_jax.runtime.progress import duration
 from diversedit_jax.runtime.versions import versions
+from tools.chaos.attack import attacked
 from tools.chaos.disturb import damaged, killed, moved, table, to_end
 
 if __name__ == "__main__":
@@ -36,13 +40,14 @@ if __name__ == "__main__":
     flags.DEFINE_integer("kills", 100, "Number of kills.")
     flags.DEFINE_integer("topologies", 20, "Number of other layouts on which a run continues.")
     flags.DEFINE_bool("damages", True, "Whether to damage runs.")
+    flags.DEFINE_integer("attacks", 200, "Number of attacks on what surrounds a run.")
     flags.DEFINE_integer("seed", 0, "Seed of the moments, signals and places.")
     flags.DEFINE_string("json", None, "File to write the figures to.")
 
     def main() -> None:
         """Disturb, compare, print, write."""
-        given = {name: flags.FLAGS[name].value for name in ("kills", "topologies", "damages", "seed")}
-        for name in ("kills", "topologies"):
+        given = {name: flags.FLAGS[name].value for name in ("kills", "topologies", "damages", "attacks", "seed")}
+        for name in ("kills", "topologies", "attacks"):
             in_range(f"--{name}", given[name], 0)
         out = Path(flags.FLAGS.out).expanduser().absolute()
         out.mkdir(parents=True, exist_ok=True)
@@ -59,6 +64,8 @@ if __name__ == "__main__":
         to_end(straight)
         campaigns = {"topologies": lambda: moved(out, given["topologies"], rng)} if given["topologies"] else {}
         campaigns |= {"damages": lambda: damaged(out, straight, rng)} if given["damages"] else {}
+        attacks = lambda: attacked(out, straight, given["attacks"], rng)  # noqa: E731
+        campaigns |= {"attacks": attacks} if given["attacks"] else {}
         campaigns |= {"kills": lambda: killed(out, straight, given["kills"], rng)} if given["kills"] else {}
         found = {}
         for name, campaign in campaigns.items():

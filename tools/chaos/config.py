@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 from configs import digits
+from diversedit_jax.config import slot
 
 STEPS, EVERY = 120, 4  # steps of the run; steps between saves
 
@@ -16,5 +17,5 @@ def get_config() -> ConfigDict:
     config.checkpoint.update({"every": EVERY, "keep": 3})
     config.samples.update({"every": 0, "num": 10})
     config.sampler.update({"solver": "euler", "steps": 1, "batch_size": 16})
-    config.evaluators = ConfigDict()
+    config.evaluators = ConfigDict({"digits": slot("evaluators", "digits", num=20)})  # at the end
     return config

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[2]
 # The default schedule lets simulated devices begin collectives in different orders. On few cores they then wait for
 # each other until XLA ends the process.
 IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-# Without this right root cannot write to read-only directories, like every other user.
-AS_USER = ["setpriv", "--bounding-set=-dac_override"] if os.geteuid() == 0 else []
+# Without these rights root can neither write nor read what permissions forbid, like every other user.
+AS_USER = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
 
 
 def free_port() -> int:

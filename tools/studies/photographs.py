@@ -14,6 +14,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
+from diversedit_jax.data.image_collections import FORMATS
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.registry import in_range
 from diversedit_jax.runtime import cli
@@ -40,7 +41,7 @@ def photograph(name: str) -> Image.Image:
     if path is None or not path.is_file():
         reason = f"but {path} is missing" if path else "which is not installed"
         raise ConfigError(f"{name} is a picture of {package}, {reason}: pip install -e .[test]")
-    with Image.open(path) as image:
+    with Image.open(path, formats=FORMATS) as image:
         return image.convert("RGB")
 
 

@@ -9,7 +9,7 @@ import struct
 from typing import Any, BinaryIO
 
 from diversedit_jax.errors import WeightsError
-from diversedit_jax.weights.formats.torch_pickle import DTYPES, Extent, contiguous, is_sizes, show
+from diversedit_jax.weights.formats.torch_pickle import DTYPES, Extent, contiguous, is_shape, show
 
 MAX_DEPTH = 100
 MAX_ITEMS = 1 << 22  # of one file; a SiT-XL/2 with its optimizer has about 3 thousand
@@ -106,8 +106,7 @@ class _Reader:
         if kind != "bin" or start + nbytes != end:
             raise WeightsError("has an array that flax does not write")
         sizes = tuple(shape) if isinstance(shape, list) else None
-        possible = is_sizes(sizes) and math.prod(n or 1 for n in sizes) < 2**48
-        if dtype is None or not possible or math.prod(sizes) * dtype.itemsize != nbytes:
+        if dtype is None or not is_shape(sizes) or math.prod(sizes) * dtype.itemsize != nbytes:
             raise WeightsError(f"has an array of {nbytes} bytes that should be {show(f'{name} {shape}')}")
         self.file.seek(end - 1)
         self.bytes(1)  # raises if the file ends before it

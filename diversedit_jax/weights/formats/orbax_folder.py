@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from diversedit_jax.errors import WeightsError
+from diversedit_jax.errors import WeightsError, check_machine
+from diversedit_jax.reading import check_folder
 from diversedit_jax.weights.formats import NamedArrays
+from diversedit_jax.weights.formats.torch_pickle import is_shape
 
 METADATA = "_METADATA"
 MARKS = (METADATA, "checkpoint", "manifest.ocdbt")  # an orbax checkpoint of any age has one of them
@@ -25,6 +27,7 @@ class OrbaxFolder(NamedArrays):
         import orbax.checkpoint as ocp  # here, because only such releases need it
 
         def tree() -> Any:
+            check_folder(path)
             checkpointer = ocp.PyTreeCheckpointer()
             if not (path / METADATA).is_file():
                 return checkpointer.restore(path)
@@ -34,12 +37,19 @@ class OrbaxFolder(NamedArrays):
         self._path, self._ocp = path, ocp
         self.tree = self._try("this checkpoint", tree)
         self._leaves = _flat(self.tree)
-        self.shapes = {name: tuple(leaf.shape) for name, leaf in self._leaves.items()}
+        self.shapes = self._try("the shapes", self._shapes)
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = {name: tuple(leaf.shape) for name, leaf in self._leaves.items()}
+        if wrong := [name for name, shape in shapes.items() if not is_shape(shape)]:
+            raise ValueError(f"{wrong[0]} has shape {shapes[wrong[0]]}")
+        return shapes
 
     def _try(self, what: str, read: Callable[[], Any]) -> Any:
         try:
             return read()
         except Exception as error:  # orbax raises any class, and documents none
+            check_machine(error)
             line = " ".join(str(error).split())[:300]
             raise WeightsError(f"{self._path}: orbax cannot read {what}: {type(error).__name__}: {line}") from error
 

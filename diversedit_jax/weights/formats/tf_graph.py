@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from diversedit_jax.errors import WeightsError
+from diversedit_jax.errors import WeightsError, check_machine
+from diversedit_jax.reading import RegularFile
 from diversedit_jax.weights.formats import NamedArrays
 from diversedit_jax.weights.formats.torch_pickle import MAX_DIMS, show
 
@@ -89,10 +90,8 @@ class Constants(NamedArrays):
 
 def starts(path: Path) -> bool:
     """Whether a file starts as a graph does, with a node. The length in a safetensors file may look the same."""
-    if not path.is_file():  # a pipe must not be opened
-        return False
     try:
-        with open(path, "rb") as file:
+        with RegularFile(path) as file:
             head = file.read(9)
     except OSError:
         return False
@@ -108,18 +107,19 @@ def open_graph(path: str | Path) -> Constants:
 
     path = Path(path)
     try:
-        if not path.is_file() and path.exists():
-            raise WeightsError("is a folder, not a file" if path.is_dir() else "is not a regular file")
-        if not (size := path.stat().st_size):
-            raise WeightsError("is empty")
-        if size >= MAX_BYTES:
-            raise WeightsError(f"is no graph of TensorFlow: it has {size} bytes, a graph fewer than {MAX_BYTES}")
-        graph = messages().GraphDef()
-        graph.ParseFromString(path.read_bytes())
+        with RegularFile(path) as file:
+            if not file.size:
+                raise WeightsError("is empty")
+            if file.size >= MAX_BYTES:
+                words = f"it has {file.size} bytes, a graph fewer than {MAX_BYTES}"
+                raise WeightsError(f"is no graph of TensorFlow: {words}")
+            graph = messages().GraphDef()
+            graph.ParseFromString(file.read())
         return Constants(graph)
     except DecodeError as error:
         raise WeightsError(f"{path}: is no graph of TensorFlow, or is truncated or damaged") from error
-    except (WeightsError, OSError) as error:
+    except (WeightsError, OSError, MemoryError) as error:
+        check_machine(error)
         raise WeightsError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 

@@ -41,10 +41,15 @@ _STORAGES = {f"torch.{kind}Storage": dtype for kind, dtype in _KINDS.items()} | 
 
 
 class Extent(NamedTuple):
-    """Where a storage lies in the file, in bytes."""
+    """Where a storage lies in the file, in bytes. crc: its checksum; 0: it has none (PyTorch can leave it out)."""
 
     start: int
     nbytes: int
+    crc: int = 0
+
+    @property
+    def end(self) -> int:
+        return self.start + self.nbytes
 
 
 class Storage(NamedTuple):
@@ -111,8 +116,13 @@ def show(text: str) -> str:
 
 
 def is_sizes(value: Any) -> bool:
-    """Whether this is a tuple of sizes that an array can have."""
+    """Whether this is a tuple of sizes or strides that an array can have."""
     return type(value) is tuple and all(type(n) is int and 0 <= n < 2**48 for n in value) and len(value) <= MAX_DIMS
+
+
+def is_shape(value: Any) -> bool:
+    """Whether numpy can make an array of this shape: it refuses some without elements, such as (0, 2^40, 2^40)."""
+    return is_sizes(value) and math.prod(n or 1 for n in value) < 2**48
 
 
 def _checked(value: Any, *types: type) -> Any:
@@ -151,7 +161,7 @@ def _rebuild_tensor_v3(storage, offset, shape, strides, requires_grad, hooks, dt
     if metadata:
         raise ValueError("a tensor that is stored conjugated or negated")
     dtype = DTYPES[_checked(dtype, str).removeprefix("torch.")]
-    if not all(map(is_sizes, ((offset,), shape, strides))) or len(shape) != len(strides):
+    if not (is_shape(shape) and is_sizes(strides) and is_sizes((offset,))) or len(shape) != len(strides):
         raise ValueError("a tensor of no sensible offset, shape and strides")
     tensor = Tensor(shape, dtype, strides, offset, _checked(storage, Storage))
     # It may not pass the end of its storage, nor (by strides of 0) be larger than it.

@@ -14,14 +14,12 @@ flax           A state as msgpack, by `flax.serialization`; see `flax_msgpack`.
 """
 
 import hashlib
-import io
 import json
 import os
 import re
-import stat
-import struct
 import sys
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,10 +28,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from diversedit_jax.errors import WeightsError
+from diversedit_jax.errors import WeightsError, check_machine
+from diversedit_jax.reading import RegularFile, checksum, member_start, zip_members
 from diversedit_jax.runtime.files import replacing
 from diversedit_jax.weights.formats import NamedArrays, flax_msgpack, torch_pickle
-from diversedit_jax.weights.formats.torch_pickle import DTYPES, Extent, Foreign, Tensor, contiguous, show
+from diversedit_jax.weights.formats.torch_pickle import DTYPES, Extent, Foreign, Tensor, contiguous, is_shape, show
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _MAGIC_PICKLE = b"\x8a\x0a" + _MAGIC.to_bytes(10, "little")
@@ -49,21 +48,6 @@ MAX_DEPTH = 100
 MAX_WALK = 1 << 24
 
 
-class _File(io.BufferedReader):
-    """A file that never allocates more bytes than it has left: the size of a read may be a number in the file."""
-
-    def __init__(self, path: Path):
-        super().__init__(io.FileIO(path))
-        self.size = os.fstat(self.fileno()).st_size
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        left = max(self.size - self.tell(), 0)
-        return super().read(left if size is None or size < 0 else min(size, left))
-
-    def readline(self, size: int | None = -1, /) -> bytes:
-        return super().readline(4096)
-
-
 class WeightsFile(NamedArrays):
     """The tensors of an open weight file. A name is the path to the tensor, joined by dots.
 
@@ -76,7 +60,7 @@ class WeightsFile(NamedArrays):
     def __init__(
         self,
         path: Path,
-        file: _File,
+        file: RegularFile,
         tree: Any,
         extents: Mapping[str, Extent],
         byteorder: str,
@@ -84,6 +68,7 @@ class WeightsFile(NamedArrays):
     ):
         self.tree, self.about = tree, about or {}
         self._path, self._file, self._extents, self._byteorder = path, file, extents, byteorder
+        self._whole: set[str] = set()  # storages whose checksum is verified
         self._tensors, self.foreign = _named_leaves(tree)
         if self.foreign and not self._tensors:
             dotted = show(next(iter(self.foreign.values())))
@@ -106,9 +91,15 @@ class WeightsFile(NamedArrays):
         tensor = self._tensors[name]
         # As unsigned integers: extension types know neither strides over a buffer nor byte orders.
         words = np.empty(tensor.span, f"u{tensor.dtype.itemsize}")
-        self._file.seek(self._extents[tensor.storage.key].start + tensor.offset * tensor.dtype.itemsize)
+        extent = self._extents[tensor.storage.key]
+        self._file.seek(extent.start + tensor.offset * tensor.dtype.itemsize)
         if self._file.readinto(words) != words.nbytes:
             raise WeightsError(f"{self._path}: truncated while {show(name)} was read")
+        if extent.crc and tensor.storage.key not in self._whole:
+            all_of_it = words.nbytes == extent.nbytes
+            if (zlib.crc32(words) if all_of_it else checksum(self._file, *extent[:2])) != extent.crc:
+                raise WeightsError(f"{self._path}: {show(name)} is damaged: the checksum of its storage is wrong")
+            self._whole.add(tensor.storage.key)
         if self._byteorder != sys.byteorder:
             words = words.byteswap()
         strides = [stride * tensor.dtype.itemsize for stride in tensor.strides]
@@ -123,9 +114,10 @@ class WeightsFile(NamedArrays):
 def file_digest(path: str | Path) -> str:
     """sha256 of a file, in hex; WeightsError if it cannot be read."""
     try:
-        with open(Path(path).expanduser(), "rb") as opened:
+        with RegularFile(Path(path).expanduser()) as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
+        check_machine(error)
         raise WeightsError(f"{path}: cannot be read: {error.strerror}") from error
 
 
@@ -136,17 +128,16 @@ def open_weights(path: str | os.PathLike) -> WeightsFile:
     """
     path, file = Path(path), None
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise WeightsError("is a folder, not a file" if path.is_dir() else "is not a regular file")
-        file = _File(path)
+        file = RegularFile(path)
         return WeightsFile(path, file, *_contents(path, file))
-    except (WeightsError, OSError, ValueError) as error:  # ValueError: a path with a null byte
+    except (WeightsError, OSError, ValueError, MemoryError) as error:  # ValueError: a path with a null byte
         if file is not None:
             file.close()
+        check_machine(error)
         raise WeightsError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _contents(path: Path, file: _File) -> tuple:
+def _contents(path: Path, file: RegularFile) -> tuple:
     """Tree, extents of the storages, byte order of the numbers, and for safetensors the strings besides."""
     head = file.read(32)
     file.seek(0)
@@ -164,7 +155,7 @@ def _contents(path: Path, file: _File) -> tuple:
     raise WeightsError(f"is not a weight file: starts with {head[:8]!r}, wanted {wanted}")
 
 
-def _safetensors(path: Path, file: _File) -> tuple[Any, dict[str, Extent], str, dict[str, str]]:
+def _safetensors(path: Path, file: RegularFile) -> tuple[Any, dict[str, Extent], str, dict[str, str]]:
     """The contents of a safetensors file, from its header."""
     try:
         with safetensors.safe_open(path, "numpy"):  # checks that the tensors fill the file exactly
@@ -178,6 +169,8 @@ def _safetensors(path: Path, file: _File) -> tuple[Any, dict[str, Extent], str, 
         if entry["dtype"] not in _SAFETENSORS:
             raise WeightsError(f"{show(name)} has dtype {entry['dtype']}, which is not read")
         dtype, shape = DTYPES[_SAFETENSORS[entry["dtype"]]], tuple(entry["shape"])
+        if not is_shape(shape):
+            raise WeightsError(f"{show(name)} has no shape that an array can have: {show(str(list(shape)))}")
         begin, end = entry["data_offsets"]
         tree[name] = contiguous(name, shape, dtype)
         extents[name] = Extent(8 + length + begin, end - begin)
@@ -191,7 +184,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _zip(file: _File) -> tuple[Any, dict[str, Extent], str]:
+def _zip(file: RegularFile) -> tuple[Any, dict[str, Extent], str]:
     """The contents of a PyTorch zip archive."""
     entries = _entries(file)
     pickles = [name for name in entries if re.fullmatch("[^/]+/data.pkl", name)]
@@ -202,53 +195,40 @@ def _zip(file: _File) -> tuple[Any, dict[str, Extent], str]:
         raise WeightsError("is a TorchScript archive, a program: only tensors that torch.save wrote are read")
     byteorder = "little"
     if f"{root}byteorder" in entries:
-        start, nbytes = entries[f"{root}byteorder"]
+        start, nbytes, _ = entries[f"{root}byteorder"]
         file.seek(start)
         byteorder = file.read(min(nbytes, 8)).decode("latin-1")
     if byteorder not in ("little", "big"):
         raise WeightsError(f"has the byte order {byteorder!r}, wanted 'little' or 'big'")
-    file.seek(entries[f"{root}data.pkl"].start)
+    start, nbytes, crc = entries[f"{root}data.pkl"]
+    if crc and nbytes <= torch_pickle.MAX_BYTES and checksum(file, start, nbytes) != crc:
+        raise WeightsError("is damaged: the checksum of its pickle is wrong")
+    file.seek(start)
     tree = torch_pickle.load(file)
-    if file.tell() > sum(entries[f"{root}data.pkl"]):
+    if file.tell() > start + nbytes:
         raise WeightsError("its pickle is longer than data.pkl")
     folder = f"{root}data/"
     return tree, {n.removeprefix(folder): e for n, e in entries.items() if n.startswith(folder)}, byteorder
 
 
-def _entries(file: _File) -> dict[str, Extent]:
+def _entries(file: RegularFile) -> dict[str, Extent]:
     """Where the entries of a zip archive lie. PyTorch writes each name once, in folders, without compression."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            infos, end = archive.infolist(), archive.start_dir
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, EOFError, struct.error) as error:
-        raise WeightsError(f"is a truncated or damaged zip archive: {show(str(error))}") from error
     entries = {}
-    for info in infos:
-        name = info.filename
-        if name in entries:
-            raise WeightsError(f"has two entries {show(name)}")
-        if name.startswith("/") or "\\" in name or ".." in name.split("/"):
-            raise WeightsError(f"has an entry {show(name)}, which leads out of the archive")
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size != info.compress_size:
-            raise WeightsError(f"has a compressed or encrypted entry {show(name)}; PyTorch stores plain bytes")
-        entries[name] = Extent(_start(file, info), info.file_size)
-        if sum(entries[name]) > end:
-            raise WeightsError(f"is truncated or damaged: entry {show(name)} passes the end of the data")
+    try:
+        for name, info in zip_members(file).items():
+            if name.startswith("/") or "\\" in name or ".." in name.split("/"):
+                raise ValueError(f"an entry {name}, which leads out of the archive")
+            if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size != info.compress_size:
+                raise ValueError(f"a compressed or encrypted entry {name}; PyTorch stores plain bytes")
+            entries[name] = Extent(member_start(file, info), info.file_size, info.CRC)
+            if entries[name].end > file.size:
+                raise ValueError(f"entry {name} passes the end of the data")
+    except ValueError as error:
+        raise WeightsError(f"is no whole file of PyTorch: {show(str(error))}") from error
     return entries
 
 
-def _start(file: _File, info: zipfile.ZipInfo) -> int:
-    """Where the bytes of an entry start: after its own header, which repeats the name and adds padding."""
-    file.seek(info.header_offset)
-    header = file.read(30)
-    if len(header) == 30 and header.startswith(b"PK\x03\x04"):
-        name, extra = struct.unpack("<HH", header[26:])
-        if file.read(name) == info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437"):
-            return info.header_offset + 30 + name + extra
-    raise WeightsError(f"is a damaged zip archive: no header of entry {show(info.filename)} where it should be")
-
-
-def _legacy(file: _File) -> tuple[Any, dict[str, Extent], str]:
+def _legacy(file: RegularFile) -> tuple[Any, dict[str, Extent], str]:
     """The contents of a PyTorch file from before 1.6."""
     magic, protocol, _ = (torch_pickle.load(file) for _ in range(3))
     if (magic, protocol) != (_MAGIC, _PROTOCOL):
@@ -266,9 +246,9 @@ def _legacy(file: _File) -> tuple[Any, dict[str, Extent], str]:
         extents[key] = Extent(file.tell(), storage.nbytes)
         if size != storage.size:
             raise WeightsError(f"is truncated or damaged: storage {show(key)} of {storage.size} elements has {size}")
-        if sum(extents[key]) > file.size:
-            raise WeightsError(f"is truncated: storage {show(key)} ends at byte {sum(extents[key])} of {file.size}")
-        file.seek(sum(extents[key]))
+        if extents[key].end > file.size:
+            raise WeightsError(f"is truncated: storage {show(key)} ends at byte {extents[key].end} of {file.size}")
+        file.seek(extents[key].end)
     return tree, extents, "little"
 
 

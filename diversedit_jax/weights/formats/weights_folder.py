@@ -5,7 +5,6 @@ in such a folder is read with the config.json beside it.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from diversedit_jax.errors import WeightsError
+from diversedit_jax.errors import WeightsError, check_machine
+from diversedit_jax.reading import read_json
 from diversedit_jax.weights.formats import NamedArrays
 from diversedit_jax.weights.formats.weights_file import WeightsFile, file_digest, open_weights
 
@@ -49,7 +49,9 @@ def files(path: Path) -> list[Path]:
             return [path / name]
         if (index := path / f"{name}.index.json").is_file():
             parts = _read(index).get("weight_map")
-            if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
+            if not isinstance(parts, dict) or not all(
+                isinstance(part, str) and len(part) < 256 for part in parts.values()
+            ):
                 raise WeightsError(f"{index}: wanted 'weight_map', the file of each array")
             return [path / Path(part).name for part in dict.fromkeys(parts.values())]
     raise WeightsError(f"{path}: a folder without weights ({described(path)}): wanted {', '.join(NAMES)}, or an index")
@@ -98,8 +100,9 @@ def described(path: Path) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
+        check_machine(error)
         raise WeightsError(f"{path}: cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: cannot be read: wanted a JSON object")

@@ -1,0 +1,152 @@
+"""A program goes on and saves, whatever becomes of its output, and when it is stopped and continued."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests import ROOT
+
+# A program that prints a lot, asks whether to stop, and leaves a file when it has saved. Its argument: that file.
+PROGRAM = """
+import pathlib, sys, time
+from diversedit_jax.runtime import cli, progress
+
+def main(arguments):
+    with progress.Progress(1000, 0, 1) as shown, cli.stop_requests(shown.note) as stop, cli.watchdog(2) as alive:
+        for step in range(1, 1001):
+            alive()
+            print("result", step, "x" * 100)
+            shown.report(step, {"loss": 1.0})
+            time.sleep(0.002)
+            if step == 30:
+                print("ready", flush=True)
+            if stop():
+                break
+    pathlib.Path(arguments[0]).write_text(f"{step} {stop()}")
+    if stop():
+        raise cli.Stopped("saved")
+
+cli.launch(main, arguments=True)
+"""
+
+
+def program(saved, sinks: str = "") -> list[str]:
+    """The command of the program. sinks: how the shell redirects its output."""
+    return ["bash", "-c", f'exec "$@" {sinks}', "bash", sys.executable, "-c", PROGRAM, str(saved)]
+
+
+def run(saved, sinks: str) -> subprocess.CompletedProcess:
+    return subprocess.run(program(saved, sinks), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("sinks", ["2>/dev/full", ">/dev/full", ">&- 2>&- <&-"])
+def test_output_that_cannot_be_written_ends_nothing(tmp_path, sinks):
+    done = run(tmp_path / "saved", sinks)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert (tmp_path / "saved").read_text() == "1000 None"
+
+
+def started(saved) -> subprocess.Popen:
+    """The program, when it has printed for a while; its stdout and stderr are one pipe."""
+    process = subprocess.Popen(
+        program(saved), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    for line in process.stdout:
+        if line == "ready\n":
+            return process
+    raise AssertionError(f"the program ended with {process.wait()}")
+
+
+def test_a_closed_pipe_is_no_error(tmp_path):
+    """As in `program | head`."""
+    process = started(tmp_path / "saved")
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    assert (tmp_path / "saved").read_text() == "1000 None"
+
+
+def test_a_program_saves_when_its_log_dies_first(tmp_path):
+    """As Ctrl-C in `program 2>&1 | tee log`: tee ends, and the program's next word meets a broken pipe."""
+    process = started(tmp_path / "saved")
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 42
+    step, name = (tmp_path / "saved").read_text().split()
+    assert int(step) < 1000
+    assert name == "SIGINT"
+
+
+def test_a_signal_in_the_middle_of_a_print_is_a_request(tmp_path):
+    """Python forbids to print there: the notice is lost, the request is not."""
+    code = """
+import io, os, signal
+from diversedit_jax.runtime import cli
+
+class Reentrant(io.StringIO):
+    def write(self, text):
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+with cli.stop_requests(lambda text: print(text, file=Reentrant())) as stop:
+    os.kill(os.getpid(), signal.SIGTERM)
+    print(stop())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "SIGTERM\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "says"),
+    [
+        (
+            "jax.numpy.zeros(2**44).block_until_ready()",
+            71,
+            "error: the memory of a device does not suffice (RESOURCE_E",
+        ),
+        ("raise MemoryError", 71, "error: the machine lacks memory, threads or open files: MemoryError"),
+        ('raise RuntimeError("can\'t start new thread")', 71, "error: the machine lacks memory, threads or open files"),
+        ("raise OSError(24, 'Too many open files', 'a.npy')", 71, "error: the machine lacks memory, threads or open"),
+        (
+            "raise OSError(28, 'No space left on device', 'a.npy')",
+            74,
+            "error: cannot write a.npy: No space left on dev",
+        ),
+        ("open('/proc/self/mem/x')", 74, "error: /proc/self/mem/x: Not a directory"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(fault, code, says):
+    program = f"import jax\nfrom diversedit_jax.runtime import cli\n\ndef main():\n    {fault}\n\ncli.launch(main)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == code, done.stderr
+    assert done.stderr.startswith(says)
+    assert done.stderr.count("\n") == 1
+
+
+def state_of(pid: int) -> str:
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
+def test_ctrl_z_for_longer_than_the_watchdog_is_no_hang(tmp_path):
+    process = started(tmp_path / "saved")
+    try:
+        process.send_signal(signal.SIGTSTP)
+        while state_of(process.pid) != "T":
+            time.sleep(0.01)
+        time.sleep(4)  # the watchdog waits 2 s
+        process.send_signal(signal.SIGCONT)
+        process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert (tmp_path / "saved").read_text() == "1000 None"
