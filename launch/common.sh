@@ -333,6 +333,7 @@ explain() {
     42) echo "42: stopped and saved; the same command resumes" ;;
     65) echo "65: data or weights are missing or damaged; mend what the log names, then start again" ;;
     70) echo "70: a loss or gradient is not finite; the last good checkpoint is kept: change the config, then start again" ;;
+    71) echo "71: a host or device lacks memory, threads or open files; the log says which" ;;
     74) echo "74: a checkpoint cannot be written or read; see the log, the space and the permissions of WORKDIR" ;;
     78) echo "78: a config, flag or WORKDIR that cannot be used; mend what the log names, then start again" ;;
     12[7-9] | 1[3-9][0-9] | 2[0-9][0-9]) echo "$1: crashed or killed; a restart resumes from the last checkpoint" ;;

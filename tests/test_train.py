@@ -409,9 +409,9 @@ def test_a_run_that_loses_its_lock_ends_before_it_writes(tmp_path, monkeypatch, 
         dataset = digits_data.make(split, data_dir=data_dir, dequantize=dequantize)
         return dataset._replace(source=Harmful(dataset.source[:64], lambda: harm(workdir)))
 
-    monkeypatch.setattr(sys.modules[__name__], "data_of_the_test", data, raising=False)
+    monkeypatch.setattr(sys.modules[__name__], "make_data_of_the_test", data, raising=False)
     with pytest.raises(ConfigError, match=says):
-        train.run(tiny(data__name=f"{__name__}:data_of_the_test", input__num_threads=0), workdir)
+        train.run(tiny(data__name=f"{__name__}:make_data_of_the_test", input__num_threads=0), workdir)
     assert set(Checkpoints(workdir / "checkpoints").steps()) <= {2}
     logged = workdir / "metrics.jsonl"
     assert not logged.exists() or len(logged.read_text().splitlines()) <= 3

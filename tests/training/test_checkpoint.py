@@ -489,9 +489,10 @@ for step in checkpoints.steps():
 def kill_while_saving(directory, delay):
     code = """
 with Checkpoints(sys.argv[1]) as checkpoints:
-    for step in range((checkpoints.latest() or 0) + 1, 10**6):
+    begin = (checkpoints.latest() or 0) + 1
+    for step in range(begin, 10**6):
         checkpoints.save(step, make(step), {"step": step})
-        if step % 10 == 2: print(step, flush=True)
+        if step == begin + 1: print(step, flush=True)
 """
     process = program(code, directory)
     try:
