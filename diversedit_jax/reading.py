@@ -41,7 +41,7 @@ class RegularFile(io.BufferedReader):
         return super().read(left if size is None or size < 0 else min(size, left))
 
     def readline(self, size: int | None = -1, /) -> bytes:
-        return super().readline(4096)
+        return super().readline(4096)  # pickles read lines: names, which are short
 
 
 def _regular(path: str | os.PathLike, flags: int) -> int:
@@ -82,7 +82,7 @@ def zip_members(file: RegularFile) -> dict[str, zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(file) as archive:
             infos, announced = archive.infolist(), _announced(file, archive.comment)
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, EOFError, struct.error) as error:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise ValueError(f"a truncated or damaged zip archive: {error}") from error
     if announced not in (len(infos) % 2**16, 2**16 - 1):  # a damaged entry may swallow the next ones
         raise ValueError(f"a damaged zip archive: it announces {announced} entries and has {len(infos)}")
