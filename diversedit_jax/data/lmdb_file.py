@@ -2,7 +2,7 @@
 
 page        64-bit, little-endian; all numbers of pages count from the begin of the file
   0, 8      its own number, 8 bytes; unused, 2 bytes
-  10        flags, 2 bytes: BRANCH, LEAF, OVERFLOW, META
+  10        flags, 2 bytes: BRANCH, LEAF or OVERFLOW
   12        of a branch or leaf: end of the list of its nodes, 2 bytes; of an overflow: how many pages it fills
   16        of a branch or leaf: the places of its nodes in the order of their keys, 2 bytes each
 node        low and high half of a size, flags, size of the key, 2 bytes each; then the key, and in a leaf the value
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from diversedit_jax.reading import RegularFile
 
-BRANCH, LEAF, OVERFLOW, META = 1, 2, 4, 8
+BRANCH, LEAF, OVERFLOW = 1, 2, 4
 BIG = 1  # flag of a node
 MAGIC, VERSION = 0xBEEFC0DE, 1
 HEADER = 16  # bytes of a page before its content
