@@ -47,7 +47,7 @@ def make(
 
     @cache  # compile and read once, at the first run
     def prepared() -> tuple[measure.Pass, list]:
-        shown = measure.batches(spec.data(settings.split), settings, spec.experiment.layout)
+        shown = measure.batches(dataset, settings, spec.experiment.layout)
         return measure.compiled(spec.experiment, settings), shown
 
     def run(current: Current) -> Iterable[tuple[str, Any]]:
