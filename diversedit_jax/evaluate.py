@@ -152,58 +152,45 @@ def evaluate(
     held = workdir_lock.held(writable_folder(folder, "--out"), partial(print, flush=True))
     with contextlib.ExitStack() as lock:
         processes.first_alone(lambda: lock.enter_context(held))  # two would remove each other's parts
-        return _evaluate(images, judges, extract, statistics, folder, keep_samples, plan)
-
-
-def _evaluate(
-    images: Images,
-    judges: Judges,
-    extract: scoring.Extract,
-    statistics: Mapping,
-    folder: Path,
-    keep_samples: bool,
-    plan: Mapping[str, Any],
-) -> dict[str, float]:
-    """Score images in a folder whose lock this program holds."""
-    started, parts = time.monotonic(), folder / "parts"
-    if images.labels is not None:
-        rows = tables.grid_rows(images.labels)
-    else:
-        rows = [list(range(i, i + 10)) for i in range(0, min(100, images.num) // 10 * 10, 10)]
-    firsts = list(range(0, images.num, images.batch))
-    whole = []
-    if jax.process_index() == 0 and feature_cache.claim(parts, plan | {"keep_samples": keep_samples}):
-        whole = [first for first in firsts if feature_cache.read(parts, first) is not None]
-        if whole:
-            print(f"going on: {len(whole)} of {len(firsts)} parts are there")
-    whole = sharding.agreed(whole)
-    with Ticker(images.num, sum(min(images.batch, images.num - first) for first in whole)) as ticker:
-        for first in [first for first in firsts if first not in whole]:
-            count = min(images.batch, images.num - first)
-            batch = images.read(first, count)
-            features = extract(batch)
-            if jax.process_index() == 0:
-                shown = {n: batch[n - first] for row in rows for n in row if first <= n < first + count}
-                feature_cache.write(parts, first, features, batch if keep_samples else batch[:0], shown)
-            ticker.update(count)
-    sharding.wait_for_all("features are written")
-    if jax.process_index() != 0:
-        return {}
-    scores: dict[str, float] = {}
-    for one in judges.extractors:
-        scores |= scoring.scores(one.name, feature_cache.features(parts, firsts, one.name), statistics[one.name])
-    seconds = round(time.monotonic() - started, 1)
-    record = {"scores": scores, "plan": plan, "versions": versions(), "seconds": seconds, "resumed": bool(whole)}
-    with feature_cache.writing(folder):
-        if rows:
-            shown = feature_cache.shown(parts, firsts)
-            grid = image_grid(np.stack([shown[number] for row in rows for number in row]), columns=len(rows[0]))
-            save_png(folder / "grid.png", grid)
-        if keep_samples:
-            feature_cache.join_images(parts, firsts, images.num, images.labels, folder / SAMPLES)
-        write_json(folder / SCORES, record)
-    feature_cache.remove(parts, firsts)
-    return scores
+        started, parts = time.monotonic(), folder / "parts"
+        if images.labels is not None:
+            rows = tables.grid_rows(images.labels)
+        else:
+            rows = [list(range(i, i + 10)) for i in range(0, min(100, images.num) // 10 * 10, 10)]
+        firsts = list(range(0, images.num, images.batch))
+        whole = []
+        if jax.process_index() == 0 and feature_cache.claim(parts, plan | {"keep_samples": keep_samples}):
+            whole = [first for first in firsts if feature_cache.read(parts, first) is not None]
+            if whole:
+                print(f"going on: {len(whole)} of {len(firsts)} parts are there")
+        whole = sharding.agreed(whole)
+        with Ticker(images.num, sum(min(images.batch, images.num - first) for first in whole)) as ticker:
+            for first in [first for first in firsts if first not in whole]:
+                count = min(images.batch, images.num - first)
+                batch = images.read(first, count)
+                features = extract(batch)
+                if jax.process_index() == 0:
+                    shown = {n: batch[n - first] for row in rows for n in row if first <= n < first + count}
+                    feature_cache.write(parts, first, features, batch if keep_samples else batch[:0], shown)
+                ticker.update(count)
+        sharding.wait_for_all("features are written")
+        if jax.process_index() != 0:
+            return {}
+        scores: dict[str, float] = {}
+        for one in judges.extractors:
+            scores |= scoring.scores(one.name, feature_cache.features(parts, firsts, one.name), statistics[one.name])
+        seconds = round(time.monotonic() - started, 1)
+        record = {"scores": scores, "plan": plan, "versions": versions(), "seconds": seconds, "resumed": bool(whole)}
+        with feature_cache.writing(folder):
+            if rows:
+                shown = feature_cache.shown(parts, firsts)
+                grid = image_grid(np.stack([shown[number] for row in rows for number in row]), columns=len(rows[0]))
+                save_png(folder / "grid.png", grid)
+            if keep_samples:
+                feature_cache.join_images(parts, firsts, images.num, images.labels, folder / SAMPLES)
+            write_json(folder / SCORES, record)
+        feature_cache.remove(parts, firsts)
+        return scores
 
 
 def finished(folder: Path, plan: Mapping[str, Any]) -> dict[str, float] | None:
