@@ -118,7 +118,7 @@ with cli.stop_requests(lambda text: print(text, file=Reentrant())) as stop:
             74,
             "error: cannot write a.npy: No space left on dev",
         ),
-        ("open('/proc/self/mem/x')", 74, "error: /proc/self/mem/x: Not a directory"),
+        ("open('/dev/null/x')", 74, "error: /dev/null/x: Not a directory"),
     ],
 )
 def test_what_the_machine_refuses_is_one_line(fault, code, says):
@@ -131,18 +131,11 @@ def test_what_the_machine_refuses_is_one_line(fault, code, says):
     assert done.stderr.count("\n") == 1
 
 
-def state_of(pid: int) -> str:
-    with open(f"/proc/{pid}/stat") as file:
-        return file.read().rpartition(")")[2].split()[0]
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
 def test_ctrl_z_for_longer_than_the_watchdog_is_no_hang(tmp_path):
     process = started(tmp_path / "saved")
     try:
         process.send_signal(signal.SIGTSTP)
-        while state_of(process.pid) != "T":
-            time.sleep(0.01)
+        assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
         time.sleep(4)  # the watchdog waits 2 s
         process.send_signal(signal.SIGCONT)
         process.communicate(timeout=120)
