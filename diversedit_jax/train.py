@@ -274,23 +274,30 @@ class Trainer:
             self.checkpoints.save(step, self.state, meta)
         self.saved = step
 
-    def look(self, step: int) -> None:
+    def look(self, step: int, last: bool = False) -> bool:
         """Draw the samples and run the evaluators that are due at a step, for as long as they take.
 
-        Nothing is done again that was done before this step was restored.
+        last: all are due.
+        Returns whether there was anything to do. Nothing is done again that was done before this step was restored.
         """
         self.alive(False)
-        known = self.writer.known if self.writer and step == self.begin else ()
-        picture = self.workdir / "samples" / f"{step:07d}.png"
+        config, again = self.config, step == self.begin
+        known, path = self.writer.known if self.writer and again else (), self.picture(step)
+        jobs = [
+            (slot.every, any(name.startswith(f"{label}/") for name in known), partial(self.evaluate, step, label))
+            for label, slot in config.evaluators.items()
+        ]
+        if config.samples.num and self.experiment.components.codec.decode is not None:
+            jobs.insert(0, (config.samples.every, again and path.exists(), partial(self.show, step, last)))
+        todo = [job for every, done, job in jobs if (last or due(step, every)) and not processes.number_of_first(done)]
         with self.progress.pause():
-            if due(step, self.config.samples.every) and not processes.number_of_first(
-                step == self.begin and picture.exists()
-            ):
-                self.show(step, picture)
-            for label in self.evaluators:
-                written = any(name.startswith(f"{label}/") for name in known)
-                if due(step, self.config.evaluators[label].every) and not processes.number_of_first(written):
-                    self.evaluate(step, label)
+            for job in todo:
+                job()
+        return bool(todo)
+
+    def picture(self, step: int) -> Path:
+        """The file of the samples of a step."""
+        return self.workdir / "samples" / f"{step:07d}.png"
 
     def draw(self, conditions: Condition, first: int = 0) -> np.ndarray:
         """Draw samples of the EMA network. ConfigError if its objective does not say how."""
@@ -302,18 +309,18 @@ class Trainer:
         if self.stop():
             raise cli.Interrupted
 
-    def show(self, step: int, path: Path) -> None:
-        """Draw samples, if the config asks for any, and write a grid of them, if they are images."""
-        config = self.config
-        if not config.samples.num:
-            return
+    def show(self, step: int, last: bool) -> None:
+        """Draw samples, and write a grid of them; the last one also as samples.png."""
+        config, path = self.config, self.picture(step)
         drawn = self.draw(self.experiment.conditions(None, config.samples.num, config.seed))
         self.check_lock()
-        if self.writer is not None and drawn.dtype == np.uint8:
-            grid = pictures.image_grid(pictures.as_pictures(drawn))
-            path.parent.mkdir(exist_ok=True)
-            pictures.save_png(path, grid)
-            self.writer.write_images(step, {"samples": grid})
+        if self.writer is None:
+            return
+        grid = pictures.image_grid(pictures.as_pictures(drawn))
+        self.writer.write_images(step, {"samples": grid})
+        path.parent.mkdir(exist_ok=True)
+        for place in [self.workdir / "samples.png"] * last + [path]:  # `path` shows that the step is done
+            pictures.save_png(place, grid)
 
     def evaluate(self, step: int, label: str) -> None:
         """Run an evaluator, and write its results."""
@@ -322,30 +329,26 @@ class Trainer:
         self.check_lock()
         images = {f"{label}/{name}": x for name, x in found.items() if isinstance(x, np.ndarray)}
         scores = {f"{label}/{name}": x for name, x in found.items() if not isinstance(x, np.ndarray)}
-        if self.writer is not None:
-            self.writer.write_scalars(step, scores)
-            self.writer.write_images(step, images)
-        self.note("  ".join([f"step {step}", *(f"{name} {value:.4g}" for name, value in scores.items())]))
         if label == self.judge:
             metric = self.config.checkpoint.metric
             if metric not in scores:
                 raise ConfigError(f"config.checkpoint.metric = {metric!r} is not found; {suggestion(metric, scores)}")
             self.checkpoints.score(step, scores[metric])
+        if self.writer is not None:
+            self.writer.write_images(step, images)
+            self.writer.write_scalars(step, scores)  # at the end: they show that the evaluator is done
+        self.note("  ".join([f"step {step}", *(f"{name} {value:.4g}" for name, value in scores.items())]))
 
     def finish(self) -> None:
-        """Compute the last scores, draw the last samples, wait for the last checkpoint."""
-        total, path = self.config.total_steps, self.workdir / "samples.png"
-        if self.begin >= total and path.exists():
-            self.note(f"nothing to do: the checkpoint is at step {self.begin}, config.total_steps is {total}")
-        else:
-            self.alive(False)
-            try:
-                for label in self.evaluators:
-                    self.evaluate(total, label)
-                self.show(total, path)
-            except cli.Interrupted:
-                self.stopped(total)
-            self.alive()
+        """Draw the last samples, compute the last scores, wait for the last checkpoint."""
+        total = self.config.total_steps
+        step = max(self.begin, total)
+        try:
+            if not self.look(step, last=True) and self.begin >= total:
+                self.note(f"nothing to do: the checkpoint is at step {step}, config.total_steps is {total}")
+        except cli.Interrupted:
+            self.stopped(step)
+        self.alive()
         self.checkpoints.wait()
 
 

@@ -223,11 +223,31 @@ def test_another_config_is_refused_by_key_and_longer_runs_are_not(straight, tmp_
 
 
 @pytest.mark.slow
-def test_a_longer_run_continues(tmp_path):
-    constant = {"optim__decay": "constant"}
-    train.run(tiny(total_steps=3, **constant), tmp_path / "a")
-    resumed = train.run(tiny(total_steps=5, **constant), tmp_path / "a")
-    assert_same_bits(resumed, train.run(tiny(total_steps=5, **constant), tmp_path / "b"))
+def test_a_longer_run_continues(tmp_path, capfd):
+    """Also if it was stopped at its end, before its scores and pictures: those of the shorter run do not count."""
+    marker, workdir = tmp_path / "stopped", tmp_path / "a"
+
+    def config(total_steps):
+        made = tiny(total_steps=total_steps, optim__decay="constant", samples__num=4, ema_decay=0.5)
+        made.evaluators.stop = slot("evaluators", "tests.parts:make_terminate", marker=str(marker))
+        return made
+
+    marker.touch()
+    train.run(config(3), workdir)
+    picture = (workdir / "samples.png").read_bytes()
+    marker.unlink()
+    with pytest.raises(cli.Stopped, match="stopped at step 5 of 5, saved"):
+        train.run(config(5), workdir)
+    assert drawn(workdir) == {3: 48}
+    resumed = train.run(config(5), workdir)
+    assert drawn(workdir) == {3: 48, 5: 48}
+    assert (workdir / "samples.png").read_bytes() == (workdir / "samples" / "0000005.png").read_bytes() != picture
+    assert (workdir / "samples" / "0000003.png").read_bytes() == picture
+    capfd.readouterr()
+    train.run(config(5), workdir)
+    assert "nothing to do: the checkpoint is at step 5" in capfd.readouterr().err
+    assert drawn(workdir) == {3: 48, 5: 48}
+    assert_same_bits(resumed, train.run(config(5), tmp_path / "b"))
 
 
 @pytest.mark.slow
