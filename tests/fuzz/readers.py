@@ -135,6 +135,12 @@ def scores(path: Path) -> Any:
     return evaluate.finished(path, {"num": 10})
 
 
+def config(path: Path) -> Any:
+    from diversedit_jax import config as configs
+
+    return configs.load(path).to_dict()
+
+
 def run(path: Path) -> Any:
     from diversedit_jax.analysis import known_scores
 
@@ -178,6 +184,7 @@ READERS = {
     "samples npy": Reader(samples),
     "feature parts": Reader(parts, sealed=True),
     "scores": Reader(scores),
+    "config": Reader(config),
     "run": Reader(run),
 }
 

@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import serialization
 
+from configs import digits
 from tests import DATA, ROOT
 from tests.data import test_foreign_latents, test_image_collections, test_latents
 from tests.evaluation import test_feature_cache, test_image_files, test_reference_statistics
@@ -109,6 +110,11 @@ def scores(path):
     (path / "scores.json").write_text(json.dumps(record))
 
 
+def config(path):
+    path.mkdir()
+    (path / "config.json").write_text(digits.get_config().to_json())
+
+
 def run(path):
     images = {"kind": "run", "step": 8, "sampler": {"steps": 2}}
     (path / "evaluations" / "8").mkdir(parents=True)
@@ -162,6 +168,7 @@ MAKERS = {
     "samples npy": moved(test_image_files.npy),
     "feature parts": feature_parts,
     "scores": scores,
+    "config": config,
     "run": run,
 }
 
