@@ -98,9 +98,10 @@ def launch(main: Callable[..., None], *, arguments: bool = False, several: bool 
         if several:
             processes.start(flags.FLAGS)
         main(*([extra] if arguments else []))
+        code = 0
     except Stopped as stop:
         print(stop, file=sys.stderr)
-        sys.exit(EXIT_PREEMPTED)  # all processes stop at the same step, and leave together
+        code = EXIT_PREEMPTED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         processes.leave(130)
@@ -111,6 +112,8 @@ def launch(main: Callable[..., None], *, arguments: bool = False, several: bool 
             processes.leave(1)
         print(f"error: {error}", file=sys.stderr)
         processes.leave(error.exit_code)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python takes a second to end, which must not change the code
+    sys.exit(code)  # all processes stop at the same step, and leave together
 
 
 def of_machine(error: Exception) -> Exception:

@@ -541,7 +541,7 @@ def test_a_tar_that_goes_in_circles_is_refused(tmp_path):
     total = sum(content[:148]) + 256 + sum(content[156:512])
     content[148:156] = b"%06o\0 " % total
     (tmp_path / "set.tar").write_bytes(content)
-    with pytest.raises(DataError, match="negative size"):
+    with pytest.raises(DataError, match=r"set.tar.* (negative size|invalid offset)"):  # our words, or Python 3.14's
         image_collections.open_images(tmp_path / "set.tar")
 
 

@@ -143,3 +143,16 @@ def test_ctrl_z_for_longer_than_the_watchdog_is_no_hang(tmp_path):
         process.kill()
     assert process.returncode == 0
     assert (tmp_path / "saved").read_text() == "1000 None"
+
+
+@pytest.mark.parametrize(("end", "code"), [("pass", 0), ("raise cli.Stopped('saved')", 42)])
+def test_a_signal_while_python_ends_does_not_change_the_exit_code(end, code):
+    """A launcher would start a finished program again."""
+    late = "atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))"
+    program = (
+        f"import atexit, os, signal\nfrom diversedit_jax.runtime import cli\n\n{late}\n\ndef main():\n    {end}\n\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"{program}cli.launch(main)"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stderr

@@ -448,7 +448,7 @@ def attacks(sentinel: Path) -> dict[str, bytes]:
         "torch.storage._load_from_bytes": b"ctorch.storage\n_load_from_bytes\n" + op((path,)) + b"R",
         "torch.float32.__class__": b"ctorch\nfloat32.__class__\n",
         "collections.OrderedDict.__init__": b"ccollections\nOrderedDict.__init__\n",
-        "argparse.FileType": op(Calls(argparse.FileType("w"), path)),
+        "argparse.FileType": b"cargparse\nFileType\n" + op(("w",)) + b"R" + op((path,)) + b"R",
         "os.system": pickle.dumps(Calls(os.system, touch), 4)[2:-1].replace(b"\x8c\x05posix", b"\x8c\x02os"),
         "opcode b'i'": b"(" + op(touch) + b"iposix\nsystem\n",
         "opcode b'o'": b"(" + op(touch) + b"o",
