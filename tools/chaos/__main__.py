@@ -14,8 +14,8 @@ attacks: closed pipes, missing permissions, paths with special characters, anoth
 other data, several starts at once. Nothing that was saved is lost, and each error is one line. At its end a run has the
 arrays and losses of the undisturbed run, to the bit.
 
-The first failure ends the program with code 1; DIR holds the runs. For Linux. A whole test without attacks took 39
-minutes on 2 CPU cores with other work.
+The first failure ends the program with code 1; DIR holds the runs. For Linux. A whole test took an hour and a half on 2
+CPU cores with other work.
 """
 
 import os
