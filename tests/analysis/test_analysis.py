@@ -595,7 +595,10 @@ def test_what_is_wrong_is_said_in_one_line(flags, message):
 @pytest.mark.slow
 def test_the_program_compares_what_follows_its_flag(workdir, tmp_path):
     flags = ["--workdir=one", "--compare", f"one={workdir}", f"two={workdir}", f"--out={tmp_path}", "--skip=estimators"]
-    done = program("diversedit_jax.analyze", *[flags[0].replace("one", f"one={workdir}"), *flags[1:], "--num=32"])
+    done = program(
+        "diversedit_jax.analyze",
+        *[flags[0].replace("one", f"one={workdir}"), *flags[1:], "--num=32", "--trust_workdir"],
+    )
     assert done.returncode == 0, done.stderr
     with open(tmp_path / "diversity.csv", newline="") as file:
         lines = list(csv.DictReader(file))
