@@ -27,7 +27,11 @@ FILE, MODULES = "config.json", "modules"  # MODULES: a key of FILE, the folders 
 RESERVED = ("name", "every")  # keys of a slot that are not options of its factory
 DEEPEST = 16  # dicts and lists inside of each other, in a stored config
 # Keys that runs of older versions lack, and their values there.
-LATER = {"init_from": {"fresh": []}, "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "rules": []}}
+LATER = {
+    "init_from": {"fresh": []},
+    "input": {"resident": False},
+    "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "rules": []},
+}
 NAMES = ("name", "extractor")  # keys whose values name factories
 SINGLE = {"data": "data", "codec": "codecs", "model": "models", "objective": "objectives"}  # key -> kind of slot
 LABELED = ("encoders", "losses", "evaluators")  # kinds of slots that a run has any number of, under labels

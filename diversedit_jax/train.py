@@ -65,7 +65,7 @@ class Trainer:
 
         # 1. Components, from the config and the data set.
         dataset = build.open_data(config)
-        self.experiment = experiment = build.build(config, dataset.space)
+        self.experiment = experiment = build.resident(build.build(config, dataset.space), dataset)
         components, layout = experiment.components, experiment.layout
         learns_null = components.objective.learns_null
         with configs.named("config.sampler", config.sampler):

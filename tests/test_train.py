@@ -31,6 +31,7 @@ from diversedit_jax.runtime import cli, workdir_lock
 from diversedit_jax.training.checkpoint import Checkpoints
 from diversedit_jax.weights import dit as releases
 from tests import ROOT
+from tests.data import test_image_collections
 from tests.data.test_latents import write
 from tests.runtime.test_metric_writer import events_of
 from tests.runtime.test_profiler import steps_in
@@ -723,3 +724,18 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
 @pytest.mark.slow
 def test_killed_many_times_it_ends_with_the_same_bits(tmp_path):
     check_campaign(tmp_path, kills=12, steps=200)
+
+
+@pytest.mark.slow
+def test_images_on_the_devices_train_like_those_of_the_host(tmp_path):
+    test_image_collections.folder(tmp_path / "set")
+    found = []
+    for resident in (False, True):
+        config = tiny(batch_size=8)
+        config.losses = ConfigDict()
+        config.data = slot("data", "images", data_dir=str(tmp_path / "set"), size=8, mirror=True, in_memory=True)
+        config.input.resident = resident
+        config.samples.num = 4
+        train.run(config, tmp_path / str(resident))
+        found.append(losses(tmp_path / str(resident)))
+    assert found[0] == pytest.approx(found[1], rel=1e-6)

@@ -1,6 +1,6 @@
 """Codecs: from stored data to the network's space and back, on device. One codec per file."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax
@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from diversedit_jax import registry
 from diversedit_jax.api import Batch, Codec, Conditions, Params, Space
+from diversedit_jax.data.levels import VALUES, Levels
 from diversedit_jax.encoders import Encoder
 from diversedit_jax.errors import ConfigError
 
@@ -65,7 +66,31 @@ def with_encoders(codec: Codec, encoders: Mapping[str, Encoder]) -> Codec:
             batch |= {f"{kind}/{label}": jax.lax.stop_gradient(x.astype(jnp.float32)) for kind, x in found.items()}
         return batch
 
-    def inside(function):
-        return None if function is None else lambda frozen, value: function(frozen["codec"], value)
+    return Codec(init, encode, _inside(codec.decode), _inside(codec.condition), codec.shape, codec.reads)
 
-    return Codec(init, encode, inside(codec.decode), inside(codec.condition), codec.shape, codec.reads)
+
+def resident(codec: Codec, levels: Levels) -> Codec:
+    """A codec that has the images among its frozen weights, as 256 levels, for batches of numbers (`levels.numbered`).
+
+    It gives the same examples as the host would. Batches that hold their images pass as before.
+    """
+
+    def init() -> Params:
+        # a table of values: a division on the device could differ from the host's in the last bit
+        return {"codec": codec.init(), "images": levels.images, "labels": levels.labels, "values": VALUES}
+
+    def encode(frozen: Params, batch: Batch, key: Array) -> Batch:
+        batch = dict(batch)
+        if (number := batch.pop("number", None)) is not None:
+            x = frozen["values"][frozen["images"][number]]
+            if (mirrored := batch.pop("mirrored", None)) is not None:
+                x = jnp.where(mirrored[:, None, None, None], x[:, :, ::-1], x)
+            batch |= {"x": x, "y": frozen["labels"][number]}
+        return codec.encode(frozen["codec"], batch, key)
+
+    return Codec(init, encode, _inside(codec.decode), _inside(codec.condition), codec.shape)
+
+
+def _inside(function: Callable | None) -> Callable | None:
+    """A direction of a codec whose weights are the entry `codec` of the frozen weights."""
+    return None if function is None else lambda frozen, value: function(frozen["codec"], value)

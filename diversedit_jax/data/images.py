@@ -1,5 +1,7 @@
 """Pixels of a collection of images, to train on without an autoencoder."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,6 +9,7 @@ import numpy as np
 from diversedit_jax.api import Conditions, Space
 from diversedit_jax.data import Dataset, image_collections
 from diversedit_jax.data.image_collections import ImageFiles
+from diversedit_jax.data.levels import VALUES, Levels, flip
 from diversedit_jax.registry import in_range
 
 
@@ -22,12 +25,18 @@ class Pixels:
 
     def __getitem__(self, index: int) -> dict:
         x = image_collections.crop(self.images, index, self.size)
-        return {"x": np.float32(x) / 127.5 - 1, "y": self.images.labels[index]}
+        return {"x": VALUES[x], "y": self.images.labels[index]}
 
+    def decoded(self) -> Levels:
+        """All images, decoded once, by all cores."""
+        images = np.empty((len(self), self.size, self.size, 3), np.uint8)
 
-def flip(example: dict, rng: np.random.Generator) -> dict:
-    """Mirror the image with probability 1/2."""
-    return example | {"x": example["x"][:, ::-1]} if rng.random() < 0.5 else example
+        def decode(index: int) -> None:
+            images[index] = image_collections.crop(self.images, index, self.size)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(decode, range(len(self))))
+        return Levels(images, self.images.labels)
 
 
 def make(
@@ -38,13 +47,16 @@ def make(
     kind: str | None = None,
     unconditional: bool = False,
     mirror: bool = False,
+    in_memory: bool = False,
 ) -> Dataset:
     """The images in `data_dir`, cropped to size x size pixels as ADM does, with the classes of the collection.
 
     kind, unconditional: as in `image_collections.open_images`. mirror: each draw takes the mirror image with
-    probability 1/2. Every draw decodes an image: use `config.input.num_workers` if that is slow.
+    probability 1/2. in_memory: decode all images once, into 3 x size x size bytes each. Without it, every draw decodes
+    an image: use `config.input.num_workers` if that is slow.
     """
     in_range("images: size", size, 1)
     images = image_collections.open_images(data_dir, kind, None if split == "train" else split, unconditional)
     space = Space((size, size, 3), Conditions.labels(len(images.classes)))
-    return Dataset(Pixels(images, size), flip if mirror else None, space)
+    pixels = Pixels(images, size)
+    return Dataset(pixels.decoded() if in_memory else pixels, flip if mirror else None, space)

@@ -19,6 +19,7 @@ import numpy as np
 from absl import flags
 
 from diversedit_jax.data import Dataset
+from diversedit_jax.data.levels import numbered
 from diversedit_jax.errors import ConfigError, DataError, check_machine
 from diversedit_jax.registry import in_range
 
@@ -108,6 +109,7 @@ def batches(
     num_workers: int = 0,
     max_bad_records: int = 0,
     timeout: float = 900.0,
+    resident: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield this process's rows of the global batches `start`, `start + 1`, ... without end: dicts of arrays [b ...].
 
@@ -118,9 +120,11 @@ def batches(
     num_workers: processes with `num_threads` threads each, for images whose decoding is too slow. Latents need none.
     max_bad_records: replace so many unreadable records, each by the next readable one. One more is an error.
     timeout: seconds to wait for a batch before DataError; 0: for ever. It ends a run whose network mount hangs.
+    resident: yield numbers of examples, for data that lie on the devices, see `codecs.resident`.
 
     Raises ConfigError at once, and DataError at the batch of a bad record. `close()` ends the threads and processes.
     """
+    dataset = numbered(dataset) if resident else dataset
     rows = range(batch_size) if rows is None else rows
     in_range("batch_size", batch_size, 1)
     in_range("start", start, 0)

@@ -14,11 +14,12 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from diversedit_jax import conditioning, sharding
+from diversedit_jax import codecs, conditioning, sharding
 from diversedit_jax import config as configs
 from diversedit_jax.api import Codec, Condition, Conditions, Model, Params, Space
 from diversedit_jax.codecs import network_space, with_encoders
 from diversedit_jax.data import Dataset
+from diversedit_jax.data.levels import numbered
 from diversedit_jax.data.pipeline import read, stacked
 from diversedit_jax.errors import ConfigError, DataError, RunError, WeightsError
 from diversedit_jax.registry import one_of
@@ -65,6 +66,18 @@ def open_data(config: ConfigDict, split: str = "train") -> Dataset:
     if dataset.scale not in (None, scale):
         raise ConfigError(f"config.codec.scale = {scale}, but the autoencoder of these latents has {dataset.scale}")
     return dataset
+
+
+def resident(experiment: Experiment, dataset: Dataset) -> Experiment:
+    """The experiment, whose devices also hold the images of `dataset` if its config says so."""
+    if not experiment.config.input.resident:
+        return experiment
+    numbered(dataset)  # or it says why not
+    codec = experiment.components.codec
+    if other := set(codec.reads) - {"x", "y"}:
+        raise ConfigError(f"config.input.resident: config.codec reads `{min(other)}`, and only images can be resident")
+    components = experiment.components._replace(codec=codecs.resident(codec, dataset.source))
+    return experiment._replace(components=components)
 
 
 def found(config: ConfigDict, dataset: Dataset) -> str:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 
@@ -52,6 +53,13 @@ def latents(name: str, **options: Any) -> Callable[[Path], Any]:
         return space, [dataset.source[i] for i in range(min(len(dataset.source), 32))]
 
     return read
+
+
+def photographs(path: Path) -> Any:
+    from diversedit_jax.data import cifar10
+
+    with mock.patch.object(cifar10, "COUNT", 6):
+        return latents("cifar10")(path)
 
 
 def verified(path: Path) -> Any:
@@ -163,6 +171,7 @@ READERS = {
     "edm2-zip": Reader(latents("edm2"), sealed=True),
     "meanflow_lmdb": Reader(latents("meanflow_lmdb", num_classes=3, mirror=True)),
     "meanflow_pt": Reader(latents("meanflow_pt", num_classes=3), sealed=True),
+    "cifar10": Reader(photographs),
     "lightningdit": Reader(latents("lightningdit", mirror=True)),
     "torch zip": Reader(weights, sealed=True),
     "torch legacy": Reader(weights),

@@ -18,7 +18,7 @@ from flax import serialization
 
 from configs import digits
 from tests import DATA, ROOT
-from tests.data import test_foreign_latents, test_image_collections, test_latents
+from tests.data import test_foreign_latents, test_image_collections, test_in_memory, test_latents
 from tests.evaluation import test_feature_cache, test_image_files, test_reference_statistics
 from tests.fuzz.readers import READERS
 from tests.models import test_inception
@@ -73,6 +73,12 @@ def shards(path):
         ]
         latent_shards.write_shard(path, plan, shard, records, {})
     latent_shards.finish(path, plan)
+
+
+def photographs(path):
+    path.mkdir()
+    for name in test_in_memory.cifar10.SPLITS["train"]:
+        (path / name).write_bytes(test_in_memory.photographs(test_in_memory.COUNT)[0])
 
 
 def small_tree():
@@ -147,6 +153,7 @@ MAKERS = {
     "latents": latents,
     "latents verified": shards,
     **{name: layouts[name][0] for name in ("repa", "repa-zip", "meanflow_lmdb", "meanflow_pt", "lightningdit")},
+    "cifar10": photographs,
     "edm2-zip": lambda path: test_foreign_latents.labelled(path.with_suffix(".zip"), True),
     "torch zip": copied(DATA / "weights_zip.pt"),
     "torch legacy": copied(DATA / "weights_legacy.pt"),
