@@ -172,7 +172,7 @@ def test_examples_on_the_device_are_those_of_the_host(mirror, clothes):
     ):
         for _ in range(4):
             wanted, given = next(host), next(numbers)
-            assert given.keys() == {"number", "mirrored"} if mirror else {"number"}
+            assert given.keys() == ({"number", "mirrored"} if mirror else {"number"})
             found = encode(frozen, given)
             for name in ("x", "y"):
                 np.testing.assert_array_equal(found[name], wanted[name])
