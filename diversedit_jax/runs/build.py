@@ -239,11 +239,17 @@ def starting_params(config: ConfigDict, model: Model, wanted: Params) -> Params 
 
 
 def sample_shape(codec: Codec, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The shape of an image that is decoded from a sample of `shape`; None if samples are not decoded."""
+    """The shape of an image that is decoded from a sample of `shape`; None if samples are not decoded.
+
+    ConfigError for a codec that does not decode to uint8.
+    """
     if codec.decode is None:
         return None
     frozen, x = jax.eval_shape(codec.init), jax.ShapeDtypeStruct((1, *shape), np.float32)
-    return jax.eval_shape(codec.decode, frozen, x).shape[1:]
+    image = jax.eval_shape(codec.decode, frozen, x)
+    if image.dtype != np.uint8:
+        raise ConfigError(f"config.codec decodes samples to {image.dtype}, wanted images of uint8")
+    return image.shape[1:]
 
 
 def best_by(config: ConfigDict) -> str | None:

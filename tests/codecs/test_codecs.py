@@ -10,6 +10,7 @@ import pytest
 from diversedit_jax import codecs
 from diversedit_jax.codecs import vae
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.runs import build
 
 
 def test_pixels_pass_unchanged():
@@ -116,3 +117,10 @@ def test_latents_have_no_decoder_and_a_positive_scale():
     assert codecs.make("vae").decode is None
     with pytest.raises(ConfigError, match=r"scale = 0\.0: must be more than 0"):
         codecs.make("vae", scale=0.0)
+
+
+def test_a_codec_that_does_not_decode_to_bytes_is_refused():
+    pixels = codecs.make("pixels")
+    assert build.sample_shape(pixels, (4, 6, 1)) == (4, 6, 1)
+    with pytest.raises(ConfigError, match=r"config.codec decodes samples to float32, wanted images of uint8"):
+        build.sample_shape(pixels._replace(decode=lambda frozen, x: x), (4, 6, 1))
