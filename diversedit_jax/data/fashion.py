@@ -71,7 +71,7 @@ def _content(path: Path, nbytes: int) -> bytes:
     except FileNotFoundError:
         remedy = "on Debian and Ubuntu: apt-get install dataset-fashion-mnist"
         raise DataError(f"fashion: neither {path} nor {packed.name} beside it; {remedy}") from None
-    except Exception as error:
+    except (OSError, zlib.error) as error:
         check_machine(error)
         raise DataError(f"fashion: cannot read {place}: {error}") from error
     if len(content) != nbytes:

@@ -31,11 +31,9 @@ class Pixels:
         """All images, decoded once, by all cores."""
         images = np.empty((len(self), self.size, self.size, 3), np.uint8)
 
-        def decode(index: int) -> None:
-            images[index] = image_collections.crop(self.images, index, self.size)
-
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(decode, range(len(self))))
+            for index, crop in image_collections.crops_ahead(self.images, range(len(self)), self.size, pool, 1024):
+                images[index] = crop.result()
         return Levels(images, self.images.labels)
 
 

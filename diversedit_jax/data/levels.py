@@ -33,7 +33,7 @@ def flip(example: dict, rng: np.random.Generator) -> dict:
 
 @dataclass(frozen=True)
 class Numbers:
-    """Examples of which the devices have the images: `number` alone."""
+    """Examples by index: only their `number`, because the devices have the images."""
 
     count: int
 
