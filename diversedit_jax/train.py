@@ -283,7 +283,7 @@ class Trainer:
         self.alive(False)
         config, again = self.config, step == self.begin
         known, path = self.writer.known if self.writer and again else (), self.picture(step)
-        jobs = [
+        jobs = [  # (interval, whether it is done, what to do)
             (slot.every, any(name.startswith(f"{label}/") for name in known), partial(self.evaluate, step, label))
             for label, slot in config.evaluators.items()
         ]
@@ -310,7 +310,7 @@ class Trainer:
             raise cli.Interrupted
 
     def show(self, step: int, last: bool) -> None:
-        """Draw samples, and write a grid of them; the last one also as samples.png."""
+        """Draw samples, and write a grid of them, at the end also as samples.png."""
         config, path = self.config, self.picture(step)
         drawn = self.draw(self.experiment.conditions(None, config.samples.num, config.seed))
         self.check_lock()
