@@ -144,15 +144,16 @@ PER_BLOCK = {
     "participation": "participation ratio",
     "channels": "channels used",
     "norm": "length of a token",
+    "mean_share": "share of the mean",
 }
 
 
 def per_block(folder: Path, studies: Sequence[Study]) -> ReportFigure:
-    """Draw ranks, channels and lengths by block at the last checkpoint."""
+    """Draw ranks, channels, lengths and shares of the mean by block at the last checkpoint."""
     groups = by_label([study.looks[-1] for study in studies])
     table = block_table(groups, list(PER_BLOCK))
     with drawing.figure(folder, "ranks", ["label", "seed", "block", *PER_BLOCK], table, (WIDTH, 2.0)) as figure:
-        for axes, (field, title) in zip(figure.subplots(1, 4), PER_BLOCK.items(), strict=True):
+        for axes, (field, title) in zip(figure.subplots(1, len(PER_BLOCK)), PER_BLOCK.items(), strict=True):
             block_lines(axes, groups, field)
             axes.set_title(title)
             axes.set_ylim(bottom=0)
@@ -160,7 +161,8 @@ def per_block(folder: Path, studies: Sequence[Study]) -> ReportFigure:
     width = len(studies[0].looks[-1].usage[0])
     text = (
         f"Effective rank and participation ratio: how many directions the features fill, at most {width}. Channels "
-        "used: how many channels share the variance. Length of a token: where the residual stream grows."
+        "used: how many channels share the variance. Length of a token: where the residual stream grows. Share of the "
+        "mean: how much of the energy of a block is the same in all tokens."
     )
     return ReportFigure("ranks", "How rich each block is", text)
 

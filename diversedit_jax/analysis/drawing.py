@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -153,10 +152,11 @@ def lines(axes: Axes, groups: Mapping[str, tuple[Sequence[int | float], Sequence
 
     groups: label -> (places, for each seed a value at every place).
     """
-    for (label, (places, values)), (colour, marker) in zip(groups.items(), itertools.cycle(MARKS), strict=False):
+    for number, (label, (places, values)) in enumerate(groups.items()):
+        (colour, marker), dashed = MARKS[number % len(MARKS)], number // len(MARKS) % 2
         values = np.asarray(values, float)
         mean = values.mean(axis=0)
-        axes.plot(places, mean, color=colour, marker=marker, label=label)
+        axes.plot(places, mean, "--" if dashed else "-", color=colour, marker=marker, label=label)
         if len(values) > 1:
             spread = values.std(axis=0, ddof=1)
             axes.fill_between(places, mean - spread, mean + spread, color=colour, alpha=0.18, linewidth=0)

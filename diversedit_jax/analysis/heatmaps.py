@@ -92,11 +92,14 @@ def _rows_of_looks(
     return figure
 
 
+COSINES = {"same token": "token_cosine", "same token, centred": "centred_cosine", "mean tokens": "mean_cosine"}
+
+
 def cosines(folder: Path, studies: Sequence[Study]) -> ReportFigure:
-    """Draw the token-wise and the mean cosines of the last checkpoints."""
+    """Draw the token-wise, the centred and the mean cosines of the last checkpoints."""
     groups = by_label([study.looks[-1] for study in studies])
     rows, table = {}, []
-    for kind, field in {"same token": "token_cosine", "mean tokens": "mean_cosine"}.items():
+    for kind, field in COSINES.items():
         panels = [Panel(label, mean_matrix(looks, field)) for label, looks in groups.items()]
         table += [line for label, matrix in panels for line in entries([label, kind], matrix)]
         rows[kind] = spaced(panels, 4)
@@ -107,7 +110,8 @@ def cosines(folder: Path, studies: Sequence[Study]) -> ReportFigure:
         heatmaps(figure, panels, names, "cosine")
     text = (
         "The mean cosine between the features of two blocks, for the same token and for the mean token of an image, as "
-        "in the diversity loss. Unlike CKA, a cosine changes when the features of one block are rotated."
+        "in the diversity loss; and for the same token without what all tokens share, which an offset cannot lower. "
+        "Unlike CKA, a cosine changes when the features of one block are rotated."
     )
     return ReportFigure("cosines", "Cosines between blocks", text)
 

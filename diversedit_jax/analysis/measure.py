@@ -81,6 +81,7 @@ class Measured(NamedTuple):
 
     similarity: by the estimator, a mean over draws of noise. All other fields are of the first draw.
     spread: the standard deviation of the mean similarity over draws of noise.
+    centred_cosine: of tokens minus the mean token of their batch. mean_share: of the mean token in a block's energy.
     rows: the examples of each unit that was gathered. minibatch: CKA by (unit, kernel).
     """
 
@@ -88,8 +89,10 @@ class Measured(NamedTuple):
     spread: float
     token_cosine: Float[np.ndarray, "l l"]
     mean_cosine: Float[np.ndarray, "l l"]
+    centred_cosine: Float[np.ndarray, "l l"]
     covariance: Float[np.ndarray, "l d d"]
     norm: Float[np.ndarray, " l"]
+    mean_share: Float[np.ndarray, " l"]
     rows: Mapping[str, Float[np.ndarray, "l n p"]]
     minibatch: Mapping[tuple[str, str], Float[np.ndarray, "l l"]]
 
@@ -170,6 +173,7 @@ def compiled(experiment: Experiment, settings: Settings) -> Pass:
             },
             "token_cosine": similarity.token_cosine(stack),
             "mean_cosine": similarity.mean_cosine(stack),
+            "centred_cosine": similarity.centred_cosine(stack),
             "norm": jnp.linalg.norm(tokens, axis=-1).mean(axis=1),
             "mean": mean,
             "scatter": jnp.einsum("lnd,lne->lde", centred, centred, precision="highest"),
@@ -252,13 +256,15 @@ def _over_batches(
             ticker.update(size)
     blocks = {unit: np.concatenate(found, axis=1) for unit, found in parts.items()}
     blocks["token"] = blocks["token"][:, :TOKENS]
-    count = sums["batches"]
+    count, covariance = sums["batches"], sums["scatter"] / sums["count"]
+    of_mean = np.sum(sums["mean"] ** 2, axis=1)
     return {
         "rows": blocks,
         "labels": None if labels[0] is None else np.concatenate(labels),
-        "covariance": sums["scatter"] / sums["count"],
+        "covariance": covariance,
+        "mean_share": of_mean / (of_mean + np.trace(covariance, axis1=1, axis2=2)),
         "hsic": {name: hsic / count for name, hsic in sums["hsic"].items()},
-        **{name: sums[name] / count for name in ("token_cosine", "mean_cosine", "norm")},
+        **{name: sums[name] / count for name in ("token_cosine", "mean_cosine", "centred_cosine", "norm")},
     }
 
 

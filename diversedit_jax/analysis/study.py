@@ -42,12 +42,14 @@ class Look(NamedTuple):
     spread: float
     token_cosine: Float[np.ndarray, "l l"]
     mean_cosine: Float[np.ndarray, "l l"]
+    centred_cosine: Float[np.ndarray, "l l"]
     diversity: Mapping[str, float]
     rank: Float[np.ndarray, " l"]
     participation: Float[np.ndarray, " l"]
     usage: Float[np.ndarray, "l d"]
     channels: Float[np.ndarray, " l"]
     norm: Float[np.ndarray, " l"]
+    mean_share: Float[np.ndarray, " l"]
     scores: Mapping[str, float]
 
     @property
@@ -142,9 +144,8 @@ def faults(found: Study) -> list[str]:
     """
     lines = []
     for one in (*found.looks, *found.times):
-        wrong = [
-            name for name in ("similarity", "token_cosine", "mean_cosine", "rank", "usage") if not _finite(one, name)
-        ]
+        checked = ("similarity", "token_cosine", "mean_cosine", "centred_cosine", "rank", "usage", "mean_share")
+        wrong = [name for name in checked if not _finite(one, name)]
         still = [k for k, value in enumerate(np.diagonal(one.similarity), 1) if not np.isfinite(value)]
         broken = [k for k, value in enumerate(one.norm, 1) if not np.isfinite(value)]
         cause = ""
@@ -170,8 +171,8 @@ def look(label: str, step: int, t: float, found: Measured, known: Mapping[str, f
     usage = similarity.channel_usage(covariance)
     by_block = map(np.asarray, (rank, participation, jnp.sort(usage, axis=1)[:, ::-1], similarity.channels_used(usage)))
     diversity = {name: float(x) for name, x in similarity.diversity(jnp.asarray(found.similarity)).items()}
-    pairs = found.similarity, found.spread, found.token_cosine, found.mean_cosine
-    return Look(label, step, t, *pairs, diversity, *by_block, found.norm, dict(known))
+    pairs = found.similarity, found.spread, found.token_cosine, found.mean_cosine, found.centred_cosine
+    return Look(label, step, t, *pairs, diversity, *by_block, found.norm, found.mean_share, dict(known))
 
 
 def compared(found: Measured, chosen: Estimator) -> dict[str, Float[np.ndarray, "l l"]]:

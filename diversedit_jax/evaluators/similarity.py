@@ -28,7 +28,8 @@ def make(
     """The evaluator: `run(current)` compares all blocks of the EMA network at one time. It draws no samples.
 
     It yields `diversity_NAME` for every NAME of `similarity.diversity` (all, adjacent, mirrored, distant),
-    `effective_rank`, a mean over blocks, and `heatmap`, an image.
+    `effective_rank` and `mean_share` (of the mean token in the energy), means over blocks; `centred_cosine`, a mean
+    over pairs of blocks; `norm`, the length of a token of the last block; and `heatmap`, an image.
 
     num: images of a forward pass. time: 0 is data, 1 is noise. unit, kernel, hsic: see `analysis.measure.Estimator`.
     split: by default `test`, if the data have one.
@@ -56,6 +57,9 @@ def make(
         for name, value in similarity.diversity(jnp.asarray(found.similarity)).items():
             yield f"diversity_{name}", float(value)
         yield "effective_rank", float(similarity.effective_rank(jnp.asarray(found.covariance)).mean())
+        yield "centred_cosine", float(similarity.off_diagonal_mean(jnp.asarray(found.centred_cosine)))
+        yield "mean_share", float(found.mean_share.mean())
+        yield "norm", float(found.norm[-1])
         yield "heatmap", drawing.rendered(found.similarity, "CKA")
 
     return run

@@ -185,6 +185,19 @@ def mean_cosine(features: Float[Array, "l b n d"]) -> Float[Array, "l l"]:
     return jnp.einsum("lbd,mbd->lm", units, units, precision="highest") / features.shape[1]
 
 
+@portable
+def centred_cosine(features: Float[Array, "l b n d"]) -> Float[Array, "l l"]:
+    """`token_cosine` of features minus the mean token of their block: without what all tokens share."""
+    return token_cosine(features - features.mean(axis=(1, 2), keepdims=True))
+
+
+@portable
+def mean_share(features: Float[Array, "l b n d"]) -> Float[Array, " l"]:
+    """The share of each block's mean token in the energy of the block: |mean f|^2 / mean |f|^2, in [0, 1]."""
+    mean = features.mean(axis=(1, 2))
+    return jnp.sum(mean**2, axis=-1) / jnp.mean(jnp.sum(features**2, axis=-1), axis=(1, 2))
+
+
 def _unit(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 

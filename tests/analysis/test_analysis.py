@@ -146,6 +146,10 @@ def test_batch_after_batch_is_as_good_as_all_at_once(experiment, learned, shown,
     np.testing.assert_allclose(found.norm, np.linalg.norm(tokens, axis=-1).mean(axis=1), rtol=1e-4)
     np.testing.assert_allclose(found.token_cosine, similarity.token_cosine(jnp.asarray(whole)), atol=1e-4)
     np.testing.assert_allclose(found.mean_cosine, similarity.mean_cosine(jnp.asarray(whole)), atol=1e-4)
+    np.testing.assert_allclose(found.mean_share, similarity.mean_share(jnp.asarray(whole)), rtol=1e-3)
+    batches = jnp.split(jnp.asarray(whole), len(shown), axis=1)
+    centred = np.mean([similarity.centred_cosine(batch) for batch in batches], axis=0)
+    np.testing.assert_allclose(found.centred_cosine, centred, atol=1e-4)
 
 
 def test_minibatches_are_those_of_the_batches(experiment, learned, shown, found):
@@ -442,7 +446,7 @@ def study_of(label, seed=0, depth=5, steps=(5_000, 50_000, 450_000), known=True)
         lines = [rng.uniform(1, 9, depth) for _ in range(4)]
         usage = np.sort(rng.dirichlet(np.ones(8), depth))[:, ::-1]
         found = {"evaluate/fid": 1e6 / step, "evaluate/sfid": 5.0, "evaluate/precision": 0.5} if known else {}
-        return Look(label, step, t, m, 0.0, m, m, diverse, *lines[:2], usage, lines[2], lines[3], found)
+        return Look(label, step, t, m, 0.0, m, m, m, diverse, *lines[:2], usage, *lines[2:4], lines[0] / 9, found)
 
     ones = np.ones(depth // 2, np.float32)
     pairs = tuple((depth // 2 - i, depth - depth // 2 + i + 1) for i in range(depth // 2))
@@ -635,6 +639,8 @@ def test_the_evaluator_of_a_run_says_the_same(workdir, opened, learned, found):
     diverse = similarity.diversity(jnp.asarray(found.similarity))
     rank = similarity.effective_rank(jnp.asarray(found.covariance)).mean()
     wanted = {f"diversity_{name}": float(value) for name, value in diverse.items()} | {"effective_rank": float(rank)}
+    wanted |= {"mean_share": float(found.mean_share.mean()), "norm": float(found.norm[-1])}
+    wanted["centred_cosine"] = float(similarity.off_diagonal_mean(jnp.asarray(found.centred_cosine)))
     assert values == pytest.approx(wanted, rel=1e-4)
     assert built.config.to_dict() == before, "the run's own config has changed"
     with pytest.raises(ConfigError, match=r"similarity: time = 2.0: must be at least 0 and at most 1"):

@@ -7,6 +7,7 @@ import pytest
 
 from diversedit_jax.metrics import similarity
 from diversedit_jax.metrics.similarity import (
+    centred_cosine,
     channel_usage,
     channels_used,
     cka,
@@ -18,6 +19,7 @@ from diversedit_jax.metrics.similarity import (
     hsic_unbiased,
     linear,
     mean_cosine,
+    mean_share,
     normalised,
     off_diagonal_mean,
     participation_ratio,
@@ -177,6 +179,18 @@ def test_cosines_are_means_over_tokens_and_images():
     mean /= np.linalg.norm(mean, axis=-1, keepdims=True)
     wanted = [[np.mean(np.sum(a * b, axis=-1)) for b in mean] for a in mean]
     np.testing.assert_allclose(mean_cosine(jnp.asarray(f)), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_what_all_tokens_share_does_not_count():
+    f = np.random.default_rng(0).standard_normal((3, 4, 5, 6)).astype(np.float32)
+    shared = np.random.default_rng(1).standard_normal((3, 1, 1, 6)).astype(np.float32)
+    centred = f - f.mean(axis=(1, 2), keepdims=True)
+    wanted = token_cosine(jnp.asarray(centred))
+    np.testing.assert_allclose(centred_cosine(jnp.asarray(f + 3 * shared)), wanted, atol=1e-5)
+    np.testing.assert_allclose(mean_share(jnp.asarray(centred)), 0, atol=1e-6)
+    energy = np.sum(centred**2, axis=-1).mean(axis=(1, 2))
+    of_mean = np.sum(shared**2, axis=-1)[:, 0, 0]
+    np.testing.assert_allclose(mean_share(jnp.asarray(centred + shared)), of_mean / (of_mean + energy), rtol=1e-4)
 
 
 def test_ranks_count_directions():
