@@ -6,6 +6,7 @@ take the outputs of L blocks, one [b n d] each, as a tuple, a list, or one array
 depth, counted from 1.
 """
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -35,6 +36,8 @@ CHOICES = {
     "weight": ("adaptive", "constant"),
     "denominator": ("hi", "hi-lo"),
     "detach": (None, "first", "second"),
+    "target": ("features", "centred", "updates"),
+    "compare": ("cosine", "cka"),
 }
 
 
@@ -182,6 +185,39 @@ def dispersion(
     return -(jnp.clip(variance, 0, 1) if clamp else variance)
 
 
+def targets(features: Features, target: str) -> tuple[Array, ...]:
+    """What is made diverse. `features`: as they are. `centred`: minus the mean token of each block. `updates`: centred
+    differences of each entry and the one before, one fewer: with the embedding as first entry, what each block adds.
+
+    An offset that all tokens share lowers every cosine of plain features, and makes no token differ from another. It
+    cannot lower the other two. Their L_orth is 0, because it compares means.
+    """
+    one_of("diversity: target", target, CHOICES["target"])
+    blocks = _blocks(features)
+    if target == "updates":
+        blocks = tuple(after - before for before, after in itertools.pairwise(blocks))
+    # L_orth of centred features is 0, with a gradient of 0
+    return blocks if target == "features" else tuple(f - f.mean(axis=(0, 1), keepdims=True) for f in blocks)
+
+
+@portable
+def linear_cka(features: Features, pairs: Pairs, *, detach: str | None = None) -> Float[Array, ""]:
+    """The mean over pairs of the linear CKA of two blocks over all tokens, in [0, 1] (Kornblith et al., arXiv
+    1905.00414). It does not change if a block is rotated, scaled or shifted."""
+    _check(detach=detach)
+    blocks = _blocks(features)
+    pairs = _checked_pairs(pairs, len(blocks))
+    rows = jnp.stack([(f - f.mean(axis=(0, 1), keepdims=True)).reshape(-1, f.shape[-1]) for f in blocks])
+    first, second = _detach(rows[pairs[:, 0]], rows[pairs[:, 1]], detach)
+
+    def energy(a: Array, b: Array) -> Array:  # |A^T B|^2 of each pair
+        product = jnp.einsum("pnd,pne->pde", a, b, precision=jax.lax.Precision.HIGHEST)
+        return jnp.sum(product**2, axis=(1, 2))
+
+    own = jnp.maximum(energy(first, first) * energy(second, second), EPS**2)
+    return jnp.mean(energy(first, second) * jax.lax.rsqrt(own))
+
+
 def adaptive_weight(
     loss: Float[Array, ""], lo: float = 0.1, hi: float = 0.5, *, denominator: str = "hi", detach: bool = False
 ) -> Float[Array, ""]:
@@ -198,7 +234,7 @@ def adaptive_weight(
 
 
 class Settings(NamedTuple):
-    """One reading of the loss: which pairs, which form of each term, which weight."""
+    """One reading of the loss: which features, which pairs, which form of each term, which weight."""
 
     rule: str = "release"
     k: int = 10
@@ -216,6 +252,8 @@ class Settings(NamedTuple):
     denominator: str = "hi"
     detach_weight: bool = False
     coefficient: float = 1.0
+    target: str = "features"  # see `targets`; the others are not the paper's
+    compare: str = "cosine"  # L_MI by cosines of tokens, as in the paper; or by `linear_cka`
 
 
 RANDOM = ("random_layers", "random_pairs")  # rules that draw
@@ -262,7 +300,7 @@ def diversity_loss(
     ConfigError for a word that no option has, and for settings that redraw without a key.
     """
     check_settings(settings, detach)
-    blocks = _blocks(features)
+    blocks = targets(features, settings.target)
     complete = pairs is None and settings.rule in ("random_layers", "all")  # all pairs of some blocks
     if pairs is None:
         if settings.redraw and settings.rule in RANDOM and key is None:
@@ -279,7 +317,9 @@ def diversity_loss(
 def _diversity_loss(blocks: Sequence[Array], *, pairs: Pairs, complete: bool, settings: Settings, detach: str | None):
     s = settings
     selected = jnp.zeros(len(blocks), blocks[0].dtype).at[pairs.reshape(-1)].set(1)
-    if complete and s.mutual_information == "signed" and detach is None:
+    if s.compare == "cka":
+        information = linear_cka(blocks, pairs, detach=detach)
+    elif complete and s.mutual_information == "signed" and detach is None:
         known = isinstance(pairs, np.ndarray)
         compared, weights = ([blocks[i] for i in np.unique(pairs)], None) if known else (blocks, selected)
         information = mutual_information_among(compared, weights)
@@ -323,6 +363,8 @@ def make(
     denominator: str | None = None,
     detach_weight: bool | None = None,
     coefficient: float | None = None,
+    target: str | None = None,
+    compare: str | None = None,
 ) -> AuxLoss:
     """The diversity loss for the trainer: a preset, and what differs from it (None: as the preset has it).
 
@@ -341,7 +383,8 @@ def make(
 
     def apply(forward, batch, context):
         draw = {"aligned": aligned, "key": context.key, "seed": seed}
-        loss, metrics = diversity_loss(forward.features[1:], settings=settings, **draw, groups=groups, detach=detach)
+        features = forward.features[settings.target != "updates" :]
+        loss, metrics = diversity_loss(features, settings=settings, **draw, groups=groups, detach=detach)
         ramp = jnp.minimum(1.0, context.step / warmup_steps) if warmup_steps else 1.0
         metrics |= {"weight": ramp * metrics["weight"]}
         return Term(ramp * loss, metrics, full=settings.coefficient * metrics["loss"])

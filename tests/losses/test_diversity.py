@@ -25,11 +25,13 @@ from diversedit_jax.losses.diversity import (
     adaptive_weight,
     dispersion,
     diversity_loss,
+    linear_cka,
     mutual_information,
     mutual_information_among,
     orthogonality,
     select_pairs,
 )
+from diversedit_jax.metrics import similarity as block_similarity
 from diversedit_jax.models import Keys
 from diversedit_jax.models.dit import Merge
 from tests import ROOT
@@ -240,6 +242,51 @@ def test_traced_pairs_equal_known_pairs(form, detach):
         np.testing.assert_allclose(traced_terms[name], terms[name], rtol=1e-5, err_msg=name)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6 * np.abs(wanted).max())
     assert np.abs(wanted).max() > 0
+
+
+# --- Forms that are not the paper's.
+
+
+def test_an_offset_meets_the_released_loss_and_not_its_centred_forms():
+    """Offsets that all tokens share lower the cosines of plain features, and change nothing in the other targets."""
+    x = np.repeat(normal(shape=(1, B, N, D)), L, axis=0)  # all blocks alike
+    offsets = 30 * np.linalg.qr(normal(3, (D, D)))[0][:L, None, None]
+    for target, other in (("features", 0.2), ("centred", 1.0)):
+        settings = RELEASE._replace(target=target, weights=(0, 1, 0))
+        alike, apart = (float(diversity_loss(f, settings=settings)[1]["loss"]) for f in (x, x + offsets))
+        assert alike == pytest.approx(1, abs=1e-5)
+        assert apart < other + 1e-4 if target == "features" else apart == pytest.approx(other, abs=1e-3)
+    updates = RELEASE._replace(target="updates", weights=(0, 1, 0))
+    stream = np.cumsum(normal(), axis=0)
+    found = [float(diversity_loss(f, settings=updates)[1]["loss"]) for f in (stream, stream + offsets)]
+    assert found[1] == pytest.approx(found[0], abs=1e-3)
+    centred = np.diff(stream, axis=0)
+    centred = centred - centred.mean(axis=(1, 2), keepdims=True)
+    wanted = mutual_information(centred, select_pairs(L - 1))
+    assert found[0] == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_updates_begin_with_what_the_first_block_adds():
+    stream = jnp.asarray(np.cumsum(normal(shape=(L + 1, B, N, D)), axis=0))
+    loss = diversity.make(target="updates", rule="all", weight="constant")
+    term = loss.apply(as_forward(stream), {}, Context(jax.random.key(0)))
+    settings = RELEASE._replace(target="updates", rule="all", weight="constant")
+    np.testing.assert_allclose(term.loss, diversity_loss(stream, settings=settings)[0], rtol=1e-6)
+    moved = diversity_loss(stream.at[0].add(normal(9, (B, N, D))), settings=settings)[0]
+    assert abs(moved - term.loss) > 1e-3
+
+
+def test_cka_is_that_of_the_analysis_and_only_later_blocks_learn():
+    x, pairs = jnp.asarray(similar(share=0.5)), select_pairs(L, "all")
+    rows = x.reshape(L, B * N, D)
+    wanted = block_similarity.cka(rows)[pairs[:, 0], pairs[:, 1]].mean()
+    np.testing.assert_allclose(linear_cka(x, pairs), wanted, rtol=1e-4)
+    settings = RELEASE._replace(compare="cka", rule="all", weights=(0, 1, 0))
+    _, terms = diversity_loss(x, settings=settings, detach="first")
+    np.testing.assert_allclose(terms["mutual_information"], wanted, rtol=1e-4)
+    gradient = jax.grad(lambda f: linear_cka(f, [(0, 1), (1, 3)], detach="first"))(x)
+    learns = np.abs(gradient).max(axis=(1, 2, 3)) > 0
+    np.testing.assert_array_equal(learns, [False, True, False, True, False, False])
 
 
 @pytest.mark.parametrize(("rule", "redraw", "groups"), [("all", False, 1), ("random_layers", True, 2)])
