@@ -55,12 +55,12 @@ class Skip(NamedTuple):
 
     merge: `post`: the deep block's output is merged with the skip; `pre`: its input is.
     norm:  LayerNorm over the concatenated 2 d channels before the Linear.
-    init:  of the Linear's kernel, a name of KERNELS.
+    init:  of the Linear's kernel, a name of KERNELS. None: no Linear, but a `Gate`.
     """
 
     merge: str
     norm: bool
-    init: str
+    init: str | None
 
 
 SKIPS = {
@@ -69,6 +69,7 @@ SKIPS = {
     "paper": Skip("pre", norm=True, init="xavier"),  # DiverseDiT as Eq. 8 has it
     "skip_dit": Skip("pre", norm=True, init="torch"),  # arXiv 2411.17616
     "uvit": Skip("pre", norm=False, init="trunc_normal"),  # arXiv 2209.12152
+    "gate": Skip("post", norm=False, init=None),  # ours: no published network has it
 }
 
 
@@ -163,6 +164,21 @@ class Merge(nnx.Module):
         return x + merged if self.adds else merged
 
 
+class Gate(nnx.Module):
+    """A long residual connection without a Linear: x <- x + gate * skip, a gate for each channel, zero at first."""
+
+    def __init__(self, width: int, *, rngs: Keys):
+        self.gate = nnx.Param(jnp.zeros(width))
+
+    def __call__(self, x: Float[Array, "b n d"], skip: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        return x + (self.gate * skip).astype(x.dtype)
+
+
+def merging(form: Skip, width: int, dtype) -> Callable[..., Merge | Gate]:
+    """What builds one connection of a form from `rngs`."""
+    return partial(Gate, width) if form.init is None else partial(Merge, width, form.norm, form.init, dtype)
+
+
 class TimeEmbedding(nnx.Module):
     """The sinusoids of t, not multiplied by 1000, through a two-layer MLP, in float32."""
 
@@ -181,7 +197,7 @@ class TimeEmbedding(nnx.Module):
 class DiT(nnx.Module):
     """(x_t, t, y, **inputs) -> (prediction, features); see `make` for the options.
 
-    block, merge: build one Block and one Merge from `rngs`.
+    block, merge: build one Block, and one Merge or Gate, from `rngs`.
     """
 
     def __init__(
@@ -194,7 +210,7 @@ class DiT(nnx.Module):
         patch: int,
         out_channels: int,
         block: Callable[..., Block],
-        merge: Callable[..., Merge] | None,
+        merge: Callable[..., Merge | Gate] | None,
         skip: Skip | None,
         capture: str,
         stack: Stack,
@@ -246,7 +262,7 @@ class DiT(nnx.Module):
             h = block(h, c)
             return h, h
 
-        def merged(h: Array, layer: tuple[Block, Merge, Array]):
+        def merged(h: Array, layer: tuple[Block, Merge | Gate, Array]):
             """Deep block j with the output of its partner, block i = L - 1 - j, counted from 0. Eq. 8 of DiverseDiT:
 
             h_j <- Linear(LayerNorm(concatenate[h_j, h_i])), where h_j is what block j gives (`post`) or takes (`pre`).
@@ -366,7 +382,7 @@ def make(
     size: `S`, `B`, `L` or `XL`. depth, width, heads: replace single numbers of it.
     patch: side of a patch along each spatial axis, in elements of x.
     qk_norm: LayerNorm on queries and on keys, each with its own parameters.
-    skip: long residual connections: `none`, `release`, `paper`, `skip_dit` or `uvit`; see SKIPS.
+    skip: long residual connections: `none`, `release`, `paper`, `skip_dit`, `uvit` or `gate`; see SKIPS.
     skip_init: of the merging Linear: `xavier`, `torch`, `trunc_normal` or `identity`. None: as `skip` has it.
     dtype: of matmuls. Parameters, norms, softmax, embeddings and the output are always float32. So is the time
         embedding, on TPUs too. Other float32 matmuls have jax's default precision, which is bfloat16 on TPUs
@@ -401,7 +417,7 @@ def make(
     unroll = sharding.platform() == "tpu" if unroll is None else unroll
     stack = Stack(tuple(sorted(set(read_blocks))), REMAT[remat], unroll)
     block = partial(Block, width, heads, mlp_ratio, qk_norm, jnp.dtype(dtype), kernel)
-    merge = form and partial(Merge, width, form.norm, form.init, jnp.dtype(dtype))
+    merge = form and merging(form, width, jnp.dtype(dtype))
     dims, dtypes = (depth, width, patch, out_channels), (jnp.dtype(dtype), jnp.dtype(stream_dtype))
     build = partial(DiT, shape, classes, inputs, *dims, block, merge, form, capture, stack, *dtypes)
     model = functional(lambda rngs: build(rngs=rngs))
@@ -438,8 +454,8 @@ def _skip(skip: str, init: str | None) -> Skip | None:
     if init is None:
         return form
     one_of("model.skip_init", init, KERNELS)
-    if form is None:
-        raise ConfigError(f"model.skip_init = {init!r} has no effect while model.skip is 'none'")
+    if form is None or form.init is None:
+        raise ConfigError(f"model.skip_init = {init!r} has no effect while model.skip is {skip!r}")
     return form._replace(init=init)
 
 
@@ -454,16 +470,20 @@ def skips(depth: int) -> Skips:
     pairs = tuple((count - i, depth - count + i + 1) for i in range(count))
 
     def norms(params: Params) -> tuple[Array, Array]:
-        """Of the two halves of every Linear, [m 2d d], its inputs scaled as the norm before it does."""
+        """Of the two halves of every Linear, [m 2d d], its inputs scaled as the norm before it does; or of a Gate."""
         merges = params["merges"]
+        if "gate" in merges:
+            return jnp.linalg.norm(jnp.ones_like(merges["gate"]), axis=1), jnp.linalg.norm(merges["gate"], axis=1)
         kernel = merges["linear"]["kernel"]
         weights = kernel if "norm" not in merges else kernel * merges["norm"]["scale"][..., None]
         current, skip = (jnp.linalg.norm(h.reshape(count, -1), axis=1) for h in jnp.split(weights, 2, axis=1))
         return current, skip
 
     def cut(params: Params, keep: Float[Array, " m"]) -> Params:
-        """The Linear reads keep[i] times the skip; the LayerNorm before it stays as it is."""
+        """The Linear reads keep[i] times the skip, and the LayerNorm before it stays as it is; or a Gate takes less."""
         merges = params["merges"]
+        if "gate" in merges:
+            return params | {"merges": {"gate": merges["gate"] * keep[:, None]}}
         kernel = merges["linear"]["kernel"]
         kernel = kernel.at[:, kernel.shape[1] // 2 :].multiply(keep[:, None, None])
         return params | {"merges": merges | {"linear": merges["linear"] | {"kernel": kernel}}}

@@ -105,8 +105,8 @@ def unrolled(params, x_t, t, y, *, depth: int, skip: str):
         return module(lambda: Block(WIDTH, HEADS, 2.0, False, jnp.dtype("float32"), rngs=RNGS), stack, j)
 
     def merge(k):
-        build = lambda: Merge(WIDTH, form.norm, form.init, jnp.dtype("float32"), rngs=RNGS)  # noqa: E731
-        return module(build, params["merges"], k)
+        build = dit.merging(form, WIDTH, jnp.dtype("float32"))
+        return module(lambda: build(rngs=RNGS), params["merges"], k)
 
     def linear(p, x):
         return x @ p["kernel"] + p["bias"]
@@ -318,6 +318,22 @@ def test_blocks_are_identities_at_initialisation_and_the_output_is_zero():
             np.testing.assert_array_equal(features[k], features[0], err_msg=f"{skip}: block {k} is not the identity")
         if skip == "release":
             assert all(np.abs(features[k] - features[0]).max() > 0.1 for k in range(4, 7)), "the merges change nothing"
+
+
+def test_gates_change_nothing_at_first_and_then_add_the_skip():
+    plain, gated = make(skip="none", depth=5), make(skip="gate", depth=5)
+    params = trained(gated)
+    closed = params | {"merges": jax.tree.map(jnp.zeros_like, params["merges"])}
+    assert not np.any(initial(gated)["merges"]["gate"])
+    without = {name: tree for name, tree in params.items() if name != "merges"}
+    np.testing.assert_array_equal(run(gated, closed)[0], run(plain, without)[0])
+    assert np.abs(run(gated, params)[0] - run(gated, closed)[0]).max() > 1e-3
+    current, skip = gated.skips.norms(params)
+    np.testing.assert_allclose(current, WIDTH**0.5)
+    np.testing.assert_allclose(skip, jnp.linalg.norm(params["merges"]["gate"], axis=1))
+    np.testing.assert_array_equal(run(gated, gated.skips.cut(params, jnp.zeros(2)))[0], run(gated, closed)[0])
+    with pytest.raises(ConfigError, match=r"model.skip_init = 'identity' has no effect while model.skip is 'gate'"):
+        make(skip="gate", skip_init="identity")
 
 
 def test_features_start_with_the_embedding():
