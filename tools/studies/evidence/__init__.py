@@ -1,0 +1,1 @@
+"""The evidence study: do long residuals and the diversity loss make better images? See `__main__`."""

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Everything to run on a machine with one GPU, without a network: correctness, the evidence study, speed.
+#
+#   bash tools/studies/gpu.sh checks    # kernels and loops agree, vmapped runs are runs, bfloat16: 2 minutes
+#   bash tools/studies/gpu.sh study     # python -m tools.studies.evidence --size=gpu: 9 minutes
+#   bash tools/studies/gpu.sh speed     # training and sampling beside SiT and PyTorch: 8 minutes
+#
+# Records go to OUT (by default gpu_records). DATA: where Fashion-MNIST lies. SMALL=yes: small numbers, on any machine.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+out=${OUT:-gpu_records} python=${PYTHON:-python3} part=${1:-}
+data=${DATA:+--data_dir=$DATA}
+export PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_MEM_FRACTION=.85
+mkdir -p "$out"
+
+if [ -n "${SMALL:-}" ]; then
+  platform=cpu compare=(--config.model.size=S --config.model.depth=4 --config.batch_size=8 --rounds=1 --steps=1)
+  study=(--steps=8 --num=20 --rows=sit,both --seeds=0)
+  sample=(--config.model.size=S --config.model.depth=4 --config.sampler.steps=2 --config.sampler.batch_size=4 --rounds=1)
+else
+  platform=gpu compare=(--rounds=3 --vs=torch) study=(--minutes=8)
+  sample=(--config.sampler.steps=50 --config.sampler.batch_size=64 --rounds=2)
+  nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv | tee "$out/machine.csv"
+fi
+here() { echo "=== $* ($(date +%T))"; }
+
+case $part in
+  checks)
+    here checks
+    "$python" -m tools.studies.gpu_checks "$out/checks.json" ${SMALL:+--small} $data
+    ;;
+  study)
+    here study
+    "$python" -m tools.studies.evidence --size=gpu --out="$out/evidence" --states=false "${study[@]}" $data
+    ;;
+  speed)
+    here "a training step of B/2 beside SiT, other forms, and PyTorch"
+    "$python" -m tools.benchmark train --config=configs/diversedit.py:b2 --platform=$platform "${compare[@]}" \
+      --compare=config=configs/sit.py:b2 --compare=model.unroll=True --compare=model.attention=xla --out="$out/train_b2.json"
+    here "a training step of XL/2, 64 examples, beside SiT and PyTorch"
+    "$python" -m tools.benchmark train --config=configs/diversedit.py:xl2 --platform=$platform --config.batch_size=64 \
+      --config.losses.diversity.groups=2 "${compare[@]}" --compare=config=configs/sit.py:xl2 --out="$out/train_xl2.json"
+    here "samples of XL/2 with guidance in [0, 0.7]"
+    "$python" -m tools.benchmark sample --config=configs/diversedit.py:xl2 --platform=$platform --config.sampler.cfg_scale=1.8 \
+      --config.sampler.guidance_interval="(0,0.7)" "${sample[@]}" --out="$out/sample_xl2.json"
+    ;;
+  *)
+    sed -n '2,9s/^# \{0,1\}//p' "$0"
+    exit 64
+    ;;
+esac
+here "done: $out"
