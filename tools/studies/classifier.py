@@ -11,7 +11,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -89,8 +89,13 @@ def without_detail(images: np.ndarray) -> np.ndarray:
     return np.asarray(small_resnet.enlarged(jnp.asarray(shrunk("size", images, SIDE // 2))))
 
 
-def train(train: Levels, test: Levels, widths: tuple[int, ...], epochs: int) -> tuple[Params, float, float]:
-    """Train with cross-entropy. Return the folded weights, and their accuracy on held-out images and without detail."""
+def train(
+    train: Levels, test: Levels, widths: tuple[int, ...], epochs: int, devices: Sequence[jax.Device]
+) -> tuple[Params, float, float]:
+    """Train with cross-entropy. Return the folded weights, and their accuracy on held-out images and without detail.
+
+    devices: each computes a part of every batch.
+    """
     classes = int(train.labels.max()) + 1
     params = initial(train.images.shape[3], widths, classes)
     steps = epochs * (len(train) // BATCH)
@@ -111,7 +116,6 @@ def train(train: Levels, test: Levels, widths: tuple[int, ...], epochs: int) -> 
 
     def step(params: Params, opt: Params, images: np.ndarray, labels: np.ndarray) -> tuple[Params, Params]:
         """Take a step. Each core computes a part of the batch, norms too: faster than all cores for each part."""
-        devices = jax.devices()
         parts = zip(devices, *(np.array_split(array, len(devices)) for array in (images, labels)), strict=True)
         found = [gradient(*jax.device_put((params, *part), device)) for device, *part in parts]
         return update(params, opt, jax.device_put(found, devices[0]))
@@ -170,7 +174,7 @@ if __name__ == "__main__":
 
         held_out = levels("test", given.data_dir) if given.test_dir is None else levels("train", given.test_dir)
         widths = tuple(map(int, given.widths))
-        weights, *shares = train(levels("train", given.data_dir), held_out, widths, given.epochs)
+        weights, *shares = train(levels("train", given.data_dir), held_out, widths, given.epochs, jax.devices())
         about = {"accuracy": said(*shares), "command": " ".join(sys.argv[1:]), "data": given.data}
         save(Path(arguments[0]).expanduser(), weights, about)
         print(f"{arguments[0]}: recognises {said(*shares)}")

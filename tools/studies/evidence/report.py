@@ -86,51 +86,55 @@ def ratio_at_time(results: Results, baseline: Results, last: int) -> Interval | 
 
 def write(study: Study, rows: Sequence[str]) -> None:
     """Write OUT/report.html with its figures, and OUT/table.md, of the rows that have results."""
-    last = study.size.steps // PIECES * PIECES
+    last, size = study.size.steps // PIECES * PIECES, study.size
     found = {row: results for row in rows if ends(results := study.results(row), last, lambda r: r["frechet"])}
-    if not found:
+    rates = tuned_table(study)
+    if not found and len(rates) == 1:
         raise ConfigError(f"{study.out} has no run of these rows that is complete: {', '.join(rows)}")
-    scores, blocks = tables(study, found, last)
-    drawn = [
-        ratios(study.out, found, last),
-        *curves(study.out, found, last),
-        samples(study, found, last),
-        velocity(study.out, found, last),
-        matrices(study.out, found, last),
-        traces(study.out, found),
-        *tuning(study),
-    ]
+    drawn, summaries = tuning(study), [rates]
+    if found:
+        drawn = [
+            ratios(study.out, found, last),
+            *curves(study.out, found, last),
+            samples(study, found, last),
+            velocity(study.out, found, last),
+            matrices(study.out, found, last),
+            traces(study.out, found),
+            *drawn,
+        ]
+        summaries = [*tables(study, found, last), rates]
     notes = [
         "Primary endpoint, said in advance: the Fréchet distance at the last step, as the ratio to SiT of the same "
         "seed, with Student's 95% interval of its logarithm. Everything else is exploratory.",
-        f"Fréchet distances are of {study.size.num:,} samples, on features of a small classifier "
+        f"Fréchet distances are of {size.num:,} samples, on features of a small classifier "
         f"({study.judge.accuracy:.2%} of the held-out images). They compare rows of this study only.",
         "A run here is short. Early training can favour other methods than late training: look at the curves.",
     ]
     about = [result["about"] for results in found.values() for steps in results.values() for result in steps.values()]
-    together = {name: ", ".join(sorted({one[name] for one in about if name in one})) for name in about[0]}
-    size = study.size
+    names = about[0] if about else ()
+    given = [argument for argument in sys.argv[1:] if not argument.startswith(("--out", "--data_dir"))]
     settings = {
-        "command": f"python -m tools.studies.evidence {' '.join(sys.argv[1:])}",
-        **together,
-        "data": f"{size.data[0]} {dict(size.data[1])}",
+        "command": " ".join(["python -m tools.studies.evidence", *given]),
+        **{name: ", ".join(sorted({one[name] for one in about if name in one})) for name in names},
+        "data": " ".join([size.data[0], *(f"{name}={x}" for name, x in size.data[1].items() if name != "data_dir")]),
         "network": ", ".join(f"{name} {value}" for name, value in size.model.items()),
         "training": f"{last:,} steps of {size.batch}, learning rate {size.rate:g} x {' or '.join(map(str, FACTORS))}",
         "samples": ", ".join(f"{name} {value}" for name, value in size.sampler.items()),
         "digests": ", ".join(study.folder(row).name for row in found),
     }
-    html_page.write(study.out / "report.html", "Evidence: methods on real images", scores, drawn, notes, settings)
-    lines = [f"- {name}: {value}" for name, value in settings.items()]
-    tuned = {row: study.tuned(row) for row in ROWS}
-    rates = [
-        [ROWS[row].label, *(f"{value:.2f}" for value in values.values())]
-        for row, values in tuned.items()
-        if len(values) > 1
-    ]
-    rates.insert(0, [f"seed {TUNING_SEED}", *(f"rate x {factor:g}" for factor in FACTORS)])
-    text = "\n\n".join([markdown(scores), markdown(blocks), *notes, markdown(rates), "\n".join(lines)])
-    write_text(study.out / "table.md", text + "\n")
+    html_page.write(study.out / "report.html", "Evidence: methods on real images", summaries[0], drawn, notes, settings)
+    lines = "\n".join(f"- {name}: {value}" for name, value in settings.items())
+    write_text(study.out / "table.md", "\n\n".join([*map(markdown, summaries), *notes, lines]) + "\n")
     print(f"{study.out / 'report.html'}, {study.out / 'table.md'}")
+
+
+def tuned_table(study: Study) -> list[list[str]]:
+    """Return the Frechet distances of all rows that were tuned, with a header."""
+    table = [[f"seed {TUNING_SEED}", *(f"rate x {factor:g}" for factor in FACTORS)]]
+    for row, (label, _) in ROWS.items():
+        if len(values := study.tuned(row)) == len(FACTORS):
+            table.append([label, *(f"{value:.2f}" for value in values.values())])
+    return table
 
 
 def tables(study: Study, found: Mapping[str, Results], last: int) -> tuple[list[list[str]], list[list[str]]]:
@@ -234,7 +238,7 @@ def samples(study: Study, found: Mapping[str, Results], last: int) -> ReportFigu
     for row, results in found.items():
         seed = min(seed for seed, steps in results.items() if last in steps)
         file = study.file(row, Lane(seed, study.factor(row)), last).with_suffix(".png")
-        with Image.open(file) as image:
+        with Image.open(file, formats=("PNG",)) as image:
             pictures[ROWS[row].label] = np.asarray(image)
         rows.append([ROWS[row].label, seed, file.name])
     columns = 3

@@ -135,6 +135,9 @@ FORMS = {
     "smooth": Row("identity, continuous ramp", (IDENTITY, diversity(denominator="hi-lo", detach_weight=True))),
     "late": Row("identity, late start", (IDENTITY, diversity(), late)),
     "constant": Row("identity, weight 0.001", (IDENTITY, diversity(preset="release_const"))),
+    "weight_1": Row("both, constant weight 1", (skips("release"), diversity(weight="constant"))),
+    "range_2_7": Row("both, range [0.2, 0.7]", (skips("release"), diversity(lo=0.2, hi=0.7))),
+    "range_3_9": Row("both, range [0.3, 0.9]", (skips("release"), diversity(lo=0.3, hi=0.9))),
     "decorrelated": Row("identity, decorrelated channels", (IDENTITY, decorrelated)),
 }
 ROWS = METHODS | FORMS
