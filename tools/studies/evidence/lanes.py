@@ -29,6 +29,7 @@ from tools.studies.evidence.settings import PIECES, Size, config_of
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # at which the error of the velocity is measured
 BLOCK_TIMES = (0.25, 0.5, 0.75)  # at which blocks are compared
 SAMPLE_SEED = 0  # of the noise of the samples, the same for all rows and seeds
+ONCE = {"xla_backend_optimization_level": 0}  # compiler options of programs that run once
 SPREAD, SHARED = PartitionSpec("lanes"), PartitionSpec()
 
 
@@ -64,8 +65,10 @@ class Engine:
         """Compute `function` for each lane. spread: arguments with an axis of lanes. shared: arguments without."""
         return self.compiled(function, spread, shared)()
 
-    def compiled(self, function: Callable, spread: Sequence[Any], shared: Sequence[Any]) -> Callable[[], Any]:
-        """Prepare a call. It compiles at the first call with arguments of these shapes."""
+    def compiled(
+        self, function: Callable, spread: Sequence[Any], shared: Sequence[Any], **options: Any
+    ) -> Callable[[], Any]:
+        """Prepare a call. It compiles at the first call with arguments of these shapes. options: of the compiler."""
         spread, shared = self.put(tuple(spread), SPREAD), self.put(tuple(shared), SHARED)
         name = function, str(jax.tree.map(jnp.shape, (spread, shared)))
         if name not in self._compiled:
@@ -75,7 +78,7 @@ class Engine:
 
             specs = {"in_specs": (SPREAD, SHARED), "out_specs": SPREAD}
             program = jax.jit(jax.shard_map(lanes, mesh=self.mesh, check_vma=False, **specs))
-            self._compiled[name] = program.lower(spread, shared).compile()
+            self._compiled[name] = program.lower(spread, shared).compile(options)
         return partial(self._compiled[name], spread, shared)
 
     def init(self, key: Array, batch: Batch) -> Any:
@@ -156,7 +159,7 @@ class Group:
         self._seeds = [lane.seed for lane in padded]
         with contextlib.closing(self._feed(lanes[0].seed, 0)) as feed:
             example = next(feed)
-        self.states = engine.call(engine.init, [keys[:, 0]], [example])
+        self.states = engine.compiled(engine.init, [keys[:, 0]], [example], **ONCE)()
 
     def _feed(self, seed: int, start: int) -> Iterator[Batch]:
         options = {"num_threads": 0, "timeout": 0.0, "resident": True}
