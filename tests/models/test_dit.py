@@ -268,18 +268,18 @@ def temporaries(skip: str, depth: int, read=None, read_blocks=(), **options) -> 
 
 
 def check_cut(skip: str, read: int, **options):
-    """One feature costs itself and its cotangent, and the slices of the parameters (0.4), whatever the depth."""
-    depth = 24
+    """One feature costs itself and its cotangent, slices of the parameters (0.4), and no part of the stack."""
+    depth = 48
     plain = temporaries(skip, depth, **options)
     cut = temporaries(skip, depth, read, (read,), **options) - plain
     whole = temporaries(skip, depth, read, **options) - plain
-    # The stack has half the depth. XLA's order of operations moves these numbers by two features, so it must be large.
-    assert whole > 10, f"without a cut block {read} costs {whole:.2f} features: the test no longer sees the stack of 12"
-    assert cut < 2.75, f"cut there, block {read} costs {cut:.2f} features more than reading none"
+    # XLA's order of operations moves these numbers by two features, so the stack, half the depth, must be large.
+    assert whole > 20, f"without a cut block {read} costs {whole:.2f} features: the test no longer sees the stack of 24"
+    assert cut < 2.4 + 2, f"cut there, block {read} costs {cut:.2f} features more than reading none"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("read", [3, 16])
+@pytest.mark.parametrize("read", [6, 32])
 def test_nor_does_reading_it_before_its_merge(read):
     check_cut("release", read, remat="full", capture="block")
 
@@ -287,7 +287,7 @@ def test_nor_does_reading_it_before_its_merge(read):
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["named", "full"])
 @pytest.mark.parametrize("skip", SKIPS)
-@pytest.mark.parametrize("read", [2, 8, 16])
+@pytest.mark.parametrize("read", [4, 16, 32])
 def test_reading_one_block_does_not_keep_the_stack(skip, read, remat):
     check_cut(skip, read, remat=remat)
 

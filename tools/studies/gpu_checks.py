@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> None:
     found = gradients | {"runs together": runs}
     for name, value in found.items():
         print(f"{name}: differs by {value:.2e}, at most {limits[name]:g}")
-    write_json(Path(arguments[0]), {"versions": versions(), "differs by": found, "limits": limits}, indent=1)
+    write_json(Path(arguments[0]), {"versions": versions(), "differs by": found, "limits": limits})
     if wrong := [name for name, value in found.items() if not value <= limits[name]]:
         raise ConfigError(f"not within their limits: {'; '.join(wrong)}")
 
