@@ -14,11 +14,11 @@ export PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_MEM_FRACTION=.85
 mkdir -p "$out"
 
 if [ -n "${SMALL:-}" ]; then
-  platform=cpu compare=(--config.model.size=S --config.model.depth=4 --config.batch_size=8 --rounds=1 --steps=1)
-  study=(--steps=8 --num=20 --rows=sit,both --seeds=0)
-  sample=(--config.model.size=S --config.model.depth=4 --config.sampler.steps=2 --config.sampler.batch_size=4 --rounds=1)
+  platform=cpu compare=(--config.model.size=S --config.model.depth=2 --config.batch_size=8 --rounds=1 --steps=1)
+  study=(--size=small)
+  sample=(--config.model.size=S --config.model.depth=2 --config.sampler.steps=2 --config.sampler.batch_size=4 --rounds=1)
 else
-  platform=gpu compare=(--rounds=3 --vs=torch) study=(--minutes=8)
+  platform=gpu compare=(--rounds=3 --vs=torch) study=(--size=gpu --minutes=8)
   sample=(--config.sampler.steps=50 --config.sampler.batch_size=64 --rounds=2)
   nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv | tee "$out/machine.csv"
 fi
@@ -31,15 +31,15 @@ case $part in
     ;;
   study)
     here study
-    "$python" -m tools.studies.evidence --size=gpu --out="$out/evidence" --states=false "${study[@]}" $data
+    "$python" -m tools.studies.evidence --out="$out/evidence" --states=false "${study[@]}" $data
     ;;
   speed)
     here "a training step of B/2 beside SiT, other forms, and PyTorch"
     "$python" -m tools.benchmark train --config=configs/diversedit.py:b2 --platform=$platform "${compare[@]}" \
       --compare=config=configs/sit.py:b2 --compare=model.unroll=True --compare=model.attention=xla --out="$out/train_b2.json"
     here "a training step of XL/2, 64 examples, beside SiT and PyTorch"
-    "$python" -m tools.benchmark train --config=configs/diversedit.py:xl2 --platform=$platform --config.batch_size=64 \
-      --config.losses.diversity.groups=2 "${compare[@]}" --compare=config=configs/sit.py:xl2 --out="$out/train_xl2.json"
+    "$python" -m tools.benchmark train --config=configs/sit.py:xl2 --platform=$platform --config.batch_size=64 "${compare[@]}" \
+      --compare="config=configs/diversedit.py:xl2 losses.diversity.groups=2" --out="$out/train_xl2.json"
     here "samples of XL/2 with guidance in [0, 0.7]"
     "$python" -m tools.benchmark sample --config=configs/diversedit.py:xl2 --platform=$platform --config.sampler.cfg_scale=1.8 \
       --config.sampler.guidance_interval="(0,0.7)" "${sample[@]}" --out="$out/sample_xl2.json"

@@ -63,13 +63,12 @@ def kernels(small: bool) -> dict[str, float]:
 
 def together(small: bool, data_dir: str | None) -> float:
     """Return how far two runs that train together are from the same runs with others beside them."""
-    size = SIZES["gpu"]._replace(steps=2 * PIECES, batch=8 if small else 64)
-    model = {"depth": 2, "width": 32, "heads": 2} if small else {"dtype": "float32"}
+    size = SIZES["small"] if small else SIZES["gpu"]._replace(steps=2 * PIECES, batch=64)
     name, options = size.data
     options = options | ({} if data_dir is None else {"data_dir": data_dir})
     ends = []
     for lanes in ([Lane(0, 1.0), Lane(1, 0.5)], [Lane(0, 1.0)]):
-        count = size._replace(model={**size.model, **model}, lanes=len(lanes), data=(name, options))
+        count = size._replace(model=size.model | {"dtype": "float32"}, lanes=len(lanes), data=(name, options))
         group = Group(Engine(count, "both"), lanes)
         for _ in range(PIECES):
             group.train()

@@ -20,18 +20,16 @@ from absl import flags
 from diversedit_jax.registry import in_range, one_of
 from diversedit_jax.runtime import cli, files
 from tools.studies.evidence import report
-from tools.studies.evidence.settings import FORMS, PIECES, ROWS, SIZES
+from tools.studies.evidence.settings import FORMS, ROWS, SIZES
 from tools.studies.evidence.study import OutOfTime, Study
 
-SIZE = flags.DEFINE_string("size", "cpu", f"Size of the study: {', '.join(SIZES)}.")
+SIZE = flags.DEFINE_string("size", "cpu", f"Size of the study: {', '.join(SIZES)}. `small` only tries whether it runs.")
 OUT = flags.DEFINE_string("out", None, "Folder of results and of the report.", required=True)
 ROW = flags.DEFINE_list("rows", None, f"Rows: {', '.join(ROWS)}, or `forms`; by default those of the size.")
 TUNE = flags.DEFINE_bool("tune", False, "Only train with the seed that chooses learning rates.")
 SEEDS = flags.DEFINE_list("seeds", None, "Seeds, below 1000; by default 0, 1, ..., as many as the size says.")
 MINUTES = flags.DEFINE_float("minutes", None, "Begin no turn after so many minutes; write the report.")
 DATA = flags.DEFINE_string("data_dir", None, "Where the data are; by default where Debian has Fashion-MNIST.")
-STEPS = flags.DEFINE_integer("steps", None, f"Training steps of a run, a multiple of {PIECES}; by default the size's.")
-NUM = flags.DEFINE_integer("num", None, "Samples that are scored; by default the size's.")
 STATES = flags.DEFINE_bool("states", True, "Save the state of runs after each turn, to go on with them after a stop.")
 REPORT = flags.DEFINE_bool("report", False, "Only write the report of what OUT holds.")
 
@@ -45,10 +43,9 @@ def main() -> None:
     seeds = [cli.literal(seed) for seed in SEEDS.value or map(str, range(size.seeds))]
     for seed in seeds:
         in_range("--seeds", seed, 0, 999)
-    steps = in_range("--steps", STEPS.value or size.steps, PIECES)
     name, options = size.data
     options = options | ({} if DATA.value is None else {"data_dir": DATA.value})
-    size = size._replace(steps=steps, num=NUM.value or size.num, data=(name, options))
+    size = size._replace(data=(name, options))
     jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)  # a core for each run is faster than all for one
     out = files.writable_folder(OUT.value, "--out")
     jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))

@@ -36,7 +36,7 @@ class Size(NamedTuple):
     features: str
     batch: int
     steps: int
-    model: Mapping[str, Any]
+    model: dict[str, Any]
     rate: float
     ema: float
     seeds: int
@@ -44,7 +44,7 @@ class Size(NamedTuple):
     num: int
     held_out: int
     blocks: int
-    sampler: Mapping[str, Any]
+    sampler: dict[str, Any]
     lanes: int
 
 
@@ -176,6 +176,18 @@ SIZES = {
         lanes=3,
     ),
 }
+
+SIZES["small"] = SIZES["gpu"]._replace(  # only to try whether the program runs
+    batch=8,
+    steps=16,
+    model=SIZES["gpu"].model | {"depth": 4, "width": 32, "heads": 2},
+    seeds=1,
+    rows=("sit", "both"),
+    num=40,
+    held_out=20,
+    blocks=20,
+    sampler=SIZES["gpu"].sampler | {"steps": 2, "batch_size": 40},
+)
 
 
 def config_of(size: Size, row: str, seed: int = 0) -> ConfigDict:
