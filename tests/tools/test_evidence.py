@@ -40,7 +40,7 @@ def size(clothes, tmp_path):  # noqa: F811
     return SIZES["cpu"]._replace(**small, data=data, features=str(file), model=MODEL, sampler=sampler)
 
 
-@pytest.mark.parametrize(("row", "factor"), [("sra_both", 0.5), pytest.param("paper", 1.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("row", "factor"), [("both", 0.5), pytest.param("sra_both", 1.0, marks=pytest.mark.slow)])
 def test_a_lane_is_the_run_of_its_seed(size, row, factor, tmp_path):
     group = Group(Engine(size, row), [Lane(3, factor), Lane(0, 1.0)])
     for _ in range(PIECES):
