@@ -171,7 +171,7 @@ SIZES = {
         rows=("sit", "skips", "loss", "both", "sra"),
         num=10_000,
         held_out=2_000,
-        blocks=256,
+        blocks=64,  # 4,096 tokens: CKA holds matrices of tokens x tokens, for every block and lane
         sampler={"solver": "heun", "steps": 25, "cfg_scale": 1.0, "batch_size": 2_000},
         lanes=3,
     ),
