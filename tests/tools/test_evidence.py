@@ -14,7 +14,7 @@ from diversedit_jax.data.levels import Levels, shrunk
 from diversedit_jax.errors import ConfigError, WeightsError
 from diversedit_jax.evaluation import extractors
 from diversedit_jax.evaluation.extractors import small_resnet
-from diversedit_jax.runs import trained
+from diversedit_jax.runs import build, trained
 from diversedit_jax.weights.formats.weights_file import write_safetensors
 from tests.data.test_in_memory import clothes  # noqa: F401 (a fixture)
 from tools.studies import classifier
@@ -159,6 +159,7 @@ def test_rows_differ_and_can_be_built(row, size):
     config = config_of(SIZES["cpu"]._replace(data=size.data), row)
     plain = config_of(SIZES["cpu"]._replace(data=size.data), "sit")
     assert (config.to_dict() == plain.to_dict()) == (row == "sit")
+    build.build(config, build.open_data(config).space)
 
 
 def test_ratios_are_paired_by_seed_and_intervals_are_students():
