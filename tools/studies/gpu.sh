@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Everything to run on a machine with one GPU, without a network: correctness, the evidence study, speed.
 #
-#   bash tools/studies/gpu.sh checks    # kernels and loops agree, vmapped runs are runs, bfloat16: 2 minutes
-#   bash tools/studies/gpu.sh study     # python -m tools.studies.evidence --size=gpu: 9 minutes
-#   bash tools/studies/gpu.sh speed     # training and sampling beside SiT and PyTorch: 8 minutes
+#   bash tools/studies/gpu.sh checks    # kernels and loops agree, vmapped runs are runs, bfloat16
+#   bash tools/studies/gpu.sh study     # python -m tools.studies.evidence --size=gpu, stops after 8 minutes
+#   bash tools/studies/gpu.sh speed     # training and sampling beside SiT and PyTorch
 #
+# No part has seen a GPU yet; each is meant to take less than 10 minutes.
 # Records go to OUT (by default gpu_records). DATA: where Fashion-MNIST lies. SMALL=yes: small numbers, on any machine.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${OUT:-gpu_records} python=${PYTHON:-python3} part=${1:-}
 data=${DATA:+--data_dir=$DATA}
 export PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_MEM_FRACTION=.85
-mkdir -p "$out"
 
 if [ -n "${SMALL:-}" ]; then
   platform=cpu compare=(--config.model.size=S --config.model.depth=2 --config.batch_size=8 --rounds=1 --steps=1)
@@ -20,13 +20,14 @@ if [ -n "${SMALL:-}" ]; then
 else
   platform=gpu compare=(--rounds=3 --vs=torch) study=(--size=gpu --minutes=8)
   sample=(--config.sampler.steps=50 --config.sampler.batch_size=64 --rounds=2)
-  nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv | tee "$out/machine.csv"
 fi
+case $part in checks | study | speed) mkdir -p "$out" ;; esac
 here() { echo "=== $* ($(date +%T))"; }
 
 case $part in
   checks)
     here checks
+    [ -n "${SMALL:-}" ] || nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv | tee "$out/machine.csv"
     "$python" -m tools.studies.gpu_checks "$out/checks.json" ${SMALL:+--small} $data
     ;;
   study)
@@ -45,7 +46,7 @@ case $part in
       --config.sampler.guidance_interval="(0,0.7)" "${sample[@]}" --out="$out/sample_xl2.json"
     ;;
   *)
-    sed -n '2,9s/^# \{0,1\}//p' "$0"
+    sed -n '2,10s/^# \{0,1\}//p' "$0"
     exit 64
     ;;
 esac

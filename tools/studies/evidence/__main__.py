@@ -1,7 +1,7 @@
 """Compare methods on real images, over several seeds, with statistics that are said in advance: one page, one table.
 
-    python -m tools.studies.evidence --out=runs/evidence                 # 2 CPU cores, under an hour
-    python -m tools.studies.evidence --size=gpu --out=runs/evidence_gpu  # one H100 or H200, under 9 minutes
+    python -m tools.studies.evidence --out=runs/evidence                 # meant for 2 CPU cores and an hour
+    python -m tools.studies.evidence --size=gpu --out=runs/evidence_gpu  # meant for one H100 or H200 and 9 minutes
     python -m tools.studies.evidence --rows=forms --tune --out=runs/evidence  # further forms, on the seed of tuning
 
 Trains the rows of `settings.ROWS` on Fashion-MNIST (on Debian and Ubuntu: apt-get install dataset-fashion-mnist), first
