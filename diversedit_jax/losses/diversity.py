@@ -196,7 +196,6 @@ def targets(features: Features, target: str) -> tuple[Array, ...]:
     blocks = _blocks(features)
     if target == "updates":
         blocks = tuple(after - before for before, after in itertools.pairwise(blocks))
-    # L_orth of centred features is 0, with a gradient of 0
     return blocks if target == "features" else tuple(f - f.mean(axis=(0, 1), keepdims=True) for f in blocks)
 
 

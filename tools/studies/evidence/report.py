@@ -71,7 +71,7 @@ def cell(values: Mapping[int, float], digits: int) -> str:
     return f"{found.mean():.{digits}f}{spread}"
 
 
-def ratio_at_time(results: Results, baseline: Results, last: int) -> Interval | None:
+def ratio_at_time(results: Results, baseline: Results, last: int) -> Interval:
     """Return the ratio of Frechet distances when the faster of both has taken its last step, paired by seed."""
     pairs: tuple[dict[int, float], dict[int, float]] = {}, {}
     for seed in sorted(results.keys() & baseline.keys()):
@@ -81,7 +81,7 @@ def ratio_at_time(results: Results, baseline: Results, last: int) -> Interval | 
             for found, steps in zip(pairs, (ours, theirs), strict=True):
                 seconds, values = ([one[name] for one in steps.values()] for name in ("seconds", "frechet"))
                 found[seed] = at_time(seconds, values, when)
-    return paired_ratio(*pairs) if pairs[0] else None
+    return paired_ratio(*pairs)
 
 
 def write(study: Study, rows: Sequence[str]) -> None:
@@ -95,7 +95,7 @@ def write(study: Study, rows: Sequence[str]) -> None:
     if found:
         drawn = [
             ratios(study.out, found, last),
-            *curves(study.out, found, last),
+            *curves(study.out, found),
             samples(study, found, last),
             velocity(study.out, found, last),
             matrices(study.out, found, last),
@@ -150,10 +150,12 @@ def tables(study: Study, found: Mapping[str, Results], last: int) -> tuple[list[
     for row, results in found.items():
         own, time = ends(results, last, lambda r: r["frechet"]), ends(results, last, lambda r: r["seconds"])
         compared = row != BASELINE and bool(own.keys() & frechet.keys())
-        same_time = ratio_at_time(results, baseline, last) if compared else None
         line = [ROWS[row].label, str(len(own)), f"{study.factor(row):g}"]
-        line += [str(paired_ratio(own, frechet)) if compared else "1", str(same_time) if same_time else "1"]
-        line += [f"{paired_ratio(time, seconds).value:.2f}" if compared else "1"]
+        if compared:
+            line += [str(paired_ratio(own, frechet)), str(ratio_at_time(results, baseline, last))]
+            line += [f"{paired_ratio(time, seconds).value:.2f}"]
+        else:
+            line += ["1"] * 3 if row == BASELINE else [""] * 3
         scores.append(line + [cell(ends(results, last, COLUMNS[name].value), COLUMNS[name].digits) for name in first])
         values = [cell(ends(results, last, COLUMNS[name].value), COLUMNS[name].digits) for name in second]
         blocks.append([ROWS[row].label, *values])
@@ -199,7 +201,7 @@ def _within(tick: float, intervals: Sequence[Interval]) -> bool:
     return tick == 1 or min(values, default=1) * 0.95 <= tick <= max(values, default=1) * 1.05
 
 
-def curves(folder: Path, found: Mapping[str, Results], last: int) -> list[ReportFigure]:
+def curves(folder: Path, found: Mapping[str, Results]) -> list[ReportFigure]:
     """Draw the Frechet distance against steps, and against the time of training."""
     drawn = []
     for name, place, title in (
