@@ -166,7 +166,7 @@ def write_report(
     said = [(one.label, note) for one in studies for note in (*one.notes, *wrong.get(one.label, ()))]
     notes = list(dict.fromkeys(f"{label}: {note}" for label, note in said))
     title = f"Representations of {', '.join(by_label(studies))}"
-    html_page.write(folder / "report.html", title, table, drawn, notes, described(settings, t, studies, weights))
+    html_page.write(folder / "report.html", title, [table], drawn, notes, described(settings, t, studies, weights))
     write_record(folder / "analysis.json", settings, t, times, studies)
     print(tables.aligned(table, left=1))
     for note in notes:

@@ -20,7 +20,7 @@ h2 { font-size: 1.15rem; margin: 2.5rem 0 .3rem; }
 p { margin: .3rem 0 .8rem; max-width: 46rem; }
 img { display: block; max-width: 100%; height: auto; margin: .5rem 0; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; }
+table { border-collapse: collapse; font-size: .9rem; margin: 1rem 0; }
 th, td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid #ddd; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .9rem; margin: 1rem 0; }
@@ -38,15 +38,12 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 def write(
     path: Path,
     title: str,
-    summary: Sequence[Sequence[str]],
+    summaries: Sequence[Sequence[Sequence[str]]],
     drawn: Sequence[ReportFigure],
     notes: Sequence[str],
     settings: Mapping[str, str],
 ) -> None:
-    """Write the report beside its figures. summary: a table, header first. settings: what can change a number."""
-    head, *body = ([html.escape(cell) for cell in row] for row in summary)
-    table = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
-    table += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body]
+    """Write the report beside its figures. summaries: tables, header first. settings: what can change a number."""
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
@@ -54,7 +51,7 @@ def write(
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>",
         f"<h1>{html.escape(title)}</h1>",
-        f'<div class="wide"><table>{"".join(table)}</table></div>',
+        *map(_table, summaries),
         "<nav>" + "".join(f'<a href="#{one.name}">{html.escape(one.title)}</a>' for one in drawn) + "</nav>",
         *(f"<p><strong>Note.</strong> {html.escape(note)}</p>" for note in notes),
         *(_section(path.parent, one) for one in drawn),
@@ -63,6 +60,13 @@ def write(
         "</dl></body></html>",
     ]
     write_text(path, "\n".join(parts) + "\n")
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = ([html.escape(cell) for cell in row] for row in rows)
+    lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
+    lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body]
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
 def _section(folder: Path, one: ReportFigure) -> str:

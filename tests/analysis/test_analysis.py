@@ -517,7 +517,7 @@ def test_the_layouts_of_the_paper(tmp_path):
 def test_the_report_opens_in_a_browser(drawn):
     folder, drawn = drawn
     report = folder / "report.html"
-    html_page.write(report, "A <report>", analyze.summary(SEVERAL), drawn, ["one & two"], {"time": "0.05"})
+    html_page.write(report, "A <report>", [analyze.summary(SEVERAL)], drawn, ["one & two"], {"time": "0.05"})
     for width in (1200, 390):
         seen = browser.look(report, width)
         assert not seen.messages

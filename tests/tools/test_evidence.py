@@ -85,7 +85,7 @@ def test_a_study_that_is_cut_off_goes_on_with_the_same_numbers(size, tmp_path, c
     with Image.open(next((tmp_path / "whole").rglob("*.png"))) as image:
         assert image.mode == "L"
 
-    report.write(whole, ["sit", "both"])  # `both` has no results
+    report.write(whole)
     assert "| SiT | 2 | 1 | 1 |" in (tmp_path / "whole" / "table.md").read_text()
     assert "turn 8 of 8" in capsys.readouterr().out
 
@@ -107,14 +107,15 @@ def made_up(study, row, lane, step, frechet):
 
 
 def test_the_report_compares_at_equal_steps_and_at_equal_time(size, tmp_path):
-    study, end = Study(size, tmp_path), size.steps
+    study, tuned, end = Study(size, tmp_path), Study(size, tmp_path / "tuned"), size.steps
     for row, factor in (("sit", 1.0), ("both", 0.8)):
         for seed in range(3):
             for part, frechet in ((4, 400), (2, 200), (1, 100 + seed)):
                 made_up(study, row, Lane(seed, 1.0), end // part, factor * frechet)
         for rate, frechet in ((1.0, 100.0), (0.5, 110.0)):
-            made_up(study, row, Lane(TUNING_SEED, rate), end, factor * frechet)
-    report.write(study, ["sit", "sra", "both"])  # SRA has no results
+            for place in (study, tuned):
+                made_up(place, row, Lane(TUNING_SEED, rate), end, factor * frechet)
+    report.write(study)
     text = (tmp_path / "table.md").read_text()
     assert "| SiT | 3 | 1 | 1 | 1 | 1 | 101.00 ± 1.00 |" in text
     # When SiT has taken all its steps, the slower row is at 1 / 1.25 of its own: at 0.8 x 125 = 100 times a spread
@@ -129,10 +130,16 @@ def test_the_report_compares_at_equal_steps_and_at_equal_time(size, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert page.count("<section") == 8
     assert all(ord(letter) < 0x2500 for letter in page)
-    report.write(study, ["sra"])  # the table of learning rates is there
-    assert (tmp_path / "table.md").read_text().startswith(f"| seed {TUNING_SEED} | rate x 1 | rate x 0.5 |")
-    with pytest.raises(ConfigError, match="has no run of these rows that is complete: sra"):
-        report.write(Study(size, tmp_path / "empty"), ["sra"])
+    cka = [report.off_diagonal(study.results("both")[seed][end], "cka") for seed in range(3)]
+    base = [report.off_diagonal(study.results("sit")[seed][end], "cka") for seed in range(3)]
+    wanted = np.exp(np.mean(np.log(np.divide(cka, base))))
+    assert f"| CKA of blocks: both parts | CKA of blocks, DiverseDiT (both) / SiT | {wanted:.3f} [" in text
+    assert "at equal cost" not in text  # the row of equal cost has no results
+    assert "CKA of blocks, DiverseDiT (both) / SiT" in page
+    report.write(tuned)
+    assert (tmp_path / "tuned" / "table.md").read_text().startswith(f"| seed {TUNING_SEED} | rate x 1 | rate x 0.5 |")
+    with pytest.raises(ConfigError, match="has no run of this size that is complete"):
+        report.write(Study(size, tmp_path / "empty"))
 
 
 def test_the_better_learning_rate_of_tuning_is_taken(size, tmp_path):

@@ -31,7 +31,7 @@ SEEDS = flags.DEFINE_list("seeds", None, "Seeds, below 1000; by default 0, 1, ..
 MINUTES = flags.DEFINE_float("minutes", None, "Begin no turn after so many minutes; write the report.")
 DATA = flags.DEFINE_string("data_dir", None, "Where the data are; by default where Debian has Fashion-MNIST.")
 STATES = flags.DEFINE_bool("states", True, "Save the state of runs after each turn, to go on with them after a stop.")
-REPORT = flags.DEFINE_bool("report", False, "Only write the report of what OUT holds.")
+REPORT = flags.DEFINE_bool("report", False, "Only write the report of all that OUT holds of this size.")
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
                 study.compare(rows, seeds)
     except OutOfTime:
         print(f"the {MINUTES.value:g} minutes are over; the same command goes on")
-    report.write(study, rows)
+    report.write(study)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from diversedit_jax.analysis.drawing import Panel, ReportFigure
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.runtime.files import write_text
 from tools.studies.evidence.lanes import TIMES, Lane
-from tools.studies.evidence.settings import BASELINE, FACTORS, MEASURED, PIECES, ROWS, TUNING_SEED
+from tools.studies.evidence.settings import BASELINE, CONTRASTS, FACTORS, MEASURED, PIECES, ROWS, TUNING_SEED
 from tools.studies.evidence.statistics import Interval, at_time, paired_ratio
 from tools.studies.evidence.study import Study
 
@@ -84,13 +84,13 @@ def ratio_at_time(results: Results, baseline: Results, last: int) -> Interval:
     return paired_ratio(*pairs)
 
 
-def write(study: Study, rows: Sequence[str]) -> None:
-    """Write OUT/report.html with its figures, and OUT/table.md, of the rows that have results."""
+def write(study: Study) -> None:
+    """Write OUT/report.html with its figures, and OUT/table.md, of all rows that have results."""
     last, size = study.size.steps // PIECES * PIECES, study.size
-    found = {row: results for row in rows if ends(results := study.results(row), last, lambda r: r["frechet"])}
+    found = {row: results for row in ROWS if ends(results := study.results(row), last, lambda r: r["frechet"])}
     rates = tuned_table(study)
     if not found and len(rates) == 1:
-        raise ConfigError(f"{study.out} has no run of these rows that is complete: {', '.join(rows)}")
+        raise ConfigError(f"{study.out} has no run of this size that is complete")
     drawn, summaries = tuning(study), [rates]
     if found:
         drawn = [
@@ -102,7 +102,7 @@ def write(study: Study, rows: Sequence[str]) -> None:
             traces(study.out, found),
             *drawn,
         ]
-        summaries = [*tables(study, found, last), rates]
+        summaries = [*tables(study, found, last), contrasts(found, last), rates]
     notes = [
         "Primary endpoint, said in advance: the Fréchet distance at the last step, as the ratio to SiT of the same "
         "seed, with Student's 95% interval of its logarithm. Everything else is exploratory.",
@@ -122,7 +122,7 @@ def write(study: Study, rows: Sequence[str]) -> None:
         "samples": ", ".join(f"{name} {value}" for name, value in size.sampler.items()),
         "digests": ", ".join(study.folder(row).name for row in found),
     }
-    html_page.write(study.out / "report.html", "Evidence: methods on real images", summaries[0], drawn, notes, settings)
+    html_page.write(study.out / "report.html", "Evidence: methods on real images", summaries, drawn, notes, settings)
     lines = "\n".join(f"- {name}: {value}" for name, value in settings.items())
     write_text(study.out / "table.md", "\n\n".join([*map(markdown, summaries), *notes, lines]) + "\n")
     print(f"{study.out / 'report.html'}, {study.out / 'table.md'}")
@@ -162,6 +162,18 @@ def tables(study: Study, found: Mapping[str, Results], last: int) -> tuple[list[
     known = [f"{floor[name]:.{COLUMNS[name].digits}f}" if name in floor else "" for name in first]
     scores.append(["training images (floor)", "", "", "", "", "", *known])
     return scores, blocks
+
+
+def contrasts(found: Mapping[str, Results], last: int) -> list[list[str]]:
+    """Return the table of exploratory ratios, with its header."""
+    table = [["exploratory, at the last step", "what", "ratio"]]
+    for question, measure, row, against in CONTRASTS:
+        if row in found and against in found:
+            own, other = (ends(found[name], last, COLUMNS[measure].value) for name in (row, against))
+            if own.keys() & other.keys():
+                text = f"{COLUMNS[measure].title}, {ROWS[row].label} / {ROWS[against].label}"
+                table.append([question, text, str(paired_ratio(own, other))])
+    return table
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:

@@ -142,6 +142,35 @@ FORMS = {
 }
 ROWS = METHODS | FORMS
 
+
+class Contrast(NamedTuple):
+    """A number of one row, compared with that of another. measure: of `report.COLUMNS`."""
+
+    question: str
+    measure: str
+    row: str
+    against: str
+
+
+CONTRASTS = (
+    Contrast("both parts, at equal cost", "frechet", "both", "deeper"),
+    Contrast("the loss, beside long residuals", "frechet", "both", "skips"),
+    Contrast("long residuals, beside the loss", "frechet", "both", "loss"),
+    Contrast("identity at the start", "frechet", "identity", "both"),
+    Contrast("merged before the block", "frechet", "paper", "both"),
+    Contrast("DiverseDiT, beside SRA", "frechet", "sra_both", "sra"),
+    Contrast("SRA, beside DiverseDiT", "frechet", "sra_both", "both"),
+    Contrast("the loss, beside identity skips", "frechet", "identity", "id_skips"),
+    Contrast("constant weight 1", "frechet", "weight_1", "both"),
+    Contrast("range [0.2, 0.7]", "frechet", "range_2_7", "both"),
+    Contrast("range [0.3, 0.9]", "frechet", "range_3_9", "both"),
+    *(
+        Contrast(f"{name}: {parts}", measure, row, BASELINE)
+        for measure, name in (("cka", "CKA of blocks"), ("rank", "effective rank"))
+        for row, parts in (("skips", "long residuals"), ("loss", "the loss"), ("both", "both parts"))
+    ),
+)
+
 SIZES = {
     "cpu": Size(
         data=("fashion", {"size": 16}),
@@ -176,6 +205,9 @@ SIZES = {
         lanes=3,
     ),
 }
+
+# Eight times the training of `cpu`, for the parts of DiverseDiT: do they pay off later?
+SIZES["cpu_long"] = SIZES["cpu"]._replace(steps=3200, ema=0.99, rows=("sit", "skips", "both"))
 
 SIZES["small"] = SIZES["gpu"]._replace(  # only to try whether the program runs
     batch=8,
