@@ -239,6 +239,8 @@ def curves(folder: Path, found: Mapping[str, Results]) -> list[ReportFigure]:
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axis.set_major_formatter("{x:g}")
+            if name == "steps":
+                axes.set_xticks(sorted({x for places, _ in groups.values() for x in places}))
             axes.minorticks_off()
             drawing.legend(figure, axes)
         text = "Means over seeds; bands are one standard deviation."
@@ -248,7 +250,7 @@ def curves(folder: Path, found: Mapping[str, Results]) -> list[ReportFigure]:
 
 def samples(study: Study, found: Mapping[str, Results], last: int) -> ReportFigure:
     """Draw samples of every row, side by side, from the same noise and for the same classes."""
-    rows, pictures = [], {}
+    rows, pictures = [], {"held-out images": study.shown()}
     for row, results in found.items():
         seed = min(seed for seed, steps in results.items() if last in steps)
         file = study.file(row, Lane(seed, study.factor(row)), last).with_suffix(".png")
@@ -266,7 +268,7 @@ def samples(study: Study, found: Mapping[str, Results], last: int) -> ReportFigu
         for axes, (label, picture) in zip(grid.flat, pictures.items(), strict=False):
             axes.imshow(picture, cmap="gray", interpolation="nearest")
             axes.set_title(label)
-    text = "At the last step, by the EMA network of the first seed. Every panel has the same noise and classes."
+    text = "At the last step, by the EMA network of the first seed. Every method has the same noise and classes."
     return ReportFigure("samples", "Samples", text)
 
 

@@ -109,8 +109,8 @@ METHODS = {
     "skips": Row("+ long residuals", (skips("release"),)),
     "loss": Row("+ diversity loss", (diversity(),)),
     "both": Row("DiverseDiT (both)", (skips("release"), diversity())),
-    "identity": Row("both, identity at the start", (skips("release", "identity"), diversity())),
-    "paper": Row("both, merged before the block", (skips("paper"), diversity())),
+    "identity": Row("both, identity at start", (skips("release", "identity"), diversity())),
+    "paper": Row("both, merge before block", (skips("paper"), diversity())),
     "sra": Row("SRA", (sra,)),
     "sra_both": Row("SRA + DiverseDiT", (sra, skips("release"), diversity())),
     "disp": Row("DispLoss", (dispersive,)),
@@ -124,6 +124,8 @@ FORMS = {
     "id_skips": Row("identity skips, no loss", (IDENTITY,)),
     "gate": Row("gated skips, no loss", (skips("gate"),)),
     "gate_loss": Row("gated skips, loss", (skips("gate"), diversity())),
+    "gate_all": Row("gated skips, all pairs", (skips("gate"), diversity(rule="all"))),
+    "gate_updates": Row("gated, updates, all pairs", (skips("gate"), diversity(target="updates", rule="all", **ALONE))),
     "uvit": Row("U-ViT's skips, no loss", (skips("uvit"),)),
     "centred": Row("identity, centred features", (IDENTITY, diversity(target="centred", **ALONE))),
     "updates": Row("identity, centred updates", (IDENTITY, diversity(target="updates", **ALONE))),
@@ -156,8 +158,8 @@ CONTRASTS = (
     Contrast("both parts, at equal cost", "frechet", "both", "deeper"),
     Contrast("the loss, beside long residuals", "frechet", "both", "skips"),
     Contrast("long residuals, beside the loss", "frechet", "both", "loss"),
-    Contrast("identity at the start", "frechet", "identity", "both"),
-    Contrast("merged before the block", "frechet", "paper", "both"),
+    Contrast("identity at start", "frechet", "identity", "both"),
+    Contrast("merge before the block", "frechet", "paper", "both"),
     Contrast("DiverseDiT, beside SRA", "frechet", "sra_both", "sra"),
     Contrast("SRA, beside DiverseDiT", "frechet", "sra_both", "both"),
     Contrast("the loss, beside identity skips", "frechet", "identity", "id_skips"),
@@ -207,7 +209,7 @@ SIZES = {
 }
 
 # Eight times the training of `cpu`, for the parts of DiverseDiT: do they pay off later?
-SIZES["cpu_long"] = SIZES["cpu"]._replace(steps=3200, ema=0.99, rows=("sit", "skips", "both"))
+SIZES["cpu_long"] = SIZES["cpu"]._replace(steps=3200, ema=0.99, rows=("sit", "skips", "both", "gate"))
 
 SIZES["small"] = SIZES["gpu"]._replace(  # only to try whether the program runs
     batch=8,

@@ -25,7 +25,7 @@ from tools.studies.evidence.judge import Judge
 from tools.studies.evidence.lanes import Engine, Group, Lane
 from tools.studies.evidence.settings import BASELINE, FACTORS, MEASURED, PIECES, ROWS, TUNING_SEED, Size, config_of
 
-SHOWN = 40  # samples in a picture
+SHOWN, COLUMNS = 40, 10  # samples in a picture
 HERE = Path(__file__).parent
 
 
@@ -64,6 +64,13 @@ class Study:
         """The labels of the samples: all classes alike."""
         space = build.open_data(config_of(self.size, BASELINE)).space
         return np.arange(self.size.num, dtype=np.int32) % np.int32(space.conditions.classes)
+
+    def shown(self) -> np.ndarray:
+        """Draw held-out images: the first of each class, then the second of each."""
+        source = build.open_data(config_of(self.size, BASELINE), "test").source
+        labels = source.labels[:1000]
+        number = [np.sum(labels[:i] == label) for i, label in enumerate(labels)]  # within its class
+        return image_grid(source.images[np.lexsort((labels, number))[:SHOWN]], columns=COLUMNS)
 
     def folder(self, row: str) -> Path:
         """Return where the results of a row are."""
@@ -158,7 +165,7 @@ class Study:
                 result |= self.judge.scores(samples[i], self._labels) | {"trace": trace, "about": self._about}
                 file = self.file(row, lane, step)
                 file.parent.mkdir(parents=True, exist_ok=True)
-                save_png(file.with_suffix(".png"), image_grid(samples[i][:SHOWN], columns=10))
+                save_png(file.with_suffix(".png"), image_grid(samples[i][:SHOWN], columns=COLUMNS))
                 write_json(file, result)
         folder = self._states(row, group.lanes)
         if group.pieces == PIECES:
