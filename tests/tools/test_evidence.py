@@ -99,7 +99,7 @@ def made_up(study, row, lane, step, frechet):
     part = {"grad_norm": 1.0} | ({"diversity/loss": 0.2, "diversity/active": 0.75} if row == "both" else {})
     result = {"row": row, **lane._asdict(), "step": step, "seconds": step * (1.25 if row == "both" else 1.0)}
     result |= {"velocity": rng.uniform(size=5).tolist(), "blocks": matrix | lines, "frechet": frechet, **scores}
-    result |= {"trace": [part] * (PIECES * step // study.size.steps), "about": {"jax": "1.2", "devices": "1 x cpu"}}
+    result |= {"trace": [part] * (PIECES * step // study.size.steps), "about": {"command": row, "jax": "1.2"}}
     file = study.file(row, lane, step)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result))
@@ -126,6 +126,7 @@ def test_the_report_compares_at_equal_steps_and_at_equal_time(size, tmp_path):
     assert same_time == pytest.approx(0.8 * 1.25, rel=0.01)
     assert line.split("|")[6].strip() == "1.25"
     assert "training images (floor)" in text
+    assert "- command: both; sit\n- jax: 1.2\n" in text
     assert "| DiverseDiT (both) | 80.00 | 88.00 |" in text  # by learning rate
     page = (tmp_path / "report.html").read_text()
     assert page.count("<section") == 8
@@ -221,9 +222,10 @@ def test_a_classifier_learns_and_is_read_back(tmp_path, capsys):
         extractor.apply(extractor.init(), jnp.zeros((1, 32, 32, 3), jnp.uint8))
 
 
-def test_folded_norms_give_the_logits_of_the_norms():
+@pytest.mark.parametrize("stem", [3, 4])
+def test_folded_norms_give_the_logits_of_the_norms(stem):
     images = jnp.asarray(shaded(2, 64).images)
-    params = classifier.initial(channels=1, widths=(4, 8, 8), classes=3)
+    params = classifier.initial(channels=1, widths=(4, 8, 8), classes=3, stem=stem)
     params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), params)
     wanted, _ = classifier.forward(params, images)
     folded = jax.tree.map(np.float32, classifier.folded(params, images))  # rounded to float16

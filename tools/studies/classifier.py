@@ -2,8 +2,8 @@
 
     python -m tools.studies.classifier OUT.safetensors --data=fashion
 
-Half of the images that it sees have lost detail: they are means of 2 x 2 pixels. So it serves 16 x 16 images, too. The
-file is for `diversedit_jax/evaluation/extractors/small_resnet.py`. It says what it was trained on, and how well.
+Half of the images that it sees have lost detail (--coarse): they are means of 2 x 2 pixels. So it serves 16 x 16
+images, too. The file is for `diversedit_jax/evaluation/extractors/small_resnet.py`. It says what it was trained on.
 The norms are folded into the kernels, and numbers are float16. Takes about 20 minutes on 2 CPU cores for Fashion-MNIST.
 """
 
@@ -37,9 +37,9 @@ BATCH, SMOOTHING, RATE, DECAY, EPS = 128, 0.1, 3e-3, 0.05, 1e-5
 CALIBRATION = 2048  # images whose mean and variance the norms take when they are folded
 
 
-def initial(channels: int, widths: tuple[int, ...], classes: int) -> Params:
-    """Return untrained weights. widths: channels of the stem and of each stage."""
-    shapes = {"stem": (4, 4, channels, widths[0])}
+def initial(channels: int, widths: tuple[int, ...], classes: int, stem: int = 4) -> Params:
+    """Return untrained weights. widths: channels of the stem and of each stage. stem: side of its kernels."""
+    shapes = {"stem": (stem, stem, channels, widths[0])}
     for stage, (before, width) in enumerate(itertools.pairwise(widths)):
         kernels = ((3, 3, before, width), (3, 3, width, width), (1, 1, before, width))
         shapes |= {f"{stage}/{layer}": kernel for layer, kernel in zip(LAYERS, kernels, strict=True)}
@@ -59,7 +59,7 @@ def forward(params: Params, images: Array) -> tuple[Array, dict[str, tuple[Array
         found[name] = mean, variance = x.mean(axis=(0, 1, 2)), x.var(axis=(0, 1, 2))
         return (x - mean) * (jax.lax.rsqrt(variance + EPS) * params[name]["scale"]) + params[name]["bias"]
 
-    pool = small_resnet.features(convolve, images, small_resnet.stages(params))
+    pool = small_resnet.features(convolve, images, *small_resnet.layout(params))
     return linear(pool, **params["classifier"]), found
 
 
@@ -73,12 +73,12 @@ def folded(params: Params, images: Array) -> Params:
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), weights)
 
 
-def augmented(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Shift each image by up to 2 pixels, mirror half of them, and take the detail from half of them."""
+def augmented(images: np.ndarray, rng: np.random.Generator, share: float) -> np.ndarray:
+    """Shift each image by up to 2 pixels, mirror half of them, and take the detail from a share of them."""
     padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
     corners = rng.integers(5, size=(len(images), 2))
     cut = np.stack([image[i : i + SIDE, j : j + SIDE] for image, (i, j) in zip(padded, corners, strict=True)])
-    mirrored, coarse = rng.random((2, len(images))) < 0.5
+    mirrored, coarse = rng.random((2, len(images))) < [[0.5], [share]]
     cut[mirrored] = cut[mirrored, :, ::-1]
     cut[coarse] = without_detail(cut[coarse])
     return cut
@@ -90,14 +90,20 @@ def without_detail(images: np.ndarray) -> np.ndarray:
 
 
 def train(
-    train: Levels, test: Levels, widths: tuple[int, ...], epochs: int, devices: Sequence[jax.Device]
+    train: Levels,
+    test: Levels,
+    widths: tuple[int, ...],
+    epochs: int,
+    devices: Sequence[jax.Device],
+    stem: int = 4,
+    coarse: float = 0.5,
 ) -> tuple[Params, float, float]:
     """Train with cross-entropy. Return the folded weights, and their accuracy on held-out images and without detail.
 
-    devices: each computes a part of every batch.
+    devices: each computes a part of every batch. coarse: share of the images that lose their detail.
     """
     classes = int(train.labels.max()) + 1
-    params = initial(train.images.shape[3], widths, classes)
+    params = initial(train.images.shape[3], widths, classes, stem)
     steps = epochs * (len(train) // BATCH)
     rate = optax.warmup_cosine_decay_schedule(0, RATE, steps // 10, steps)
     optimizer = optax.adamw(rate, weight_decay=DECAY, mask=lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree))
@@ -120,15 +126,15 @@ def train(
         found = [gradient(*jax.device_put((params, *part), device)) for device, *part in parts]
         return update(params, opt, jax.device_put(found, devices[0]))
 
-    coarse = Levels(without_detail(test.images), test.labels)
+    blurred = Levels(without_detail(test.images), test.labels)
     opt, rng, started = optimizer.init(params), np.random.default_rng(0), time.monotonic()
     for epoch in range(epochs):
         order = rng.permutation(len(train))[: len(train) // BATCH * BATCH].reshape(-1, BATCH)
         for rows in order:
-            params, opt = step(params, opt, augmented(train.images[rows], rng), train.labels[rows])
+            params, opt = step(params, opt, augmented(train.images[rows], rng, coarse), train.labels[rows])
         some = rng.permutation(len(train))[:CALIBRATION]
-        weights = folded(params, augmented(train.images[some], rng))
-        shares = accuracy(weights, test), accuracy(weights, coarse)
+        weights = folded(params, augmented(train.images[some], rng, coarse))
+        shares = accuracy(weights, test), accuracy(weights, blurred)
         passed = duration(time.monotonic() - started)
         print(f"epoch {epoch + 1} of {epochs}: {said(*shares)}, {passed}", flush=True)
     return weights, *shares
@@ -157,6 +163,8 @@ if __name__ == "__main__":
     flags.DEFINE_string("data_dir", None, "Where it is; by default where Debian has Fashion-MNIST.")
     flags.DEFINE_string("test_dir", None, "Where the held-out images are, if they lie elsewhere (images).")
     flags.DEFINE_integer("epochs", 12, "Passes over the training images.")
+    flags.DEFINE_float("coarse", 0.5, "Share of images that become means of 2 x 2 pixels: for images of 16 x 16.")
+    flags.DEFINE_enum("stem", "4", ["3", "4"], "Side of its kernels: 4 halves the map, 3 keeps it.")
     flags.DEFINE_list("widths", ["32", "96", "160"], "Channels of the stem and of each stage.")
 
     def main(arguments: list[str]) -> None:
@@ -166,6 +174,7 @@ if __name__ == "__main__":
             raise ConfigError("usage: python -m tools.studies.classifier OUT.safetensors; --help says more")
         jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
         in_range("--epochs", given.epochs, 1)
+        in_range("--coarse", given.coarse, 0, 1)
         options = {"size": SIDE} | ({"in_memory": True} if given.data == "images" else {})
 
         def levels(split: str, folder: str | None) -> Levels:
@@ -174,7 +183,9 @@ if __name__ == "__main__":
 
         held_out = levels("test", given.data_dir) if given.test_dir is None else levels("train", given.test_dir)
         widths = tuple(map(int, given.widths))
-        weights, *shares = train(levels("train", given.data_dir), held_out, widths, given.epochs, jax.devices())
+        images = levels("train", given.data_dir)
+        form = {"stem": int(given.stem), "coarse": given.coarse}
+        weights, *shares = train(images, held_out, widths, given.epochs, jax.devices(), **form)
         about = {"accuracy": said(*shares), "command": " ".join(sys.argv[1:]), "data": given.data}
         save(Path(arguments[0]).expanduser(), weights, about)
         print(f"{arguments[0]}: recognises {said(*shares)}")

@@ -18,7 +18,6 @@ from diversedit_jax.errors import ConfigError, WeightsError
 from diversedit_jax.evaluation.extractors import Extractor, Features, digest
 from diversedit_jax.weights.formats.weights_file import open_weights
 
-STRIDE = 2  # of the stem, whose kernels are 4 x 4
 Given = Array | np.ndarray  # weights as the file has them, or traced
 LAYERS = ("first", "second", "short")  # of a stage
 
@@ -67,18 +66,18 @@ def apply(weights: Params, images: UInt8[Array, "b h w c"]) -> Features:
     def convolve(name: str, x: Array, stride: int) -> Array:
         return convolution(x, weights[name]["kernel"], stride) + weights[name]["bias"]
 
-    pool = features(convolve, images, stages(weights))
+    pool = features(convolve, images, *layout(weights))
     return Features(pool, None, linear(pool, **weights["classifier"]))
 
 
-def stages(weights: Params) -> int:
-    """The number of residual blocks."""
-    return sum(name.endswith("/first") for name in weights)
+def layout(weights: Params) -> tuple[int, int]:
+    """The number of residual blocks, and the stride of the stem: 2 with kernels of 4 x 4, 1 with kernels of 3 x 3."""
+    return sum(name.endswith("/first") for name in weights), weights["stem"]["kernel"].shape[0] // 2
 
 
-def features(convolve: Convolve, images: UInt8[Array, "b h w c"], stages: int) -> Float[Array, "b d"]:
+def features(convolve: Convolve, images: UInt8[Array, "b h w c"], stages: int, stride: int) -> Float[Array, "b d"]:
     """The network up to its classifier: a stem, and for each stage a residual block that halves the map."""
-    x = relu(convolve("stem", images.astype(jnp.float32) / 127.5 - 1, STRIDE))
+    x = relu(convolve("stem", images.astype(jnp.float32) / 127.5 - 1, stride))
     for stage in range(stages):
         first, second, short = (partial(convolve, f"{stage}/{layer}") for layer in LAYERS)
         x = relu(second(relu(first(x, 2)), 1) + short(x, 2))

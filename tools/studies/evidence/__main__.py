@@ -12,6 +12,7 @@ several machines can be copied together. Writes OUT/report.html and OUT/table.md
 
 import math
 import os
+import sys
 import time
 
 import jax
@@ -50,7 +51,9 @@ def main() -> None:
     out = files.writable_folder(OUT.value, "--out")
     jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
     deadline = started + 60 * MINUTES.value if MINUTES.value else math.inf
-    study = Study(size, out, states=STATES.value, deadline=deadline)
+    told = (argument for argument in sys.argv[1:] if not argument.startswith(("--out", "--data_dir")))
+    command = " ".join(["python -m tools.studies.evidence", *told])
+    study = Study(size, out, states=STATES.value, deadline=deadline, command=command)
     try:
         if not REPORT.value:
             study.tune(rows)

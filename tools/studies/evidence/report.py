@@ -1,6 +1,5 @@
 """Write the page and the table of the study."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,12 +109,8 @@ def write(study: Study) -> None:
         f"({study.judge.accuracy:.2%} of the held-out images). They compare rows of this study only.",
         "A run here is short. Early training can favour other methods than late training: look at the curves.",
     ]
-    about = [result["about"] for results in found.values() for steps in results.values() for result in steps.values()]
-    names = about[0] if about else ()
-    given = [argument for argument in sys.argv[1:] if not argument.startswith(("--out", "--data_dir"))]
     settings = {
-        "command": " ".join(["python -m tools.studies.evidence", *given]),
-        **{name: ", ".join(sorted({one[name] for one in about if name in one})) for name in names},
+        **study.about(),
         "data": " ".join([size.data[0], *(f"{name}={x}" for name, x in size.data[1].items() if name != "data_dir")]),
         "network": ", ".join(f"{name} {value}" for name, value in size.model.items()),
         "training": f"{last:,} steps of {size.batch}, learning rate {size.rate:g} x {' or '.join(map(str, FACTORS))}",

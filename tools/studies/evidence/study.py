@@ -43,14 +43,19 @@ def digest(size: Size, row: str) -> str:
 
 
 class Study:
-    """A folder of results: results/ROW_DIGEST/seedS_rateF_stepN.json, and a picture of samples beside each."""
+    """A folder of results: results/ROW_DIGEST/seedS_rateF_stepN.json, and a picture of samples beside each.
 
-    def __init__(self, size: Size, out: Path, *, states: bool = True, deadline: float = math.inf):
+    states: save the states of runs after each turn. deadline: of `time.monotonic`. command: for the records.
+    """
+
+    def __init__(
+        self, size: Size, out: Path, *, states: bool = True, deadline: float = math.inf, command: str = "(no command)"
+    ):
         self.size, self.out, self.states, self.deadline = size, out, states, deadline
         self._engines: dict[str, Engine] = {}
         self._folders: dict[str, Path] = {}
-        known = versions()
-        self._about = {name: known[name] for name in ("git_commit", "devices", "jax") if name in known}
+        known = {"command": command, **versions()}
+        self._about = {name: known[name] for name in ("command", "git_commit", "devices", "jax") if name in known}
 
     @cached_property
     def judge(self) -> Judge:
@@ -90,6 +95,14 @@ class Study:
             if result["seed"] < TUNING_SEED:
                 found.setdefault(result["seed"], {})[result["step"]] = result
         return {seed: dict(sorted(steps.items())) for seed, steps in sorted(found.items())}
+
+    def about(self) -> dict[str, str]:
+        """Return how all results were made, those of tuning, too: commands, commits, devices, versions."""
+        found: dict[str, set[str]] = {}
+        for path in (path for row in ROWS for path in self.folder(row).glob("seed*.json")):
+            for name, value in read_json(path)["about"].items():
+                found.setdefault(name, set()).add(value)
+        return {name: "; ".join(sorted(values)) for name, values in found.items()}
 
     def factor(self, row: str) -> float:
         """Return the factor of the learning rate with the lower Frechet distance at the last step of tuning."""
