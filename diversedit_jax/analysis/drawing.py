@@ -34,6 +34,7 @@ STYLE = {
 }
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 MARKS = tuple(zip(COLOURS, "os^Dv<P", strict=True))
+STYLES = ("-", "--", ":")  # of the first lines, of those that take the same marks again, and again
 COLOUR_MAP = "viridis"
 WIDTH = 7.0  # inches, of a page of two columns
 DPI = 200
@@ -153,10 +154,10 @@ def lines(axes: Axes, groups: Mapping[str, tuple[Sequence[int | float], Sequence
     groups: label -> (places, for each seed a value at every place).
     """
     for number, (label, (places, values)) in enumerate(groups.items()):
-        (colour, marker), dashed = MARKS[number % len(MARKS)], number // len(MARKS) % 2
+        (colour, marker), style = MARKS[number % len(MARKS)], STYLES[number // len(MARKS) % len(STYLES)]
         values = np.asarray(values, float)
         mean = values.mean(axis=0)
-        axes.plot(places, mean, "--" if dashed else "-", color=colour, marker=marker, label=label)
+        axes.plot(places, mean, style, color=colour, marker=marker, label=label)
         if len(values) > 1:
             spread = values.std(axis=0, ddof=1)
             axes.fill_between(places, mean - spread, mean + spread, color=colour, alpha=0.18, linewidth=0)

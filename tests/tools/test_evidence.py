@@ -99,7 +99,7 @@ def made_up(study, row, lane, step, frechet):
     part = {"grad_norm": 1.0} | ({"diversity/loss": 0.2, "diversity/active": 0.75} if row == "both" else {})
     result = {"row": row, **lane._asdict(), "step": step, "seconds": step * (1.25 if row == "both" else 1.0)}
     result |= {"velocity": rng.uniform(size=5).tolist(), "blocks": matrix | lines, "frechet": frechet, **scores}
-    result |= {"trace": [part] * (PIECES * step // study.size.steps), "about": {"command": row, "jax": "1.2"}}
+    result |= {"trace": [part] * (PIECES * step // study.size.steps), "about": {"command": "study", "jax": "1.2"}}
     file = study.file(row, lane, step)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result))
@@ -126,7 +126,14 @@ def test_the_report_compares_at_equal_steps_and_at_equal_time(size, tmp_path):
     assert same_time == pytest.approx(0.8 * 1.25, rel=0.01)
     assert line.split("|")[6].strip() == "1.25"
     assert "training images (floor)" in text
-    assert "- command: both; sit\n- jax: 1.2\n" in text
+    assert "- command: study\n- jax: 1.2\n" in text
+    for file in study.folder("both").glob("seed*.json"):  # as if another call had made them, maybe on a slower day
+        other = json.loads(file.read_text())
+        file.write_text(json.dumps(other | {"about": other["about"] | {"command": "study --rows=both"}}))
+    report.write(study)
+    text = (tmp_path / "table.md").read_text()
+    assert "| DiverseDiT (both) | 3 | 1 | 0.800 [0.800, 0.800] |  |  | 80.80 ± 0.80 |" in text
+    assert "- command: study; study --rows=both\n" in text
     assert "| DiverseDiT (both) | 80.00 | 88.00 |" in text  # by learning rate
     page = (tmp_path / "report.html").read_text()
     assert page.count("<section") == 8

@@ -110,7 +110,7 @@ def write(study: Study) -> None:
         "A run here is short. Early training can favour other methods than late training: look at the curves.",
     ]
     settings = {
-        **study.about(),
+        **study.about(*ROWS),
         "data": " ".join([size.data[0], *(f"{name}={x}" for name, x in size.data[1].items() if name != "data_dir")]),
         "network": ", ".join(f"{name} {value}" for name, value in size.model.items()),
         "training": f"{last:,} steps of {size.batch}, learning rate {size.rate:g} x {' or '.join(map(str, FACTORS))}",
@@ -147,8 +147,10 @@ def tables(study: Study, found: Mapping[str, Results], last: int) -> tuple[list[
         compared = row != BASELINE and bool(own.keys() & frechet.keys())
         line = [ROWS[row].label, str(len(own)), f"{study.factor(row):g}"]
         if compared:
-            line += [str(paired_ratio(own, frechet)), str(ratio_at_time(results, baseline, last))]
-            line += [f"{paired_ratio(time, seconds).value:.2f}"]
+            line += [str(paired_ratio(own, frechet))]
+            timed = study.about(row) == study.about(BASELINE)  # else the machine may have been slower
+            line += [str(ratio_at_time(results, baseline, last)), f"{paired_ratio(time, seconds).value:.2f}"] * timed
+            line += [""] * 2 * (not timed)
         else:
             line += ["1"] * 3 if row == BASELINE else [""] * 3
         scores.append(line + [cell(ends(results, last, COLUMNS[name].value), COLUMNS[name].digits) for name in first])
@@ -300,7 +302,7 @@ def matrices(folder: Path, found: Mapping[str, Results], last: int) -> ReportFig
         panels = []
         for row, results in found.items():
             matrix = np.mean(list(ends(results, last, lambda r, name=name: r["blocks"][name]).values()), axis=0)
-            panels.append(Panel(ROWS[row].label.replace(", ", ",\n"), matrix))
+            panels.append(Panel(ROWS[row].label.replace(", ", ",\n", 1), matrix))
             rows += drawing.entries([title, ROWS[row].label], matrix)
         parts = [panels[i : i + columns] for i in range(0, len(panels), columns)]
         grid, names = grid + parts, names + [title] * len(parts)

@@ -163,13 +163,20 @@ CONTRASTS = (
     Contrast("DiverseDiT, beside SRA", "frechet", "sra_both", "sra"),
     Contrast("SRA, beside DiverseDiT", "frechet", "sra_both", "both"),
     Contrast("the loss, beside identity skips", "frechet", "identity", "id_skips"),
+    Contrast("gated skips", "frechet", "gate", "skips"),
+    Contrast("gated skips, loss of updates", "frechet", "gate_updates", "both"),
     Contrast("constant weight 1", "frechet", "weight_1", "both"),
     Contrast("range [0.2, 0.7]", "frechet", "range_2_7", "both"),
     Contrast("range [0.3, 0.9]", "frechet", "range_3_9", "both"),
     *(
         Contrast(f"{name}: {parts}", measure, row, BASELINE)
         for measure, name in (("cka", "CKA of blocks"), ("rank", "effective rank"))
-        for row, parts in (("skips", "long residuals"), ("loss", "the loss"), ("both", "both parts"))
+        for row, parts in (
+            ("skips", "long residuals"),
+            ("loss", "the loss"),
+            ("both", "both parts"),
+            ("gate_updates", "gated, loss of updates"),
+        )
     ),
 )
 

@@ -96,10 +96,10 @@ class Study:
                 found.setdefault(result["seed"], {})[result["step"]] = result
         return {seed: dict(sorted(steps.items())) for seed, steps in sorted(found.items())}
 
-    def about(self) -> dict[str, str]:
-        """Return how all results were made, those of tuning, too: commands, commits, devices, versions."""
+    def about(self, *rows: str) -> dict[str, str]:
+        """Return how results of rows were made, those of tuning, too: commands, commits, devices, versions."""
         found: dict[str, set[str]] = {}
-        for path in (path for row in ROWS for path in self.folder(row).glob("seed*.json")):
+        for path in (path for row in rows for path in self.folder(row).glob("seed*.json")):
             for name, value in read_json(path)["about"].items():
                 found.setdefault(name, set()).add(value)
         return {name: "; ".join(sorted(values)) for name, values in found.items()}
