@@ -1,9 +1,9 @@
 """The representation-diversity loss of DiverseDiT (arXiv 2603.04239, Eqs. 9-15), in its published readings.
 
-The paper, the authors' release and their later constant-weight branch differ. `PRESETS` holds all three. The functions
-take the outputs of L blocks, one [b n d] each, as a tuple, a list, or one array [l b n d], of any framework
-(`arrays.portable`). They compute in float32 (float64 for float64 input). Blocks are counted from 0 here. `aligned` is a
-depth, counted from 1.
+The paper, the authors' release and their later constant-weight branch differ. `PRESETS` holds all three, and a form of
+ours. The functions take the outputs of L blocks, one [b n d] each, as a tuple, a list, or one array [l b n d], of any
+framework (`arrays.portable`). They compute in float32 (float64 for float64 input). Blocks are counted from 0 here.
+`aligned` is a depth, counted from 1.
 """
 
 import itertools
@@ -270,6 +270,7 @@ PRESETS = {
         dispersion_clamp=False,
         dispersion_blocks="selected",
     ),
+    "updates": Settings(rule="all", weights=(0, 1, 0), target="updates"),
 }
 
 
@@ -367,7 +368,8 @@ def make(
 ) -> AuxLoss:
     """The diversity loss for the trainer: a preset, and what differs from it (None: as the preset has it).
 
-    preset: `release` (the authors' first code), `release_const` (their later branch: constant weight 0.001) or `paper`.
+    preset: `release` (the authors' first code), `release_const` (their later branch: constant weight 0.001), `paper`,
+        or `updates` (ours: only L_MI, of what each block adds, see `targets`; tools/studies/README.md has evidence).
     warmup_steps: the term grows linearly from 0 over so many steps (their third branch: 10,000). seed: the draw of the
     random pair rules where `redraw` is off. The other options: `Settings`, `diversity_loss` and `select_pairs`.
     """
