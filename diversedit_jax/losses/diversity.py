@@ -327,8 +327,10 @@ def _diversity_loss(blocks: Sequence[Array], *, pairs: Pairs, complete: bool, se
         information = mutual_information(blocks, pairs, of_cosine=s.mutual_information, detach=detach)
     chosen = selected if s.dispersion_blocks == "selected" else None
     how = {"absolute": s.dispersion_absolute, "scale": s.dispersion_scale, "clamp": s.dispersion_clamp}
+    # the means of centred features are 0 up to rounding, and so without a direction
+    apart = orthogonality(blocks, pairs, of_cosine=s.orthogonality, detach=detach) if s.target == "features" else 0.0
     terms = {
-        "orthogonality": orthogonality(blocks, pairs, of_cosine=s.orthogonality, detach=detach),
+        "orthogonality": jnp.asarray(apart, information.dtype),
         "mutual_information": information,
         "dispersion": dispersion(blocks, **how, block_weights=chosen),
     }
