@@ -43,7 +43,10 @@ def write(
     notes: Sequence[str],
     settings: Mapping[str, str],
 ) -> None:
-    """Write the report beside its figures. summaries: tables, header first. settings: what can change a number."""
+    """Write the report beside its figures.
+
+    summaries: tables, header first; those after the first come after the figures. settings: what can change a number.
+    """
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
@@ -51,10 +54,11 @@ def write(
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>",
         f"<h1>{html.escape(title)}</h1>",
-        *map(_table, summaries),
+        _table(summaries[0]),
         "<nav>" + "".join(f'<a href="#{one.name}">{html.escape(one.title)}</a>' for one in drawn) + "</nav>",
         *(f"<p><strong>Note.</strong> {html.escape(note)}</p>" for note in notes),
         *(_section(path.parent, one) for one in drawn),
+        *map(_table, summaries[1:]),
         "<h2>Settings</h2><dl>",
         *(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in settings.items()),
         "</dl></body></html>",

@@ -40,7 +40,8 @@ def size(clothes, tmp_path):  # noqa: F811
     return SIZES["cpu"]._replace(**small, data=data, features=str(file), model=MODEL, sampler=sampler)
 
 
-@pytest.mark.parametrize(("row", "factor"), [("both", 0.5), pytest.param("sra_both", 1.0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("row", "factor"), [("both", 0.5), ("sra_both", 1.0)])
 def test_a_lane_is_the_run_of_its_seed(size, row, factor, tmp_path):
     group = Group(Engine(size, row), [Lane(3, factor), Lane(0, 1.0)])
     for _ in range(PIECES):
@@ -145,7 +146,8 @@ def test_the_report_compares_at_equal_steps_and_at_equal_time(size, tmp_path):
     assert "at equal cost" not in text  # the row of equal cost has no results
     assert "CKA of blocks, DiverseDiT (both) / SiT" in page
     report.write(tuned)
-    assert (tmp_path / "tuned" / "table.md").read_text().startswith(f"| seed {TUNING_SEED} | rate x 1 | rate x 0.5 |")
+    table = (tmp_path / "tuned" / "table.md").read_text()
+    assert table.startswith(f"| Fréchet distance of tuning, seed {TUNING_SEED} | rate x 1 | rate x 0.5 |")
     with pytest.raises(ConfigError, match="has no run of this size that is complete"):
         report.write(Study(size, tmp_path / "empty"))
 
@@ -211,6 +213,7 @@ def shaded(seed: int, count: int) -> Levels:
     return Levels(images, labels)
 
 
+@pytest.mark.slow
 def test_a_classifier_learns_and_is_read_back(tmp_path, capsys):
     train, test = shaded(0, 1024), shaded(1, 200)
     weights, share, coarse = classifier.train(train, test, widths=(8, 16), epochs=10, devices=jax.devices()[:2])

@@ -94,7 +94,7 @@ def write(study: Study) -> None:
     if found:
         drawn = [
             ratios(study.out, found, last),
-            *curves(study.out, found),
+            *curves(study, found),
             samples(study, found, last),
             velocity(study.out, found, last),
             matrices(study.out, found, last),
@@ -107,6 +107,7 @@ def write(study: Study) -> None:
         "seed, with Student's 95% interval of its logarithm. Everything else is exploratory.",
         f"Fréchet distances are of {size.num:,} samples, on features of a small classifier "
         f"({study.judge.accuracy:.2%} of the held-out images). They compare rows of this study only.",
+        "Times are compared within one call of the program only. Another call may have met a slower machine.",
         "A run here is short. Early training can favour other methods than late training: look at the curves.",
     ]
     settings = {
@@ -125,7 +126,7 @@ def write(study: Study) -> None:
 
 def tuned_table(study: Study) -> list[list[str]]:
     """Return the Frechet distances of all rows that were tuned, with a header."""
-    table = [[f"seed {TUNING_SEED}", *(f"rate x {factor:g}" for factor in FACTORS)]]
+    table = [[f"Fréchet distance of tuning, seed {TUNING_SEED}", *(f"rate x {factor:g}" for factor in FACTORS)]]
     for row, (label, _) in ROWS.items():
         if len(values := study.tuned(row)) == len(FACTORS):
             table.append([label, *(f"{value:.2f}" for value in values.values())])
@@ -148,9 +149,8 @@ def tables(study: Study, found: Mapping[str, Results], last: int) -> tuple[list[
         line = [ROWS[row].label, str(len(own)), f"{study.factor(row):g}"]
         if compared:
             line += [str(paired_ratio(own, frechet))]
-            timed = study.about(row) == study.about(BASELINE)  # else the machine may have been slower
-            line += [str(ratio_at_time(results, baseline, last)), f"{paired_ratio(time, seconds).value:.2f}"] * timed
-            line += [""] * 2 * (not timed)
+            times = [str(ratio_at_time(results, baseline, last)), f"{paired_ratio(time, seconds).value:.2f}"]
+            line += times if timed(study, row) else [""] * 2
         else:
             line += ["1"] * 3 if row == BASELINE else [""] * 3
         scores.append(line + [cell(ends(results, last, COLUMNS[name].value), COLUMNS[name].digits) for name in first])
@@ -210,7 +210,12 @@ def _within(tick: float, intervals: Sequence[Interval]) -> bool:
     return tick == 1 or min(values, default=1) * 0.95 <= tick <= max(values, default=1) * 1.05
 
 
-def curves(folder: Path, found: Mapping[str, Results]) -> list[ReportFigure]:
+def timed(study: Study, row: str) -> bool:
+    """Say whether a row and the baseline come from the same call. In another one the machine may have been slower."""
+    return study.about(row) == study.about(BASELINE)
+
+
+def curves(study: Study, found: Mapping[str, Results]) -> list[ReportFigure]:
     """Draw the Frechet distance against steps, and against the time of training."""
     drawn = []
     for name, place, title in (
@@ -220,14 +225,14 @@ def curves(folder: Path, found: Mapping[str, Results]) -> list[ReportFigure]:
         groups, rows = {}, []
         for row, results in found.items():
             whole = [steps for steps in results.values() if len(steps) == len(MEASURED)]
-            if whole:
+            if whole and (name == "steps" or timed(study, row)):
                 places = np.mean([[place(result) for result in steps.values()] for steps in whole], axis=0).tolist()
                 values = [[result["frechet"] for result in steps.values()] for steps in whole]
                 groups[ROWS[row].label] = (places, values)
                 rows += [[ROWS[row].label, x, *y] for x, y in zip(places, np.transpose(values), strict=True)]
         figure_name = f"frechet_{name}"
         with drawing.figure(
-            folder, figure_name, ["method", name, "of each seed"], rows, (drawing.WIDTH, 3.6)
+            study.out, figure_name, ["method", name, "of each seed"], rows, (drawing.WIDTH, 3.6)
         ) as figure:
             axes = figure.subplots()
             drawing.lines(axes, groups)
