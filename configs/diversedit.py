@@ -5,7 +5,7 @@
 Variant: a size (b2, l2, xl2), a resolution (256, 512) and `gated`, a form of ours (see `gated`); b2 and 256 by default.
 The recipes of other methods take the word `diversedit`: configs/repa.py:xl2,diversedit.
 Hardware: a TPU v4-32, v5e-16 or larger slice (xl2: --config.mesh.fsdp=4), or 8 GPUs; the paper used 8 H800.
-Expected: FID-50K after 400K steps, SDE with 250 steps, no guidance (paper, Tables 1 and A3).
+Expected: FID-50K after 400K steps, SDE with 250 steps, no guidance (paper, Tables 1 and A3). `gated` has no score.
 
     | variant |   256 |   512 |
     |---------|-------|-------|

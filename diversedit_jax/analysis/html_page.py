@@ -82,5 +82,5 @@ def _section(folder: Path, one: ReportFigure) -> str:
         f'<section id="{one.name}"><h2>{title}</h2><p>{html.escape(one.text)}</p>'
         f'<div class="wide"><img alt="{title}" width="{width}" src="data:image/png;base64,{png}"></div>'
         f'<small class="files"><a download="{one.name}.csv" href="data:text/csv;base64,{table}">{one.name}.csv</a>; '
-        f"{one.name}.png and {one.name}.svg lie beside this page</small></section>"
+        f"it was written with {one.name}.png and {one.name}.svg</small></section>"
     )
