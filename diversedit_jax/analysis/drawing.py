@@ -70,6 +70,7 @@ def figure(folder: Path, name: str, header: Row, rows: Sequence[Row], size: Size
         for kind, options in {"png": {}, "svg": {"metadata": {"Date": None}}}.items():
             with replacing(folder / f"{name}.{kind}") as partial:
                 drawn.savefig(partial, format=kind, dpi=DPI, **options)
+            drawn.set_layout_engine("none")  # the places that the first file got are those of the next
     write_csv(folder / f"{name}.csv", [header, *rows])
 
 
