@@ -9,12 +9,13 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from diversedit_jax import train
+from diversedit_jax import data, train
 from diversedit_jax.data.levels import Levels, shrunk
 from diversedit_jax.errors import ConfigError, WeightsError
 from diversedit_jax.evaluation import extractors
 from diversedit_jax.evaluation.extractors import small_resnet
 from diversedit_jax.runs import build, trained
+from diversedit_jax.runtime.pictures import image_grid
 from diversedit_jax.weights.formats.weights_file import write_safetensors
 from tests.data.test_in_memory import clothes  # noqa: F401 (a fixture)
 from tools.studies import classifier
@@ -22,7 +23,7 @@ from tools.studies.evidence import report
 from tools.studies.evidence.lanes import Engine, Group, Lane
 from tools.studies.evidence.settings import FORMS, METHODS, PIECES, SIZES, TUNING_SEED, config_of
 from tools.studies.evidence.statistics import at_time, mean, paired_ratio
-from tools.studies.evidence.study import OutOfTime, Study
+from tools.studies.evidence.study import HERE, SHOWN, OutOfTime, Study
 
 MODEL = {"depth": 2, "width": 16, "heads": 2, "patch": 8}
 
@@ -150,6 +151,23 @@ def test_the_report_compares_at_equal_steps_and_at_equal_time(size, tmp_path):
     assert table.startswith(f"| Fréchet distance of tuning, seed {TUNING_SEED} | rate x 1 | rate x 0.5 |")
     with pytest.raises(ConfigError, match="has no run of this size that is complete"):
         report.write(Study(size, tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_every_size_has_a_classifier_of_its_data(size):
+    name, options = size.data
+    side, channels = options.get("size", 32), {"fashion": 1, "cifar10": 3}[name]
+    extractor = extractors.make("small_resnet", file=str(HERE / size.features))
+    images = jax.ShapeDtypeStruct((1, side, side, channels), np.uint8)
+    assert jax.eval_shape(extractor.apply, extractor.init(), images).logits.shape == (1, 10)
+
+
+def test_held_out_images_of_every_class_are_shown(size, tmp_path, monkeypatch):
+    labels = np.repeat(np.arange(10, dtype=np.int32), 150)  # sorted, as in a folder for each class
+    images = np.full((1500, 16, 16, 1), (np.arange(1500) % 251).reshape(-1, 1, 1, 1), np.uint8)
+    monkeypatch.setattr(build, "open_data", lambda *_: data.Dataset(Levels(images, labels), None, None))
+    wanted = images.reshape(10, 150, 16, 16, 1).swapaxes(0, 1).reshape(-1, 16, 16, 1)[:SHOWN]
+    np.testing.assert_array_equal(Study(size, tmp_path).shown(), image_grid(wanted, columns=10))
 
 
 def test_the_better_learning_rate_of_tuning_is_taken(size, tmp_path):

@@ -2,11 +2,12 @@
 # Everything to run on a machine with one GPU, without a network: correctness, the evidence study, speed.
 #
 #   bash tools/studies/gpu.sh checks    # kernels and loops agree, vmapped runs are runs, bfloat16
-#   bash tools/studies/gpu.sh study     # python -m tools.studies.evidence --size=gpu, stops after 8 minutes
+#   bash tools/studies/gpu.sh study     # python -m tools.studies.evidence --size=$SIZE, stops after 8 minutes
 #   bash tools/studies/gpu.sh speed     # training and sampling beside SiT and PyTorch
 #
 # No part has seen a GPU yet; each is meant to take less than 10 minutes.
-# Records go to OUT (by default gpu_records). DATA: where Fashion-MNIST lies. SMALL=yes: small numbers, on any machine.
+# Records go to OUT (by default gpu_records). SIZE: of the study (by default gpu; gpu_cifar10, gpu_deep). DATA: where
+# its data lie. SMALL=yes: small numbers, on any machine.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${OUT:-gpu_records} python=${PYTHON:-python3} part=${1:-}
@@ -18,7 +19,7 @@ if [ -n "${SMALL:-}" ]; then
   study=(--size=small)
   sample=(--config.model.size=S --config.model.depth=2 --config.sampler.steps=2 --config.sampler.batch_size=4 --rounds=1)
 else
-  platform=gpu compare=(--rounds=3 --vs=torch) study=(--size=gpu --minutes=8)
+  platform=gpu compare=(--rounds=3 --vs=torch) study=(--size="${SIZE:-gpu}" --minutes=8)
   sample=(--config.sampler.steps=50 --config.sampler.batch_size=64 --rounds=2)
 fi
 case $part in checks | study | speed) mkdir -p "$out" ;; esac
@@ -46,7 +47,7 @@ case $part in
       --config.sampler.guidance_interval="(0,0.7)" "${sample[@]}" --out="$out/sample_xl2.json"
     ;;
   *)
-    sed -n '2,10s/^# \{0,1\}//p' "$0"
+    sed -n '2,11s/^# \{0,1\}//p' "$0"
     exit 64
     ;;
 esac

@@ -2,12 +2,13 @@
 
     python -m tools.studies.evidence --out=runs/evidence                 # meant for 2 CPU cores and an hour
     python -m tools.studies.evidence --size=gpu --out=runs/evidence_gpu  # meant for one H100 or H200 and 9 minutes
+    python -m tools.studies.evidence --size=gpu_cifar10 --data_dir=DIR --out=runs/evidence_cifar10
     python -m tools.studies.evidence --rows=forms --tune --out=runs/evidence  # further forms, on the seed of tuning
 
-Trains the rows of `settings.ROWS` on Fashion-MNIST (on Debian and Ubuntu: apt-get install dataset-fashion-mnist), first
-each with two learning rates on a seed that is not used again, then with the seeds that count. Rows take turns. The same
-command goes on after a stop, and adds seeds or rows: OUT keeps every result by the digest of its setting, so results of
-several machines can be copied together. Writes OUT/report.html and OUT/table.md.
+Trains the rows of `settings.ROWS` on Fashion-MNIST (on Debian and Ubuntu: apt-get install dataset-fashion-mnist) or
+CIFAR-10, first each with two learning rates on a seed that is not used again, then with the seeds that count. Rows take
+turns. The same command goes on after a stop, and adds seeds or rows: OUT keeps every result by the digest of its
+setting, so results of several machines can be copied together. Writes OUT/report.html and OUT/table.md.
 """
 
 import math
@@ -18,6 +19,8 @@ import time
 import jax
 from absl import flags
 
+from diversedit_jax.config import slot
+from diversedit_jax.errors import ConfigError
 from diversedit_jax.registry import in_range, one_of
 from diversedit_jax.runtime import cli, files
 from tools.studies.evidence import report
@@ -30,7 +33,7 @@ ROW = flags.DEFINE_list("rows", None, f"Rows: {', '.join(ROWS)}, or `forms`; by 
 TUNE = flags.DEFINE_bool("tune", False, "Only train with the seed that chooses learning rates.")
 SEEDS = flags.DEFINE_list("seeds", None, "Seeds, below 1000; by default 0, 1, ..., as many as the size says.")
 MINUTES = flags.DEFINE_float("minutes", None, "Begin no turn after so many minutes; write the report.")
-DATA = flags.DEFINE_string("data_dir", None, "Where the data are; by default where Debian has Fashion-MNIST.")
+DATA = flags.DEFINE_string("data_dir", None, "Where the data lie; Fashion-MNIST: by default where Debian has it.")
 STATES = flags.DEFINE_bool("states", True, "Save the state of runs after each turn, to go on with them after a stop.")
 REPORT = flags.DEFINE_bool("report", False, "Only write the report of all that OUT holds of this size.")
 
@@ -46,6 +49,8 @@ def main() -> None:
         in_range("--seeds", seed, 0, 999)
     name, options = size.data
     options = options | ({} if DATA.value is None else {"data_dir": DATA.value})
+    if slot("data", name, **options)["data_dir"] is None:
+        raise ConfigError(f"--size={SIZE.value} wants --data_dir: the folder where {name} lies")
     size = size._replace(data=(name, options))
     jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)  # a core for each run is faster than all for one
     out = files.writable_folder(OUT.value, "--out")

@@ -73,9 +73,10 @@ class Study:
     def shown(self) -> np.ndarray:
         """Draw held-out images: the first of each class, then the second of each."""
         source = build.open_data(config_of(self.size, BASELINE), "test").source
-        labels = source.labels[:1000]
-        number = [np.sum(labels[:i] == label) for i, label in enumerate(labels)]  # within its class
-        return image_grid(source.images[np.lexsort((labels, number))[:SHOWN]], columns=COLUMNS)
+        order = np.argsort(source.labels, kind="stable")
+        labels = source.labels[order]
+        number = np.arange(len(order)) - np.searchsorted(labels, labels)  # within its class
+        return image_grid(source.images[order[np.lexsort((labels, number))[:SHOWN]]], columns=COLUMNS)
 
     def folder(self, row: str) -> Path:
         """Return where the results of a row are."""
