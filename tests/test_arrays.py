@@ -58,6 +58,14 @@ for measure in (similarity.effective_rank, similarity.participation_ratio, simil
     SIMILARITIES[measure.__name__] = (measure, [np.stack([np.cov(rows.T, dtype=np.float32) for rows in ROWS])])
 FUNCTIONS = LOSSES | SIMILARITIES
 
+# One of each family and what reads the batch in parts; the others are slow tests.
+QUICK = {"dispersive hinge", "diversity release", "diversity in groups", "pairs redrawn", "repa cosine", "sra l1"}
+QUICK |= {"projector", "cka linear", "cknna", "token cosine"}
+
+
+def each_of(functions):
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in functions]
+
 
 def assert_same(found, wanted):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5), found, wanted)
@@ -78,7 +86,7 @@ def mesh_of(kind):
     return jax.make_mesh((2,), ("d",), axis_types=(kind,), devices=jax.devices()[:2])
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", each_of(FUNCTIONS))
 @pytest.mark.parametrize(
     ("kind", "axis"),
     [
@@ -107,7 +115,7 @@ def test_no_jit_is_needed_on_a_mesh():
     )
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", each_of(FUNCTIONS))
 def test_under_manual_axes_a_shard_is_an_array(name):
     """As in groups: each device computes the value of its examples."""
     function, arrays = FUNCTIONS[name]
@@ -124,7 +132,7 @@ def test_under_manual_axes_a_shard_is_an_array(name):
     assert_same(found, jax.tree.map(lambda *leaves: np.stack(leaves), *[function(*half) for half in halves]))
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", each_of(LOSSES))
 def test_nothing_is_implied(name):
     """No broadcast between ranks and no change of type that JAX can be told to refuse; no NaN on the way."""
     function, arrays = LOSSES[name]
@@ -139,7 +147,7 @@ def test_nothing_is_implied(name):
         jax.jit(partial(values_and_gradient, function))([jnp.asarray(array, jnp.bfloat16) for array in arrays])
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", each_of(LOSSES))
 def test_64_bits_change_rounding_alone(name):
     function, arrays = LOSSES[name]
     wanted = function(*arrays)

@@ -38,8 +38,8 @@ NAMES = sorted({path.stem for path in (ROOT / "configs").glob("*.py")} - {"__ini
 RECIPES = ("sit", "diversedit", "repa", "sra", "disp", "mean_flow")  # in all sizes
 # By default the largest of each kind; the others differ in a size or lack a loss. Tracing takes seconds.
 CHOSEN = ["diversedit:xl2,512", "dit:", "repa:l2,diversedit", "repa:dinov2@5,mae@10", "disp:b2,diversedit,sra"]
-CHOSEN += ["mean_flow:xl2,diversedit", "reg:b2", "digits:", "photos:"]
-OTHERS = ["default:", "diversedit:b2,gated", "dit:512", "reg:xl2", "reg:xl2,diversedit", "reg:b2,512"]
+CHOSEN += ["mean_flow:xl2,diversedit", "reg:b2", "photos:"]
+OTHERS = ["default:", "digits:", "diversedit:b2,gated", "dit:512", "reg:xl2", "reg:xl2,diversedit", "reg:b2,512"]
 OTHERS += [f"{name}:{size},{side}" for name in RECIPES for size in ("b2", "l2", "xl2") for side in (256, 512)]
 OTHERS += [f"{name}:{size},diversedit" for name in RECIPES[2:] for size in ("b2", "l2", "xl2")]
 VARIANTS = CHOSEN + [pytest.param(name, marks=pytest.mark.slow) for name in OTHERS if name not in CHOSEN]

@@ -51,7 +51,6 @@ FLOORS = {
 }
 ROOMS = list(FLOORS)
 JAX_ALONE = ROOMS[: ROOMS.index("runtime")]
-PROGRAMS = ROOMS[ROOMS.index("sample") :]
 GENERAL = {"train", "training", "sampling", "runs", "analysis"}  # rooms that serve every method
 # What single modules may import beside that, inside of the function that needs it.
 EXCEPTIONS = {
@@ -201,16 +200,8 @@ def test_the_lowest_rooms_need_jax_alone():
     assert not found, f"importing the lowest rooms loads {found}"
 
 
-# Programs define the same flags, --config and --workdir, so no two of them fit into one process.
-PROGRAM_MODULES = [f"diversedit_jax.{name}" for name in PROGRAMS]
-
-
-@pytest.mark.parametrize(
-    "modules", [sorted(set(map(dotted, MODULES)) - set(PROGRAM_MODULES)), *([p] for p in PROGRAM_MODULES)]
-)
-def test_neither_tensorflow_nor_torch_is_loaded(modules):
-    found = loaded_after_importing(modules) & {"tensorflow"}
-    assert not found, f"importing {modules} loads {found}"
+def test_neither_tensorflow_nor_torch_is_loaded():
+    assert "tensorflow" not in loaded_after_importing(sorted(map(dotted, MODULES)))
 
 
 def setup_argument(name: str):

@@ -665,11 +665,16 @@ def start(workdir: Path, *options: str) -> subprocess.Popen:
     ("arguments", "message"),
     [
         (["--config=configs/digits.py", "--config.total_stepz=3"], "no key 'total_stepz'; did you mean 'total_steps'?"),
-        (["--config=configs/nope.py"], "config: file configs/nope.py not found"),
-        (["--config=configs/digits.py", "--config.total_steps=ten"], "--config.total_steps=ten: invalid literal"),
-        (["--config=configs/digits.py", "--workdir=/proc/none"], "workdir /proc/none cannot be written"),
-        (["--config=configs/digits.py", "--workdir="], "--workdir is empty: give it a value, or leave it out"),
-        ([], "flag --config is required"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (["--config=configs/nope.py"], "config: file configs/nope.py not found"),
+                (["--config=configs/digits.py", "--config.total_steps=ten"], "config.total_steps=ten: invalid literal"),
+                (["--config=configs/digits.py", "--workdir=/proc/none"], "workdir /proc/none cannot be written"),
+                (["--config=configs/digits.py", "--workdir="], "--workdir is empty: give it a value, or leave it out"),
+                ([], "flag --config is required"),
+            )
+        ),
     ],
     ids=["unknown key", "missing file", "wrong type", "unwritable", "empty", "nothing"],
 )

@@ -86,6 +86,7 @@ def test_the_cache_directory_follows_xdg(monkeypatch, tmp_path):
     assert (tmp_path / "diversedit_jax" / "digits" / "1.0.0" / "dataset_info.json").is_file()
 
 
+@pytest.mark.slow
 def test_two_processes_may_build_at_the_same_time(tmp_path):
     program = """if True:
         import sys

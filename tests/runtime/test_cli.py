@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from diversedit_jax.runtime import cli
 from tests import ROOT
 
 # A program that prints a lot, asks whether to stop, and leaves a file when it has saved. Its argument: that file.
@@ -102,33 +103,32 @@ with cli.stop_requests(lambda text: print(text, file=Reentrant())) as stop:
     assert (done.returncode, done.stdout) == (0, "SIGTERM\n"), done.stderr
 
 
-@pytest.mark.parametrize(
-    ("fault", "code", "says"),
-    [
-        (
-            "jax.numpy.zeros(2**44).block_until_ready()",
-            71,
-            "error: the memory of a device does not suffice (RESOURCE_E",
-        ),
-        ("raise MemoryError", 71, "error: the machine lacks memory, threads or open files: MemoryError"),
-        ('raise RuntimeError("can\'t start new thread")', 71, "error: the machine lacks memory, threads or open files"),
-        ("raise OSError(24, 'Too many open files', 'a.npy')", 71, "error: the machine lacks memory, threads or open"),
-        (
-            "raise OSError(28, 'No space left on device', 'a.npy')",
-            74,
-            "error: cannot write a.npy: No space left on dev",
-        ),
-        ("open('/dev/null/x')", 74, "error: /dev/null/x: Not a directory"),
-    ],
-)
-def test_what_the_machine_refuses_is_one_line(fault, code, says):
+def test_what_the_machine_refuses_ends_a_program_in_one_line():
+    fault = "jax.numpy.zeros(2**44).block_until_ready()"
     program = f"import jax\nfrom diversedit_jax.runtime import cli\n\ndef main():\n    {fault}\n\ncli.launch(main)"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
-    assert done.returncode == code, done.stderr
-    assert done.stderr.startswith(says)
+    assert done.returncode == 71, done.stderr
+    assert done.stderr.startswith("error: the memory of a device does not suffice (RESOURCE_E")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (MemoryError(), 71, "the machine lacks memory, threads or open files: MemoryError"),
+        (RuntimeError("can't start new thread"), 71, "the machine lacks memory, threads or open files"),
+        (OSError(24, "Too many open files", "a.npy"), 71, "the machine lacks memory, threads or open files"),
+        (OSError(28, "No space left on device", "a.npy"), 74, "cannot write a.npy: No space left on device"),
+        (NotADirectoryError(20, "Not a directory", "/dev/null/x"), 74, "/dev/null/x: Not a directory"),
+    ],
+)
+def test_what_the_machine_refuses_is_told_from_a_fault(error, code, says):
+    told = cli.of_machine(error)
+    assert told.exit_code == code
+    assert str(told).startswith(says)
+    assert "\n" not in str(told)
 
 
 def test_ctrl_z_for_longer_than_the_watchdog_is_no_hang(tmp_path):
