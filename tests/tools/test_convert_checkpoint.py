@@ -74,11 +74,11 @@ def crafted(tmp_path, kind):
     ("kind", "words"),
     [
         ("malicious", "system"),
-        ("truncated", "not a whole safetensors file"),
-        ("empty", "is empty"),
-        ("directory", "a folder without weights (it is empty)"),
         ("misshapen", "blocks.3.mlp.fc1.bias has shape [100], wanted [128]"),
-        ("another family", "no family known has these arrays (conv1.weight"),
+        pytest.param("truncated", "not a whole safetensors file", marks=pytest.mark.slow),
+        pytest.param("empty", "is empty", marks=pytest.mark.slow),
+        pytest.param("directory", "a folder without weights (it is empty)", marks=pytest.mark.slow),
+        pytest.param("another family", "no family known has these arrays (conv1.weight", marks=pytest.mark.slow),
     ],
 )
 def test_what_is_not_a_release_is_refused_in_one_line(tmp_path, kind, words):
