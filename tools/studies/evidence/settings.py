@@ -218,7 +218,7 @@ SIZES = {
 # Eight times the training of `cpu`, for the parts of DiverseDiT: do they pay off later?
 SIZES["cpu_long"] = SIZES["cpu"]._replace(steps=3200, ema=0.99, rows=("sit", "skips", "both", "gate"))
 
-# For further turns of a GPU: colour photographs, and a deeper network. They may need several calls of 9 minutes.
+# For further turns of a GPU: colour photographs, and a deeper network, which takes longer than 9 minutes.
 SIZES["gpu_cifar10"] = SIZES["gpu"]._replace(data=("cifar10", {}), features="cifar10.safetensors")
 SIZES["gpu_deep"] = SIZES["gpu"]._replace(model=SIZES["gpu"].model | {"depth": 28})
 
