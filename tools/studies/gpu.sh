@@ -11,7 +11,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${OUT:-gpu_records} python=${PYTHON:-python3} part=${1:-}
-data=${DATA:+--data_dir=$DATA}
 export PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_MEM_FRACTION=.85
 
 if [ -n "${SMALL:-}" ]; then
@@ -29,11 +28,11 @@ case $part in
   checks)
     here checks
     [ -n "${SMALL:-}" ] || nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv | tee "$out/machine.csv"
-    "$python" -m tools.studies.gpu_checks "$out/checks.json" ${SMALL:+--small} $data
+    "$python" -m tools.studies.gpu_checks "$out/checks.json" ${SMALL:+--small} ${DATA:+--data_dir="$DATA"}
     ;;
   study)
     here study
-    "$python" -m tools.studies.evidence --out="$out/evidence" --states=false "${study[@]}" $data
+    "$python" -m tools.studies.evidence --out="$out/evidence" --states=false "${study[@]}" ${DATA:+--data_dir="$DATA"}
     ;;
   speed)
     here "a training step of B/2 beside SiT, other forms, and PyTorch"
