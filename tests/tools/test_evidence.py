@@ -127,6 +127,8 @@ def test_the_report_compares_at_equal_steps_and_at_equal_time(size, tmp_path):
     same_time = float(line.split("|")[5].split("[")[0])
     assert same_time == pytest.approx(0.8 * 1.25, rel=0.01)
     assert line.split("|")[6].strip() == "1.25"
+    assert f"| ratio to SiT after | {end // 4} steps | {end // 2} steps | {end} steps |" in text
+    assert f"| DiverseDiT (both) |{' 0.800 [0.800, 0.800] |' * 3}" in text
     assert "training images (floor)" in text
     assert "- command: study\n- jax: 1.2\n" in text
     for file in study.folder("both").glob("seed*.json"):  # as if another call had made them, maybe on a slower day

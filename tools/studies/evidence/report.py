@@ -101,7 +101,7 @@ def write(study: Study) -> None:
             traces(study.out, found),
             *drawn,
         ]
-        summaries = [*tables(study, found, last), contrasts(found, last), rates]
+        summaries = [*tables(study, found, last), course(found), contrasts(found, last), rates]
     notes = [
         "Primary endpoint, said in advance: the Fréchet distance at the last step, as the ratio to SiT of the same "
         "seed, with Student's 95% interval of its logarithm. Everything else is exploratory.",
@@ -159,6 +159,18 @@ def tables(study: Study, found: Mapping[str, Results], last: int) -> tuple[list[
     known = [f"{floor[name]:.{COLUMNS[name].digits}f}" if name in floor else "" for name in first]
     scores.append(["training images (floor)", "", "", "", "", "", *known])
     return scores, blocks
+
+
+def course(found: Mapping[str, Results]) -> list[list[str]]:
+    """Return the table of ratios to SiT at each step that was measured, with its header."""
+    baseline = found.get(BASELINE, {})
+    steps = sorted({step for one in baseline.values() for step in one})
+    table = [["ratio to SiT after", *(f"{step:,} steps" for step in steps)]]
+    for row, results in found.items():
+        frechet = [[ends(one, step, lambda r: r["frechet"]) for one in (results, baseline)] for step in steps]
+        if row != BASELINE and all(own.keys() & other.keys() for own, other in frechet):
+            table.append([ROWS[row].label, *(str(paired_ratio(own, other)) for own, other in frechet)])
+    return table
 
 
 def contrasts(found: Mapping[str, Results], last: int) -> list[list[str]]:
