@@ -6,8 +6,8 @@
 #   bash tools/studies/gpu.sh speed     # training and sampling beside SiT and PyTorch
 #
 # No part has seen a GPU yet; each is meant to take less than 10 minutes.
-# Records go to OUT (by default gpu_records). SIZE: of the study (by default gpu; or gpu_cifar10). DATA: where its
-# data lie. SMALL=yes: small numbers, on any machine.
+# Records go to OUT (by default gpu_records). SIZE: of the study, gpu (the default) or gpu_cifar10. DATA: where CIFAR-10
+# lies, or Fashion-MNIST, which the checks always read. SMALL=yes: small numbers, on any machine.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${OUT:-gpu_records} python=${PYTHON:-python3} part=${1:-}
