@@ -16,7 +16,7 @@ from diversedit_jax import analyze, config, evaluate, sample, train
 from diversedit_jax.runs import trained
 from tests import ROOT
 
-SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("mean_flow", "ddpm", "reg")]
+KINDS = ["diversedit", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("mean_flow", "ddpm", "reg"))]
 TIMES = {"time", "steps_per_sec", "images_per_sec", "tflops_per_device"}
 
 
@@ -34,7 +34,8 @@ def metrics(path):
     return {one["step"]: {name: value for name, value in one.items() if name not in TIMES} for one in records}
 
 
-@pytest.mark.parametrize("kind", [pytest.param("diversedit", marks=pytest.mark.slow), *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_old_run_resumes_to_the_same_metrics(kind, folder):
     longer = config.load(folder / "run")
     longer.total_steps = 8
@@ -45,7 +46,7 @@ def test_an_old_run_resumes_to_the_same_metrics(kind, folder):
         assert found[step] == pytest.approx(wanted[step], rel=1e-4, abs=1e-6), f"step {step}, in float32"
 
 
-@pytest.mark.parametrize("kind", ["diversedit", *SLOW])
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_old_run_gives_the_same_samples(kind, folder):
     sample.run(trained.drawing(trained.of_run(folder / "run")), num=10, out=folder / "new")
     found, wanted = np.load(folder / "new" / "samples.npz"), np.load(folder / "samples.npz")
