@@ -9,8 +9,8 @@ Hardware: any; 2 CPU cores take a few minutes. Expected after 1,500 steps: an in
 
 from ml_collections import ConfigDict
 
-from configs import default
 from diversedit_jax.config import slot
+from diversedit_jax.configs import default
 
 
 def get_config() -> ConfigDict:

@@ -17,8 +17,8 @@ Expected: FID-50K after 400K steps at 256. Variants that are not in the table ha
 
 from ml_collections import ConfigDict
 
-from configs import diversedit, sit, sra, variants
 from diversedit_jax.config import slot
+from diversedit_jax.configs import diversedit, sit, sra, variants
 
 BLOCKS = {"b2": 3, "l2": 6, "xl2": 7}
 DEPTHS = {"b2": 12, "l2": 24, "xl2": 28}

@@ -9,8 +9,8 @@ Expected: FID-50K 2.27 at 256 after 7M steps, with 250 DDPM steps and guidance 1
 
 from ml_collections import ConfigDict
 
-from configs import sit, variants
 from diversedit_jax.config import slot
+from diversedit_jax.configs import sit, variants
 
 
 def get_config(variant: str = "") -> ConfigDict:

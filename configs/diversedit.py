@@ -16,8 +16,8 @@ Expected: FID-50K after 400K steps, SDE with 250 steps, no guidance (paper, Tabl
 
 from ml_collections import ConfigDict
 
-from configs import sit, variants
 from diversedit_jax.config import slot
+from diversedit_jax.configs import sit, variants
 
 
 def diversify(config: ConfigDict) -> ConfigDict:

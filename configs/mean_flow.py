@@ -20,8 +20,8 @@ epochs; arXiv 2505.13447, Table 2). The 2.99 is from arXiv 2603.04239, Table 5, 
 
 from ml_collections import ConfigDict
 
-from configs import diversedit, sit, variants
 from diversedit_jax.config import slot
+from diversedit_jax.configs import diversedit, sit, variants
 
 GUIDANCE = {
     "b2": {"omega": 1.0, "kappa": 0.5},  # a scale of 1 / (1 - 0.5) = 2

@@ -11,8 +11,8 @@ apart by class, 16 of them in two rows of samples.png, as blurred as the small a
 
 from ml_collections import ConfigDict
 
-from configs import default
 from diversedit_jax.config import slot
+from diversedit_jax.configs import default
 
 
 def get_config() -> ConfigDict:

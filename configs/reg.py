@@ -12,8 +12,8 @@ have no published score.
 
 from ml_collections import ConfigDict
 
-from configs import diversedit, sit, variants
 from diversedit_jax.config import slot
+from diversedit_jax.configs import diversedit, sit, variants
 
 BLOCKS = {"b2": 4, "xl2": 8}
 

@@ -36,8 +36,8 @@ weighted is not published: here 0.5 in all.
 
 from ml_collections import ConfigDict
 
-from configs import diversedit, sit, variants
 from diversedit_jax.config import slot
+from diversedit_jax.configs import diversedit, sit, variants
 from diversedit_jax.errors import ConfigError
 
 BLOCKS = {"b2": 5, "l2": 8, "xl2": 8}

@@ -15,7 +15,7 @@ Expected: FID-50K after 400K steps, SDE with 250 steps, no guidance (paper, Tabl
 
 from ml_collections import ConfigDict
 
-from configs import default, variants
+from diversedit_jax.configs import default, variants
 
 
 def get_config(variant: str = "") -> ConfigDict:

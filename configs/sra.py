@@ -18,8 +18,8 @@ Expected: FID-50K, SDE with 250 steps (arXiv 2505.02831; its SiT-B/2 has 33.02).
 
 from ml_collections import ConfigDict
 
-from configs import diversedit, sit, variants
 from diversedit_jax.config import slot
+from diversedit_jax.configs import diversedit, sit, variants
 
 BLOCKS = {"b2": (3, 8), "l2": (6, 16), "xl2": (8, 20)}  # the aligned block, the teacher's
 

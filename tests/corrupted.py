@@ -27,11 +27,11 @@ from unittest import mock
 
 from ml_collections import ConfigDict
 
-from configs import digits
 from diversedit_jax import config as configs
 from diversedit_jax import evaluate, registry, train
 from diversedit_jax.api import Conditions, Space
 from diversedit_jax.config import slot
+from diversedit_jax.configs import digits
 from diversedit_jax.errors import RunError
 from diversedit_jax.evaluators import SampleSpec
 from diversedit_jax.runs import build, trained

@@ -17,10 +17,10 @@ import tensorflow_datasets as tfds
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from configs import default
 from diversedit_jax import codecs, models, objectives, registry, sharding
 from diversedit_jax import config as configs
 from diversedit_jax.api import Conditions, Space
+from diversedit_jax.configs import default
 from diversedit_jax.data import pipeline
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.runs import build
@@ -53,7 +53,7 @@ MILLIONS |= {"reg:b2": 131.49, "reg:xl2": 676.59, "reg:xl2,diversedit": 713.83}
 def recipe(name: str):
     """The config that `configs/FILE.py:VARIANT` names, given as `FILE:VARIANT`."""
     file, _, variant = name.partition(":")
-    build = importlib.import_module(f"configs.{file}").get_config
+    build = importlib.import_module(f"diversedit_jax.configs.{file}").get_config
     return build(variant) if variant else build()
 
 
@@ -129,7 +129,7 @@ def test_the_training_step_lowers_for_tpus():
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "default"])
 def test_a_config_says_its_command_hardware_and_expected_numbers(name):
-    text = importlib.import_module(f"configs.{name}").__doc__
+    text = importlib.import_module(f"diversedit_jax.configs.{name}").__doc__
     assert f"python -m diversedit_jax.train --config=configs/{name}.py" in text
     assert "Hardware: " in text
     assert "Expected" in text
@@ -303,7 +303,7 @@ def parsed(monkeypatch):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # how ml_collections imports a file
 @pytest.mark.parametrize("body", MISTAKES)
 def test_a_mistake_in_a_config_file_is_named_with_its_line(body, parsed, tmp_path):
-    head = "from configs import digits\nfrom diversedit_jax.config import slot\ndef get_config():\n    "
+    head = "from diversedit_jax.configs import digits\nfrom diversedit_jax.config import slot\ndef get_config():\n    "
     (tmp_path / "mine.py").write_text(f"{head}{body}\n")
     with pytest.raises(ConfigError) as caught:
         parsed(f"--config={tmp_path}/mine.py")

@@ -15,10 +15,10 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from configs import digits
 from diversedit_jax import conditioning, evaluate, registry, sharding
 from diversedit_jax import config as configs
 from diversedit_jax.config import slot
+from diversedit_jax.configs import digits
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.evaluate import Images
 from diversedit_jax.evaluation import presets, scoring, tables

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import photos
 from diversedit_jax import sample, train
+from diversedit_jax.configs import photos
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import vae
 from diversedit_jax.runs import trained

@@ -233,6 +233,6 @@ def test_defaults_are_the_published_ones(made, source, wanted):
 @pytest.mark.parametrize(("name", "source", "wanted"), RECIPES, ids=id_of)
 def test_recipes_are_the_published_ones(name, source, wanted):
     file, _, variant = name.partition(":")
-    found = flat(importlib.import_module(f"configs.{file}").get_config(variant).to_dict())
+    found = flat(importlib.import_module(f"diversedit_jax.configs.{file}").get_config(variant).to_dict())
     found = {option: tuple(value) if isinstance(value, list) else value for option, value in found.items()}
     assert {option: found[option] for option in wanted} == wanted, source

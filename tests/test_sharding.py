@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from configs import diversedit
 from diversedit_jax import sharding
 from diversedit_jax.api import Conditions, Space
+from diversedit_jax.configs import diversedit
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models.dit import RULES
 from diversedit_jax.runs import build

@@ -48,6 +48,7 @@ FLOORS = {
     "evaluate": "",
     "analyze": "",
     "train": "",
+    "__main__": "",
 }
 ROOMS = list(FLOORS)
 JAX_ALONE = ROOMS[: ROOMS.index("runtime")]
@@ -240,7 +241,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     source.mkdir()
     for name in TOP_LEVEL:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         elif (ROOT / name).exists():
             shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, source]
@@ -249,9 +250,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     package = source / PACKAGE.name
-    wanted = {path.relative_to(source).as_posix() for path in package.rglob("*") if path.is_file()} - {
-        "diversedit_jax/README.md"
-    }
+    files = [*package.rglob("*"), *package.glob("configs/*.py")]  # configs is a link, which rglob does not follow
+    wanted = {path.relative_to(source).as_posix() for path in files if path.is_file()} - {"diversedit_jax/README.md"}
     assert held == wanted, f"missing: {sorted(wanted - held)}; too many: {sorted(held - wanted)}"
 
 

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import default, digits
 from diversedit_jax import sample, train
 from diversedit_jax.api import Conditions, Space
 from diversedit_jax.config import slot
+from diversedit_jax.configs import default, digits
 from diversedit_jax.data import Dataset
 from diversedit_jax.data import digits as digits_data
 from diversedit_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError

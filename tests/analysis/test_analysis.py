@@ -14,7 +14,6 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from configs import digits
 from diversedit_jax import analyze, evaluators, models
 from diversedit_jax import config as configs
 from diversedit_jax.analysis import (
@@ -35,6 +34,7 @@ from diversedit_jax.analysis.skip_connections import Connections
 from diversedit_jax.analysis.study import PARTS, Look, Study, faults
 from diversedit_jax.api import Conditions, Space
 from diversedit_jax.config import slot
+from diversedit_jax.configs import digits
 from diversedit_jax.data.digits import SHAPE
 from diversedit_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from diversedit_jax.evaluators import Current, SampleSpec

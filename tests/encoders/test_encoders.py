@@ -11,11 +11,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from scipy.special import erf
 
-from configs import default
 from diversedit_jax import codecs, encoders, sharding, train
 from diversedit_jax import config as configs
 from diversedit_jax.api import Conditions, Space
 from diversedit_jax.codecs import with_encoders
+from diversedit_jax.configs import default
 from diversedit_jax.encoders import clip, dinov1, dinov2, ijepa, mae, moco_v3
 from diversedit_jax.errors import ConfigError, WeightsError
 from diversedit_jax.models import bicubic, vit

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import serialization
 
-from configs import digits
+from diversedit_jax.configs import digits
 from tests import DATA, ROOT
 from tests.data import test_foreign_latents, test_image_collections, test_in_memory, test_latents
 from tests.evaluation import test_feature_cache, test_image_files, test_reference_statistics

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import digits
 from diversedit_jax import codecs, models, objectives, sample, sharding, train
 from diversedit_jax.api import Conditions, Context, Model, Objective, Space
 from diversedit_jax.config import slot
+from diversedit_jax.configs import digits
 from diversedit_jax.diffusion import image_and_token, paths, solvers
 from diversedit_jax.diffusion.guidance import guide
 from diversedit_jax.diffusion.predictions import Flow

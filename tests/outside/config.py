@@ -6,8 +6,8 @@ python -m diversedit_jax.sample --workdir=DIR --trust_workdir    # its parts are
 
 from ml_collections import ConfigDict
 
-from configs import default
 from diversedit_jax.config import slot
+from diversedit_jax.configs import default
 from diversedit_jax.training import optimizer
 from tests.outside import DEVIATION
 

@@ -8,11 +8,11 @@ import sys
 import numpy as np
 import pytest
 
-from configs import default, digits
 from diversedit_jax import analyze, config, evaluate, registry, sample
 from diversedit_jax.analysis import drawing, measure
 from diversedit_jax.api import Conditions, Space
 from diversedit_jax.config import slot
+from diversedit_jax.configs import default, digits
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.evaluation import tables
 from diversedit_jax.evaluators import SampleSpec
@@ -58,7 +58,7 @@ def test_all_unknown_keys_are_told_at_once():
 
 @pytest.mark.slow
 def test_the_programs_name_an_unknown_key_of_a_config_file(tmp_path):
-    lines = ["from configs import digits", "def get_config():", "    config = digits.get_config()"]
+    lines = ["from diversedit_jax.configs import digits", "def get_config():", "    config = digits.get_config()"]
     (tmp_path / "mine.py").write_text("\n".join([*lines, "    config.ema_deacy = 0.9", "    return config"]))
     for program in ("diversedit_jax.train", "tools.check_config"):
         command = [sys.executable, "-m", program, f"--config={tmp_path}/mine.py", f"--workdir={tmp_path}/run"]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import digits
 from diversedit_jax import models, train
 from diversedit_jax.api import Conditions, Space
+from diversedit_jax.configs import digits
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.runs import build
 from diversedit_jax.weights import dit as releases

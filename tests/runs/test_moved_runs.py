@@ -10,10 +10,10 @@ import pytest
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from configs import default
 from diversedit_jax import config as configs
 from diversedit_jax import sample, train
 from diversedit_jax.api import Conditions, Space
+from diversedit_jax.configs import default
 from diversedit_jax.data import Dataset
 from diversedit_jax.errors import CheckpointError, ConfigError, DataError
 from diversedit_jax.runs import build, trained

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import digits
 from diversedit_jax import config as configs
 from diversedit_jax import evaluate
+from diversedit_jax.configs import digits
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.runs import trained
 from tests import ROOT
@@ -36,7 +36,7 @@ def make():
     return objectives.make("flow_matching")
 """
 CONFIG = """
-from configs import digits
+from diversedit_jax.configs import digits
 from diversedit_jax.config import slot
 
 def get_config():

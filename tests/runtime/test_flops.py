@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import diversedit
 from diversedit_jax import models
 from diversedit_jax.api import Conditions, Space
+from diversedit_jax.configs import diversedit
 from diversedit_jax.models.dit import SIZES
 from diversedit_jax.runs import build
 from diversedit_jax.runtime import flops

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import digits
+from diversedit_jax.configs import digits
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.runtime import processes
 from diversedit_jax.training.checkpoint import Checkpoints
@@ -20,7 +20,7 @@ from tools.chaos.processes import Processes, alive
 
 CONFIG = """
 from ml_collections import ConfigDict
-from configs import digits
+from diversedit_jax.configs import digits
 
 def get_config():
     config = digits.get_config()

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import default
 from diversedit_jax import codecs, models, objectives, sharding
 from diversedit_jax import config as configs
 from diversedit_jax.api import Conditions, Model, Objective, Space
+from diversedit_jax.configs import default
 from diversedit_jax.data import pipeline
 from diversedit_jax.diffusion import discrete, solve
 from diversedit_jax.diffusion.paths import PATHS

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from configs import digits, diversedit, repa
 from diversedit_jax.api import Context
 from diversedit_jax.config import slot
+from diversedit_jax.configs import digits, diversedit, repa
 from diversedit_jax.errors import ConfigError
 from tests import ROOT
 from tools.benchmark import __main__ as benchmark

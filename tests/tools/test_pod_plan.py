@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from configs import diversedit, repa
 from diversedit_jax import encoders
 from diversedit_jax.api import Conditions, Space
 from diversedit_jax.config import slot
+from diversedit_jax.configs import diversedit, repa
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.runtime import flops
 from tests import ROOT

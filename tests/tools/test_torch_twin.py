@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import default
 from diversedit_jax.api import Codec, Conditions, Objective, Space
 from diversedit_jax.config import slot
+from diversedit_jax.configs import default
 from diversedit_jax.diffusion import solvers
 from diversedit_jax.diffusion.guidance import guide
 from diversedit_jax.diffusion.paths import PATHS

@@ -2,8 +2,8 @@
 
 from ml_collections import ConfigDict
 
-from configs import digits
 from diversedit_jax.config import slot
+from diversedit_jax.configs import digits
 
 STEPS, EVERY = 120, 4  # steps of the run; steps between saves
 

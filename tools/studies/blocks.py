@@ -15,10 +15,10 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from configs import digits
 from diversedit_jax import analyze, train
 from diversedit_jax.analysis.measure import Settings
 from diversedit_jax.config import slot
+from diversedit_jax.configs import digits
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.runs import trained
 from diversedit_jax.runtime import cli

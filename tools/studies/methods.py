@@ -22,12 +22,12 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from configs import digits as digits_config
 from diversedit_jax import config as configs
 from diversedit_jax import sharding
 from diversedit_jax.analysis.features import features
 from diversedit_jax.api import Batch
 from diversedit_jax.config import slot
+from diversedit_jax.configs import digits as digits_config
 from diversedit_jax.data import digits, pipeline
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.evaluators import SampleSpec

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from configs import default
 from diversedit_jax.config import slot
+from diversedit_jax.configs import default
 from diversedit_jax.registry import one_of
 
 PIECES = 8  # a run trains in so many turns
