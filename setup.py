@@ -24,6 +24,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["diversedit_jax", "diversedit_jax.*"]),
+    entry_points={"console_scripts": ["diversedit = diversedit_jax.__main__:main"]},
     install_requires=[
         "jax>=0.10",
         "flax>=0.12.8",
@@ -76,6 +77,7 @@ setup(
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",
+        "Programming Language :: Python :: 3.14",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

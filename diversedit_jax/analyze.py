@@ -51,6 +51,23 @@ PRESETS = {
     "figure_a2": (FIG2 | {"at": ["last"], "times": [0.96, 0.8, 0.6, 0.4, 0.2, 0.04]}, ("times",)),
     "table_a2": (FIG2 | {"at": ["50000", "100000", "200000", "400000", "450000"]}, ()),
 }
+GROUPS = {
+    "The networks": [
+        "workdir",
+        "checkpoint",
+        "compare",
+        "at",
+        "online",
+        "trust_workdir",
+        "family",
+        "heads",
+        "weights",
+        "side",
+        "vae",
+    ],
+    "What they are shown": ["data", "split", "num", "batch", "labels", "noises", "seed", "time", "times"],
+    "How features are compared": ["unit", "kernel", "hsic", "multiplier", "degree", "capture"],
+}
 OPTIONS = ("unit", "kernel", "hsic", "at", "time", "times")  # the flags that a preset may change
 
 
@@ -250,7 +267,7 @@ def applied(preset: str | None, known: Any) -> Mapping[str, Any]:
 
 if __name__ == "__main__":
     run_flags.define_release_flags()
-    flags.adopt_module_key_flags(run_flags)  # so that --help lists them
+    flags.adopt_module_key_flags(run_flags)
     flags.DEFINE_string("workdir", None, "Directory of a run, or LABEL=DIR.")
     flags.DEFINE_multi_string("compare", [], "More runs or files of weights, [LABEL=]PATH, one after another.")
     flags.DEFINE_string("data", None, "NAME=DIR,OPTION=VALUE,...: data to use; by default the run's own.")
@@ -296,4 +313,4 @@ if __name__ == "__main__":
         weights = "online" if given.online else "ema"
         run(chosen, folder, settings, option["time"], times, option["at"], parts, given.preset, weights, given.losses)
 
-    cli.launch(main, arguments=True, several=True)
+    cli.launch(main, arguments=True, several=True, groups=GROUPS)

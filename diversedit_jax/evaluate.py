@@ -299,7 +299,7 @@ def run(
 
 if __name__ == "__main__":
     run_flags.define_flags()
-    flags.adopt_module_key_flags(run_flags)  # so that --help lists them
+    flags.adopt_module_key_flags(run_flags)
     flags.DEFINE_string("samples", None, "Images to score instead: an .npz with `arr_0`, uint8 [n h w 3], or a folder.")
     flags.DEFINE_multi_string("reference", [], "Statistics or images to compare with, see above; may be repeated.")
     flags.DEFINE_multi_string("extractor", [], "NAME=FILE or NAME=FILE,OPTION=VALUE; may be repeated.")
@@ -344,4 +344,4 @@ if __name__ == "__main__":
 
         run(judges, points, images_at, folder, given.keep_samples)
 
-    cli.launch(main, arguments=True, several=True)
+    cli.launch(main, arguments=True, several=True, groups=run_flags.GROUPS)

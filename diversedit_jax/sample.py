@@ -66,7 +66,7 @@ def repeated(labels: Sequence[int], num: int, classes: int | None) -> np.ndarray
 
 if __name__ == "__main__":
     run_flags.define_flags()
-    flags.adopt_module_key_flags(run_flags)  # so that --help lists them
+    flags.adopt_module_key_flags(run_flags)
     flags.DEFINE_integer("num", 64, "Number of samples.")
     flags.DEFINE_list("labels", None, "Class labels, taken in turn; by default every class in turn.")
     flags.DEFINE_integer("seed", 0, "Image i depends on the seed, on i and on its label.")
@@ -78,4 +78,4 @@ if __name__ == "__main__":
         labels = None if given.labels is None else run_flags.numbers("labels", given.labels, int)
         run(run_flags.source(), num=given.num, labels=labels, seed=given.seed, out=given.out)
 
-    cli.launch(main, several=True)
+    cli.launch(main, several=True, groups=run_flags.GROUPS)

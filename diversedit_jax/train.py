@@ -1,5 +1,10 @@
-"""Train a model: python -m diversedit_jax.train --config=configs/digits.py --workdir=DIR [--config.KEY=VALUE ...]
+"""Train a model, or go on with a run that was stopped.
 
+    python -m diversedit_jax.train --config=digits --workdir=runs/mine
+    python -m diversedit_jax.train --config=sit:xl2 --workdir=DIR --config.data.data_dir=LATENTS
+    python -m diversedit_jax.train --config=mine.py --workdir=DIR --config.optim.learning_rate=3e-4
+
+--config: a recipe of the package (below) or a file, with a variant after a colon. --config.KEY=VALUE sets any key.
 The same command resumes a stopped run at its last checkpoint, with the same results to the bit. Ctrl-C and SIGTERM save
 and exit with code 42. Files in DIR: config.json, versions.json, parameters.txt, metrics.jsonl, TensorBoard events,
 samples.png, samples/, checkpoints/.
@@ -404,7 +409,7 @@ def summary(workdir: Path, checkpoints: Checkpoints, seconds: float) -> str:
 
 def define_flags() -> None:
     """The flags of this program."""
-    config_flags.DEFINE_config_file("config", None, "Config file; --config.KEY=VALUE changes a key.", lock_config=True)
+    config_flags.DEFINE_config_file("config", None, "A recipe of the package, or a config file.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Directory of the run; made if missing.")
     flags.mark_flags_as_required(["config", "workdir"])
 

@@ -64,7 +64,7 @@ def test_the_files_that_a_page_names_exist(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_the_configs_that_a_page_names_build(page):
     for name, variant in set(re.findall(r"configs/(\w+)\.py:([\w,@]+)", PAGES[page])):
-        importlib.import_module(f"configs.{name}").get_config(variant)
+        importlib.import_module(f"diversedit_jax.configs.{name}").get_config(variant)
 
 
 def test_the_tests_that_a_page_names_exist():
@@ -85,6 +85,7 @@ NAMED = sorted(set(re.findall(r"-m ((?:diversedit_jax|tools)\.(?!examples)[\w.]+
 def test_the_programs_that_a_page_names_explain_themselves(module):
     command = [sys.executable, "-m", module, "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert f"-m {module}" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert f"-m {module}" in "\n".join(done.stdout.splitlines()[:12]), "its first lines have no example"
     if module in ("diversedit_jax.sample", "diversedit_jax.evaluate"):
-        assert "--cfg_scale:" in done.stdout, "flags that programs share are not listed"
+        assert "\n  --cfg_scale=X " in done.stdout.partition("The sampler;")[2], "flags that programs share"

@@ -13,6 +13,14 @@ from diversedit_jax.runs.trained import Source, drawing, of_release, of_run
 from diversedit_jax.sampling import sampler
 from diversedit_jax.weights.dit import FAMILIES
 
+SAMPLER = list(options(sampler.make))  # the names of its options, and of their flags
+GROUPS = {
+    "The run": ["workdir", "step", "online", "weak_step", "trust_workdir"],
+    "Or a release": ["checkpoint", "family", "heads", "weights", "side"],
+    "Decoding": ["vae", "rounding"],
+    "The sampler; by default as the run or the release says": SAMPLER,
+}
+
 
 def define_release_flags() -> None:
     """The flags that name a release, and the one that says which weights of a run to take."""
@@ -58,7 +66,7 @@ def source(defaults: Mapping[str, Any] | None = None) -> Source:
     overrides = dict(defaults or {})
     rounding = overrides.pop("rounding", None)
     changes = {"vae": given.vae, "rounding": given.rounding or rounding}
-    named = [name for name in options(sampler.make) if name in given and given[name].value is not None]
+    named = [name for name in SAMPLER if name in given and given[name].value is not None]
     overrides |= {name: given[name].value for name in named}
     if given.guidance_interval is not None:
         overrides["guidance_interval"] = numbers("guidance_interval", given.guidance_interval, float, 2)

@@ -8,19 +8,21 @@ import itertools
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 from jax.experimental import multihost_utils
 
 from diversedit_jax.errors import EXIT_PREEMPTED, ConfigError, MachineError, RunError, StorageError, check_machine
-from diversedit_jax.runtime import processes
+from diversedit_jax.registry import one_of
+from diversedit_jax.runtime import help_page, processes
 
 NAME = re.compile(r"['\"]([\w./-]+)['\"\\]")  # a quoted name in an error of absl or ml_collections
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # the disk takes no more
@@ -80,17 +82,25 @@ def let_output_fail() -> None:
         setattr(sys, name, Output(stream))
 
 
-def launch(main: Callable[..., None], *, arguments: bool = False, several: bool = False) -> None:
+def launch(
+    main: Callable[..., None],
+    *,
+    arguments: bool = False,
+    several: bool = False,
+    groups: Mapping[str, Sequence[str]] | None = None,
+) -> None:
     """Parse the flags, run `main`, exit: 0 done, 42 stopped and saved, or an error's own code (see `errors`).
 
     arguments: give `main` the list of arguments that are not flags; else they are an error.
     several:   the program may be one of several processes; they find each other first.
+    groups:    title -> names of the flags that `--help` shows under it.
     """
     let_output_fail()
-    app.define_help_flags()
     if several:
         processes.define_flags()
-        flags.adopt_module_key_flags(processes)
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(page(several, groups or {}))
+        return
     try:
         extra = parse(sys.argv)
         if extra and not arguments:
@@ -116,6 +126,16 @@ def launch(main: Callable[..., None], *, arguments: bool = False, several: bool 
     sys.exit(code)  # all processes stop at the same step, and leave together
 
 
+def page(several: bool, groups: Mapping[str, Sequence[str]]) -> str:
+    """The help of the running program. several, groups: see `launch`."""
+    own = list(flags.FLAGS.get_key_flags_for_module(sys.argv[0]))
+    if several:
+        own += [flags.FLAGS[name] for name in processes.NAMES]
+        groups = {**groups, "Several processes, where they do not find each other": processes.NAMES}
+    width = min(shutil.get_terminal_size((100, 0)).columns, 120)
+    return help_page.page(sys.modules["__main__"].__doc__ or "", own, groups, width)
+
+
 def of_machine(error: Exception) -> Exception:
     """The error of one line for what the machine refuses: memory, space, permission. Else the error itself."""
     try:
@@ -138,6 +158,7 @@ def of_machine(error: Exception) -> Exception:
 
 def parse(argv: Sequence[str]) -> list[str]:
     """Parse flags and config overrides; returns the other arguments. Every mistake becomes a ConfigError."""
+    argv = [recipe(argument) for argument in argv]
     given = [argument.split("=", 1)[1] for argument in argv if argument.startswith("--config=")]
     file = Path(given[-1].split(":")[0]) if given else Path()
     if given:  # modules of its user lie beside a config file, or in the folder above
@@ -154,6 +175,16 @@ def parse(argv: Sequence[str]) -> list[str]:
     except Exception as error:
         raise ConfigError(in_config_file(error, file) or readable(error, argv)) from error
     return extra
+
+
+def recipe(argument: str) -> str:
+    """The argument, with the path of its file for a recipe of the package: `--config=digits`, `--config=repa:xl2`."""
+    flag, _, value = argument.partition("=")
+    name, colon, variant = value.partition(":")
+    known = help_page.recipes() if flag == "--config" and name.isidentifier() else ()
+    if not known or (name not in known and Path(name).exists()):
+        return argument
+    return f"{flag}={help_page.CONFIGS / one_of('--config', name, known)}.py{colon}{variant}"
 
 
 def in_config_file(error: BaseException, file: Path) -> str | None:

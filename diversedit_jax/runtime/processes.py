@@ -28,6 +28,7 @@ from diversedit_jax.registry import in_range
 TIMEOUT = 300  # seconds to wait for all processes
 SEEN = 60  # seconds to wait until all processes see a file that one of them writes
 FLAGS = ("coordinator", "num_processes", "process_id")
+NAMES = (*FLAGS, "heartbeat")  # of all flags here
 
 
 def define_flags() -> None:
