@@ -9,9 +9,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float
 
 from diversedit_jax.registry import INT32, in_range
+from diversedit_jax.shapes import Array, Float
 
 Params = Any  # a pytree of arrays that gradients change
 Memory = Any  # a pytree of arrays that a step reads and writes, without gradients: statistics, slow averages

@@ -34,8 +34,8 @@ LOSSES = {
     f"dispersive {form}": (partial(dispersive.dispersive_loss, form=form), BLOCKS[:1]) for form in dispersive.FORMS
 }
 LOSSES |= {f"diversity {preset}": (partial(by_preset, preset), BLOCKS) for preset in diversity.PRESETS}
-LOSSES |= {f"repa {form}": (partial(repa.alignment, similarity=form), BLOCKS[:2]) for form in repa.SIMILARITIES}
-LOSSES |= {f"sra {form}": (partial(sra.mean_distance, form=form), BLOCKS[:2]) for form in sra.DISTANCES}
+LOSSES |= {f"repa {form}": (partial(repa.repa_loss, similarity=form), BLOCKS[:2]) for form in repa.SIMILARITIES}
+LOSSES |= {f"sra {form}": (partial(sra.sra_loss, form=form), BLOCKS[:2]) for form in sra.DISTANCES}
 LOSSES |= {
     "dispersive in groups": (partial(dispersive.dispersive_loss, groups=2), BLOCKS[:1]),
     "diversity in groups": (partial(by_preset, "paper", groups=2), BLOCKS),
@@ -196,9 +196,9 @@ def test_tensors_of_torch():
 def test_features_of_other_shapes_are_refused():
     student, teacher = BLOCKS[:2]
     with pytest.raises(ConfigError, match=r"the student's features are \[8, 4, 6\], the teacher's \[8, 1, 6\]"):
-        sra.mean_distance(student, teacher[:, :1])
+        sra.sra_loss(student, teacher[:, :1])
     with pytest.raises(ConfigError, match=r"the projected features are \[8, 4, 6\] .*, the targets \[1, 4, 6\]"):
-        repa.alignment(student, teacher[:1])
+        repa.repa_loss(student, teacher[:1])
 
 
 @pytest.mark.parametrize(
@@ -234,8 +234,8 @@ def test_words_of_the_diversity_loss_are_checked(changes, options, message):
 
 def test_words_of_other_losses_are_checked():
     with pytest.raises(ConfigError, match="distance = 'smooth' is unknown; did you mean 'smooth_l1'"):
-        sra.mean_distance(*BLOCKS[:2], "smooth")
+        sra.sra_loss(*BLOCKS[:2], "smooth")
     with pytest.raises(ConfigError, match="similarity = 'cosin' is unknown; did you mean 'cosine'"):
-        repa.alignment(*BLOCKS[:2], "cosin")
+        repa.repa_loss(*BLOCKS[:2], "cosin")
     with pytest.raises(ConfigError, match="form = 'infonce' is unknown"):
         dispersive.dispersive_loss(BLOCKS[0], "infonce")

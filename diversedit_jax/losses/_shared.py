@@ -10,9 +10,9 @@ from itertools import pairwise
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Float, PRNGKeyArray
 
 from diversedit_jax.api import Params
+from diversedit_jax.shapes import Array, Float, PRNGKeyArray
 
 DTYPES = ("float32", "bfloat16", "float16")  # of matmuls
 EPS = 1e-12  # the smallest length that is divided by, torch's default

@@ -8,13 +8,13 @@ functions take arrays of any framework (`arrays.portable`) and compute in float3
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
 
 from diversedit_jax.api import AuxLoss, Term
 from diversedit_jax.arrays import portable
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.losses._shared import in_groups, unit, wide
 from diversedit_jax.registry import in_range, one_of
+from diversedit_jax.shapes import Array, Bool, Float
 
 FORMS = ("infonce_l2", "infonce_cosine", "hinge", "covariance")
 

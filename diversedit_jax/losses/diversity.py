@@ -14,13 +14,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
 
 from diversedit_jax.api import AuxLoss, Term
 from diversedit_jax.arrays import portable
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.losses._shared import in_groups, wide
 from diversedit_jax.registry import in_range, one_of
+from diversedit_jax.shapes import Array, Float, PRNGKeyArray
 
 EPS = 1e-8
 

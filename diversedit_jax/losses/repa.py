@@ -9,13 +9,13 @@ The functions take arrays of any framework (`arrays.portable`) and compute in fl
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PRNGKeyArray
 
 from diversedit_jax.api import AuxLoss, Batch, Params, Term
 from diversedit_jax.arrays import portable
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.losses._shared import DTYPES, head, init_head, unit
 from diversedit_jax.registry import MANY, in_range, one_of
+from diversedit_jax.shapes import Array, Float, PRNGKeyArray
 
 SIMILARITIES = ("cosine", "nt_xent")
 
@@ -32,7 +32,7 @@ def project(params: Params, x: Float[Array, "*b d"], dtype: DTypeLike = jnp.floa
 
 
 @portable
-def alignment(
+def repa_loss(
     z: Float[Array, "b n k"], targets: Float[Array, "..."], similarity: str = "cosine", tau: float = 0.1
 ) -> Float[Array, " b"]:
     """How far the projected tokens of each example are from their targets; the mean over tokens.
@@ -101,7 +101,7 @@ def make(
 
     encoder: the label in `config.encoders` whose features are the targets. block: its output is projected, from 1.
     coefficient: of the term. width: of the projector's hidden layers.
-    similarity, tau: see `alignment`. We do not know the temperature of the paper's `nt_xent`: 0.1 is our choice.
+    similarity, tau: see `repa_loss`. We do not know the temperature of the paper's `nt_xent`: 0.1 is our choice.
     class_token: the class token is the first target. For REG, whose network has one more token.
     warmup_steps: the weight grows linearly from 0 over so many steps.
     until: from this step on the term is exactly 0, as HASTE stops it (arXiv 2505.16792). None: it never stops.
@@ -128,7 +128,7 @@ def make(
 
     def apply(forward, batch, context):
         z = project(context.params, forward.features[block], compute)
-        loss = alignment(z, targets_of(batch, encoder, class_token), similarity, tau).mean()
+        loss = repa_loss(z, targets_of(batch, encoder, class_token), similarity, tau).mean()
         weight = weight_at(context.step, coefficient, warmup_steps, until, decay_steps)
         return Term(weight * loss, {"loss": loss, "weight": weight}, full=coefficient * loss)
 

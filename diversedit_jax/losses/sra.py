@@ -7,13 +7,13 @@ any framework (`arrays.portable`), [b n d], and compute in float32 (float64 for 
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
 
 from diversedit_jax.api import AuxLoss, Term
 from diversedit_jax.arrays import portable
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.losses._shared import DTYPES, head, init_head, unit, wide
 from diversedit_jax.registry import in_range, one_of
+from diversedit_jax.shapes import Array, Float, PRNGKeyArray
 
 BETA = 0.05  # of smooth L1: below it the error is quadratic
 
@@ -55,7 +55,7 @@ DISTANCES = {
 
 
 @portable
-def mean_distance(
+def sra_loss(
     student: Float[Array, "b n d"], teacher: Float[Array, "..."], form: str = "smooth_l1"
 ) -> Float[Array, " b"]:
     """The mean distance of each example's features from the teacher's. No gradient passes to the teacher.
@@ -104,7 +104,7 @@ def make(
     t_max: how much earlier the teacher's time may be.
     num_timesteps: of an objective whose times are steps (ddpm: 1000). On DiT-XL SRA takes blocks 8 -> 16 and the
         coefficient 0.04.
-    distance: see `mean_distance`. The authors' later default is `cosine_tokens`, coefficient 0.5, decay_epochs None,
+    distance: see `sra_loss`. The authors' later default is `cosine_tokens`, coefficient 0.5, decay_epochs None,
         because smooth L1 grows with the norm of the features.
     coefficient: of the term. It is constant up to the epoch decay_from_epoch (counted from 0). Then decay_epochs epochs
         of steps_per_epoch steps divide it by 10 (None: never). At 512 pixels the authors take 99 and 800.
@@ -130,7 +130,7 @@ def make(
         t = earlier(context.key, forward.t, t_max, num_timesteps)
         _, seen = forward.rerun(context.teacher, t)
         student = head(context.params, forward.features[block], compute)
-        loss = mean_distance(student, seen[teacher_block], distance).mean()
+        loss = sra_loss(student, seen[teacher_block], distance).mean()
         weight = weight_at(context.step, coefficient, decay_from_epoch, decay_epochs, steps_per_epoch)
         metrics = {"distance": loss, "weight": weight, "lag": (forward.t - t).mean()}
         return Term(weight * loss, metrics, full=coefficient * loss)

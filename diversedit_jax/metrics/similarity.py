@@ -17,10 +17,10 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from diversedit_jax.arrays import portable
 from diversedit_jax.registry import in_range
+from diversedit_jax.shapes import Array, Float
 
 Rows = Float[Array, "n p"]
 Examples = Float[Array, "n _"]  # representations of the same examples may differ in width

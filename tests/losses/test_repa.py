@@ -43,9 +43,9 @@ def test_a_head_in_half_precision_is_near_the_one_in_full():
 def test_alignment_is_minus_the_mean_cosine_of_each_example():
     z, targets = (jax.random.normal(jax.random.key(i), (3, 4, 5)) for i in range(2))
     cosines = [[np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(*p)] for p in zip(z, targets)]  # noqa: B905
-    np.testing.assert_allclose(repa.alignment(z, targets), -np.mean(cosines, axis=1), rtol=1e-5)
-    np.testing.assert_allclose(repa.alignment(z, 7 * z), -1, rtol=1e-6)
-    gradient = jax.grad(lambda z: repa.alignment(z, targets).sum())(jnp.zeros((3, 4, 5)))
+    np.testing.assert_allclose(repa.repa_loss(z, targets), -np.mean(cosines, axis=1), rtol=1e-5)
+    np.testing.assert_allclose(repa.repa_loss(z, 7 * z), -1, rtol=1e-6)
+    gradient = jax.grad(lambda z: repa.repa_loss(z, targets).sum())(jnp.zeros((3, 4, 5)))
     assert not gradient.any(), "a zero vector has no direction and no gradient"
 
 
@@ -56,12 +56,12 @@ def test_short_vectors_have_a_direction_down_to_1e_12():
 
 def test_nt_xent_is_a_token_s_search_for_its_target_in_its_image():
     z, targets = (jax.random.normal(jax.random.key(i), (3, 4, 5)) for i in range(2))
-    found = repa.alignment(z, targets, "nt_xent", tau=0.5)
+    found = repa.repa_loss(z, targets, "nt_xent", tau=0.5)
     for image in range(3):
         a, b = (x[image] / jnp.linalg.norm(x[image], axis=1, keepdims=True) for x in (z, targets))
         chosen = jax.nn.softmax(a @ b.T / 0.5, axis=1)[jnp.arange(4), jnp.arange(4)]
         np.testing.assert_allclose(found[image], -jnp.log(chosen).mean(), rtol=1e-5)
-    assert (repa.alignment(targets, targets, "nt_xent") < found).all()
+    assert (repa.repa_loss(targets, targets, "nt_xent") < found).all()
     with pytest.raises(ConfigError, match=r"similarity = 'nt_xnt' is unknown; did you mean 'nt_xent'"):
         losses.make("repa", similarity="nt_xnt")
 
@@ -119,7 +119,7 @@ def test_every_option_reaches_the_loss():
     for step in (5, 75):
         params, term = apply(step=step, **options)
         z = repa.project(params, features()[8], jnp.bfloat16)
-        loss = repa.alignment(z, batch()["features/dinov2"], "nt_xent", 0.3).mean()
+        loss = repa.repa_loss(z, batch()["features/dinov2"], "nt_xent", 0.3).mean()
         np.testing.assert_allclose(term.loss, repa.weight_at(step, 0.2, **schedule) * loss, rtol=1e-6)
         np.testing.assert_allclose(term.full, 0.2 * loss, rtol=1e-6)
     assert losses.make("repa", class_token=True).reads == ("token/dinov2", "features/dinov2")

@@ -55,7 +55,7 @@ def compared():
 def test_distances_equal_the_reference(compared, form):
     student, seen, gold = compared
     wanted = gold[f"align_{FORMS[form]}"]
-    np.testing.assert_allclose(sra.mean_distance(student, seen, form).mean(), wanted.mean(), rtol=1e-5)
+    np.testing.assert_allclose(sra.sra_loss(student, seen, form).mean(), wanted.mean(), rtol=1e-5)
     if wanted.ndim:
         np.testing.assert_allclose(sra.DISTANCES[form](student, seen), wanted, rtol=1e-4, atol=1e-5)
 
@@ -64,7 +64,7 @@ def test_cosine_is_along_channels_or_tokens():
     a, b = jax.random.normal(jax.random.key(0), (2, 3, 4, 5))
     for form, axis in (("cosine", -1), ("cosine_tokens", 1)):
         cosines = np.sum(a * b, axis) / np.linalg.norm(a, axis=axis) / np.linalg.norm(b, axis=axis)
-        np.testing.assert_allclose(sra.mean_distance(a, b, form), 1 - cosines.mean(axis=1), rtol=1e-5)
+        np.testing.assert_allclose(sra.sra_loss(a, b, form), 1 - cosines.mean(axis=1), rtol=1e-5)
 
 
 def test_the_teacher_is_earlier_by_up_to_t_max():
@@ -142,7 +142,7 @@ def test_the_teacher_is_asked_at_the_earlier_times():
     assert len(np.unique(whole.t - t)) > 2, "not a draw for each example"
     assert metrics["lag"] == pytest.approx(float((whole.t - t).mean()), rel=1e-5)
     student, (_, seen) = head(params, whole.features[3]), whole.rerun(teacher, t)
-    assert value == pytest.approx(0.2 * float(sra.mean_distance(student, seen[8]).mean()), rel=1e-5)
+    assert value == pytest.approx(0.2 * float(sra.sra_loss(student, seen[8]).mean()), rel=1e-5)
 
 
 @pytest.mark.parametrize(("t_max", "num_timesteps"), [(0.1, None), (0.5, 1000)])
@@ -157,7 +157,7 @@ def test_every_option_reaches_the_loss(t_max, num_timesteps):
     term = loss.apply(whole, batch(), Context(key, step=jnp.int32(35), params=params))
     np.testing.assert_array_equal(asked[0], sra.earlier(key, t, t_max, num_timesteps))
     student = head(params, features()[2], jnp.bfloat16)
-    distance = sra.mean_distance(student, features(seed=1)[5], "l2").mean()
+    distance = sra.sra_loss(student, features(seed=1)[5], "l2").mean()
     np.testing.assert_allclose(term.loss, 0.3 * 10 ** (-2 / 4) * distance, rtol=1e-5)
     np.testing.assert_allclose(term.full, 0.3 * distance, rtol=1e-6)
     assert loss.blocks == (2, 5)

@@ -13,8 +13,7 @@ import numpy as np
 import optax
 from sklearn.datasets import load_digits
 
-from diversedit_jax.losses.diversity import diversity_loss
-from diversedit_jax.losses.repa import alignment, init_projector, project
+from diversedit_jax.losses import diversity_loss, init_projector, project, repa_loss
 
 
 class Block(nn.Module):
@@ -61,7 +60,7 @@ def main(steps: int = 200) -> dict[str, float]:
     def loss_of(params, x, y, weight):
         logits, features = model.apply(params["model"], x)
         term, parts = diversity_loss(features)  # the term is weighted already, and 0 while L_div < 0.1
-        term += 0.1 * alignment(project(params["projector"], features[1]), patches(x)).mean()
+        term += 0.1 * repa_loss(project(params["projector"], features[1]), patches(x)).mean()
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean() + weight * term, parts["loss"]
 
     @jax.jit

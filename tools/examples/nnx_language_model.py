@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from diversedit_jax.losses.diversity import diversity_loss
+from diversedit_jax.losses import diversity_loss
 
 TEXT = (Path(__file__).parents[2] / "LICENSE").read_bytes()
 LENGTH, WIDTH, DEPTH = 32, 32, 4
