@@ -176,6 +176,11 @@ def holds_run(path: Path) -> bool:
     return True
 
 
+def stored(workdir: Path) -> ConfigDict:
+    """The whole config of the run in a workdir, to read: nothing that it names is imported."""
+    return ConfigDict({key: value for key, value in _stored(workdir).items() if key != MODULES})
+
+
 def load(workdir: Path, parts: Collection[str] = (*SINGLE, *LABELED), *, trust: bool = False) -> ConfigDict:
     """The config of the run in a workdir. A config of an older version gets the names of this version.
 

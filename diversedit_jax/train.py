@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from diversedit_jax import conditioning, sharding
+from diversedit_jax import conditioning, network, sharding
 from diversedit_jax import config as configs
 from diversedit_jax.api import Batch, Condition
 from diversedit_jax.data import Dataset, pipeline
@@ -413,6 +414,17 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Directory of the run; made if missing.")
     flags.mark_flags_as_required(["config", "workdir"])
 
+
+class Program(types.ModuleType):
+    """This module as a function: `diversedit_jax.train(config, workdir)`."""
+
+    def __call__(self, config: ConfigDict, workdir: str | Path) -> network.Network:
+        """Train as `run` does, and open the run. A run that is done is only opened."""
+        run(config, workdir)
+        return network.load(workdir, trust_workdir=True)
+
+
+sys.modules[__name__].__class__ = Program
 
 if __name__ == "__main__":
     define_flags()

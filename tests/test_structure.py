@@ -48,6 +48,7 @@ FLOORS = {
     "sample": "",
     "evaluate": "",
     "analyze": "",
+    "network": "",
     "train": "",
     "__main__": "",
 }

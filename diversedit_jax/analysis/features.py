@@ -57,7 +57,15 @@ def features(
     b = len(jax.tree.leaves(batch)[0])
     y = conditioning.select(jnp.broadcast_to(hidden, (b,)), parts.null, batch["y"])
     ready = encoded(parts.codec, frozen, batch | {"y": y}, key_codec)
-    seen = forward(experiment, learned, frozen, ready, key_noise)  # only its noise is used, so jit drops its pass
+    return of_encoded(experiment, learned, frozen, ready, t, key_noise)
+
+
+def of_encoded(
+    experiment: Experiment, learned: Learned, frozen: Any, ready: Batch, t: Array, key: Array
+) -> Float[Array, "l b n d"]:
+    """Compute the output of every block for an encoded batch at time t in [0, 1]. Prefix tokens are left out."""
+    parts, b = experiment.components, len(ready["x"])
+    seen = forward(experiment, learned, frozen, ready, key)  # only its noise is used, so jit drops its pass
     time = network_time(parts.objective.predicts, jnp.full(b, t))
     _, found = seen.rerun(parts.model.network(learned["params"]), time)
     return jnp.stack(found[1:])[:, :, parts.model.prefix :].astype(jnp.float32)

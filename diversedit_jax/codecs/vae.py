@@ -4,6 +4,7 @@
 Latent diffusion (arXiv 2112.10752) scales its latents by 0.18215, to about unit variance.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 import jax
@@ -29,6 +30,17 @@ def draw(key: Array, moments: Float[Array, "b h w c2"], scale: float, bias: floa
     """(mean + std * noise - bias) * scale, with mean and std from `moments`."""
     mean, std = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
     return (mean + std * jax.random.normal(key, mean.shape) - bias) * scale
+
+
+def mean_encoder(vae: str, scale: float, bias: float, precision: str = "highest", chunk: int = 8) -> Callable:
+    """A function of uint8 images [b H W k] that gives the means of their latents, scaled: x [b h w c]. See `make`."""
+    release = open_vae(vae)
+    params, encoder = release.read(("encoder",)), network(release.arch, precision)
+
+    def latents(images: UInt8[Array, "n H W k"]) -> Float[Array, "n h w c"]:
+        return (jnp.split(moments(encoder, params, images), 2, axis=-1)[0] - bias) * scale
+
+    return jax.jit(lambda images: sharding.in_chunks(latents, images, chunk, 1))
 
 
 def make(

@@ -1,5 +1,6 @@
 """Images as bytes: grids, PNG files."""
 
+import io
 import math
 import os
 from pathlib import Path
@@ -44,8 +45,14 @@ def as_pictures(samples: UInt8[Pixels, "n *s c"]) -> UInt8[np.ndarray, "n h w k"
     return images[..., : 3 if images.shape[-1] >= 3 else 1]
 
 
+def png(image: UInt8[Pixels, "h w c"]) -> bytes:
+    """A PNG of an image with one channel or three."""
+    image, file = np.asarray(image), io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, format="png")
+    return file.getvalue()
+
+
 def save_png(path: str | os.PathLike, image: UInt8[Pixels, "h w c"]) -> None:
     """Write an image with one channel or three, whole or not at all."""
-    image = np.asarray(image)
     with replacing(Path(path)) as temporary:
-        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(temporary, format="png")
+        temporary.write_bytes(png(image))
