@@ -638,7 +638,11 @@ main() {
   required PROJECT ZONE TPU_NAME
   [[ $REMOTE_DIR == /* ]] || die "REMOTE_DIR=$REMOTE_DIR: wanted a path that begins with /"
   case $command in
-    create | up) required ACCELERATOR_TYPE RUNTIME_VERSION ;;
+    create | up)
+      required ACCELERATOR_TYPE RUNTIME_VERSION
+      [[ $ACCELERATOR_TYPE != tpu7* ]] ||
+        die "ACCELERATOR_TYPE=$ACCELERATOR_TYPE: the Cloud TPU API has no TPU7x; use launch/gke.sh"
+      ;;
   esac
   case $command in
     install | run | up | stop | status)

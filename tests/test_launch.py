@@ -843,6 +843,14 @@ def test_create_asks_for_a_spot_node_once(cloud):
     assert cloud.tpu_calls() == ["create"]
 
 
+@pytest.mark.parametrize("command", ["create", "up"])
+def test_a_generation_that_the_api_lacks_is_refused(cloud, command):
+    process = cloud.run("tpu.sh", command, ACCELERATOR_TYPE="tpu7x-16")
+    says = "ACCELERATOR_TYPE=tpu7x-16: the Cloud TPU API has no TPU7x; use launch/gke.sh"
+    assert (process.returncode, process.stderr) == (1, f"error: {says}\n")
+    assert not cloud.calls()
+
+
 @pytest.mark.parametrize(
     ("says", "advice"),
     [
