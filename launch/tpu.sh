@@ -190,6 +190,8 @@ everywhere() {
 
 create() {
   local state attempt seconds call
+  local -a more
+  words CREATE_ARGS
   call=(gcloud_tpu queued-resources create "$TPU_NAME" "--node-id=$TPU_NAME"
     "--accelerator-type=$ACCELERATOR_TYPE" "--runtime-version=$RUNTIME_VERSION")
   if ((SPOT && RESERVED)); then
@@ -200,6 +202,7 @@ create() {
   if [[ -n $NETWORK ]]; then call+=("--network=$NETWORK"); fi
   if [[ -n $SUBNETWORK ]]; then call+=("--subnetwork=$SUBNETWORK"); fi
   if [[ -n $SERVICE_ACCOUNT ]]; then call+=("--service-account=$SERVICE_ACCOUNT"); fi
+  call+=("${more[@]}")
 
   state=$(request_state) || return
   case $state in

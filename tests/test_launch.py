@@ -459,7 +459,12 @@ def test_words_of_a_setting_are_split_at_every_blank_and_have_no_quotes(cloud):
     assert call[position - 3 : position] == ["--partition=gpu", "--account=me", "--exclusive"]
     words = shlex.split(cloud.run("tpu.sh", "ssh", "--dry_run", SSH_ARGS="--internal-ip\n--plain").stdout)
     assert words[-2:] == ["--internal-ip", "--plain"]
-    for script, command, name in [("slurm.sh", "submit", "SBATCH_ARGS"), ("tpu.sh", "ssh", "SSH_ARGS")]:
+    settings = [
+        ("slurm.sh", "submit", "SBATCH_ARGS"),
+        ("tpu.sh", "ssh", "SSH_ARGS"),
+        ("tpu.sh", "create", "CREATE_ARGS"),
+    ]
+    for script, command, name in settings:
         for value in ('--comment="two words"', "--comment='two words'", "--comment=two\\ words"):
             process = cloud.run(script, command, **{name: value})
             says = "it is split at blanks; quotes and backslashes are not read"
@@ -841,6 +846,12 @@ def test_create_asks_for_a_spot_node_once(cloud):
     assert process.returncode == 0
     assert "there already: WAITING_FOR_RESOURCES" in process.stderr
     assert cloud.tpu_calls() == ["create"]
+
+
+def test_create_takes_more_arguments(cloud):
+    process = cloud.run("tpu.sh", "create", CREATE_ARGS="--labels=team=vision --internal-ips", SSH_ARGS="--plain")
+    assert process.returncode == 0, process.stderr
+    assert cloud.calls()[-1][-5:-3] == ["--labels=team=vision", "--internal-ips"]
 
 
 @pytest.mark.parametrize("command", ["create", "up"])
