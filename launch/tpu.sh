@@ -139,7 +139,7 @@ on_worker() {
 # The command that calls worker.sh there.
 remote() {
   quote env "REMOTE_DIR=$REMOTE_DIR" "BUCKET=$BUCKET" "DATA_DIR=$DATA_DIR" "EXTRAS=${EXTRAS:-tpu}" \
-    "STOP_SECONDS=$STOP_SECONDS" bash "$REMOTE_DIR/code/launch/worker.sh" "$@"
+    "DISK=$DISK" "STOP_SECONDS=$STOP_SECONDS" bash "$REMOTE_DIR/code/launch/worker.sh" "$@"
 }
 
 # Calls a function, which takes `all` or the number of a worker and may be repeated, for all workers; where it fails,
@@ -202,6 +202,10 @@ create() {
   if [[ -n $NETWORK ]]; then call+=("--network=$NETWORK"); fi
   if [[ -n $SUBNETWORK ]]; then call+=("--subnetwork=$SUBNETWORK"); fi
   if [[ -n $SERVICE_ACCOUNT ]]; then call+=("--service-account=$SERVICE_ACCOUNT"); fi
+  if [[ -n $DISK ]]; then
+    # Read-only, for several workers may not write to one disk.
+    call+=("--data-disk=source=projects/$PROJECT/zones/$ZONE/disks/$DISK,mode=read-only")
+  fi
   call+=("${more[@]}")
 
   state=$(request_state) || return

@@ -8,7 +8,7 @@ Usage: REMOTE_DIR=DIR bash worker.sh install|start|status|stop|end|log|idle [...
 One worker of a TPU: tpu.sh copies the repository to DIR/code there and calls this script on it.
 
   install         installs Python, the repository with EXTRAS, gcsfuse; mounts BUCKET at DIR/bucket; copies DATA_DIR
-                  to DIR/data. May be repeated: what is done is not done again
+                  to DIR/data; mounts DISK at DIR/disk. May be repeated: what is done is not done again
   start FLAGS     starts the trainer in the background; nothing to do if it runs with the same flags
   status          one line: worker=N state=none|running|exited|stopped|lost code=CODE
   stop            SIGTERM to the trainer, so that it saves, and its status; SIGKILL after STOP_SECONDS
@@ -86,6 +86,17 @@ mount_bucket() {
   fi
 }
 
+mount_disk() {
+  local directory=$REMOTE_DIR/disk
+  if [[ -z ${DISK:-} ]] || timeout 60 mountpoint -q "$directory"; then
+    return
+  fi
+  mkdir -p "$directory"
+  # By its label: names of devices differ between generations. noload: the disk cannot be written, nor can its journal.
+  sudo mount -t ext4 -o ro,noload -L diversedit "$directory" ||
+    die "DISK=$DISK cannot be mounted: it needs an ext4 file system with the label diversedit"
+}
+
 install_all() {
   number >/dev/null
   choose_python
@@ -94,6 +105,7 @@ install_all() {
     install_gcsfuse
     mount_bucket
   fi
+  mount_disk
   if [[ ${DATA_DIR:-} == gs://* ]]; then
     mkdir -p "$REMOTE_DIR/data/${DATA_DIR#gs://}"
     retry gcloud storage rsync --recursive --quiet "$DATA_DIR" "$REMOTE_DIR/data/${DATA_DIR#gs://}" ||
@@ -141,6 +153,7 @@ start() {
     busy
   fi
   mount_bucket
+  mount_disk
   rm -f "$state/exit_code" "$state/stopped" "$state/pid"
   quote "$@" >"$state/command"
   setsid nohup bash "$launch/worker.sh" trainer "$@" </dev/null >>"$state/log" 2>&1 &

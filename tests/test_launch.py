@@ -28,7 +28,7 @@ COMMANDS = {
 }
 # What the scripts may call that has effects.
 PROGRAMS = ["gcloud", "xpk", "kubectl", "docker", "sbatch", "srun", "scontrol", "scancel", "squeue", "sudo", "curl"]
-PROGRAMS += ["gcsfuse", "fusermount", "mountpoint"]
+PROGRAMS += ["gcsfuse", "fusermount", "mountpoint", "mount"]
 FLAGS = ["--config.total_steps=10", "--config.note=it's a $HOME"]
 
 # One program for all names. The file cloud is the cloud: states of requests and nodes still to be shown, and errors.
@@ -76,7 +76,7 @@ elif name == "curl":
     print(os.environ["WORKER"])
 elif name == "mountpoint":
     sys.exit(not os.path.exists(f"{arguments[-1]}/.mounted"))
-elif name == "gcsfuse":
+elif name in ("gcsfuse", "mount"):
     open(f"{arguments[-1]}/.mounted", "w").close()
 elif name == "sbatch":
     print(os.environ["DIVERSEDIT_LAUNCH"], os.environ["LAUNCH_ENV"], sep="\n")
@@ -425,7 +425,7 @@ def test_restarts_are_counted_in_decimal(cloud):
 
 
 NAMES = ["PROJECT", "ZONE", "TPU_NAME", "ACCELERATOR_TYPE", "RUNTIME_VERSION", "NETWORK", "SUBNETWORK"]
-NAMES += ["SERVICE_ACCOUNT", "CLUSTER", "IMAGE", "WORKLOAD", "RESERVATION", "TIME_LIMIT"]
+NAMES += ["SERVICE_ACCOUNT", "DISK", "CLUSTER", "IMAGE", "WORKLOAD", "RESERVATION", "TIME_LIMIT"]
 
 
 @pytest.mark.parametrize("value", ["-x", "a b", "a,b=c", "a'b", 'a"b', "a$b", "a\\b", "a\nb", "a;b", "a #b"])
@@ -848,10 +848,15 @@ def test_create_asks_for_a_spot_node_once(cloud):
     assert cloud.tpu_calls() == ["create"]
 
 
-def test_create_takes_more_arguments(cloud):
-    process = cloud.run("tpu.sh", "create", CREATE_ARGS="--labels=team=vision --internal-ips", SSH_ARGS="--plain")
+def test_create_takes_more_arguments_and_a_disk(cloud):
+    process = cloud.run(
+        "tpu.sh", "create", CREATE_ARGS="--labels=team=vision --internal-ips", DISK="latents", SSH_ARGS="--plain"
+    )
     assert process.returncode == 0, process.stderr
-    assert cloud.calls()[-1][-5:-3] == ["--labels=team=vision", "--internal-ips"]
+    assert cloud.calls()[-1][-6:-3] == [
+        *["--data-disk=source=projects/research/zones/us-west4-a/disks/latents,mode=read-only"],
+        *["--labels=team=vision", "--internal-ips"],
+    ]
 
 
 @pytest.mark.parametrize("command", ["create", "up"])
@@ -949,6 +954,24 @@ def test_up_runs_to_the_end(cloud):
         ["gs://bucket/sets/latents", remote % i + "/data/bucket/sets/latents"] for i in (0, 1)
     ]
     assert "the node is still there, and costs" in last_line(process)
+
+
+def test_the_disk_is_mounted_on_every_worker(cloud):
+    process = cloud.run("tpu.sh", "up", DISK="latents", DATA_DIR="/remote/disk/latents")
+    assert process.returncode == 0, process.stderr
+    disks = [f"{cloud.path}/node1/{worker}/remote/disk" for worker in range(2)]
+    mounts = cloud.calls("mount")
+    assert sorted(mounts) == [["mount", "-t", "ext4", "-o", "ro,noload", "-L", "diversedit", disk] for disk in disks]
+    assert f"--config.data.data_dir={disks[1]}/latents" in cloud.started(1)[0]
+
+
+def test_a_disk_that_cannot_be_mounted_is_named(cloud):
+    cloud.set(states=["ACTIVE"], workers=1)
+    cloud.error("mount -t ext4", "mount: can't find LABEL=diversedit.", times=9)
+    process = cloud.run("tpu.sh", "install", DISK="latents", ATTEMPTS="1")
+    assert process.returncode == 1
+    says = "DISK=latents cannot be mounted: it needs an ext4 file system with the label diversedit"
+    assert last_line(process).strip() == f"error: {says}"
 
 
 def test_what_git_ignores_stays_here(cloud):
