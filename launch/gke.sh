@@ -7,7 +7,7 @@ Usage: bash launch/gke.sh COMMAND [--dry_run] [OPTIONS] [-- FLAGS]
 
 Training on Google Kubernetes Engine with XPK (pip install xpk; it needs gcloud, kubectl and docker). GKE gets new nodes
 by itself; XPK restarts the job on exit codes 42 and 127-255, up to MAX_RESTARTS times, and ends it on all others.
-Settings are in launch/env (see launch/env.example).
+Settings are in launch/env (see launch/env.example). TPU7x is ACCELERATOR_TYPE=tpu7x-16.
 
   create              creates CLUSTER with NUM_SLICES of ACCELERATOR_TYPE, attaches BUCKET to it; takes half an hour
   image               builds the image from this checkout and pushes it to IMAGE
@@ -22,6 +22,7 @@ FLAGS go to diversedit_jax.train, as in tpu.sh. BUCKET is at /bucket in the job,
 Examples:
   bash launch/gke.sh create --dry_run
   bash launch/gke.sh image && bash launch/gke.sh run -- --config.total_steps=400_000
+  SPOT=no FLEX_START=yes bash launch/gke.sh create
   NUM_SLICES=2 bash launch/gke.sh run -- --config.mesh.data=2 --config.mesh.fsdp=-1
   WORKLOAD=sit-b2 WORKDIR=runs/sit_b2 bash launch/gke.sh run -- configs/sit.py:b2
 USAGE
@@ -39,13 +40,20 @@ xpk_cluster() {
 create() {
   local capacity=--on-demand mount=implicit-dirs,rename-dir-limit=100000
   mount+=,metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0,uid=$USER_ID,gid=$USER_ID
+  local -a more
+  words CREATE_ARGS
+  if ((FLEX_START)) && { ((SPOT)) || [[ -n $RESERVATION ]]; }; then
+    die "FLEX_START=yes excludes SPOT=yes and a RESERVATION"
+  fi
   if [[ -n $RESERVATION ]]; then
     capacity=--reservation=$RESERVATION
+  elif ((FLEX_START)); then
+    capacity=--flex
   elif ((SPOT)); then
     capacity=--spot
   fi
   xpk_cluster cluster create "--tpu-type=$ACCELERATOR_TYPE" "--num-slices=$NUM_SLICES" "$capacity" --enable-workload-identity \
-    --enable-gcsfuse-csi-driver
+    --enable-gcsfuse-csi-driver "${more[@]}"
   # The workers share one directory, and the container's user may write to it.
   xpk_cluster storage attach "$storage" --type=gcsfuse "--bucket=${BUCKET#gs://}" --mount-point=/bucket \
     --readonly=false --size=1 --auto-mount=false "--mount-options=$mount"

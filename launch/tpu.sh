@@ -197,6 +197,9 @@ create() {
   if ((SPOT && RESERVED)); then
     die "SPOT=yes and RESERVED=yes exclude each other"
   fi
+  if ((FLEX_START)); then
+    die "FLEX_START=yes is for launch/gke.sh"
+  fi
   if ((SPOT)); then call+=(--spot); fi
   if ((RESERVED)); then call+=(--reserved); fi
   if [[ -n $NETWORK ]]; then call+=("--network=$NETWORK"); fi

@@ -463,6 +463,7 @@ def test_words_of_a_setting_are_split_at_every_blank_and_have_no_quotes(cloud):
         ("slurm.sh", "submit", "SBATCH_ARGS"),
         ("tpu.sh", "ssh", "SSH_ARGS"),
         ("tpu.sh", "create", "CREATE_ARGS"),
+        ("gke.sh", "create", "CREATE_ARGS"),
     ]
     for script, command, name in settings:
         for value in ('--comment="two words"', "--comment='two words'", "--comment=two\\ words"):
@@ -603,7 +604,7 @@ def test_yes_and_no_are_understood(cloud, value, spot):
     assert not cloud.calls()
 
 
-@pytest.mark.parametrize("name", ["DRY_RUN", "SPOT", "RESERVED", "DETERMINISTIC"])
+@pytest.mark.parametrize("name", ["DRY_RUN", "SPOT", "RESERVED", "FLEX_START", "DETERMINISTIC"])
 def test_what_is_neither_yes_nor_no_is_an_error(cloud, name):
     process = cloud.run("tpu.sh", "create", **{name: "maybe"})
     assert process.returncode == 1
@@ -1156,6 +1157,42 @@ def test_gke_starts_a_job_that_restarts(cloud):
         "'--config.note=it'\\''s a $HOME'",
         *["--cluster=diversedit", "--project=research", "--zone=us-west4-a"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("variables", "capacity"),
+    [
+        ({}, "--spot"),
+        ({"SPOT": "no"}, "--on-demand"),
+        ({"SPOT": "no", "FLEX_START": "yes"}, "--flex"),
+        ({"RESERVATION": "mine"}, "--reservation=mine"),
+    ],
+)
+def test_gke_asks_for_the_capacity_that_is_set(cloud, variables, capacity):
+    more = {"ACCELERATOR_TYPE": "tpu7x-16", "CREATE_ARGS": "--private --cluster-cpu-machine-type=n1-standard-8"}
+    process = cloud.run("gke.sh", "create", **variables, **more)
+    assert process.returncode == 0, process.stderr
+    cluster, _ = cloud.calls("xpk")
+    assert cluster[1:] == [
+        *["cluster", "create", "--tpu-type=tpu7x-16", "--num-slices=1", capacity],
+        *["--enable-workload-identity", "--enable-gcsfuse-csi-driver"],
+        *["--private", "--cluster-cpu-machine-type=n1-standard-8"],
+        *["--cluster=diversedit", "--project=research", "--zone=us-west4-a"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("script", "variables", "says"),
+    [
+        ("gke.sh", {}, "FLEX_START=yes excludes SPOT=yes and a RESERVATION"),
+        ("gke.sh", {"SPOT": "no", "RESERVATION": "mine"}, "FLEX_START=yes excludes SPOT=yes and a RESERVATION"),
+        ("tpu.sh", {"SPOT": "no"}, "FLEX_START=yes is for launch/gke.sh"),
+    ],
+)
+def test_flex_start_excludes_other_capacity(cloud, script, variables, says):
+    process = cloud.run(script, "create", FLEX_START="yes", **variables)
+    assert (process.returncode, process.stderr) == (1, f"error: {says}\n")
+    assert not cloud.calls()
 
 
 def test_gke_takes_several_slices(cloud):
