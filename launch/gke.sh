@@ -42,6 +42,9 @@ create() {
   mount+=,metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0,uid=$USER_ID,gid=$USER_ID
   local -a more
   words CREATE_ARGS
+  if [[ -n $NETWORK$SUBNETWORK ]]; then
+    more+=("--custom-cluster-arguments=${NETWORK:+--network=$NETWORK }${SUBNETWORK:+--subnetwork=$SUBNETWORK}")
+  fi
   if ((FLEX_START)) && { ((SPOT)) || [[ -n $RESERVATION ]]; }; then
     die "FLEX_START=yes excludes SPOT=yes and a RESERVATION"
   fi

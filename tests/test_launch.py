@@ -1181,6 +1181,11 @@ def test_gke_asks_for_the_capacity_that_is_set(cloud, variables, capacity):
     ]
 
 
+def test_gke_makes_the_cluster_in_a_network(cloud):
+    assert cloud.run("gke.sh", "create", NETWORK="net", SUBNETWORK="sub").returncode == 0
+    assert "--custom-cluster-arguments=--network=net --subnetwork=sub" in cloud.calls("xpk")[0]
+
+
 @pytest.mark.parametrize(
     ("script", "variables", "says"),
     [
