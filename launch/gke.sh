@@ -5,9 +5,9 @@ usage() {
   cat <<'USAGE'
 Usage: bash launch/gke.sh COMMAND [--dry_run] [OPTIONS] [-- FLAGS]
 
-Training on Google Kubernetes Engine with XPK (pip install xpk; it needs gcloud, kubectl and docker). GKE gets new nodes
-by itself; XPK restarts the job on exit codes 42 and 127-255, up to MAX_RESTARTS times, and ends it on all others.
-Settings are in launch/env (see launch/env.example). TPU7x is ACCELERATOR_TYPE=tpu7x-16.
+Training on Google Kubernetes Engine with XPK (launch/README.md says what to install). GKE gets new nodes by itself;
+XPK restarts the job on exit codes 42 and 127-255, up to MAX_RESTARTS times, and ends it on all others. Settings are in
+launch/env (see launch/env.example). TPU7x is ACCELERATOR_TYPE=tpu7x-16.
 
   create              creates CLUSTER with NUM_SLICES of ACCELERATOR_TYPE, attaches BUCKET to it; takes half an hour
   image               builds the image from this checkout and pushes it to IMAGE
@@ -35,6 +35,16 @@ storage=diversedit-bucket
 
 xpk_cluster() {
   run xpk "$@" "--cluster=$CLUSTER" "--project=$PROJECT" "--zone=$ZONE"
+}
+
+# Fails before anything is made if one of these programs is missing.
+needs() {
+  local program
+  for program in "$@"; do
+    if [[ $dry_run != 1 ]] && ! command -v "$program" >/dev/null; then
+      die "$program is not installed: see launch/README.md, \"Google Kubernetes Engine\""
+    fi
+  done
 }
 
 create() {
@@ -110,6 +120,11 @@ main() {
   load_env
   [[ -z $worker ]] || whole_numbers 0 worker
   required PROJECT ZONE CLUSTER WORKLOAD
+  case $command in
+    image) needs docker ;;
+    logs) needs gcloud kubectl gke-gcloud-auth-plugin ;;
+    *) needs xpk gcloud kubectl gke-gcloud-auth-plugin ;;
+  esac
   case $command in
     create)
       required ACCELERATOR_TYPE BUCKET

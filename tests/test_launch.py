@@ -28,7 +28,7 @@ COMMANDS = {
 }
 # What the scripts may call that has effects.
 PROGRAMS = ["gcloud", "xpk", "kubectl", "docker", "sbatch", "srun", "scontrol", "scancel", "squeue", "sudo", "curl"]
-PROGRAMS += ["gcsfuse", "fusermount", "mountpoint", "mount"]
+PROGRAMS += ["gcsfuse", "fusermount", "mountpoint", "mount", "gke-gcloud-auth-plugin"]
 FLAGS = ["--config.total_steps=10", "--config.note=it's a $HOME"]
 
 # One program for all names. The file cloud is the cloud: states of requests and nodes still to be shown, and errors.
@@ -1179,6 +1179,21 @@ def test_gke_asks_for_the_capacity_that_is_set(cloud, variables, capacity):
         *["--private", "--cluster-cpu-machine-type=n1-standard-8"],
         *["--cluster=diversedit", "--project=research", "--zone=us-west4-a"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("command", "program"),
+    [("create", "xpk"), ("create", "gke-gcloud-auth-plugin"), ("image", "docker"), ("logs", "kubectl")],
+)
+def test_a_program_that_gke_lacks_is_named(cloud, command, program):
+    (cloud.path / "bin" / program).unlink()
+    (cloud.path / "few").mkdir()
+    for name in ("bash", "dirname"):  # this machine may have the program
+        (cloud.path / "few" / name).symlink_to(shutil.which(name))
+    process = cloud.run("gke.sh", command, PATH=f"{cloud.path}/bin:{cloud.path}/few")
+    says = f'{program} is not installed: see launch/README.md, "Google Kubernetes Engine"'
+    assert (process.returncode, process.stderr) == (1, f"error: {says}\n")
+    assert not cloud.calls()
 
 
 def test_gke_makes_the_cluster_in_a_network(cloud):
