@@ -165,9 +165,15 @@ def parse(argv: Sequence[str]) -> list[str]:
         sys.path += [str(folder) for folder in file.absolute().parents[:2] if str(folder) not in sys.path]
     try:
         extra = flags.FLAGS(argv)[1:]
-        for name in flags.FLAGS:  # an unset variable in a script; a path that is empty would be the current directory
-            if flags.FLAGS[name].present and flags.FLAGS[name].value == "" and flags.FLAGS[name].default is None:
+        for name in flags.FLAGS:
+            value = flags.FLAGS[name].value if flags.FLAGS[name].present else None
+            if value == "" and flags.FLAGS[name].default is None:
+                # An unset variable in a script. A path that is empty would be the current directory.
                 raise ConfigError(f"--{name} is empty: give it a value, or leave it out")
+            if isinstance(value, str) and "://" in value and not name.startswith("config."):
+                # As a Path it would lose a slash, and become a new folder `gs:` here.
+                mount = "mount the bucket (gcsfuse) or copy it"
+                raise ConfigError(f"--{name}: {value} is not a path of this machine: {mount}")
         if "" in extra:
             raise ConfigError(f"argument {extra.index('') + 1} is empty")
         if "config" in flags.FLAGS:

@@ -7,7 +7,9 @@ import sys
 import time
 
 import pytest
+from absl import flags
 
+from diversedit_jax.errors import ConfigError
 from diversedit_jax.runtime import cli
 from tests import ROOT
 
@@ -101,6 +103,17 @@ with cli.stop_requests(lambda text: print(text, file=Reentrant())) as stop:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
     assert (done.returncode, done.stdout) == (0, "SIGTERM\n"), done.stderr
+
+
+def test_a_bucket_is_refused_where_a_flag_names_a_path(monkeypatch):
+    values = flags.FlagValues()
+    for name in ("workdir", "config.note"):
+        flags.DEFINE_string(name, None, "", flag_values=values)
+    monkeypatch.setattr(flags, "FLAGS", values)
+    says = r"^--workdir: gs://bucket/x is not a path of this machine: mount the bucket \(gcsfuse\) or copy it$"
+    with pytest.raises(ConfigError, match=says):
+        cli.parse(["program", "--workdir=gs://bucket/x"])
+    assert cli.parse(["program", "--workdir=/bucket/x", "--config.note=see https://example.com"]) == []
 
 
 def test_what_the_machine_refuses_ends_a_program_in_one_line():
