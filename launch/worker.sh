@@ -5,7 +5,8 @@ usage() {
   cat <<'USAGE'
 Usage: REMOTE_DIR=DIR bash worker.sh install|start|status|stop|end|log|idle [...]
 
-One worker of a TPU: tpu.sh copies the repository to DIR/code there and calls this script on it.
+One worker of a TPU: tpu.sh copies the repository to DIR/code there and calls this script on it. On a machine that is a
+TPU by itself, a user may call it in a clone, with BUCKET, DATA_DIR, DISK and EXTRAS in the environment (launch/README.md).
 
   install         installs Python, the repository with EXTRAS, gcsfuse; mounts BUCKET at DIR/bucket; copies DATA_DIR
                   to DIR/data; mounts DISK at DIR/disk. May be repeated: what is done is not done again

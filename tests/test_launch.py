@@ -975,6 +975,20 @@ def test_a_disk_that_cannot_be_mounted_is_named(cloud):
     assert last_line(process).strip() == f"error: {says}"
 
 
+def test_one_machine_is_its_own_worker(cloud):
+    home = cloud.path / "work"
+    machine = {"REMOTE_DIR": str(home), "DATA_DIR": "gs://bucket/latents", "WORKER": "0"}
+    process = cloud.run("worker.sh", "install", **machine)
+    assert (process.returncode, process.stdout) == (0, "worker 0: installed\n"), process.stderr
+    assert [call[-1] for call in cloud.calls("gcsfuse")] == [f"{home}/bucket"]
+    assert [call[-1] for call in cloud.calls("gcloud", "storage", "rsync")] == [f"{home}/data/bucket/latents"]
+    process = cloud.run("worker.sh", "start", "--config=configs/sit.py:b2", *FLAGS, **machine)
+    assert (process.returncode, process.stdout) == (0, "worker 0: started\n"), process.stderr
+    cloud.until((home / "run" / "exit_code").exists)
+    assert cloud.started() == [f"-m diversedit_jax.train --config=configs/sit.py:b2 {' '.join(FLAGS)}"]
+    assert cloud.run("worker.sh", "status", **machine).stdout == "worker=0 state=exited code=0\n"
+
+
 def test_what_git_ignores_stays_here(cloud):
     (cloud.repository / ".gitignore").write_text("/launch/env\n")
     (cloud.repository / "launch" / "env").write_text("SERVICE_ACCOUNT=secret\n")
