@@ -25,6 +25,7 @@ COMMANDS = {
     "gke.sh": ["create", "image", "run", "status", "logs", "stop", "delete"],
     "slurm.sh": ["install", "submit", "status", "logs 7", "stop 7"],
     "gpu_node.sh": ["install", "run"],
+    "worker.sh": ["install", "start", "status", "stop", "log"],
 }
 # What the scripts may call that has effects.
 PROGRAMS = ["gcloud", "xpk", "kubectl", "docker", "sbatch", "srun", "scontrol", "scancel", "squeue", "sudo", "curl"]
