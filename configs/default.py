@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
 
     config.seed = 0  # of parameters, data order, noise, times, conditions dropped
-    config.total_steps = 400_000
+    config.total_steps = 400_000  # at the end of which the run is done
     config.batch_size = 256  # over all devices
     config.accumulate = 1  # parts of a batch, computed one after another, for less memory
 
@@ -51,12 +51,12 @@ def get_config() -> ConfigDict:
         }
     )
     config.max_skipped = 0  # batches with a loss or gradient that is not finite, which leave no trace; one more: an end
-    config.log_every = 100
+    config.log_every = 100  # steps between two lines of metrics
     config.profile = ""  # steps to look at in XProf: 100:105, or 100:105,5000:5005
     config.watchdog = 1_800.0  # seconds without a step after which a run that hangs ends with its stacks; 0: never
     config.checkpoint = ConfigDict(
         {
-            "every": 5_000,
+            "every": 5_000,  # steps between two; 0: only at the end
             "keep": 3,  # the newest so many
             "keep_every": 50_000,  # and every such step
             "best": 0,  # and the best so many by the metric of an evaluator; it is saved whenever that has run
@@ -65,6 +65,11 @@ def get_config() -> ConfigDict:
         }
     )
     config.sampler = options(sampler.make)  # of the images below, of evaluators, and the default of sample.py
-    config.samples = ConfigDict({"every": 10_000, "num": 64})  # a grid of images; every = 0: at the end; num = 0: none
+    config.samples = ConfigDict(  # a grid of images
+        {
+            "every": 10_000,  # steps between two; 0: only at the end
+            "num": 64,  # of images in it; 0: no grid
+        }
+    )
     config.evaluators = ConfigDict()  # label -> slot("evaluators", name), each with its own `every`
     return config

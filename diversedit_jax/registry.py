@@ -99,7 +99,7 @@ def fits(option: str, value: Any, wanted: Any, most: int = INT32) -> None:
     A word is not empty. most: the largest integer, see `representable`.
     """
     if not _is(value, wanted):
-        raise ConfigError(f"{option} = {value!r:.80}: must be {_said(wanted)}")
+        raise ConfigError(f"{option} = {value!r:.80}: must be {in_words(wanted)}")
     representable(option, value, most)
 
 
@@ -122,15 +122,15 @@ def _is(value: Any, wanted: Any) -> bool:
     return wanted not in WORDS or isinstance(value, wanted)
 
 
-def _said(wanted: Any) -> str:
+def in_words(wanted: Any) -> str:
     """A type in words."""
     kind, parts = typing.get_origin(wanted), typing.get_args(wanted)
     if kind is typing.Literal:
         return " or ".join(map(repr, parts))
     if kind in UNIONS:
-        return " or ".join(map(_said, parts))
+        return " or ".join(map(in_words, parts))
     if kind in TUPLES:
-        return f"({', '.join('...' if one is ... else _said(one) for one in parts)})"
+        return f"({', '.join('...' if one is ... else in_words(one) for one in parts)})"
     return WORDS[wanted]
 
 

@@ -4,7 +4,8 @@
     python -m diversedit_jax.train --config=sit:xl2 --workdir=DIR --config.data.data_dir=LATENTS
     python -m diversedit_jax.train --config=mine.py --workdir=DIR --config.optim.learning_rate=3e-4
 
---config: a recipe of the package (below) or a file, with a variant after a colon. --config.KEY=VALUE sets any key.
+--config: a recipe of the package (below) or a file, with a variant after a colon. --config.KEY=VALUE sets any key;
+--explain says what they mean.
 The same command resumes a stopped run at its last checkpoint, with the same results to the bit. Ctrl-C and SIGTERM save
 and exit with code 42. Files in DIR: config.json, versions.json, parameters.txt, metrics.jsonl, TensorBoard events,
 samples.png, samples/, checkpoints/.
@@ -13,6 +14,7 @@ samples.png, samples/, checkpoints/.
 import contextlib
 import math
 import os
+import shutil
 import sys
 import time
 import types
@@ -33,7 +35,7 @@ from diversedit_jax.data import Dataset, pipeline
 from diversedit_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from diversedit_jax.evaluators import Current, SampleSpec
 from diversedit_jax.registry import suggestion
-from diversedit_jax.runs import build
+from diversedit_jax.runs import build, explain
 from diversedit_jax.runs.check import check
 from diversedit_jax.runtime import cli, files, flops, pictures, processes, profiler, versions, workdir_lock
 from diversedit_jax.runtime.metric_writer import MetricWriter
@@ -408,11 +410,26 @@ def summary(workdir: Path, checkpoints: Checkpoints, seconds: float) -> str:
     return "\n".join([f"done in {duration(seconds)}", *lines, f"  TensorBoard: tensorboard --logdir {workdir}"])
 
 
+def main() -> None:
+    """Read the flags, and run or explain."""
+    given = flags.FLAGS
+    if given.explain is not None:
+        print(explain.text(given.config, given.explain, shutil.get_terminal_size((100, 0)).columns))
+    else:
+        run(given.config, given.workdir)
+
+
 def define_flags() -> None:
     """The flags of this program."""
     config_flags.DEFINE_config_file("config", None, "A recipe of the package, or a config file.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Directory of the run; made if missing.")
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.DEFINE_string("explain", None, "Print what the keys of the config mean, or those below KEY, and run nothing.")
+    flags.mark_flag_as_required("config")
+    flags.register_multi_flags_validator(
+        ["workdir", "explain"],
+        lambda given: given["workdir"] is not None or given["explain"] is not None,
+        "Flag --workdir must have a value other than None.",
+    )
 
 
 class Program(types.ModuleType):
@@ -428,4 +445,4 @@ sys.modules[__name__].__class__ = Program
 
 if __name__ == "__main__":
     define_flags()
-    cli.launch(lambda: run(flags.FLAGS.config, flags.FLAGS.workdir), several=True)
+    cli.launch(main, several=True)

@@ -26,6 +26,7 @@ def make(
 ) -> Dataset:
     """The latents in the zip or folder `data_dir`, which has no splits.
 
+    data_dir: the zip, or a folder with its content. mirror: draw mirror images with probability 1/2.
     num_classes: by default one more than the largest label, 0 without labels. mean, std: of the stored channels.
     final_std: of the latents to train on.
     """

@@ -49,6 +49,7 @@ def make(
 ) -> Dataset:
     """The images in `data_dir`, cropped to size x size pixels as ADM does, with the classes of the collection.
 
+    data_dir: the folder or file of the collection. size: side of the images, in pixels.
     kind, unconditional: as in `image_collections.open_images`. mirror: each draw takes the mirror image with
     probability 1/2. in_memory: decode all images once, into 3 x size x size bytes each. Without it, every draw decodes
     an image: use `config.input.num_workers` if that is slow.

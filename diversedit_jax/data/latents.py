@@ -206,6 +206,7 @@ def make(
 ) -> Dataset:
     """The latents in `data_dir`: `moments` float16 [h w 2c] and `y` int32.
 
+    data_dir: what tools.prepare_latents has written.
     shape: of the latents, h w c; by default as stored.
     num_classes: by default the number of stored class names; needed if the data have none.
     mirror: each draw takes the mirror image with probability 1/2, in every feature.

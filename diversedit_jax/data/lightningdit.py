@@ -65,6 +65,7 @@ def make(
 ) -> Dataset:
     """The shards in `data_dir`, or in its subfolder `split` if there is one, in the order of their names.
 
+    data_dir: a folder of .safetensors files.
     num_classes: by default one more than the largest label. mirror: draw mirror images with probability 1/2.
     normalise: standardise the channels as LightningDiT does; needs latents_stats.pt.
     """

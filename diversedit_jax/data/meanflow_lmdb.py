@@ -41,6 +41,7 @@ class Reader:
 def make(split: str, *, data_dir: str, num_classes: int | None = None, mirror: bool = False) -> Dataset:
     """The latents in the database `data_dir`, without splits.
 
+    data_dir: the folder of the database.
     num_classes: needed, since the database does not say it. mirror: draw mirror images with probability 1/2.
     """
     foreign_latents.no_splits("meanflow_lmdb", split)

@@ -37,6 +37,7 @@ def make(
 ) -> Dataset:
     """The .pt files in `data_dir`, or in its subfolder `split` if there is one, in the order of their names.
 
+    data_dir: a folder of .pt files. mirror: draw mirror images with probability 1/2.
     num_classes: needed, since no file says it.
     kind: `std` as published, `logvar` for sets in this layout that hold log variances.
     """

@@ -26,6 +26,7 @@ def make(
 ) -> Dataset:
     """The latents in `data_dir`, which has no splits.
 
+    data_dir: a folder as REPA writes it. mirror: draw mirror images with probability 1/2.
     num_classes: by default one more than the largest label, 0 without labels. kind: `std` as REPA writes them, `logvar`
     for sets in this layout that hold log variances. image: also read the crops, for encoders.
     """

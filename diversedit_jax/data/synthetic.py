@@ -32,6 +32,8 @@ def make(
     """`size` examples: `x` float32 standard normal, `y` uniform over the classes, 0 without any.
 
     shape: (*spatial, channels): (h, w, c) of an image, (f, h, w, c) of a video, (d, h, w, c) of a volume.
+    num_classes: number of labels. size: number of examples. seed: of their values.
+
     The same arguments give the same examples; `train` and `test` differ. Only 256 examples are distinct.
     """
     one_of("synthetic: split", split, ("train", "test"))

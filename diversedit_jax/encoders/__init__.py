@@ -107,6 +107,7 @@ def factory(
         heads: int | None = None,
         dtype: str = "bfloat16",
     ) -> Encoder:
+        """A frozen encoder from a file of its authors. The options are those of `encoders.dinov2.make`."""
         return build(kind, file, side, mean, std, heads, dtype, resize_first=resize_first)
 
     return make

@@ -19,8 +19,10 @@ def make(
     heads: int | None = None,
     dtype: str = "bfloat16",
 ) -> Encoder:
-    """I-JEPA from a file of its authors, such as `IN1K-vit.h.14-300e.pth.tar`. For other options see `dinov2.make`.
+    """I-JEPA from a file of its authors, such as `IN1K-vit.h.14-300e.pth.tar`.
 
     weights: the entry of the file: `encoder` (REPA) or `target_encoder`, its EMA, which I-JEPA evaluates.
+
+    The other options are those of `encoders.dinov2.make`.
     """
     return build(KIND._replace(entry=weights), file, side, mean, std, heads, dtype)

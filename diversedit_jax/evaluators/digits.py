@@ -25,6 +25,7 @@ def make(
 ) -> Callable[[Sample], Iterable[tuple[str, float]]]:
     """The evaluator: `run(sample)` draws `num` images with balanced labels and yields names and values.
 
+    num: of samples.
     accuracy: of a support vector machine, fitted to the training digits, on the samples.
     classifier_heldout_accuracy: the same on the 360 held-out digits, about 0.99.
     frechet: Frechet distance between samples and held-out digits, as 64 pixels in [-1, 1]; lower is better.

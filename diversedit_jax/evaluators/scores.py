@@ -28,6 +28,7 @@ def make(
 
     extractor, file: the feature network and its weights.
     reference: a file of `reference_statistics.open_reference`. None: the images that come with the extractor.
+    num: of samples.
     labels: a rule of `conditioning.RULES`. few: allow fewer images than features.
 
     Wrong options raise ConfigError now, not at the first evaluation.

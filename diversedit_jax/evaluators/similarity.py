@@ -31,7 +31,8 @@ def make(
     `effective_rank` and `mean_share` (of the mean token in the energy), means over blocks; `centred_cosine`, a mean
     over pairs of blocks; `norm`, the length of a token of the last block; and `heatmap`, an image.
 
-    num: images of a forward pass. time: 0 is data, 1 is noise. unit, kernel, hsic: see `analysis.measure.Estimator`.
+    num: images. batch: so many in a forward pass. time: 0 is data, 1 is noise.
+    unit, kernel, hsic: see `analysis.measure.Estimator`.
     split: by default `test`, if the data have one.
 
     Wrong options raise ConfigError now, not at the first evaluation.

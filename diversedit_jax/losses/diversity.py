@@ -233,26 +233,42 @@ def adaptive_weight(
 
 
 class Settings(NamedTuple):
-    """One reading of the loss: which features, which pairs, which form of each term, which weight."""
+    """One reading of the loss: which features, which pairs, which form of each term, which weight.
+
+    rule: which pairs of blocks are compared, see `select_pairs`. k: how many, or among how many blocks.
+    redraw: random rules draw new pairs at every step.
+    weights: of L_orth, L_MI and L_disp.
+    orthogonality, mutual_information: what is minimised of a cosine: `signed`, `abs` or `squared`.
+    dispersion_absolute: L_disp takes magnitudes. dispersion_scale: divides its variance. dispersion_clamp: limits it to
+        [0, 1].
+    dispersion_blocks: `all`, or `selected`: those in a pair.
+    weight: `adaptive` (Eq. 15) or `constant`.
+    lo, hi: limits of the adaptive weight: 0 up to `lo`, 1 above `hi`.
+    denominator: of its ramp: `hi` as published, or `hi-lo`, which is continuous.
+    detach_weight: no gradient passes through it.
+    coefficient: of the whole loss.
+    target: `features`, `centred` or `updates`, see `targets`; the last two are not the paper's.
+    compare: L_MI by `cosine` of tokens, as in the paper, or by `cka`, see `linear_cka`.
+    """
 
     rule: str = "release"
     k: int = 10
-    redraw: bool = False  # random rules: new pairs at every step
-    weights: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3)  # of L_orth, L_MI, L_disp
+    redraw: bool = False
+    weights: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3)
     orthogonality: str = "signed"
     mutual_information: str = "abs"
     dispersion_absolute: bool = True
     dispersion_scale: float = 0.25
     dispersion_clamp: bool = True
-    dispersion_blocks: str = "all"  # or "selected": those in a pair
-    weight: str = "adaptive"  # or "constant"
+    dispersion_blocks: str = "all"
+    weight: str = "adaptive"
     lo: float = 0.1
     hi: float = 0.5
     denominator: str = "hi"
     detach_weight: bool = False
     coefficient: float = 1.0
-    target: str = "features"  # see `targets`; the others are not the paper's
-    compare: str = "cosine"  # L_MI by cosines of tokens, as in the paper; or by `linear_cka`
+    target: str = "features"
+    compare: str = "cosine"
 
 
 RANDOM = ("random_layers", "random_pairs")  # rules that draw
@@ -372,8 +388,10 @@ def make(
 
     preset: `release` (the authors' first code), `release_const` (their later branch: constant weight 0.001), `paper`,
         or `updates` (ours: only L_MI, of what each block adds, see `targets`; tools/studies/README.md has evidence).
-    warmup_steps: the term grows linearly from 0 over so many steps (their third branch: 10,000). seed: the draw of the
-    random pair rules where `redraw` is off. The other options: `Settings`, `diversity_loss` and `select_pairs`.
+    warmup_steps: the term grows linearly from 0 over so many steps (their third branch: 10,000).
+    seed: the draw of the random pair rules where `redraw` is off.
+
+    The other options: `Settings` and `diversity_loss`.
     """
     given = locals()
     one_of("diversity: preset", preset, PRESETS)

@@ -101,7 +101,7 @@ def make(
 
     encoder: the label in `config.encoders` whose features are the targets. block: its output is projected, from 1.
     coefficient: of the term. width: of the projector's hidden layers.
-    similarity, tau: see `repa_loss`. We do not know the temperature of the paper's `nt_xent`: 0.1 is our choice.
+    similarity: see `repa_loss`. tau: temperature of `nt_xent`. We do not know that of the paper: 0.1 is our choice.
     class_token: the class token is the first target. For REG, whose network has one more token.
     warmup_steps: the weight grows linearly from 0 over so many steps.
     until: from this step on the term is exactly 0, as HASTE stops it (arXiv 2505.16792). None: it never stops.

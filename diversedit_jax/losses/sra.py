@@ -104,10 +104,12 @@ def make(
     t_max: how much earlier the teacher's time may be.
     num_timesteps: of an objective whose times are steps (ddpm: 1000). On DiT-XL SRA takes blocks 8 -> 16 and the
         coefficient 0.04.
-    distance: see `sra_loss`. The authors' later default is `cosine_tokens`, coefficient 0.5, decay_epochs None,
-        because smooth L1 grows with the norm of the features.
-    coefficient: of the term. It is constant up to the epoch decay_from_epoch (counted from 0). Then decay_epochs epochs
-        of steps_per_epoch steps divide it by 10 (None: never). At 512 pixels the authors take 99 and 800.
+    distance: `smooth_l1`, `l1`, `l2`, `cosine` or `cosine_tokens`, see `sra_loss`. The authors' later default is
+        `cosine_tokens`, coefficient 0.5, decay_epochs None, because smooth L1 grows with the norm of the features.
+    coefficient: of the term, until its decay.
+    decay_from_epoch: the coefficient falls after this epoch, counted from 0; at 512 pixels the authors take 99.
+    decay_epochs: so many epochs divide it by 10. None: never. At 512 pixels the authors take 800.
+    steps_per_epoch: steps of an epoch.
     dtype: of the head's matmuls.
     """
     one_of("sra: distance", distance, DISTANCES)

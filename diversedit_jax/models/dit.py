@@ -381,6 +381,7 @@ def make(
 
     size: `S`, `B`, `L` or `XL`. depth, width, heads: replace single numbers of it.
     patch: side of a patch along each spatial axis, in elements of x.
+    mlp_ratio: hidden units of a block, in widths.
     qk_norm: LayerNorm on queries and on keys, each with its own parameters.
     skip: long residual connections: `none`, `release`, `paper`, `skip_dit`, `uvit` or `gate`; see SKIPS.
     skip_init: of the merging Linear: `xavier`, `torch`, `trunc_normal` or `identity`. None: as `skip` has it.

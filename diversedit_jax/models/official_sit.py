@@ -26,7 +26,7 @@ def turned(model: Model) -> Model:
 
 @functools.wraps(dit.make)
 def make(space: Space, inputs: Mapping[str, tuple[int, ...]], read_blocks: tuple[int, ...] = (), **options) -> Model:
-    """As `dit.make`, with the official output."""
+    """As `models.dit.make`, with the official output."""
     check_inputs("official_sit", inputs, ())
     wanted = 2 * space.shape[-1]
     if options.get("out_channels") not in (None, wanted):

@@ -84,7 +84,8 @@ def make(
     path:       `linear`, `cosine` (SiT's GVP) or `vp`.
     prediction: `velocity`, `noise`, `score` or `data`. `paths.training_times` gives its interval of times.
     weight:     of a noise or score error: `none`, `velocity` or `likelihood`.
-    time:       `uniform`, or `logit_normal` with `time_mean` and `time_std`.
+    time:       `uniform`, or `logit_normal`: the sigmoid of a normal number.
+    time_mean, time_std: of that number.
     condition_drop: the probability that a condition becomes the null condition, for classifier-free guidance.
     """
     in_range("condition_drop", condition_drop, 0, 1)

@@ -106,7 +106,7 @@ def make(
         conditions. Together with `positional` the network then hardly sees the null condition with r < t, and
         `cfg_scale` cannot guide long steps.
     groups: parts of the batch in which the first examples are counted. For its authors these were devices.
-    omega, kappa, guidance_interval: see `regress`. 1 and 0 give no guidance at no cost.
+    omega, kappa: see `regress`. 1 and 0 give no guidance at no cost. guidance_interval: guide while t is in it.
     power, eps: of the loss, see `regress`.
     time, time_mean, time_std: of both draws, see `times.make`.
     """

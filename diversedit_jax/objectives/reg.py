@@ -74,7 +74,7 @@ def make(
     encoder:      the batch has its class tokens, `token/<encoder>` [b width].
     width:        of the class tokens, 768 for DINOv2-B. The model is built for it.
     token_weight: weight of the error of the token.
-    path, time, time_mean, time_std, condition_drop: see `flow_matching.make`.
+    path, time, time_mean, time_std, condition_drop: see `objectives.flow_matching.make`.
     """
     in_range("width", width, 1, MANY)
     in_range("condition_drop", condition_drop, 0, 1)

@@ -58,7 +58,7 @@ def check(config: ConfigDict, parts: Collection[str] = (*SINGLE, *LABELED)) -> N
 
     parts: the slots whose factories are imported, and whose options are checked.
     """
-    every = list(_parts(config, parts))
+    every = list(parts_of(config, parts))
     if wrong := [fault for part in every for fault in _faults(part)]:
         raise ConfigError("; ".join(wrong))
     tree = config.to_dict()
@@ -76,8 +76,8 @@ def check(config: ConfigDict, parts: Collection[str] = (*SINGLE, *LABELED)) -> N
             configs.keywords(part.given, part.place, part.build)
 
 
-def _parts(config: ConfigDict, built: Collection[str]) -> Iterator[Part]:
-    """All parts of a config that hold keys."""
+def parts_of(config: ConfigDict, built: Collection[str] = (*SINGLE, *LABELED)) -> Iterator[Part]:
+    """All parts of a config that hold keys. built: see `check`."""
     yield Part("config", config, TOP, TOP)
     for top in TOP:
         inside = [key.partition(".")[2] for key in KEYS if key.startswith(f"{top}.")]

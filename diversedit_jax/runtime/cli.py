@@ -158,7 +158,7 @@ def of_machine(error: Exception) -> Exception:
 
 def parse(argv: Sequence[str]) -> list[str]:
     """Parse flags and config overrides; returns the other arguments. Every mistake becomes a ConfigError."""
-    argv = [recipe(argument) for argument in argv]
+    argv = ["--explain=config" if argument == "--explain" else recipe(argument) for argument in argv]
     given = [argument.split("=", 1)[1] for argument in argv if argument.startswith("--config=")]
     file = Path(given[-1].split(":")[0]) if given else Path()
     if given:  # modules of its user lie beside a config file, or in the folder above
@@ -245,8 +245,8 @@ def readable(error: Exception, argv: Sequence[str] = ()) -> str:
     lines = [line.strip() for line in str(error).replace("\\n", "\n").splitlines()] or [type(error).__name__]
     if isinstance(error, FileNotFoundError) or "No such file" in lines[-1]:
         return f"config: file {getattr(error, 'filename', None) or NAME.findall(lines[-1])[-1]} not found"
-    if "must have a value other than None" in lines[0]:
-        return f"{lines[0].split('=')[0]} is required"
+    if missing := re.search(r"Flag (--\w+) must have a value other than None", lines[0]):
+        return f"flag {missing[1]} is required"
     return lines[0]
 
 

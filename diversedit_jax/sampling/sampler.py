@@ -177,8 +177,11 @@ def make(
     """A sampler for a network that an objective has trained. The defaults are the papers', without guidance.
 
     space: of stored examples.
-    solver, steps, diffusion, diffusion_norm, last_step_kind, last_step, rtol, atol, eta: see `diffusion.solve.Options`.
-    cfg_scale, guidance_interval, guidance_channels: see `guidance.guide`.
+    solver: one of `diffusion.solve.NAMES`.
+    steps, diffusion, diffusion_norm, last_step_kind, last_step, rtol, atol, eta: see `diffusion.solve.Options`.
+    cfg_scale: scale of classifier-free guidance. 1: none.
+    guidance_interval: guide while t is in it; t = 1 is noise.
+    guidance_channels: guide only so many channels, the first (DiT and SiT: 3 of 4). None: all.
     token_cfg_scale: guidance scale of the class token, for networks that denoise one with x. None: cfg_scale. 0 or
         less: do not guide the token. The samples do not hold the token.
     batch_size: samples at a time, over all devices.

@@ -37,8 +37,12 @@ def make(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """AdamW and its learning rate at each step. The defaults are those of REPA and DiverseDiT; SiT does not clip.
 
+    learning_rate: after the warm-up.
     decay: `constant`, or `cosine` down to 0 at `total_steps`; both after a linear warm-up of `warmup_steps`.
-    clip:  the largest global norm of the gradient of its parameters, or None.
+    warmup_steps: the rate grows linearly from 0 over so many steps.
+    b1, b2: decay of the averages of the gradient and of its square. eps: is added to the root of the second.
+    weight_decay: the decoupled one of AdamW.
+    clip: the largest global norm of the gradient of its parameters, or None.
     """
     in_range("b1", b1, 0, below=1)
     in_range("b2", b2, 0, below=1)
