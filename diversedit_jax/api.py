@@ -25,16 +25,24 @@ class Conditions(NamedTuple):
 
     null:    the empty condition of one example, without a batch axis. Guidance and dropout use it.
     classes: the number of labels, if a condition is a label 0 .. classes - 1. None for every other condition.
+    names:   of the classes, for people; () if they are not known.
     """
 
     null: Condition
     classes: int | None = None
+    names: tuple[str, ...] = ()
 
     @classmethod
-    def labels(cls, classes: int) -> "Conditions":
+    def labels(cls, classes: int, names: Sequence[str] = ()) -> "Conditions":
         """Labels 0 .. classes - 1, with the null label `classes`. Without classes (0) every label is the null label."""
         in_range("num_classes", classes, 0, INT32 - 1)
-        return cls(np.int32(classes), classes)
+        return cls(np.int32(classes), classes, tuple(names) if len(names) == classes else ())
+
+    def named(self, y: Condition) -> list[str] | None:
+        """The name of each label in y [b], or else its number. None if conditions are no labels."""
+        if not self.classes:
+            return None
+        return [self.names[label] if self.names else str(label) for label in np.asarray(y).tolist()]
 
 
 class Space(NamedTuple):

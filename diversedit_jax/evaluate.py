@@ -60,7 +60,7 @@ GUIDANCE = ("cfg_scale", "guidance_interval")  # one compiled sampler serves all
 class Images(NamedTuple):
     """Images to score. shape: (h, w, c) of one. read: (first, count) -> uint8 [count h w c].
 
-    labels: [num]; None if they are unknown or conditions are not labels.
+    labels: [num]; None if they are unknown or conditions are not labels. names: of their classes, [num].
     about: where the images come from, for the record. name: the same for people.
     """
 
@@ -71,6 +71,7 @@ class Images(NamedTuple):
     labels: np.ndarray | None
     about: dict[str, Any]
     name: str
+    names: list[str] | None = None
 
 
 class Judges(NamedTuple):
@@ -114,7 +115,7 @@ def of_source(source: Source, varied: Point, draw: Sampler, num: int, rule: str 
         "seed": seed,
     }
     labels, name = conditions[:num] if labelled else None, f"{num} samples of {source.name}"
-    return Images(num, source.shape, batch, read, labels, about, name)
+    return Images(num, source.shape, batch, read, labels, about, name, source.space.conditions.named(labels))
 
 
 def plan_of(images: Images, judges: Judges) -> dict[str, Any]:
@@ -184,7 +185,9 @@ def evaluate(
         with feature_cache.writing(folder):
             if rows:
                 shown = feature_cache.shown(parts, firsts)
-                grid = image_grid(np.stack([shown[number] for row in rows for number in row]), columns=len(rows[0]))
+                numbers = [number for row in rows for number in row]
+                names = images.names and [images.names[number] for number in numbers]
+                grid = image_grid(np.stack([shown[number] for number in numbers]), columns=len(rows[0]), names=names)
                 save_png(folder / "grid.png", grid)
             if keep_samples:
                 feature_cache.join_images(parts, firsts, images.num, images.labels, folder / SAMPLES)

@@ -43,13 +43,15 @@ from diversedit_jax.sampling import sampler
 class Samples(np.ndarray):
     """Samples [n ...] on the host, uint8 images or float32 latents. A notebook shows them as a grid.
 
-    labels: the condition of each.
+    labels: the condition of each. names: of their classes.
     """
 
     labels: Any = None
+    names: list[str] | None = None
 
     def __array_finalize__(self, source: Any) -> None:
-        self.labels = getattr(source, "labels", None) if np.shape(self)[:1] == np.shape(source)[:1] else None
+        if isinstance(source, Samples) and self.shape[:1] == source.shape[:1]:
+            self.labels, self.names = source.labels, source.names
 
     def __repr__(self) -> str:
         return f"<Samples {self.dtype} {list(self.shape)}>" if self.ndim else super().__repr__()
@@ -57,7 +59,8 @@ class Samples(np.ndarray):
     def _repr_png_(self) -> bytes | None:
         if self.dtype != np.uint8 or self.ndim < 4:
             return None
-        return pictures.png(pictures.image_grid(pictures.as_pictures(np.asarray(self[:256]))))
+        shown = pictures.as_pictures(np.asarray(self[:256]))
+        return pictures.png(pictures.image_grid(shown, names=self.names and self.names[:256]))
 
 
 class Report:
@@ -118,7 +121,7 @@ class Network:
             seed,
             **{name: value for name, value in options.items() if name in evaluate.GUIDANCE},
         ).view(Samples)
-        found.labels = y
+        found.labels, found.names = y, self._found.space.conditions.named(y)
         return found
 
     def _sampler(self, options: Mapping[str, Any]) -> sampler.Sampler:

@@ -47,7 +47,9 @@ def run(
     files.write_npz(folder / "samples.npz", {"arr_0": images, **named})
     print(f"{num} samples of {source.name} in {took}: {folder / 'samples.npz'}")
     if images.dtype == np.uint8:
-        pictures.save_png(folder / "grid.png", pictures.image_grid(pictures.as_pictures(images[:256])))
+        names = source.space.conditions.named(y)
+        grid = pictures.image_grid(pictures.as_pictures(images[:256]), names=names and names[:256])
+        pictures.save_png(folder / "grid.png", grid)
         print(f"grid: {folder / 'grid.png'}")
     else:
         print("they are latents, float32: --vae=FILE decodes them")

@@ -320,11 +320,12 @@ class Trainer:
     def show(self, step: int, last: bool) -> None:
         """Draw samples, and write a grid of them, at the end also as samples.png."""
         config, path = self.config, self.picture(step)
-        drawn = self.draw(self.experiment.conditions(None, config.samples.num, config.seed))
+        y = self.experiment.conditions(None, config.samples.num, config.seed)
+        drawn = self.draw(y)
         self.check_lock()
         if self.writer is None:
             return
-        grid = pictures.image_grid(pictures.as_pictures(drawn))
+        grid = pictures.image_grid(pictures.as_pictures(drawn), names=self.experiment.space.conditions.named(y))
         self.writer.write_images(step, {"samples": grid})
         path.parent.mkdir(exist_ok=True)
         for place in [self.workdir / "samples.png"] * last + [path]:  # `path` shows that the step is done

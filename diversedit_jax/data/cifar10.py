@@ -23,7 +23,8 @@ from diversedit_jax.registry import one_of
 SPLITS = {"train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test": ("test_batch.bin",)}
 ARCHIVE, FOLDER = "cifar-10-binary.tar.gz", "cifar-10-batches-bin"
 MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # of the archive
-SHAPE, COUNT, NUM_CLASSES = (3, 32, 32), 10_000, 10  # COUNT: records of a file
+SHAPE, COUNT = (3, 32, 32), 10_000  # COUNT: records of a file
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 def make(split: str, *, data_dir: str, size: int = 32, mirror: bool = False) -> Dataset:
@@ -46,11 +47,12 @@ def make(split: str, *, data_dir: str, size: int = 32, mirror: bool = False) -> 
         parts.append(np.frombuffer(content, np.uint8).reshape(COUNT, record))
     records = np.concatenate(parts)
     labels = records[:, 0].astype(np.int32)
-    if labels.max() >= NUM_CLASSES:
+    if labels.max() >= len(CLASSES):
         raise DataError(f"cifar10: record {labels.argmax()} of {split} has the label {labels.max()}: wanted 0 .. 9")
     images = np.ascontiguousarray(records[:, 1:].reshape(-1, *SHAPE).transpose(0, 2, 3, 1))
     levels = Levels(shrunk("cifar10: size", images, size), labels)
-    return Dataset(levels, flip if mirror else None, Space(levels.images.shape[1:], Conditions.labels(NUM_CLASSES)))
+    space = Space(levels.images.shape[1:], Conditions.labels(len(CLASSES), CLASSES))
+    return Dataset(levels, flip if mirror else None, space)
 
 
 def _contents(path: Path) -> Mapping[str, bytes]:

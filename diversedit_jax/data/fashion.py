@@ -22,6 +22,9 @@ from diversedit_jax.registry import one_of
 DEBIAN = "/usr/share/datasets/fashion-mnist"
 SPLITS = {"train": ("train", 60_000), "test": ("t10k", 10_000)}
 SIDE, BORDER, NUM_CLASSES = 28, 2, 10
+CLASSES = {
+    "Fashion-MNIST": ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot"),
+}
 MD5 = {  # of the unpacked images and labels
     "Fashion-MNIST": {
         "train": ("f4a8712d7a061bf5bd6d2ca38dc4d50a", "9018921c3c673c538a1fc5bad174d6f9"),
@@ -47,7 +50,8 @@ def make(split: str, *, data_dir: str = DEBIAN, size: int = 32, mirror: bool = F
     parts = {"images-idx3": 16 + count * SIDE * SIDE, "labels-idx1": 8 + count}
     contents = [_content(folder / f"{name}-{part}-ubyte", nbytes) for part, nbytes in parts.items()]
     found = tuple(hashlib.md5(content, usedforsecurity=False).hexdigest() for content in contents)
-    if found not in [sums[split] for sums in MD5.values()]:
+    sets = {sums[split]: name for name, sums in MD5.items()}
+    if found not in sets:
         raise DataError(
             f"fashion: {folder} holds neither {' nor '.join(MD5)}: md5 of its {name} images and labels: "
             f"{' '.join(found)}; they are damaged, or of another version or two sets"
@@ -56,7 +60,8 @@ def make(split: str, *, data_dir: str = DEBIAN, size: int = 32, mirror: bool = F
     images = np.pad(images, ((0, 0), (BORDER, BORDER), (BORDER, BORDER), (0, 0)))
     labels = np.frombuffer(contents[1], np.uint8, offset=8).astype(np.int32)
     levels = Levels(shrunk("fashion: size", images, size), labels)
-    return Dataset(levels, flip if mirror else None, Space(levels.images.shape[1:], Conditions.labels(NUM_CLASSES)))
+    space = Space(levels.images.shape[1:], Conditions.labels(NUM_CLASSES, CLASSES.get(sets[found], ())))
+    return Dataset(levels, flip if mirror else None, space)
 
 
 def _content(path: Path, nbytes: int) -> bytes:

@@ -56,6 +56,6 @@ def make(
     """
     in_range("images: size", size, 1)
     images = image_collections.open_images(data_dir, kind, None if split == "train" else split, unconditional)
-    space = Space((size, size, 3), Conditions.labels(len(images.classes)))
+    space = Space((size, size, 3), Conditions.labels(len(images.classes), images.classes))
     pixels = Pixels(images, size)
     return Dataset(pixels.decoded() if in_memory else pixels, flip if mirror else None, space)

@@ -232,12 +232,13 @@ def make(
             num_classes = getattr(features.get("label"), "num_classes", None)
             num_classes = len(says["classes"] or ()) if "classes" in says else num_classes
             num_classes = told_classes(f"latents: {folder}", num_classes)
+        names = says.get("classes") or getattr(features.get("label"), "names", None) or ()
         check(features, tuple(shape), num_classes, image, cached)
         read = {name: features[name] for name in ("moments", "label", *["image"] * image, *cached)}
         files = tfds.core.data_sources.base.file_instructions(info, split)
         shards = tuple((one.filename, one.examples_in_shard if one.take == -1 else one.take, one.skip) for one in files)
         source = Moments(records, f"{data_dir}, split {split}", num_classes, read, shards, mirror)
-        space = Space(tuple(shape), Conditions.labels(num_classes))
+        space = Space(tuple(shape), Conditions.labels(num_classes, names))
         scale = says.get("vae", {}).get("scale")
         if scale is not None and not 0 < float(scale) < np.inf:
             raise ValueError(f"the scale of the autoencoder is {scale}")

@@ -265,8 +265,8 @@ def best_by(config: ConfigDict) -> str | None:
 
 def to_json(space: Space) -> dict[str, Any]:
     """A space as plain data, for a checkpoint: sampling then needs no data set."""
-    null, classes = space.conditions
-    stored = {"shape": list(space.shape), "num_classes": classes}
+    null, classes, names = space.conditions
+    stored = {"shape": list(space.shape), "num_classes": classes} | ({"class_names": list(names)} if names else {})
     if classes is None:
         arrays = jax.tree.map(np.asarray, null)
         stored["null"] = jax.tree.map(lambda x: [x.dtype.name, list(x.shape), x.ravel().tolist()], arrays)
@@ -282,6 +282,6 @@ def from_json(stored: Mapping[str, Any]) -> Space:
 
     shape, classes = tuple(stored["shape"]), stored["num_classes"]
     if classes is not None:
-        return Space(shape, Conditions.labels(classes))
+        return Space(shape, Conditions.labels(classes, stored.get("class_names", ())))
     null = jax.tree.map(array, stored["null"], is_leaf=lambda node: isinstance(node, list))
     return Space(shape, Conditions(null))

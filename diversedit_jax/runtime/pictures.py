@@ -3,34 +3,77 @@
 import io
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from diversedit_jax.runtime.files import replacing
 
 Pixels = np.ndarray | jax.Array
+SIZE, LINE = 12, 16  # of names in a grid: height of the font and of a line, in pixels
 
 
-def image_grid(images: UInt8[Pixels, "n h w c"], columns: int | None = None) -> UInt8[np.ndarray, "H W c"]:
-    """Images with one channel or three, side by side on white, 2 pixels apart. columns: None: a square grid.
+def image_grid(
+    images: UInt8[Pixels, "n h w c"], columns: int | None = None, names: Sequence[str] | None = None
+) -> UInt8[np.ndarray, "H W c"]:
+    """Images with one channel or three, side by side on white, 2 pixels apart.
 
-    Small images are enlarged until they are 32 pixels high and wide, so that 8 x 8 digits can be read.
+    columns: None: a square grid.
+    names:   of the images, such as their classes. A name stands once above its column, or beside its row, if all images
+             there have it; else above each image.
+
+    Small images are enlarged until they are 32 pixels high and wide, so that 8 x 8 digits can be read, and until names
+    of up to 96 pixels fit.
     """
     images = np.asarray(images)
-    scale = math.ceil(32 / min(images.shape[1:3]))
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    place = _place_of_names(names, columns) if names else None
+    widest = math.ceil(max(map(_width, names))) if names else 0
+    scale = math.ceil(max(32, min(widest, 96) if place in ("columns", "images") else 0) / min(images.shape[1:3]))
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     n, h, w, c = images.shape
-    columns = columns or math.ceil(math.sqrt(n))
-    rows, gap = math.ceil(n / columns), 2
-    grid = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, c), 255, np.uint8)
+    rows, gap, line = math.ceil(n / columns), 2, LINE if place == "images" else 0
+    above, beside = LINE if place == "columns" else 0, min(widest, 160) + 6 if place == "rows" else 0
+    grid = np.full((above + rows * (h + gap + line) + gap, beside + columns * (w + gap) + gap, c), 255, np.uint8)
+    words = []  # (left, top, width, name)
     for i, image in enumerate(images):
-        top, left = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
+        row, column = divmod(i, columns)
+        top, left = above + line + gap + row * (h + gap + line), beside + gap + column * (w + gap)
         grid[top : top + h, left : left + w] = image
-    return grid
+        if place == "images" or (place == "columns" and row == 0):
+            words.append((left, top - LINE, w, names[i]))
+        elif place == "rows" and column == 0:
+            words.append((gap, top + (h - LINE) // 2, beside - gap, names[i]))
+    return _written(grid, words) if words else grid
+
+
+def _place_of_names(names: Sequence[str], columns: int) -> str:
+    """Where names stand: `columns`, `rows` or `images`."""
+    if len(names) > columns and all(name == names[i % columns] for i, name in enumerate(names)):
+        return "columns"
+    return "rows" if columns > 1 and all(name == names[i - i % columns] for i, name in enumerate(names)) else "images"
+
+
+def _width(text: str) -> float:
+    """The width of a text, in pixels."""
+    return ImageFont.load_default(SIZE).getlength(text)
+
+
+def _written(
+    grid: UInt8[np.ndarray, "H W c"], words: Sequence[tuple[int, int, int, str]]
+) -> UInt8[np.ndarray, "H W c"]:
+    """The grid with words (left, top, width, text), in the middle of their widths. A text that is too wide is cut."""
+    picture = Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid)
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(SIZE)
+    for left, top, width, text in words:
+        if _width(text) > width:
+            text = next((text[:k] + "…" for k in range(len(text), 0, -1) if _width(text[:k] + "…") <= width), "")
+        pen.text((left + width / 2, top + LINE / 2), text, fill=(0,) * grid.shape[-1], font=font, anchor="mm")
+    return np.asarray(picture).reshape(grid.shape)
 
 
 def as_pictures(samples: UInt8[Pixels, "n *s c"]) -> UInt8[np.ndarray, "n h w k"]:

@@ -149,7 +149,7 @@ def test_a_class_may_be_named_like_a_split(name, tmp_path):
     assert len(images) == 5
     assert len(image_collections.open_images(tmp_path, split=name, unconditional=True)) == 2, "asked for"
     pixels = data.make("images", "train", data_dir=str(tmp_path), size=8)
-    assert pixels.space.conditions == Conditions.labels(3)
+    assert pixels.space.conditions == Conditions.labels(3, images.classes)
 
 
 def test_splits_of_which_none_is_named_train_are_no_classes(tmp_path):
@@ -445,7 +445,7 @@ def test_crops_are_those_of_adm(size):
 
 def test_pixels_of_a_folder_are_a_data_set(tmp_path):
     dataset = data.make("images", "train", data_dir=str(folder(tmp_path)), size=8, mirror=True)
-    assert (dataset.space, len(dataset.source)) == (Space((8, 8, 3), Conditions.labels(3)), 5)
+    assert (dataset.space, len(dataset.source)) == (Space((8, 8, 3), Conditions.labels(3, CLASSES)), 5)
     example = dataset.source[2]
     wanted = adm(Image.fromarray(picture(2)), 8) / 127.5 - 1
     np.testing.assert_allclose(example["x"], wanted, atol=1e-6)

@@ -141,7 +141,7 @@ def said(written, tmp_path):
 
 def test_shape_classes_and_scale_are_those_that_are_stored(said):
     dataset = said(classes=list("0123456789"), vae={"scale": 0.25})
-    assert (dataset.space, dataset.scale) == (Space(SHAPE, Conditions.labels(10)), 0.25)
+    assert (dataset.space, dataset.scale) == (Space(SHAPE, Conditions.labels(10, "0123456789")), 0.25)
     dataset = said(classes=None)
     assert (dataset.space.conditions.classes, dataset.scale) == (0, None)
     assert dataset.source[10]["y"] == 0, "without classes every label is 0"

@@ -196,6 +196,30 @@ def test_a_grid_of_large_images_keeps_their_size():
     assert image_grid(images, columns=1).shape == (3 * 66 + 2, 42 + 2, 3)
 
 
+@pytest.mark.parametrize(
+    ("names", "columns", "shape"),
+    [
+        (["0", "1", "2", "0", "1", "2"], 3, (16 + 2 * 34 + 2, 3 * 34 + 2)),  # once above each column
+        (["0", "0", "0", "1", "1", "1"], 3, (2 * 34 + 2, 13 + 3 * 34 + 2)),  # once beside each row
+        (["0", "0", "1", "0", "1", "1"], 3, (2 * 50 + 2, 3 * 34 + 2)),  # above every image
+    ],
+)
+def test_a_grid_has_names_where_they_say_most(names, columns, shape):
+    digits = np.full((6, 8, 8, 3), 200, np.uint8)
+    grid = image_grid(digits, columns, names)
+    assert grid.shape[0] == shape[0]
+    assert abs(grid.shape[1] - shape[1]) <= 4  # the width of a character
+    assert (grid == 0).any(), "names are black"
+    covered = (image_grid(digits, columns) == 200).sum() - (grid == 200).sum()
+    assert -50 < covered <= 0, "no name covers an image; a few edges of letters are as grey"
+
+
+def test_small_images_grow_with_their_names_up_to_a_limit():
+    digits = np.zeros((4, 8, 8, 1), np.uint8)
+    long, longer = (image_grid(digits, 4, [word] * 3 + ["0"]).shape[1] for word in ("automobile", "automobile" * 20))
+    assert 4 * 34 + 2 < long < longer == 4 * 98 + 2
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_save_png_round_trips_and_leaves_no_other_file(tmp_path, channels):
     image = np.random.default_rng(0).integers(0, 256, (9, 7, channels), dtype=np.uint8)
