@@ -53,11 +53,13 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "cuda12": ["jax[cuda12]"],  # for drivers older than CUDA 13
+        "hub": ["huggingface_hub>=1.0"],  # weights by name, hf:owner/name, see diversedit_jax/weights/hub.py
         "plan": ["libtpu==0.0.42.*"],  # tools/pod_plan.py: the TPU compiler that jax 0.10.2 is for, 205 MB, own terms
         "test": [
             "beartype>=0.21",  # checks the shapes in signatures at run time
             "build>=1.2",  # builds the wheel that a test looks into
             "equinox>=0.13",  # losses are tested on its models too
+            "huggingface_hub>=1.0",  # asks a server of the tests, on this machine, for weights
             "lmdb>=1.6",  # writes a database that our reader must read
             "pytest>=8.3",
             "pytest-xdist>=3.6",  # a process per core: most of the time goes into compiling, by one thread

@@ -49,8 +49,9 @@ from diversedit_jax.runtime import cli
 from diversedit_jax.runtime.files import write_json
 from diversedit_jax.runtime.pictures import save_png
 from diversedit_jax.runtime.progress import Ticker, duration
+from diversedit_jax.weights import hub
 from diversedit_jax.weights import vae as vae_files
-from diversedit_jax.weights.formats.weights_file import file_digest
+from diversedit_jax.weights.formats import weights_folder
 from tools import latent_shards
 from tools.latent_shards import Plan
 
@@ -152,7 +153,9 @@ def planned(
         "precision": options.precision,
         "batch_size": options.batch_size,  # the last bits of the moments depend on it
         "image": options.image,
-        "encoders": {name: given | {"file": file_digest(given["file"])} for name, given in chosen.items()},
+        "encoders": {
+            name: given | {"file": weights_folder.digest(hub.local(given["file"]))} for name, given in chosen.items()
+        },
         "collection": {"kind": images.kind, "sha256": latent_shards.collection_digest(images.keys, images.labels)},
         "tool": f"diversedit_jax {__version__}",
     }

@@ -21,6 +21,7 @@ from diversedit_jax.errors import DataError, WeightsError, check_machine
 from diversedit_jax.evaluation import image_files
 from diversedit_jax.evaluation.image_files import SampleFiles
 from diversedit_jax.reading import Npz, RegularFile, parse_json
+from diversedit_jax.weights import hub
 from diversedit_jax.weights.formats import numpy_pickle
 from diversedit_jax.weights.formats.weights_file import file_digest
 
@@ -52,8 +53,11 @@ class Reference(NamedTuple):
 
 
 def open_reference(path: str | Path) -> Reference:
-    """Open the reference in a file or folder. DataError, in one line, if it is in no format of this module."""
-    path = local_path("reference", path)
+    """Open the reference in a file or folder, or named as on the hub (`weights.hub`).
+
+    DataError, in one line, if it is in no format of this module.
+    """
+    path = hub.local(local_path("reference", path))
     if not path.exists():
         raise DataError(f"reference: {path} does not exist")
     if path.is_dir() or path.suffix not in (".npz", ".pkl", ".pickle"):

@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +29,7 @@ from diversedit_jax.sampling import sampler
 from diversedit_jax.training import optimizer
 from diversedit_jax.training.step import Components, train_step
 from diversedit_jax.weights import dit as releases
+from diversedit_jax.weights import hub
 from diversedit_jax.weights.formats import weights_folder
 
 BUILT = ("codec", "model", "objective", "losses", "encoders")  # the slots that `build` builds
@@ -104,7 +104,7 @@ def inputs(config: ConfigDict, dataset: Dataset) -> dict[str, Any]:
     for part in ("codec", "encoders"):
         for key, path in flat({part: config[part].to_dict()}).items():
             if key.split(".")[-1] in configs.PATHS and path is not None:
-                place = weights_folder.folder_of(Path(path).expanduser(), "vae")
+                place = weights_folder.folder_of(hub.local(path), "vae")
                 with contextlib.suppress(WeightsError):  # an encoder of a user may read other folders
                     found[key] = weights_folder.digest(place)[:16]
     return found
@@ -223,7 +223,7 @@ def starting_params(config: ConfigDict, model: Model, wanted: Params) -> Params 
     for part in source.fresh:
         one_of("config.init_from.fresh", part, wanted)
     with configs.named("config.init_from", ()):
-        release, _ = releases.open_release(Path(source.file), source.family, source.heads, source.weights)
+        release, _ = releases.open_release(source.file, source.family, source.heads, source.weights)
     params = {part: tree for part, tree in release.params.items() if part not in source.fresh}
     given, needed = (sharding.by_name(tree) for tree in (params, wanted))
     for name in sorted(given.keys() | needed.keys()):

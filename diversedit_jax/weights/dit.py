@@ -18,7 +18,7 @@ from diversedit_jax.api import Conditions, Params, Space
 from diversedit_jax.errors import ConfigError, WeightsError
 from diversedit_jax.models import dit
 from diversedit_jax.registry import one_of
-from diversedit_jax.weights import dit_names, mapping
+from diversedit_jax.weights import dit_names, hub, mapping
 from diversedit_jax.weights.dit_names import Architecture, Entry
 from diversedit_jax.weights.formats import orbax_folder, weights_folder
 from diversedit_jax.weights.mapping import Arrays, Shapes
@@ -238,15 +238,17 @@ def export(
 
 
 def open_release(
-    path: Path, family: str | None = None, heads: int | None = None, weights: str | None = None
+    path: str | Path, family: str | None = None, heads: int | None = None, weights: str | None = None
 ) -> tuple[Release, dict[str, int]]:
     """The release in a weight file, a folder of diffusers or one of orbax, and the number of arrays in each part of it.
 
+    path:  also a name on the hub, see `weights.hub`.
     heads: as for `architecture`; by default as the file or a config.json beside it says.
     weights: the part of a training file to take, by default the first of ENTRIES that it has, else the whole file. The
         other parts (the optimizer's state) are not read.
     Raises WeightsError for a file without weights, ConfigError for weights that do not fit.
     """
+    path = hub.local(path)
     folder, path = orbax_folder.find(path), weights_folder.folder_of(path, "transformer")
     with weights_folder.opened(path) if folder is None else orbax_folder.OrbaxFolder(folder) as file:
         heads = heads or weights_folder.config(path).get("num_attention_heads") or file.about.get("heads")

@@ -22,7 +22,7 @@ from diversedit_jax.api import Params
 from diversedit_jax.errors import ConfigError, WeightsError
 from diversedit_jax.models import inception
 from diversedit_jax.models.inception import BLOCKS, CLASSES, WIDTH, Steps
-from diversedit_jax.weights import mapping
+from diversedit_jax.weights import hub, mapping
 from diversedit_jax.weights.dit_names import CONV, LINEAR, SAME, Entry, Place, Turn
 from diversedit_jax.weights.formats import NamedArrays, tf_graph
 from diversedit_jax.weights.formats.weights_file import open_weights
@@ -72,10 +72,11 @@ class Release(NamedTuple):
 def open_inception(path: str | Path) -> Release:
     """The network in a file of either kind. The content of the file shows the kind.
 
+    path: also a name on the hub, see `weights.hub`.
     Names and shapes are checked now; parameters are read at `read()`. Raises WeightsError for what is no weight file
     and ConfigError, with the array's name, for what does not fit.
     """
-    path = Path(path).expanduser()
+    name, path = hub.title(path), hub.local(path)
     what = f"inception: {path}"
     target = _shapes()
     with _opened(path) as (layout, arrays):
@@ -90,7 +91,7 @@ def open_inception(path: str | Path) -> Release:
         with _opened(path) as (layout, arrays):
             return mapping.fill(what, entries(layout), arrays, target)
 
-    return Release(path.resolve().name, read)
+    return Release(name, read)
 
 
 @cache

@@ -17,7 +17,7 @@ from diversedit_jax.errors import ConfigError, WeightsError
 from diversedit_jax.models import vae
 from diversedit_jax.models.vae import Architecture
 from diversedit_jax.runtime.files import write_json
-from diversedit_jax.weights import mapping
+from diversedit_jax.weights import hub, mapping
 from diversedit_jax.weights.dit_names import CONV, LINEAR, Entry, Place, Turn, linear, norm
 from diversedit_jax.weights.formats import NamedArrays, weights_folder
 from diversedit_jax.weights.formats.weights_file import write_safetensors
@@ -107,11 +107,11 @@ class Release(NamedTuple):
 def open_vae(path: str | Path) -> Release:
     """The autoencoder in a folder as diffusers writes it, in a folder above (its subfolder `vae`), or in a file.
 
+    path: also a name on the hub, see `weights.hub`.
     Names and shapes are checked now; parameters are read at `read()`. Raises WeightsError for what is no weight file
     and ConfigError, with the array's or key's name, for what does not fit.
     """
-    path = Path(path).expanduser()
-    found = weights_folder.folder_of(path, "vae")
+    found = weights_folder.folder_of(hub.local(path), "vae")
     config = weights_folder.config(found)
     if config and (kind := config.get("_class_name")) != "AutoencoderKL":
         raise WeightsError(f"{found}: wanted an AutoencoderKL, its {CONFIG} is of {kind}")
@@ -133,9 +133,7 @@ def open_vae(path: str | Path) -> Release:
             return mapping.fill(what, wanted(halves), _below(weights), {half: target[half] for half in halves})
 
     scale, shift = (config.get(key) for key in ("scaling_factor", "shift_factor"))
-    return Release(
-        arch, scale, shift or 0.0 if config else None, path.resolve().name, weights_folder.digest(found), read
-    )
+    return Release(arch, scale, shift or 0.0 if config else None, hub.title(path), weights_folder.digest(found), read)
 
 
 def export(params: Params, arch: Architecture, folder: str | Path, *, scale: float = 0.18215, shift: float = 0.0):

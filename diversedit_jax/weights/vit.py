@@ -16,7 +16,7 @@ from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import vit
 from diversedit_jax.models.vit import Architecture
 from diversedit_jax.registry import one_of
-from diversedit_jax.weights import mapping
+from diversedit_jax.weights import hub, mapping
 from diversedit_jax.weights.dit_names import SAME, Entry, Turn, conv, heads_of, linear, norm
 from diversedit_jax.weights.formats import NamedArrays, weights_folder
 from diversedit_jax.weights.mapping import Arrays, Shapes
@@ -235,14 +235,14 @@ def recognise(kind: Kind, shapes: Shapes) -> str:
 def open_encoder(
     kind: Kind, file: str | Path, heads: int | None = None, position: str = "repa", dtype: str = "float32"
 ) -> Release:
-    """The encoder of a kind in a weight file, or in a folder of transformers.
+    """The encoder of a kind in a weight file, or in a folder of transformers; or named as on the hub.
 
     Names and shapes are checked now; parameters are read at `read()`.
     heads: needed for a width that no published encoder has, if no config.json says it.
     position, dtype: of the `vit.network` for the parameters.
     Raises WeightsError for what is no weight file and ConfigError, with the array's name, for what does not fit.
     """
-    path = Path(file).expanduser()
+    path = hub.local(file)
     with weights_folder.opened(path) as weights:
         shapes = _below(kind, weights).shapes
     layout = recognise(kind, shapes)

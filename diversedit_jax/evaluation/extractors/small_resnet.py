@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, UInt8
 from diversedit_jax.api import Params
 from diversedit_jax.errors import ConfigError, WeightsError
 from diversedit_jax.evaluation.extractors import Extractor, Features, digest
+from diversedit_jax.weights import hub
 from diversedit_jax.weights.formats.weights_file import open_weights
 
 Given = Array | np.ndarray  # weights as the file has them, or traced
@@ -31,7 +32,7 @@ def make(*, file: str) -> Extractor:
     file: safetensors, with `LAYER/kernel` [h w c d] and `LAYER/bias` [d] of each convolution, norms folded in, and of
         the classifier; and with the `side` of its images. Images of half the side are enlarged by repetition.
     """
-    with open_weights(file) as opened:
+    with open_weights(hub.local(file)) as opened:
         arrays = {name: np.float32(opened[name]) for name in opened.shapes}
         side = int(about) if (about := opened.about.get("side", "")).isdecimal() else 0
     weights = {name.rpartition("/")[0]: {} for name in arrays}
