@@ -36,6 +36,7 @@ from diversedit_jax.runtime import cli
 from diversedit_jax.runtime.cli import silence
 from diversedit_jax.runtime.files import writable_folder, write_json
 from diversedit_jax.runtime.versions import versions
+from diversedit_jax.weights import hub
 
 TIME, TIMES = 0.05, (0.05, 0.25, 0.5, 0.75, 0.95)
 SUPPOSED = ("diversity",)
@@ -236,18 +237,19 @@ def chosen_by_flags(given: flags.FlagValues, others: Sequence[str]) -> list[Trai
     data, model = data_of(given.data), {"capture": given.capture}
 
     def opened(text: str) -> Trained:
-        label, path = named(text)
+        label, name = named(text)
+        path = hub.local(name)
         if configs.holds_run(path) or (path.exists() and text == given.workdir):
-            found = trained.of_run(path, data=data, model=model, losses=True, trust=given.trust_workdir)
+            found = trained.of_run(name, data=data, model=model, losses=True, trust=given.trust_workdir)
         elif path.exists():
             about = (given.family, given.heads, given.weights, run_flags.sides(given.side))
-            found = trained.of_release(path, *about, data=data, vae=given.vae, model=model)
+            found = trained.of_release(name, *about, data=data, vae=given.vae, model=model)
             found.data("train")  # raises now if the data are missing
         else:
             raise ConfigError(f"{path} does not exist: wanted the directory of a run or a file of weights")
         if (has := found.about["model"].get("capture", "merged")) != given.capture:
             raise ConfigError(f"--capture={given.capture}: the model of {path} has only {has!r}")
-        return found._replace(label=label or (path.name if found.workdir else path.stem))
+        return found._replace(label=label or found.folder.name)
 
     return [opened(text) for text in (given.workdir or given.checkpoint, *others)]
 
@@ -307,7 +309,7 @@ if __name__ == "__main__":
         split = measure.split_of(first.data, given.split)
         settings = Settings(estimator, given.num, given.batch, given.noises, given.labels, split, given.seed)
         times = run_flags.numbers("times", list(map(str, option["times"])), float)
-        default = first.workdir / "analysis" if first.workdir else Path(f"{first.label}_analysis").absolute()
+        default = first.folder / "analysis" if first.workdir else Path(f"{first.label}_analysis").absolute()
         folder = Path(given.out).expanduser() if given.out else default
         parts = PRESETS[given.preset][1] if given.preset else parts_of(given.skip)
         weights = "online" if given.online else "ema"

@@ -1,6 +1,6 @@
 """Trained networks from Python: open one, sample, look inside, score and analyze it, in a line each.
 
-model = load("runs/digits")                       # or load("SiT-XL-2-256.pt", vae="sd-vae-ft-ema")
+model = load("runs/digits")                       # or load("hf:owner/name"), load("sit.pt", vae="sd-vae-ft-ema")
 images = model.sample(labels=[3, 5], num=16)      # uint8 [16 h w c]; in a notebook it shows as a grid
 blocks = model.features(images, t=0.5)            # [blocks 16 tokens width]
 scores = model.evaluate(num=1000)                 # {"digits/accuracy": ..., ...}
@@ -38,6 +38,7 @@ from diversedit_jax.runs import trained
 from diversedit_jax.runs.trained import Source, Trained
 from diversedit_jax.runtime import cli, pictures
 from diversedit_jax.sampling import sampler
+from diversedit_jax.weights import hub
 
 
 class Samples(np.ndarray):
@@ -228,7 +229,7 @@ class Network:
         cli.silence()
         chosen = [one._reopen() for one in (self, *others)]
         settings = Settings(estimator or Estimator(), num, split=split_of(chosen[0].data, split))
-        default = self.workdir / "analysis" if self.workdir else Path(f"{self._found.label}_analysis").absolute()
+        default = self._found.folder / "analysis" if self.workdir else Path(f"{self._found.label}_analysis").absolute()
         folder, parts = Path(out or default), [part for part in PARTS if part not in skip]
         studies = analyze.run(chosen, folder, settings, parts=parts, weights=self._weights)
         return Report(folder / "report.html", studies)
@@ -244,7 +245,7 @@ def load(
 ) -> Network:
     """Open a run, or the weights of a public release.
 
-    path:          the workdir of a run, or a file or folder of weights.
+    path:          the workdir of a run, or a file or folder of weights; also a name on the hub, see `weights.hub`.
     step:          of a run: of its checkpoint; None: the last. online: take the trained weights, not their EMA.
     trust_workdir: of a run: run code outside this package that its stored config names.
     options:       vae, rounding, data (a slot of `data`: `config.slot`); of a release also family, heads, weights and
@@ -252,9 +253,9 @@ def load(
 
     ConfigError and others of `errors` if it is no such thing.
     """
-    place = Path(path).expanduser()
+    place = hub.local(path)
     if configs.holds_run(place) or (place / "checkpoints").is_dir():
-        reopen = partial(trained.of_run, place, trust=trust_workdir, **options)
+        reopen = partial(trained.of_run, path, trust=trust_workdir, **options)
         analyzed = partial(reopen, losses=True)
     elif step is not None or online:
         raise ConfigError(f"{path}: step and online are for a run; this is no workdir of one")

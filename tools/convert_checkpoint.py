@@ -3,10 +3,14 @@
     python -m tools.convert_checkpoint SiT-XL-2-256.pt --inspect
     python -m tools.convert_checkpoint repa.pt out.safetensors
     python -m tools.convert_checkpoint DiT-XL-2-256.pt out.safetensors --family=official_dit --to=diffusers_dit
+    python -m tools.convert_checkpoint runs/mine mine
 
-IN is a .safetensors or PyTorch file of a release, a checkpoint of flax or orbax, or the directory of one of our runs
-(its EMA weights, or the trained ones with --online). OUT is a .safetensors file with the names of the family `--to`,
-by default the family of IN.
+IN is a .safetensors or PyTorch file of a release, a checkpoint of flax or orbax, the directory of one of our runs (its
+EMA weights, or the trained ones with --online), or one of them on the hub, hf:owner/name. OUT is a .safetensors file
+with the names of the family `--to`, by default the family of IN.
+
+Any other OUT is a folder to publish a run in: model.safetensors and config.json, from which `--checkpoint=OUT` samples
+as from the run, a model card, and a grid of samples if the run has one.
 """
 
 from pathlib import Path
@@ -19,12 +23,14 @@ from diversedit_jax import config as configs
 from diversedit_jax.api import Space
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models.dit import SIZES
-from diversedit_jax.runs import trained
+from diversedit_jax.runs import build, exported, trained
 from diversedit_jax.runtime import cli
 from diversedit_jax.runtime.versions import parameter_overview
 from diversedit_jax.weights import dit as releases
+from diversedit_jax.weights import hub
 from diversedit_jax.weights.dit import FAMILIES
 from diversedit_jax.weights.formats.weights_file import write_safetensors
+from tools import model_card
 
 
 def describe(release: releases.Release, entries: dict[str, int]) -> str:
@@ -56,7 +62,7 @@ def architecture(model: ConfigDict, space: Space) -> releases.Architecture:
     )
 
 
-def of_run(workdir: Path, weights: str = "ema", trust: bool = False) -> tuple[releases.Release, dict[str, int]]:
+def of_run(workdir: str | Path, weights: str = "ema", trust: bool = False) -> tuple[releases.Release, dict[str, int]]:
     """The weights of the last checkpoint of one of our runs.
 
     weights: one of `trained.WEIGHTS`. trust: see `config.load`.
@@ -76,14 +82,36 @@ def of_run(workdir: Path, weights: str = "ema", trust: bool = False) -> tuple[re
     return releases.Release(family, arch, found.space.shape[:2], params), {weights: len(jax.tree.leaves(params))}
 
 
+def publish(workdir: str | Path, out: Path, weights: str = "ema", trust: bool = False) -> None:
+    """Write the last checkpoint of a run as a folder with a model card. weights, trust: as in `of_run`."""
+    found = trained.of_run(workdir, trust=trust)
+    if configs.holds_run(out) and not exported.holds(out):
+        raise ConfigError(f"{out} is the directory of a run: write to another")
+    params, entry = jax.device_get(found.load(found.last, weights)), trained.WEIGHTS[weights]
+    exported.write(out, found.workdir, params, entry, found.last, build.to_json(found.space))
+    model_card.write(out, found, params, weights)
+    print(f"{out}: step {found.last}, {sum(array.size for array in jax.tree.leaves(params)):,} numbers")
+    for key, path in model_card.paths(found.workdir).items():
+        print(f"  its config.json names what others do not have: config.{key} = {path}")
+    print(f"sample from it: python -m diversedit_jax.sample --checkpoint={out}")
+    print(f"publish it, once its README.md has a license: hf upload OWNER/NAME {out}")
+
+
 def main(arguments: list[str]) -> None:
     """Read IN; print what it is, or write OUT."""
     given = flags.FLAGS
     if len(arguments) != (1 if given.inspect else 2):
         raise ConfigError("give IN and OUT, or IN and --inspect; --help says more")
-    source = Path(arguments[0])
-    if configs.holds_run(source):
-        release, entries = of_run(source, "online" if given.online else "ema", given.trust_workdir)
+    source, weights = arguments[0], "online" if given.online else "ema"
+    ours = configs.holds_run(hub.local(source))
+    if not given.inspect and not arguments[1].endswith(".safetensors"):
+        if not ours or given.to:
+            wanted = "a release becomes a .safetensors file; only a run becomes a folder, without --to"
+            raise ConfigError(f"OUT = {arguments[1]}: {wanted}")
+        publish(source, Path(arguments[1]).expanduser(), weights, given.trust_workdir)
+        return
+    if ours:
+        release, entries = of_run(source, weights, given.trust_workdir)
     else:
         release, entries = releases.open_release(source, given.family, given.heads, given.weights)
     if given.inspect:

@@ -5,12 +5,14 @@ from typing import Any
 
 from absl import flags
 
+from diversedit_jax import config as configs
 from diversedit_jax.codecs import pixels
 from diversedit_jax.diffusion import solve, solvers
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.registry import options
 from diversedit_jax.runs.trained import Source, drawing, of_release, of_run
 from diversedit_jax.sampling import sampler
+from diversedit_jax.weights import hub
 from diversedit_jax.weights.dit import FAMILIES
 
 SAMPLER = list(options(sampler.make))  # the names of its options, and of their flags
@@ -24,7 +26,10 @@ GROUPS = {
 
 def define_release_flags() -> None:
     """The flags that name a release, and the one that says which weights of a run to take."""
-    flags.DEFINE_string("checkpoint", None, "Weights of a public release: .safetensors, .pt, .pth, flax, or orbax.")
+    checkpoint = (
+        "Weights of a public release (.safetensors, .pt, .pth, flax, orbax) or a published run. A file, a folder"
+    )
+    flags.DEFINE_string("checkpoint", None, f"{checkpoint}, or hf:owner/name[@revision][:file].")
     flags.DEFINE_enum("family", None, list(FAMILIES), "What the release is, if its arrays do not say it.")
     flags.DEFINE_integer("heads", None, "Attention heads of the release, for a width that no published size has.")
     flags.DEFINE_string("weights", None, "Entry of the release's file; by default its EMA.")
@@ -38,7 +43,9 @@ def define_flags() -> None:
     """The flags that `source` reads."""
     define_release_flags()
     flags.DEFINE_string("workdir", None, "Directory of a run.")
-    flags.DEFINE_string("vae", None, "Autoencoder that decodes latents: a folder as diffusers writes it, or a file.")
+    flags.DEFINE_string(
+        "vae", None, "Autoencoder that decodes latents: a folder as diffusers writes it, a file, or hf:owner/name."
+    )
     rounding = f"Rounding of images to 256 levels; by default as in the run, or {pixels.ROUNDING}."
     flags.DEFINE_enum("rounding", None, list(pixels.ROUNDINGS), rounding)
     flags.DEFINE_integer("step", None, "Step of the checkpoint; by default the last.")
@@ -72,11 +79,10 @@ def source(defaults: Mapping[str, Any] | None = None) -> Source:
         overrides["guidance_interval"] = numbers("guidance_interval", given.guidance_interval, float, 2)
     if (given.workdir is None) == (given.checkpoint is None):
         raise ConfigError("give --workdir=DIR of a run or --checkpoint=FILE of a release")
-    if given.workdir is not None:
-        weights = "online" if given.online else "ema"
-        return drawing(
-            of_run(given.workdir, **changes, trust=given.trust_workdir), given.step, given.weak_step, overrides, weights
-        )
+    place = given.workdir or given.checkpoint
+    if given.workdir is not None or configs.holds_run(hub.local(place)):
+        found = of_run(place, **changes, trust=given.trust_workdir)
+        return drawing(found, given.step, given.weak_step, overrides, "online" if given.online else "ema")
     release = (given.checkpoint, given.family, given.heads, given.weights, sides(given.side))
     return drawing(of_release(*release, **changes), overrides=overrides)
 

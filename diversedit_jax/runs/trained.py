@@ -27,13 +27,14 @@ from diversedit_jax.data.pipeline import stacked
 from diversedit_jax.diffusion import solve
 from diversedit_jax.errors import CheckpointError, ConfigError, RunError
 from diversedit_jax.registry import one_of
-from diversedit_jax.runs import build
+from diversedit_jax.runs import build, exported
 from diversedit_jax.runs.check import check
 from diversedit_jax.sampling import sampler
 from diversedit_jax.training.checkpoint import Checkpoints
 from diversedit_jax.training.checksums import checksums
 from diversedit_jax.training.step import initializer
 from diversedit_jax.weights import dit as releases
+from diversedit_jax.weights import hub
 from diversedit_jax.weights.vae import open_vae
 
 WEIGHTS = {"ema": "ema", "online": "params"}  # which weights, and their entry in a checkpoint
@@ -91,13 +92,16 @@ def of_run(
 ) -> Trained:
     """The run in `workdir`.
 
+    workdir:       of a run; or a folder to publish (`runs.exported`), also by its name on the hub (`weights.hub`).
     data:          a slot of `data` instead of config.data. vae, rounding: instead of those of config.codec.
     model:         changes to config.model; options that it does not have are ignored.
     losses:        also build the losses and open the frozen encoders, for analysis. If an encoder cannot be opened, the
                    losses that read it are left out.
     trust:         run code outside this package that the stored config names, see `config.load`.
     """
-    workdir = Path(workdir).expanduser().absolute()
+    given, workdir = workdir, hub.local(workdir).absolute()
+    published = exported.holds(workdir)
+    losses = losses and not published  # what losses have learned is not there
     parts = [part for part in build.BUILT if losses or part not in configs.LABELED]
     config = configs.load(workdir, [*parts, *(["data"] if data is None else [])], trust=trust)
     check(config, parts)
@@ -109,7 +113,7 @@ def of_run(
             raise ConfigError(f"--{option}={value}: the codec {config.codec.name} of {workdir} has no such option")
         config.codec[option] = value
     config.model.update({option: value for option, value in (model or {}).items() if option in config.model})
-    checkpoints = Checkpoints(workdir / "checkpoints")
+    checkpoints = exported.Exported(workdir) if published else Checkpoints(workdir / "checkpoints")
     space, notes = build.from_json(checkpoints.meta()), []
     try:
         experiment = build.build(config, space)
@@ -130,6 +134,8 @@ def of_run(
         return checkpoints.restore_part(build.abstract_params(parts.model, layout), entry, step)[0]
 
     def trained(step: int) -> dict[str, Any]:
+        if published:
+            return {}
         example = jax.tree.map(jnp.asarray, stacked([opened("train").source[0]]))
         state = jax.eval_shape(initializer(parts, example), jax.random.key(0))
         found = {}
@@ -142,7 +148,8 @@ def of_run(
     about = {"kind": "run", "model": config.model.to_dict(), "losses": config.losses.to_dict()}
     about |= {"weights": {"ema_decay": config.ema_decay}}
     steps = tuple(checkpoints.steps())
-    return Trained(workdir.name, experiment, steps, load, trained, opened, workdir, workdir, about, tuple(notes))
+    name = str(given) if hub.on_hub(given) else workdir.name
+    return Trained(name, experiment, steps, load, trained, opened, workdir, hub.place(given), about, tuple(notes))
 
 
 def fitting(dataset: Dataset, name: str, space: Space) -> Dataset:
@@ -186,11 +193,13 @@ def of_release(
 ) -> Trained:
     """The release in a weight file, see `weights.dit.open_release`.
 
+    file:  also a name on the hub, see `weights.hub`.
     sides: height and width of its latents, or one number for both. None: as the file stores them.
     data: a slot of `data` to show it, for analysis. vae: the autoencoder that decodes its latents.
     rounding: of the decoded images. model: changes to its options.
     """
-    file = Path(file).expanduser().absolute()
+    name, place = str(file) if hub.on_hub(file) else Path(file).name, hub.place(file)
+    file = hub.local(file).absolute()
     release, _ = releases.open_release(file, family, heads, weights)
     if release.arch.num_classes == IMAGENET - 1:
         raise ConfigError(
@@ -211,7 +220,7 @@ def of_release(
     layout, space = sharding.make(), release.space(sides)
     components = build.components_of(config, space, layout, optax.identity())
     experiment = build.Experiment(config, space, layout.with_rules(components.model.rules), components, {})
-    about = {"kind": "release", "family": release.family, "file": file.name, "model": config.model.to_dict()}
+    about = {"kind": "release", "family": release.family, "file": name, "model": config.model.to_dict()}
     about |= {"weights": {"entry": weights}}
     del release  # frees the parameters: `load` reads them again
 
@@ -221,10 +230,10 @@ def of_release(
 
     def opened(split: str) -> Dataset:
         if data is None:
-            raise ConfigError(f"{file.name} comes without data: say what to show it with --data=NAME=DIR")
+            raise ConfigError(f"{name} comes without data: say what to show it with --data=NAME=DIR")
         return fitting(build.open_data(config, split), config.data.name, space)
 
-    return Trained(file.name, experiment, (0,), load, lambda step: {}, opened, None, file.with_name(file.stem), about)
+    return Trained(name, experiment, (0,), load, lambda step: {}, opened, None, place, about)
 
 
 class Source(NamedTuple):
