@@ -14,7 +14,10 @@ from tests import ROOT
 PAGES = {
     page: (ROOT / page).read_text()
     for page in ["README.md"]
-    + [f"{room}/README.md" for room in ("diversedit_jax", "configs", "launch", "tools", "tests")]
+    + [
+        f"{room}/README.md"
+        for room in ("diversedit_jax", "diversedit_jax/weights", "configs", "launch", "tools", "tests")
+    ]
 }
 README = PAGES["README.md"]
 
