@@ -52,6 +52,7 @@ def get_config() -> ConfigDict:
     )
     config.max_skipped = 0  # batches with a loss or gradient that is not finite, which leave no trace; one more: an end
     config.log_every = 100  # steps between two lines of metrics
+    config.loggers = ""  # metrics and images also go to: wandb, mlflow, or wandb,mlflow; see runtime/loggers.py
     config.profile = ""  # steps to look at in XProf: 100:105, or 100:105,5000:5005
     config.watchdog = 1_800.0  # seconds without a step after which a run that hangs ends with its stacks; 0: never
     config.checkpoint = ConfigDict(

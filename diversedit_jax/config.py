@@ -31,6 +31,7 @@ LATER = {
     "init_from": {"fresh": []},
     "input": {"resident": False},
     "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "rules": []},
+    "loggers": "",
 }
 NAMES = ("name", "extractor")  # keys whose values name factories
 SINGLE = {"data": "data", "codec": "codecs", "model": "models", "objective": "objectives"}  # key -> kind of slot
@@ -41,7 +42,7 @@ MOVABLE = ("data", "codec", "encoders", "init_from")
 PATHS = ("data_dir", "file", "vae")
 # What may change when a run is resumed.
 FREE = ("total_steps", "max_skipped", "watchdog", "mesh", "input")  # how long and where it runs
-FREE += ("log_every", "profile", "checkpoint", "samples", "evaluators")  # what it reports and keeps
+FREE += ("log_every", "profile", "loggers", "checkpoint", "samples", "evaluators")  # what it reports and keeps
 
 
 def options(build: Callable, **changes: Any) -> ConfigDict:
@@ -233,7 +234,9 @@ def _of_this_version(stored: dict[str, Any]) -> dict[str, Any]:
         if "label_drop" in objective:
             objective["condition_drop"] = objective.pop("label_drop")
     for key, later in LATER.items():
-        if isinstance(stored.get(key), dict):
+        if not isinstance(later, dict):
+            stored.setdefault(key, later)
+        elif isinstance(stored.get(key), dict):
             stored[key] = later | stored[key]
     return stored
 

@@ -37,7 +37,7 @@ from diversedit_jax.evaluators import Current, SampleSpec
 from diversedit_jax.registry import suggestion
 from diversedit_jax.runs import build, explain
 from diversedit_jax.runs.check import check
-from diversedit_jax.runtime import cli, files, flops, pictures, processes, profiler, versions, workdir_lock
+from diversedit_jax.runtime import cli, files, flops, loggers, pictures, processes, profiler, versions, workdir_lock
 from diversedit_jax.runtime.metric_writer import MetricWriter
 from diversedit_jax.runtime.progress import Progress, duration
 from diversedit_jax.training.checkpoint import Checkpoints
@@ -72,6 +72,7 @@ class Trainer:
         self.config, self.workdir, self.check_lock = config, workdir, check_lock
 
         # 1. Components, from the config and the data set.
+        processes.first_alone(partial(loggers.check_installed, config.loggers))
         dataset = build.open_data(config)
         self.experiment = experiment = build.resident(build.build(config, dataset.space), dataset)
         components, layout = experiment.components, experiment.layout
@@ -132,21 +133,28 @@ class Trainer:
             fresh = ", ".join(sorted(abstract["params"].keys() - given.keys()))
             notes.append(f"starting from {config.init_from.file}" + (f"; new: {fresh}" if fresh else ""))
 
-        # 4. Reports. Of several processes only the first writes.
+        # 4. Reports.
         stack.callback(self.checkpoints.close)
-        main = jax.process_index() == 0
-        self.writer = stack.enter_context(MetricWriter(workdir, self.begin)) if main else None
-        stream = None if main else stack.enter_context(open(os.devnull, "w"))  # noqa: SIM115 (on the stack)
-        self.progress = stack.enter_context(Progress(config.total_steps, self.begin, config.batch_size, stream=stream))
-        self.note = self.progress.note
-        self.profile = profiler.Profiler(config.profile if main else "", workdir, self.note)
-        stack.callback(self.profile.close)
+        self.open_reports(stack)
         self.describe([*notes, build.found(config, dataset)])
 
         # 5. One program for all steps. It compiles when training begins.
         outputs = (shardings, sharding.replicated(layout))
         self.step = jax.jit(partial(train_step, components), donate_argnums=0, out_shardings=outputs)
         self.saved = self.fetched = self.begin  # the last steps of which the state was saved, the metrics fetched
+
+    def open_reports(self, stack: contextlib.ExitStack) -> None:
+        """Open the progress bar, metrics, loggers and profiles. Of several processes only the first writes."""
+        config, main = self.config, jax.process_index() == 0
+        stream = None if main else stack.enter_context(open(os.devnull, "w"))  # noqa: SIM115 (on the stack)
+        self.progress = stack.enter_context(Progress(config.total_steps, self.begin, config.batch_size, stream=stream))
+        self.note = self.progress.note
+        self.writer = None
+        if main:
+            others = loggers.Loggers(config.loggers, config.to_dict(), self.workdir, self.note)
+            self.writer = stack.enter_context(MetricWriter(self.workdir, self.begin, stack.enter_context(others)))
+        self.profile = profiler.Profiler(config.profile if main else "", self.workdir, self.note)
+        stack.callback(self.profile.close)
 
     def last_meta(self) -> dict[str, Any]:
         """The meta of the last checkpoint; {} without one, or if it is damaged: an older one is restored then."""

@@ -167,7 +167,7 @@ def cases() -> Iterator[Case]:
 
     for key, kind in types.items():
         for value in (*NUMBERS, *NESTS, *PLAIN):
-            if (key, value) not in (("profile", ""), ("mesh.rules", [])):  # these are their defaults
+            if (key, value) not in (("profile", ""), ("loggers", ""), ("mesh.rules", [])):  # these are their defaults
                 yield case(key, value, wrong(key, kind, value))
     inside = [*{key.rpartition(".")[0] for key in types}, "model", "data", "losses.sra", "evaluators.blocks"]
     yield from (case(f"{place}.unheard_of".removeprefix("."), 1) for place in sorted(inside))

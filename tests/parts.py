@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diversedit_jax.api import AuxLoss, Term
+from diversedit_jax.runtime import loggers
 
 
 def make_terminate(spec, *, marker: str):
@@ -86,3 +87,39 @@ def make_twice(*, sign: float = 1.0):
         return Term(2 * sign * forward.loss.mean())
 
     return AuxLoss(apply)
+
+
+class Tracker:
+    """A tracker in memory. broken: what it fails at."""
+
+    made, broken = [], ()
+
+    def __init__(self, config, workdir, known):
+        self._try("start")
+        self.id, self.place, self.known, self.config = known or f"id{len(self.made)}", "here", known, config
+        self.written, self.end = [], None
+        self.made.append(self)
+
+    def _try(self, what):
+        if what in self.broken:
+            raise RuntimeError("the server is away")
+
+    def scalars(self, step, values):
+        self._try("scalars")
+        self.written.append((step, dict(values)))
+
+    def images(self, step, images):
+        self._try("images")
+        self.written.append((step, {name: image.shape for name, image in images.items()}))
+
+    def close(self, end):
+        self._try("close")
+        self.end = end
+
+
+def logged(monkeypatch, name: str) -> type[Tracker]:
+    """Let `name` of config.loggers be a new kind of tracker in memory, which counts as installed."""
+    kind = type("Logged", (Tracker,), {"made": []})
+    monkeypatch.setitem(loggers.KINDS, name, kind)
+    monkeypatch.setattr(loggers, "check_installed", lambda text: None)
+    return kind

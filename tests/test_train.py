@@ -27,12 +27,13 @@ from diversedit_jax.data import Dataset
 from diversedit_jax.data import digits as digits_data
 from diversedit_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from diversedit_jax.runs import trained
-from diversedit_jax.runtime import cli, workdir_lock
+from diversedit_jax.runtime import cli, loggers, workdir_lock
 from diversedit_jax.training.checkpoint import Checkpoints
 from diversedit_jax.weights import dit as releases
 from tests import ROOT
 from tests.data import test_image_collections
 from tests.data.test_latents import write
+from tests.parts import logged
 from tests.runtime.test_metric_writer import events_of
 from tests.runtime.test_profiler import steps_in
 from tools.chaos.processes import AS_USER, Processes
@@ -153,8 +154,10 @@ def drawn(workdir: Path) -> dict[int, float]:
     return {record["step"]: record["stop/drawn"] for record in records(workdir) if "stop/drawn" in record}
 
 
-def test_stopped_and_resumed_equals_straight_to_the_bit(straight, tmp_path, capfd):
-    config = tiny()
+def test_stopped_and_resumed_equals_straight_to_the_bit(straight, tmp_path, capfd, monkeypatch):
+    """One logger goes on in its run; another, which is switched on later, gets what is new."""
+    early, late = logged(monkeypatch, "wandb"), logged(monkeypatch, "mlflow")
+    config = tiny(loggers="wandb")
     config.evaluators.stop = slot("evaluators", "tests.parts:make_terminate", marker=str(tmp_path / "stopped"))
     config.evaluators.stop.every = 3
     workdir = tmp_path / "run"
@@ -162,11 +165,21 @@ def test_stopped_and_resumed_equals_straight_to_the_bit(straight, tmp_path, capf
         train.run(config, workdir)
     assert Checkpoints(workdir / "checkpoints").steps() == [2, 3]
     assert not drawn(workdir), "the run saved first, and did not wait for the evaluator"
+    config.loggers = "wandb,mlflow"
     state = train.run(config, workdir)
     assert "resuming from step 3 of 6" in capfd.readouterr().err
     assert drawn(workdir) == {3: 48, 6: 48}
     assert_same_bits(state, straight[2])
     assert losses(workdir) == losses(straight[1])
+    (first, second), (other,) = early.made, late.made
+    assert [(one.known, one.end) for one in (first, second, other)] == [
+        (None, loggers.STOPPED),
+        (first.id, loggers.FINISHED),
+        (None, loggers.FINISHED),
+    ]
+    assert [step for step, values in first.written if "loss/total" in values] == [1, 2, 3]
+    assert [step for step, _ in second.written] == [3, 4, 5, 6, 6], "the evaluator's, the losses, the evaluator's"
+    assert other.written == second.written
 
 
 @pytest.mark.slow
@@ -521,6 +534,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(straight, tmp
         ({"total_steps": 0}, r"config.total_steps = 0: must be at least 1"),
         ({"max_skipped": -1}, r"config.max_skipped = -1: must be at least 0"),
         ({"profile": "5"}, r"config.profile = '5': wanted FIRST:LAST of steps"),
+        ({"loggers": "mlflow, wnadb"}, r"config.loggers = 'wnadb' is unknown; did you mean 'wandb'\?"),
         ({"mesh__data": 3}, r"data 3 x fsdp 1 x tensor 1 must give the 8 devices that JAX sees"),
         ({"sampler__solver": "hen"}, r"solver = 'hen' is unknown; did you mean 'heun'"),
         (

@@ -13,7 +13,7 @@ from diversedit_jax.config import LABELED, RESERVED, SINGLE
 from diversedit_jax.data import pipeline
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.registry import INT32, MANY, UINT32, fits, in_range, nearest, options
-from diversedit_jax.runtime import profiler
+from diversedit_jax.runtime import loggers, profiler
 from diversedit_jax.sampling import sampler
 from diversedit_jax.training import optimizer
 from diversedit_jax.weights.dit import FAMILIES
@@ -25,6 +25,7 @@ KEYS: dict[str, tuple[Any, dict[str, int | float]]] = {
     "ema_decay": (float, {"low": 0, "below": 1}),
     "watchdog": (float, {"low": 0, "high": INT32}),
     "profile": (Literal[""] | str, {}),
+    "loggers": (Literal[""] | str, {}),
     "mesh.rules": (Sequence[tuple[str, str]], {}),
     "checkpoint.metric": (str | None, {}),
     "checkpoint.lower": (bool, {}),
@@ -67,6 +68,7 @@ def check(config: ConfigDict, parts: Collection[str] = (*SINGLE, *LABELED)) -> N
     if 0 < config.watchdog < 1:
         raise ConfigError(f"config.watchdog = {config.watchdog}: must be 0, or at least 1")
     profiler.windows(config.profile)
+    loggers.named(config.loggers)
     for label, one in tree["evaluators"].items():
         _number(f"evaluators.{label}.every", one["every"], int, {"low": 0})
     for label, one in tree["groups"].items():

@@ -17,6 +17,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from diversedit_jax.runtime.cli import silence
 from diversedit_jax.runtime.files import write_text
+from diversedit_jax.runtime.loggers import Loggers
 
 FLUSH_EVERY = 120.0  # seconds between two writes of TensorBoard's file: in a mounted bucket each sends all of it
 
@@ -27,12 +28,14 @@ class MetricWriter(contextlib.AbstractContextManager):
     start_step: the step of a resumed run. What a killed run wrote after it is dropped from the JSON lines and hidden in
     TensorBoard. Later writes must be of larger steps, or of what the run did not write at this one.
 
+    loggers: get the same numbers and images.
+
     known: the names that the run wrote at `start_step`.
     """
 
-    def __init__(self, directory: str | os.PathLike, start_step: int = 0):
+    def __init__(self, directory: str | os.PathLike, start_step: int = 0, loggers: Loggers | None = None):
         silence()
-        directory = Path(directory)
+        directory, self._loggers = Path(directory), loggers
         directory.mkdir(parents=True, exist_ok=True)
         kept = keep_until(directory / "metrics.jsonl", start_step)
         self.known = {name for line in kept if line["step"] == start_step for name in line}
@@ -56,12 +59,16 @@ class MetricWriter(contextlib.AbstractContextManager):
         self._lines.write(json.dumps({"step": int(step), "time": round(time.time(), 3), **safe}) + "\n")
         for name, value in values.items():
             self._event(step, summary=summary.scalar(name, value))
+        if self._loggers is not None:
+            self._loggers.write_scalars(step, values)
 
     def write_images(self, step: int, images: Mapping[str, UInt8[np.ndarray, "h w c"]]) -> None:
         """Images with one channel or three."""
         for name, image in images.items():
             image = np.broadcast_to(image, (*image.shape[:2], 3))
             self._event(step, summary=summary.image(name, image, dataformats="HWC"))
+        if self._loggers is not None and images:
+            self._loggers.write_images(step, images)
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         """The settings of the run. Everything except numbers, bools and strings is written as text."""
