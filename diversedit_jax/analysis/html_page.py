@@ -1,4 +1,4 @@
-"""Write the report of an analysis: one HTML file that holds everything it shows and loads nothing."""
+"""Write reports as pages: one HTML file that holds everything it shows and loads nothing."""
 
 import base64
 import html
@@ -28,6 +28,13 @@ a { color: #0057a8; }
 small, dd { color: #555; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; font-size: .85rem; }
 dd { margin: 0; min-width: 0; }
+pre { background: #f5f5f5; padding: .7rem; overflow-x: auto; font-size: .85rem; line-height: 1.4; }
+figure { margin: 0; }
+figcaption { font-size: .85rem; color: #555; }
+.row { display: flex; flex-wrap: wrap; align-items: flex-end; gap: .3rem .8rem; }
+summary { cursor: pointer; }
+.words td { text-align: left; white-space: normal; font-size: .85rem; padding: .1rem .7rem .1rem 0; }
+.changed { font-weight: 600; }
 @media (max-width: 44rem) { .wide img { max-width: 40rem; } }
 @media (max-width: 32rem) { dl { grid-template-columns: 1fr; } dt { margin-top: .4rem; font-weight: 600; } }
 @media print { nav, .files { display: none; } section { break-inside: avoid; } }
@@ -43,30 +50,51 @@ def write(
     notes: Sequence[str],
     settings: Mapping[str, str],
 ) -> None:
-    """Write the report beside its figures.
+    """Write the report of an analysis beside its figures.
 
     summaries: tables, header first; those after the first come after the figures. settings: what can change a number.
     """
     parts = [
+        table(summaries[0]),
+        "<nav>" + "".join(f'<a href="#{one.name}">{html.escape(one.title)}</a>' for one in drawn) + "</nav>",
+        *(f"<p><strong>Note.</strong> {html.escape(note)}</p>" for note in notes),
+        *(_section(path.parent, one) for one in drawn),
+        *map(table, summaries[1:]),
+        "<h2>Settings</h2>",
+        listed(settings),
+    ]
+    write_page(path, title, parts)
+
+
+def write_page(path: Path, title: str, parts: Sequence[str]) -> None:
+    """Write a page of these parts, which are HTML, below its title."""
+    lines = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>",
         f"<h1>{html.escape(title)}</h1>",
-        _table(summaries[0]),
-        "<nav>" + "".join(f'<a href="#{one.name}">{html.escape(one.title)}</a>' for one in drawn) + "</nav>",
-        *(f"<p><strong>Note.</strong> {html.escape(note)}</p>" for note in notes),
-        *(_section(path.parent, one) for one in drawn),
-        *map(_table, summaries[1:]),
-        "<h2>Settings</h2><dl>",
-        *(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in settings.items()),
-        "</dl></body></html>",
+        *parts,
+        "</body></html>",
     ]
-    write_text(path, "\n".join(parts) + "\n")
+    write_text(path, "\n".join(lines) + "\n")
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def listed(values: Mapping[str, str]) -> str:
+    """A list of names and values."""
+    lines = (f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in values.items())
+    return f"<dl>{''.join(lines)}</dl>"
+
+
+def picture(content: bytes, text: str, width: int, kind: str = "png") -> str:
+    """An image that is part of the page. text: what it shows. width: in pixels of the page."""
+    source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return f'<img alt="{html.escape(text)}" width="{width}" src="{source}">'
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """A table, its header first."""
     head, *body = ([html.escape(cell) for cell in row] for row in rows)
     lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
     lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body]
@@ -74,13 +102,13 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _section(folder: Path, one: ReportFigure) -> str:
-    png, table = ((folder / f"{one.name}.{suffix}").read_bytes() for suffix in ("png", "csv"))
+    png, numbers = ((folder / f"{one.name}.{suffix}").read_bytes() for suffix in ("png", "csv"))
     (pixels,) = struct.unpack(">I", png[16:20])  # the width in the header of a PNG
-    png, table = (base64.b64encode(content).decode() for content in (png, table))
-    title, width = html.escape(one.title), round(pixels * PIXELS_PER_INCH / DPI)
+    title, image = html.escape(one.title), picture(png, one.title, round(pixels * PIXELS_PER_INCH / DPI))
+    numbers = base64.b64encode(numbers).decode()
     return (
         f'<section id="{one.name}"><h2>{title}</h2><p>{html.escape(one.text)}</p>'
-        f'<div class="wide"><img alt="{title}" width="{width}" src="data:image/png;base64,{png}"></div>'
-        f'<small class="files"><a download="{one.name}.csv" href="data:text/csv;base64,{table}">{one.name}.csv</a>; '
+        f'<div class="wide">{image}</div>'
+        f'<small class="files"><a download="{one.name}.csv" href="data:text/csv;base64,{numbers}">{one.name}.csv</a>; '
         f"it was written with {one.name}.png and {one.name}.svg</small></section>"
     )
