@@ -8,12 +8,14 @@
 --explain says what they mean.
 The same command resumes a stopped run at its last checkpoint, with the same results to the bit. Ctrl-C and SIGTERM save
 and exit with code 42. Files in DIR: config.json, versions.json, parameters.txt, metrics.jsonl, TensorBoard events,
-samples.png, samples/, checkpoints/.
+samples.png, samples/, checkpoints/. When it ends or stops it draws curves.png, and report.html: one page with samples,
+curves, scores, config and the next commands.
 """
 
 import contextlib
 import math
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -181,8 +183,7 @@ class Trainer:
         self.writer.write_hparams(files.flat(self.config.to_dict()))
         if said := slow_average(self.config.ema_decay, self.config.total_steps):
             self.note(said)
-        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-        self.note(f"{count:,} parameters on {installed['devices']} ({installed['backend']})")
+        self.note(f"{counted(params):,} parameters on {installed['devices']} ({installed['backend']})")
 
     def compile(self) -> None:
         """Compile the program of a step."""
@@ -239,6 +240,7 @@ class Trainer:
     def stopped(self, step: int) -> NoReturn:
         """End the run, which has stopped at a step, when its checkpoint is complete."""
         self.checkpoints.wait()
+        self.report(step)
         kept, total = "saved" if self.checkpoints.steps() else "nothing to save", self.config.total_steps
         raise cli.Stopped(f"{self.stop()}: stopped at step {step} of {total}, {kept}; run it again to resume")
 
@@ -367,6 +369,22 @@ class Trainer:
             self.stopped(step)
         self.alive()
         self.checkpoints.wait()
+        self.report(step)
+
+    def report(self, step: int) -> None:
+        """Draw curves.png and report.html, when all else is saved. That takes a second; an error is noted only."""
+        if self.writer is None:
+            return
+        given = sys.argv[1:] if Path(sys.argv[0]).absolute() == Path(__file__) else None
+        command = None if given is None else shlex.join(["python", "-m", "diversedit_jax.train", *given])
+        try:
+            from diversedit_jax.analysis import run_report  # loads matplotlib, which the training does not need
+
+            self.check_lock()
+            facts = run_report.Facts(self.config, step, counted(self.state["params"]), command)
+            run_report.write(self.workdir, facts)
+        except Exception as error:
+            self.note(f"no report: {cli.reason(error)}")
 
 
 def batches(
@@ -385,6 +403,11 @@ def batches(
 def due(step: int, every: int) -> bool:
     """Whether an event with this interval is due at a step. every = 0: only at the end of the run."""
     return every > 0 and step % every == 0
+
+
+def counted(params: Any) -> int:
+    """The number of parameters."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 def shown(values: Mapping[str, float]) -> dict[str, float]:
@@ -410,6 +433,8 @@ def summary(workdir: Path, checkpoints: Checkpoints, seconds: float) -> str:
     """The last lines of a run: where its results are."""
     places = {
         "samples": workdir / "samples.png",
+        "curves": workdir / "curves.png",
+        "report": workdir / "report.html",
         "metrics": workdir / "metrics.jsonl",
         "checkpoint": checkpoints.directory / str(checkpoints.latest()),
     }

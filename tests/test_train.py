@@ -18,8 +18,10 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
 from diversedit_jax import sample, train
+from diversedit_jax.analysis import run_report
 from diversedit_jax.api import Conditions, Space
 from diversedit_jax.config import slot
 from diversedit_jax.configs import default, digits
@@ -109,7 +111,7 @@ def straight(tmp_path_factory):
     return config, workdir, train.run(config, workdir)
 
 
-def test_a_run_leaves_what_it_says(straight, capfd):
+def test_a_run_leaves_what_it_says(straight, capfd, monkeypatch):
     config, workdir, state = straight
     assert int(state["step"]) == 6
     assert json.loads((workdir / "config.json").read_text())["losses"]["diversity"]["preset"] == "release"
@@ -126,12 +128,17 @@ def test_a_run_leaves_what_it_says(straight, capfd):
         assert record["loss/total"] == pytest.approx(parts, rel=1e-6)
     assert all(record["tflops_per_device"] > 0 for record in records(workdir) if "steps_per_sec" in record)
     assert steps_in(workdir) == {4, 5}
+    with Image.open(workdir / "curves.png") as curves:
+        assert curves.width == 1400
+    assert "<dd>6 of 6</dd>" in (workdir / "report.html").read_text()
     capfd.readouterr()
+    monkeypatch.setattr(run_report, "draw", lambda *given: 1 / 0)
     train.run(config, workdir)
     out, err = capfd.readouterr()
     assert "nothing to do: the checkpoint is at step 6" in err
+    assert "no report: ZeroDivisionError: division by zero" in err, "it is noted, and the run ends well"
     assert "compiled" not in err
-    for name in ("samples.png", "metrics.jsonl", "checkpoints/6"):
+    for name in ("samples.png", "curves.png", "report.html", "metrics.jsonl", "checkpoints/6"):
         assert str(workdir / name) in out
 
 
@@ -165,6 +172,7 @@ def test_stopped_and_resumed_equals_straight_to_the_bit(straight, tmp_path, capf
         train.run(config, workdir)
     assert Checkpoints(workdir / "checkpoints").steps() == [2, 3]
     assert not drawn(workdir), "the run saved first, and did not wait for the evaluator"
+    assert "<dd>3 of 6</dd>" in (workdir / "report.html").read_text()
     config.loggers = "wandb,mlflow"
     state = train.run(config, workdir)
     assert "resuming from step 3 of 6" in capfd.readouterr().err

@@ -1,1 +1,1 @@
-"""Looking into networks: how alike their blocks are, what each holds, what trains it, and figures that show it."""
+"""Looking into networks: how alike their blocks are, what each holds, what trains it. And the page of a run."""

@@ -9,6 +9,8 @@ from diversedit_jax.reading import parse_json, read_json
 
 DISTANCES = ("fid", "fd", "frechet")  # how the names of distances between samples and data begin
 TITLES = {"fid": "FID", "sfid": "sFID", "fd": "FD", "sfd": "sFD", "frechet": "Fréchet distance", "inception": "IS"}
+LOWER = (*DISTANCES, "sfid", "sfd", "kid", "kd")  # how the names of scores begin that are better if they are lower
+HIGHER = ("inception", "precision", "recall", "accuracy")
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError)
 
 
@@ -81,6 +83,12 @@ def title(name: str) -> str:
     label = name.rpartition("/")[0]
     settings = f", {label.removeprefix('evaluate ')}" if "=" in label else ""
     return TITLES.get(kind, kind) + (f" ({network})" if network else "") + settings
+
+
+def lower_is_better(name: str) -> bool | None:
+    """Whether lower values of a score are better; None for a score of unknown kind."""
+    kind = kind_of(name)
+    return kind in LOWER if kind in (*LOWER, *HIGHER) else None
 
 
 def is_distance(name: str) -> bool:
