@@ -5,7 +5,7 @@
     python -m diversedit_jax.train --config=mine.py --workdir=DIR --config.optim.learning_rate=3e-4
 
 --config: a recipe of the package (below) or a file, with a variant after a colon. --config.KEY=VALUE sets any key;
---explain says what they mean.
+--explain says what they mean, --dry_run what a run would do.
 The same command resumes a stopped run at its last checkpoint, with the same results to the bit. Ctrl-C and SIGTERM save
 and exit with code 42. Files in DIR: config.json, versions.json, parameters.txt, metrics.jsonl, TensorBoard events,
 samples.png, samples/, checkpoints/. When it ends or stops it draws curves.png, and report.html: one page with samples,
@@ -13,13 +13,16 @@ curves, scores, config and the next commands.
 """
 
 import contextlib
+import itertools
 import math
 import os
 import shlex
 import shutil
 import sys
+import tempfile
 import time
 import types
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -39,6 +42,7 @@ from diversedit_jax.evaluators import Current, SampleSpec
 from diversedit_jax.registry import suggestion
 from diversedit_jax.runs import build, explain
 from diversedit_jax.runs.check import check
+from diversedit_jax.runs.dry_run import Planned, report, with_data
 from diversedit_jax.runtime import cli, files, flops, loggers, pictures, processes, profiler, versions, workdir_lock
 from diversedit_jax.runtime.metric_writer import MetricWriter
 from diversedit_jax.runtime.progress import Progress, duration
@@ -66,16 +70,16 @@ def run(config: ConfigDict, workdir: str | Path) -> State:
         return trainer.state
 
 
-class Trainer:
-    """A run: its components, its state, and the steps of its training."""
+class Plan:
+    """What a run will do: its components, its first batch, the shapes of its state."""
 
-    def __init__(self, config: ConfigDict, workdir: Path, stack: contextlib.ExitStack, check_lock: Callable[[], None]):
-        """Initialise. All errors of the config and the data are found before anything compiles or is written."""
-        self.config, self.workdir, self.check_lock = config, workdir, check_lock
+    def __init__(self, config: ConfigDict, workdir: Path, stack: contextlib.ExitStack):
+        """Find all errors of the config and the data. Nothing compiles, and nothing is written."""
+        self.config, self.workdir = config, workdir
 
         # 1. Components, from the config and the data set.
         processes.first_alone(partial(loggers.check_installed, config.loggers))
-        dataset = build.open_data(config)
+        self.dataset = dataset = build.open_data(config)
         self.experiment = experiment = build.resident(build.build(config, dataset.space), dataset)
         components, layout = experiment.components, experiment.layout
         learns_null = components.objective.learns_null
@@ -95,40 +99,63 @@ class Trainer:
         # 2. The first batch. It holds real data, so that errors in the data show now.
         self.begin = processes.number_of_first(self.checkpoints.latest() or 0)
         self.faults: list[str] = []  # a line for each record that could not be read and was replaced
-        feed = partial(batches, config, dataset, layout, self.faults.append)
-        self.feed = feed(self.begin)
+        self.feed_from = partial(batches, config, dataset, layout, self.faults.append)
+        self.feed = self.feed_from(self.begin)
         stack.callback(lambda: self.feed.close())
         self.batch = next(self.feed)
-        key_init, self.key = jax.random.split(jax.random.key(config.seed))
-        init = initializer(components, self.batch)
+        self.key_init, self.key = jax.random.split(jax.random.key(config.seed))
+        self.init = initializer(components, self.batch)
         try:
-            abstract = jax.eval_shape(init, key_init)
-            self.flops = build.work(experiment, abstract, self.batch)
+            self.abstract = jax.eval_shape(self.init, self.key_init)
+            self.flops = build.work(experiment, self.abstract, self.batch)
         except ConfigError:
             raise
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"the config cannot be traced: {type(error).__name__}: {error}") from error
 
-        before = self.last_meta()
-        self.inputs = self.same_inputs(build.inputs(config, dataset), before)
+        self.before = self.last_meta()
+        self.inputs = self.same_inputs(build.inputs(config, dataset), self.before)
+
+    def last_meta(self) -> dict[str, Any]:
+        """The meta of the last checkpoint; {} without one, or if it is damaged: an older one is restored then."""
+        with contextlib.suppress(CheckpointError):
+            return self.checkpoints.meta(self.begin) if self.begin else {}
+        return {}
+
+    def same_inputs(self, inputs: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+        """`inputs`, if they are those in the meta `before`, as far as both are known. ConfigError if not."""
+        remedy = "give the data and weights that it was trained with, or a new workdir"
+        what, known = f"{self.workdir} holds a run", before.get("inputs", inputs)
+        files.check_same(what, known, inputs, remedy, lambda key, old, new: None in (old, new))
+        return inputs
+
+
+class Trainer(Plan):
+    """A run: its plan, its state, and the steps of its training."""
+
+    def __init__(self, config: ConfigDict, workdir: Path, stack: contextlib.ExitStack, check_lock: Callable[[], None]):
+        """Initialise, or restore."""
+        super().__init__(config, workdir, stack)
+        self.check_lock = check_lock
+        components, layout, abstract = self.experiment.components, self.experiment.layout, self.abstract
 
         # 3. The state: initialised on its devices, or restored.
         shardings = sharding.shardings(abstract, layout)
         given = None if self.begin else build.starting_params(config, components.model, abstract["params"])
-        notes = processes.first_alone(lambda: configs.claim(workdir, config, before.get("config"))) or []
+        notes = processes.first_alone(lambda: configs.claim(workdir, config, self.before.get("config"))) or []
         self.frozen, self.skipped = build.frozen_weights(components.codec, layout), 0
         if self.begin:
             self.state, whole, damaged = self.checkpoints.restore_newest(sharding.placed(abstract, shardings))
             if whole != self.begin:
                 self.feed.close()
-                self.feed = feed(whole)
+                self.feed = self.feed_from(whole)
                 self.batch = next(self.feed)
             notes += [*damaged, f"resuming from step {whole} of {config.total_steps}"]
             if surplus := ", ".join(map(str, self.checkpoints.surplus())):
                 notes.append(f"config.checkpoint keeps fewer steps than before: the next save removes {surplus}")
             self.skipped, self.begin = self.checkpoints.meta(whole).get("skipped", 0), whole
         else:
-            self.state = jax.jit(init, out_shardings=shardings)(key_init)
+            self.state = jax.jit(self.init, out_shardings=shardings)(self.key_init)
             notes.append(f"starting a new run in {workdir}")
         if given is not None:
             self.state = started_from(self.state, given)
@@ -138,7 +165,7 @@ class Trainer:
         # 4. Reports.
         stack.callback(self.checkpoints.close)
         self.open_reports(stack)
-        self.describe([*notes, build.found(config, dataset)])
+        self.describe([*notes, build.found(config, self.dataset)])
 
         # 5. One program for all steps. It compiles when training begins.
         outputs = (shardings, sharding.replicated(layout))
@@ -157,19 +184,6 @@ class Trainer:
             self.writer = stack.enter_context(MetricWriter(self.workdir, self.begin, stack.enter_context(others)))
         self.profile = profiler.Profiler(config.profile if main else "", self.workdir, self.note)
         stack.callback(self.profile.close)
-
-    def last_meta(self) -> dict[str, Any]:
-        """The meta of the last checkpoint; {} without one, or if it is damaged: an older one is restored then."""
-        with contextlib.suppress(CheckpointError):
-            return self.checkpoints.meta(self.begin) if self.begin else {}
-        return {}
-
-    def same_inputs(self, inputs: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-        """`inputs`, if they are those in the meta `before`, as far as both are known. ConfigError if not."""
-        remedy = "give the data and weights that it was trained with, or a new workdir"
-        what, known = f"{self.workdir} holds a run", before.get("inputs", inputs)
-        files.check_same(what, known, inputs, remedy, lambda key, old, new: None in (old, new))
-        return inputs
 
     def describe(self, notes: list[str]) -> None:
         """Write down what runs: versions, parameters, config."""
@@ -444,11 +458,32 @@ def summary(workdir: Path, checkpoints: Checkpoints, seconds: float) -> str:
     return "\n".join([f"done in {duration(seconds)}", *lines, f"  TensorBoard: tensorboard --logdir {workdir}"])
 
 
+def dry_run(config: ConfigDict, workdir: str | Path | None = None) -> None:
+    """Build the run that `config` says, and print its shapes, memory, images, steps and hours. Nothing is written.
+
+    workdir: of a run to go on with, or of a new one.
+    """
+    cli.silence()
+    check(config, [part for part in (*configs.SINGLE, *configs.LABELED) if part != "data"])
+    config, assumed = with_data(config)
+    check(config)
+    place = Path(tempfile.gettempdir(), uuid.uuid4().hex) if workdir is None else Path(workdir).expanduser().absolute()
+    with contextlib.ExitStack() as stack:
+        plan = Plan(config, place, stack)
+        known = (plan.experiment, len(plan.dataset.source), plan.batch, plan.abstract, plan.init, plan.key_init)
+        planned = Planned(*known, plan.flops, plan.begin)
+        for line in itertools.chain([assumed] if assumed else [], report(planned)):
+            if jax.process_index() == 0:
+                print(line, flush=True)
+
+
 def main() -> None:
-    """Read the flags, and run or explain."""
+    """Read the flags, and run, explain or plan."""
     given = flags.FLAGS
     if given.explain is not None:
         print(explain.text(given.config, given.explain, shutil.get_terminal_size((100, 0)).columns))
+    elif given.dry_run:
+        dry_run(given.config, given.workdir)
     else:
         run(given.config, given.workdir)
 
@@ -459,9 +494,12 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Directory of the run; made if missing.")
     flags.DEFINE_string("explain", None, "Print what the keys of the config mean, or those below KEY, and run nothing.")
     flags.mark_flag_as_required("config")
+    flags.DEFINE_bool(
+        "dry_run", False, "Build the run, print shapes, memory, images, steps and hours, and write nothing."
+    )
     flags.register_multi_flags_validator(
-        ["workdir", "explain"],
-        lambda given: given["workdir"] is not None or given["explain"] is not None,
+        ["workdir", "explain", "dry_run"],
+        lambda given: given["workdir"] is not None or given["explain"] is not None or given["dry_run"],
         "Flag --workdir must have a value other than None.",
     )
 

@@ -93,7 +93,9 @@ def test_it_leaves_scores_and_all_that_moves_them(undisturbed, workdir):
     assert plan["extractors"]["digits"]["weights"]["name"] == "random convolutions"
     assert record["versions"]["jax"]
     with Image.open(folder / "grid.png") as grid:
-        assert grid.size == (13 + 10 * 34 + 2, 10 * 34 + 2), "ten classes of ten, 32 pixels each, 2 between, names beside"
+        assert grid.size == (13 + 10 * 34 + 2, 10 * 34 + 2), (
+            "ten classes of ten, 32 pixels each, 2 between, names beside"
+        )
 
 
 def test_kept_samples_are_those_that_were_judged(undisturbed, source, judges, tmp_path):
