@@ -6,6 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
+URL = "https://github.com/diversedit-jax/diversedit_jax"
 
 
 def version() -> str:
@@ -14,16 +15,31 @@ def version() -> str:
     return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)[1]
 
 
+def front_page() -> str:
+    """README.md with absolute links, so that pages of packages show its pictures."""
+    text = (here / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"(!\[[^]]*\]\()(?!http)", rf"\g<1>{URL}/raw/main/", text)
+    return re.sub(r"(?<!!)(\[[^]]*\]\()(?!http)", rf"\g<1>{URL}/blob/main/", text)
+
+
 setup(
     name="diversedit_jax",
     version=version(),
     description="Diffusion transformers with diverse internal representations, in JAX",
-    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description=front_page(),
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
+    url=URL,
+    project_urls={
+        "Documentation": f"{URL}/blob/main/README.md",
+        "Changelog": f"{URL}/blob/main/CHANGELOG.md",
+        "Issues": f"{URL}/issues",
+        "Paper": "https://arxiv.org/abs/2603.04239",
+    },
     python_requires=">=3.11",
     packages=find_packages(include=["diversedit_jax", "diversedit_jax.*"]),
+    package_data={"diversedit_jax": ["py.typed"]},
     entry_points={"console_scripts": ["diversedit = diversedit_jax.__main__:main"]},
     install_requires=[
         "jax>=0.10",

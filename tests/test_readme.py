@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from diversedit_jax import train
+from diversedit_jax.configs import digits
 from diversedit_jax.runs import trained
 from tests import ROOT
 
@@ -26,10 +27,33 @@ def blocks(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL)
 
 
-def test_the_example_runs(capsys):
-    (block,) = blocks("README.md")
+def test_the_loss_in_ones_own_model_goes_down(capsys):
+    block, _ = blocks("README.md")
     exec(compile(block, "README.md", "exec"), {})
-    assert "orthogonality" in capsys.readouterr().out
+    losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(losses) == 4
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] / 4
+
+
+def test_the_python_of_the_front_page_runs(tmp_path, monkeypatch):
+    _, block = blocks("README.md")
+    monkeypatch.chdir(tmp_path)
+    recipe = digits.get_config
+
+    def small():
+        config = recipe()
+        config.update({"total_steps": 2, "batch_size": 16})
+        config.model.update({"depth": 2, "width": 16, "heads": 2})
+        config.sampler.steps, config.samples.num, config.evaluators.digits.num = 2, 0, 110
+        config.evaluators.scores.num = 110
+        return config
+
+    monkeypatch.setattr(digits, "get_config", small)
+    exec(compile(block.replace("num=1000", "num=110"), "README.md", "exec"), found := {})
+    assert found["images"].shape == (16, 8, 8, 1)
+    assert found["blocks"].shape == (2, 16, 16, 16)
+    assert found["scores"]
 
 
 def test_the_front_page_is_short():
@@ -77,6 +101,34 @@ def test_the_tests_that_a_page_names_exist():
             assert file in known, line
             for part in re.findall(r"\w+", re.sub(r"\([^)]*\)", "", parts)):
                 assert re.search(rf"def test_\w*{part}", known[file]), f"{file} has no test {part}"
+
+
+ROWS = re.findall(r"^\| \[?`([\w./]+)`.* \| `(.*)` \| ?(quick)? ?\|$", PAGES["tools/README.md"], re.MULTILINE)
+
+
+def test_every_program_has_a_row_with_an_example():
+    programs = {"diversedit", "tools/demo.sh", "tools/test.sh"}
+    for path in [*(ROOT / "diversedit_jax").glob("*.py"), *(ROOT / "tools").rglob("*.py")]:
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+        if "\nif __name__ ==" in path.read_text() and "." in name and "benchmark.torch_" not in name:
+            programs.add("tools.examples" if name.startswith("tools.examples") else name)
+    assert {row[0] for row in ROWS} == programs
+
+
+@pytest.mark.parametrize("command", [command for _, command, quick in ROWS if quick])
+def test_a_quick_example_runs(command, tmp_path):
+    words = command.replace("runs/", f"{tmp_path}/").split()
+    assert words[0] == "python"
+    done = subprocess.run(
+        [sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("script", ["tools/demo.sh", "tools/test.sh"])
+def test_a_script_explains_itself(script):
+    done = subprocess.run(["bash", ROOT / script, "--help"], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout.splitlines()[0].partition(" ")[0]) == (0, "Usage:"), done.stderr
 
 
 NAMED = sorted(set(re.findall(r"-m ((?:diversedit_jax|tools)\.(?!examples)[\w.]+)", "".join(PAGES.values()))))

@@ -81,6 +81,7 @@ DISTRIBUTIONS = {
 
 TOP_LEVEL = {
     "CHANGELOG.md",
+    "CITATION.cff",
     "LICENSE",
     "README.md",
     "configs",
@@ -258,6 +259,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     files = [path for path in files if path.is_file() and path.name != "README.md"]
     wanted = {path.relative_to(source).as_posix() for path in files}
     assert held == wanted, f"missing: {sorted(wanted - held)}; too many: {sorted(held - wanted)}"
+    metadata = next(name for name in zipfile.ZipFile(wheel).namelist() if name.endswith("/METADATA"))
+    links = re.findall(r"\]\(([^)]*)\)", zipfile.ZipFile(wheel).read(metadata).decode())
+    assert links, "the front page has links"
+    assert not [link for link in links if not link.startswith("https://")], "pages of packages cannot follow these"
 
 
 def test_the_top_of_the_repository_is_tidy():
