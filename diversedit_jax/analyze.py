@@ -10,8 +10,8 @@ standard deviations. report.html holds everything. Each figure is also a .png an
 analysis.json holds the settings.
 """
 
+import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from diversedit_jax.runs.trained import Trained
 from diversedit_jax.runtime import cli
 from diversedit_jax.runtime.cli import silence
 from diversedit_jax.runtime.files import writable_folder, write_json
+from diversedit_jax.runtime.progress import done, say
 from diversedit_jax.runtime.versions import versions
 from diversedit_jax.weights import hub
 
@@ -143,6 +144,7 @@ def run(
     parts: of PARTS. layout: of `paper_figures.LAYOUTS`. weights: of `trained.WEIGHTS`.
     supposed: if a network was trained without auxiliary losses, the gradients of these are taken.
     """
+    begin = time.monotonic()
     measure.check(settings)
     for name, values in (("--time", [t]), ("--times", times)):
         for value in values:
@@ -154,15 +156,16 @@ def run(
     main_process = jax.process_index() == 0
     if main_process:
         writable_folder(folder, "--out")
-    say = partial(print, flush=True) if main_process else lambda line: None
+    tell = say if main_process else lambda line: None
     others = {f"{name} (not trained)": losses.make(name) for name in supposed}
     studies = [
-        study(found, own, settings, t, times, parts, say, weights, others)
+        study(found, own, settings, t, times, parts, tell, weights, others)
         for found, own in zip(chosen, steps, strict=True)
     ]
     wrong = {one.label: lines for one in studies if (lines := faults(one))}
     if main_process:
         write_report(folder, studies, settings, t, times, layout, weights, wrong)
+        done(time.monotonic() - begin, {"report": folder / "report.html", "figures": folder})
     for label, lines in wrong.items():
         raise NonFiniteError(f"{label}: {lines[0]}; the report notes all such numbers")
     return studies
@@ -189,7 +192,6 @@ def write_report(
     print(tables.aligned(table, left=1))
     for note in notes:
         print(f"note: {note}")
-    print(f"written to {folder / 'report.html'} and, figure by figure, beside it")
 
 
 def described(settings: Settings, t: float, studies: Sequence[Study], weights: str) -> dict[str, str]:

@@ -20,7 +20,6 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +44,7 @@ from diversedit_jax.runs.trained import Source
 from diversedit_jax.runtime import cli, processes, workdir_lock
 from diversedit_jax.runtime.files import check_same, writable_folder, write_json
 from diversedit_jax.runtime.pictures import image_grid, save_png
-from diversedit_jax.runtime.progress import Ticker
+from diversedit_jax.runtime.progress import Ticker, done, say
 from diversedit_jax.runtime.versions import versions
 from diversedit_jax.sampling import sampler
 from diversedit_jax.sampling.sampler import Sampler
@@ -150,7 +149,7 @@ def evaluate(
         if keep_samples and not (folder / SAMPLES).exists():
             raise ConfigError(f"{folder} was done without --keep_samples: choose another --out or remove {SCORES}")
         return done
-    held = workdir_lock.held(writable_folder(folder, "--out"), partial(print, flush=True))
+    held = workdir_lock.held(writable_folder(folder, "--out"), say)
     with contextlib.ExitStack() as lock:
         processes.first_alone(lambda: lock.enter_context(held))  # two would remove each other's parts
         started, parts = time.monotonic(), folder / "parts"
@@ -163,7 +162,7 @@ def evaluate(
         if jax.process_index() == 0 and feature_cache.claim(parts, plan | {"keep_samples": keep_samples}):
             whole = [first for first in firsts if feature_cache.read(parts, first) is not None]
             if whole:
-                print(f"going on: {len(whole)} of {len(firsts)} parts are there")
+                say(f"going on: {len(whole)} of {len(firsts)} parts are there")
         whole = sharding.agreed(whole)
         with Ticker(images.num, sum(min(images.batch, images.num - first) for first in whole)) as ticker:
             for first in [first for first in firsts if first not in whole]:
@@ -275,6 +274,7 @@ def run(
     judges: Judges, points: Sequence[Point], images_at: Callable[[Point], Images], folder: Path, keep: bool = False
 ) -> list[tables.Row]:
     """Evaluate every point of a sweep, [{}] for none, in a folder of its own. keep: also write samples.npz."""
+    begin = time.monotonic()
     opened = [images_at(point) for point in points]
     for images in opened:
         in_range("--num", images.num, 2)
@@ -287,7 +287,7 @@ def run(
     for point, images in zip(points, opened, strict=True):
         place = folder / tables.label(point) if point else folder
         if speaks:
-            print(f"{images.name}{', ' + tables.label(point) if point else ''}", flush=True)
+            say(f"{images.name}{', ' + tables.label(point) if point else ''}")
         rows.append((point, evaluate(images, judges, extract, statistics, place, keep)))
         if speaks and swept:
             tables.write_csv(folder / "sweep.csv", rows)
@@ -296,7 +296,9 @@ def run(
         if swept:
             for suffix in (".png", ".svg"):
                 tables.plot_sweep(folder / f"sweep{suffix}", rows, opened[0].name)
-        print(f"written to {folder}")
+        names = {"table": "sweep.csv", "picture": "sweep.png"} if swept else {"scores": SCORES, "grid": "grid.png"}
+        places = {what: folder / name for what, name in names.items()}
+        done(time.monotonic() - begin, {what: place for what, place in places.items() if place.exists()})
     return rows
 
 

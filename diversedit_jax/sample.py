@@ -17,12 +17,13 @@ import jax
 import numpy as np
 from absl import flags
 
+from diversedit_jax import sharding
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.registry import INT32, in_range
 from diversedit_jax.runs import flags as run_flags
 from diversedit_jax.runs.trained import Source
 from diversedit_jax.runtime import cli, files, pictures
-from diversedit_jax.runtime.progress import duration
+from diversedit_jax.runtime.progress import Ticker, done, say
 from diversedit_jax.sharding import by_name
 
 
@@ -36,23 +37,30 @@ def run(
     in_range("num", num, 1, INT32)
     y = source.conditions(None, num, seed) if labels is None else repeated(labels, num, source.space.conditions.classes)
     begin = time.monotonic()
-    images = source.sampler(source.params, source.frozen, y, seed, source.weak)
-    took = f"{duration(time.monotonic() - begin)} (compilation included)"
+    if jax.process_index() == 0:
+        say(f"sampling {source.name}: {num} samples, {source.options['solver']}, {source.options['steps']} steps")
+    with Ticker(num) as ticker:
+        size = sharding.filled(min(source.options["batch_size"], num))
 
+        def between() -> None:
+            ticker.update(min(size, num - ticker.done))
+
+        images = source.sampler(source.params, source.frozen, y, seed, source.weak, between=between)
     folder = Path(out).expanduser().absolute() if out else source.folder
     if jax.process_index() != 0:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     named = {"labels": y} if isinstance(y, np.ndarray) else {f"condition/{name}": x for name, x in by_name(y).items()}
     files.write_npz(folder / "samples.npz", {"arr_0": images, **named})
-    print(f"{num} samples of {source.name} in {took}: {folder / 'samples.npz'}")
+    places = {"samples": folder / "samples.npz"}
     if images.dtype == np.uint8:
         names = source.space.conditions.named(y)
         grid = pictures.image_grid(pictures.as_pictures(images[:256]), names=names and names[:256])
         pictures.save_png(folder / "grid.png", grid)
-        print(f"grid: {folder / 'grid.png'}")
+        places["grid"] = folder / "grid.png"
     else:
-        print("they are latents, float32: --vae=FILE decodes them")
+        say("the samples are latents, float32: --vae=FILE decodes them")
+    done(time.monotonic() - begin, places, f"{num} samples of {source.name}")
     return folder
 
 

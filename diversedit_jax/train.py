@@ -45,7 +45,7 @@ from diversedit_jax.runs.check import check
 from diversedit_jax.runs.dry_run import Planned, report, with_data
 from diversedit_jax.runtime import cli, files, flops, loggers, pictures, processes, profiler, versions, workdir_lock
 from diversedit_jax.runtime.metric_writer import MetricWriter
-from diversedit_jax.runtime.progress import Progress, duration
+from diversedit_jax.runtime.progress import Progress, done, say
 from diversedit_jax.training.checkpoint import Checkpoints
 from diversedit_jax.training.step import State, initializer, must_be_finite, started_from, train_step
 
@@ -57,7 +57,7 @@ def run(config: ConfigDict, workdir: str | Path) -> State:
     check(config)
     workdir = files.writable_folder(workdir)
     processes.check_shared(workdir)
-    held = workdir_lock.held(workdir, lambda line: print(line, file=sys.stderr, flush=True))
+    held = workdir_lock.held(workdir, say)
     with contextlib.ExitStack() as lock:
         check_lock = processes.first_alone(lambda: lock.enter_context(held)) or (lambda: None)
         processes.agree("config", files.flat(config.to_dict()))
@@ -66,7 +66,7 @@ def run(config: ConfigDict, workdir: str | Path) -> State:
             trainer.loop(stack)
             trainer.finish()
         if jax.process_index() == 0:
-            print(summary(workdir, trainer.checkpoints, time.monotonic() - begin), flush=True)
+            done(time.monotonic() - begin, results(workdir, trainer.checkpoints))
         return trainer.state
 
 
@@ -443,8 +443,8 @@ def slow_average(decay: float, steps: int) -> str | None:
     return f"{said}; in so short a run take --config.ema_decay={max(0, 1 - 5 / steps):.2g}"
 
 
-def summary(workdir: Path, checkpoints: Checkpoints, seconds: float) -> str:
-    """The last lines of a run: where its results are."""
+def results(workdir: Path, checkpoints: Checkpoints) -> dict[str, Any]:
+    """Where the results of a run are."""
     places = {
         "samples": workdir / "samples.png",
         "curves": workdir / "curves.png",
@@ -454,8 +454,8 @@ def summary(workdir: Path, checkpoints: Checkpoints, seconds: float) -> str:
     }
     if best := checkpoints.best_steps():
         places["best"] = checkpoints.directory / str(best[0])
-    lines = [f"  {name:<11}{place}" for name, place in places.items() if place.exists()]
-    return "\n".join([f"done in {duration(seconds)}", *lines, f"  TensorBoard: tensorboard --logdir {workdir}"])
+    found = {name: place for name, place in places.items() if place.exists()}
+    return found | {"TensorBoard": f"tensorboard --logdir {workdir}"}
 
 
 def dry_run(config: ConfigDict, workdir: str | Path | None = None) -> None:

@@ -200,7 +200,7 @@ def test_the_best_checkpoints_are_kept(tmp_path, capsys):
     config.evaluators.pictured = slot("evaluators", "tests.parts:make_pictured", side=5)
     train.run(config, tmp_path)
     assert Checkpoints(tmp_path / "checkpoints").steps() == [4, 6]
-    assert f"best       {tmp_path / 'checkpoints' / '4'}" in capsys.readouterr().out
+    assert f"best         {tmp_path / 'checkpoints' / '4'}" in capsys.readouterr().out
     assert {record["step"]: record["rated/value"] for record in records(tmp_path) if "rated/value" in record} == {
         2: 3.0,
         4: 1.0,

@@ -48,7 +48,7 @@ from diversedit_jax.registry import in_range
 from diversedit_jax.runtime import cli
 from diversedit_jax.runtime.files import write_json
 from diversedit_jax.runtime.pictures import save_png
-from diversedit_jax.runtime.progress import Ticker, duration
+from diversedit_jax.runtime.progress import Ticker, duration, say
 from diversedit_jax.weights import hub
 from diversedit_jax.weights import vae as vae_files
 from diversedit_jax.weights.formats import weights_folder
@@ -89,9 +89,9 @@ def prepare(source: str | Path, out: str | Path, options: Options) -> None:
     chosen = cli.named_files("encoder", options.encoder, required=True)
     encode, shapes = encoder(release, chosen, options)
     plan = planned(images, release, chosen, shapes, options)
-    print(images)
+    say(str(images))
     for what, count in images.ignored.items():
-        print(f"  ignored: {count} x {what}")
+        say(f"  ignored: {count} x {what}")
     if latent_shards.claim(folder, plan):
         print(f"nothing to do: {folder} is whole")
         return

@@ -19,6 +19,7 @@ error, because fewer images make another reference.
 import contextlib
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -37,7 +38,7 @@ from diversedit_jax.evaluation.extractors import Extractor
 from diversedit_jax.registry import in_range
 from diversedit_jax.runtime import cli
 from diversedit_jax.runtime.files import writable_folder, write_npz
-from diversedit_jax.runtime.progress import Ticker
+from diversedit_jax.runtime.progress import Ticker, done, say
 
 AHEAD = 512  # crops decoded ahead
 
@@ -145,7 +146,7 @@ if __name__ == "__main__":
         for name, least in (("size", 1), ("batch_size", 1), ("num", 2), ("features", 0), ("images", 0)):
             if given[name].value is not None:
                 in_range(f"--{name}", given[name].value, least)
-        out = local_path("OUT", arguments[1])
+        begin, out = time.monotonic(), local_path("OUT", arguments[1])
         if out.suffix != ".npz":
             raise ConfigError(f"OUT must end in .npz, given {out}")
         named = cli.named_files("extractor", given.extractor)
@@ -155,13 +156,13 @@ if __name__ == "__main__":
         networks = [extractors.make(name, **options) for name, options in named.items()]
         images = collection(arguments[0], given.size, given.num, given.kind, given.split, given.threads)
         ignored = "".join(f", ignored {count} x {what}" for what, count in images.about.get("ignored", {}).items())
-        print(f"{images.count} images of {images.path}{ignored}", flush=True)
+        say(f"{images.count} images of {images.path}{ignored}")
         arrays = compute(images, networks, given.batch_size, given.features, given.images)
         about = images.about | {"count": images.count, "tool": f"diversedit_jax {__version__}"}
         about["extractors"] = {one.name: dict(one.about) for one in networks}
         write(out, arrays, about)
         for name, array in arrays.items():
             print(f"  {name:<20}{list(array.shape)} {array.dtype}")
-        print(f"written to {out}")
+        done(time.monotonic() - begin, {"statistics": out})
 
     cli.launch(main, arguments=True)

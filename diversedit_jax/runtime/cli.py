@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from diversedit_jax.errors import EXIT_PREEMPTED, ConfigError, MachineError, RunError, StorageError, check_machine
 from diversedit_jax.registry import one_of
 from diversedit_jax.runtime import help_page, processes
+from diversedit_jax.runtime.progress import QUIET
 
 NAME = re.compile(r"['\"]([\w./-]+)['\"\\]")  # a quoted name in an error of absl or ml_collections
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # the disk takes no more
@@ -96,6 +97,7 @@ def launch(
     groups:    title -> names of the flags that `--help` shows under it.
     """
     let_output_fail()
+    flags.DEFINE_bool(QUIET, False, "Print results and errors only: no progress, no notes.")
     if several:
         processes.define_flags()
     if {"--help", "-h"} & set(sys.argv[1:]):
@@ -128,7 +130,7 @@ def launch(
 
 def page(several: bool, groups: Mapping[str, Sequence[str]]) -> str:
     """The help of the running program. several, groups: see `launch`."""
-    own = list(flags.FLAGS.get_key_flags_for_module(sys.argv[0]))
+    own = [*flags.FLAGS.get_key_flags_for_module(sys.argv[0]), flags.FLAGS[QUIET]]
     if several:
         own += [flags.FLAGS[name] for name in processes.NAMES]
         groups = {**groups, "Several processes, where they do not find each other": processes.NAMES}

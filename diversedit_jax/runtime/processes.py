@@ -24,6 +24,7 @@ from jax.experimental.multihost_utils import broadcast_one_to_all, process_allga
 
 from diversedit_jax.errors import ConfigError, RunError
 from diversedit_jax.registry import in_range
+from diversedit_jax.runtime.progress import say
 
 TIMEOUT = 300  # seconds to wait for all processes
 SEEN = 60  # seconds to wait until all processes see a file that one of them writes
@@ -50,7 +51,7 @@ def start(given: Any) -> None:
         named["coordinator_address"] = named.pop("coordinator")
     elif (where := cluster()) is None:
         return
-    print(f"waiting for {where}, up to {TIMEOUT} s", file=sys.stderr, flush=True)
+    say(f"waiting for {where}, up to {TIMEOUT} s")
     try:
         jax.distributed.initialize(**named, heartbeat_timeout_seconds=given.heartbeat, initialization_timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:

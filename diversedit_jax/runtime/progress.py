@@ -7,7 +7,28 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from absl import flags
 from tqdm import tqdm
+
+QUIET = "quiet"  # the flag: only results and errors are printed
+
+
+def say(text: str) -> None:
+    """Print a line about what goes on, to stderr; nothing with --quiet."""
+    if not quiet():
+        print(text, file=sys.stderr, flush=True)
+
+
+def quiet() -> bool:
+    """Whether the program was started with --quiet."""
+    return QUIET in flags.FLAGS and flags.FLAGS.is_parsed() and flags.FLAGS[QUIET].value
+
+
+def done(seconds: float, places: Mapping[str, Any], what: str = "done") -> None:
+    """Print the last lines of a program: how long it took, and where its results are. places: what -> path."""
+    width = max(map(len, places), default=0) + 2
+    lines = [f"  {name:<{width}}{place}" for name, place in places.items()]
+    print("\n".join([f"{what} in {duration(seconds)}", *lines]), flush=True)
 
 
 class Progress(contextlib.AbstractContextManager):
@@ -21,7 +42,7 @@ class Progress(contextlib.AbstractContextManager):
         self, total: int, start: int, batch_size: int, *, stream: io.TextIOBase | None = None, clock=time.monotonic
     ):
         self._total, self._batch_size = total, batch_size
-        self._stream, self._clock = stream or sys.stderr, clock
+        self._stream, self._clock = stream or (io.StringIO() if quiet() else sys.stderr), clock
         self._first: tuple[int, float] | None = None  # step and time of the first update
         self._last: tuple[int, float] | None = None  # of the report before
         self._paused = 0.0
@@ -83,7 +104,7 @@ class Ticker(contextlib.AbstractContextManager):
     """Progress through a number of images: a bar on a terminal, which stays if `leave`; elsewhere lines."""
 
     def __init__(self, total: int, done: int = 0, leave: bool = True):
-        tty = sys.stderr.isatty()
+        tty = sys.stderr.isatty() and not quiet()
         self.bar = tqdm(total=total, initial=done, unit=" images", smoothing=0.05, disable=not tty, leave=leave)
         self.total, self.done, self.first = total, done, done
         self.start = self.said = time.monotonic()
@@ -97,7 +118,7 @@ class Ticker(contextlib.AbstractContextManager):
             self.said = now
             rate = (self.done - self.first) / (now - self.start)
             left = duration((self.total - self.done) / rate)
-            print(f"{self.done} of {self.total} images, {rate:.1f} images/s, {left} left", file=sys.stderr, flush=True)
+            say(f"{self.done} of {self.total} images, {rate:.1f} images/s, {left} left")
 
     def __exit__(self, *error: object) -> None:
         self.bar.close()

@@ -10,13 +10,13 @@ HF_HUB_OFFLINE. Without a network the cached files are taken.
 
 import contextlib
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from diversedit_jax.errors import ConfigError, RunError, StorageError, check_machine
+from diversedit_jax.runtime.progress import say
 from diversedit_jax.weights.formats.weights_folder import CONFIG, NAMES
 
 PREFIX = "hf:"
@@ -97,7 +97,7 @@ def _fetched(hub: Any, given: re.Match, files: list[str], sizes: Mapping[str, in
     for file in files:
         if not isinstance(hub.try_to_load_from_cache(given["repo"], file, revision=commit), str):
             size = "" if sizes[file] is None else f" ({sizes[file]:,} bytes)"
-            print(f"downloading {PREFIX}{given['repo']}: {file}{size}", file=sys.stderr, flush=True)
+            say(f"downloading {PREFIX}{given['repo']}: {file}{size}")
         with _without_bars(hub.utils):
             path = Path(hub.hf_hub_download(given["repo"], file, revision=revision))
         folder = path.parents[file.count("/")]

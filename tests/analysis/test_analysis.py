@@ -332,8 +332,9 @@ def test_scores_are_found_by_step(workdir, tmp_path):
 
 def test_a_run_is_analysed_and_everything_lies_in_one_folder(opened, tmp_path, capsys):
     (study,) = analyze.run([opened._replace(label="one")], tmp_path, SETTINGS, t=T, times=(T, 0.8))
-    out = capsys.readouterr().out
-    assert "one, step 10: mean CKA of two blocks" in out
+    out, err = capsys.readouterr()
+    assert "one, step 10: mean CKA of two blocks" in err
+    assert f"  report   {tmp_path / 'report.html'}" in out
     assert "Fréchet distance" in out
     names = {path.stem for path in tmp_path.glob("*.png")}
     assert names == {

@@ -169,3 +169,31 @@ def test_a_signal_while_python_ends_does_not_change_the_exit_code(end, code):
         [sys.executable, "-c", f"{program}cli.launch(main)"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == code, done.stderr
+
+
+TALKS = """
+import time
+from diversedit_jax.runtime import cli, progress
+
+def main():
+    progress.say("a note")
+    with progress.Progress(2, 0, 1) as shown, progress.Ticker(2) as ticker:
+        for step in (1, 2):
+            shown.report(step, {"loss": 1.0})
+            ticker.update(1)
+    progress.done(61, {"samples": "somewhere.npz", "grid": "else.png"}, "2 samples")
+
+cli.launch(main)
+"""
+
+
+@pytest.mark.parametrize("arguments", [[], ["--quiet"]])
+def test_a_quiet_program_prints_its_results_alone(arguments):
+    command = [sys.executable, "-c", TALKS, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "2 samples in 1m01s\n  samples  somewhere.npz\n  grid     else.png\n"
+    if arguments:
+        assert done.stderr == ""
+    else:
+        assert done.stderr.splitlines()[0] == "a note"
+        assert "step 2/2" in done.stderr
