@@ -5,11 +5,11 @@
 
     model = diversedit_jax.train(digits.get_config(), "runs/digits")     # trains, or goes on, and opens the run
     model = diversedit_jax.load("runs/digits")                           # opens a run
-    model = diversedit_jax.load("SiT-XL-2-256.pt", vae="sd-vae-ft-ema")  # opens a release
+    model = diversedit_jax.load("SiT-XL-2-256.pt", family="official_sit", vae="sd-vae-ft-ema")  # opens a release
 
     images = model.sample(labels=[3, 5], num=16, cfg_scale=1.5, seed=0)  # uint8 [16 h w c]; a grid in a notebook
     blocks = model.features(images, t=0.5, y=images.labels)              # [blocks 16 tokens width]
-    scores = model.evaluate(num=1000)                                    # {"digits/fid": ..., ...}
+    scores = model.evaluate(num=1000)                                    # {"fd_digits": ..., ...}
     report = model.analyze()                                             # figures in a notebook, and report.html
     model.params, model.config, model.step
 

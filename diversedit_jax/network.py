@@ -1,9 +1,9 @@
 """Trained networks from Python: open one, sample, look inside, score and analyze it, in a line each.
 
-model = load("runs/digits")                       # or load("hf:owner/name"), load("sit.pt", vae="sd-vae-ft-ema")
+model = load("runs/digits")                       # or load("hf:owner/name"), or the file of a release
 images = model.sample(labels=[3, 5], num=16)      # uint8 [16 h w c]; in a notebook it shows as a grid
 blocks = model.features(images, t=0.5)            # [blocks 16 tokens width]
-scores = model.evaluate(num=1000)                 # {"digits/accuracy": ..., ...}
+scores = model.evaluate(num=1000)                 # {"fd_digits": ..., ...}
 model.analyze()                                   # in a notebook it shows the figures
 """
 
@@ -65,7 +65,7 @@ class Samples(np.ndarray):
 
 
 class Report:
-    """The findings of an analysis. A notebook shows the summary and the figures.
+    """The findings of an analysis. A notebook shows the summary and the figures with their captions.
 
     page: report.html; the figures, and their numbers as .csv, lie beside it. studies: the numbers themselves.
     """
@@ -77,7 +77,7 @@ class Report:
         return f"{tables.aligned(analyze.summary(self.studies), left=1)}\n{self.page}"
 
     def _repr_html_(self) -> str:
-        figures = re.findall(r"<h2>.*?</h2>|<img [^>]*>", self.page.read_text(encoding="utf-8"))
+        figures = re.findall(r"<h2>.*?</h2><p>.*?</p>|<img [^>]*>", self.page.read_text(encoding="utf-8"))
         return "\n".join([f"<pre>{html.escape(repr(self))}</pre>", *figures])
 
 

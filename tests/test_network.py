@@ -94,7 +94,8 @@ def test_an_analysis_shows_its_figures(model, tmp_path):
     )
     assert report.page == tmp_path / "report.html"
     assert "mean CKA" in repr(report)
-    assert report._repr_html_().count("<img ") >= 2
+    shown = report._repr_html_()
+    assert shown.count("<img ") == shown.count("<h2>") == shown.count("<p>") >= 2, "a figure, its title, its caption"
     assert len(report.studies) == 1
 
 
