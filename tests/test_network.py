@@ -8,10 +8,12 @@ from PIL import Image
 
 import diversedit_jax
 from diversedit_jax import evaluate
+from diversedit_jax.config import slot
 from diversedit_jax.configs import digits
 from diversedit_jax.errors import ConfigError, RunError
 from diversedit_jax.network import Samples
 from diversedit_jax.runs import trained
+from tests import DATA
 
 LABELS = [3, 5, 3]
 
@@ -97,6 +99,14 @@ def test_an_analysis_shows_its_figures(model, tmp_path):
     shown = report._repr_html_()
     assert shown.count("<img ") == shown.count("<h2>") == shown.count("<p>") >= 2, "a figure, its title, its caption"
     assert len(report.studies) == 1
+
+
+def test_a_release_is_shown_data_of_a_slot():
+    data = slot("data", "synthetic", shape=(8, 8, 4))
+    found = diversedit_jax.load(DATA / "official_sit.safetensors", family="official_sit", heads=4, data=data)
+    assert found.config.data.to_dict() == data.to_dict()
+    assert found.config.codec.name == "pixels"
+    assert found.step == 0
 
 
 def test_what_is_no_network_is_refused(tmp_path):

@@ -83,7 +83,7 @@ class Trained(NamedTuple):
 def of_run(
     workdir: str | Path,
     *,
-    data: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | ConfigDict | None = None,
     vae: str | None = None,
     rounding: str | None = None,
     model: Mapping[str, Any] | None = None,
@@ -186,7 +186,7 @@ def of_release(
     weights: str | None = None,
     sides: int | Sequence[int] | None = None,
     *,
-    data: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | ConfigDict | None = None,
     vae: str | None = None,
     rounding: str | None = None,
     model: Mapping[str, Any] | None = None,
