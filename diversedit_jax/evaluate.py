@@ -176,6 +176,7 @@ def evaluate(
         sharding.wait_for_all("features are written")
         if jax.process_index() != 0:
             return {}
+        say(f"computing the scores of {images.num:,} images")
         scores: dict[str, float] = {}
         for one in judges.extractors:
             scores |= scoring.scores(one.name, feature_cache.features(parts, firsts, one.name), statistics[one.name])
@@ -281,6 +282,8 @@ def run(
         scoring.check_count(images.num, scoring.features_of(judges.extractors, images.shape), judges.few)
         scoring.check_reference(judges.extractors, judges.references, images.shape)
     extract = scoring.extraction(judges.extractors, sharding.make(), opened[0].batch)
+    for reference in judges.references if jax.process_index() == 0 else ():
+        say(f"reference: {reference.about['name']}")
     statistics = scoring.references_for(judges.extractors, judges.references, extract, opened[0].batch)
     speaks, swept = jax.process_index() == 0, len(points) > 1
     rows: list[tables.Row] = []

@@ -10,7 +10,6 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
@@ -107,6 +106,8 @@ def splash(
 
 @cache
 def _splash(tokens: int, heads: int, interpret: bool):
+    from jax.experimental.pallas.ops.tpu import splash_attention  # here, because it takes half a second to import
+
     block = next(size for size in range(min(LARGEST, tokens), 0, -LANES) if tokens % size == 0)
     sizes = splash_attention.BlockSizes(
         **dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv"), block),

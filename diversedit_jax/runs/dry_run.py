@@ -21,7 +21,7 @@ from diversedit_jax.runtime import flops, versions
 from diversedit_jax.runtime.progress import brief, duration
 from diversedit_jax.training.step import train_step
 
-SECONDS = 5.0  # of the measurement
+SECONDS = 2.0  # of the measurement
 LATENTS, IMAGENET = (32, 32, 4), 1_281_167  # of an image of 256 pixels; images of the training set
 ON_CPU = 1e12  # FLOPs: a larger step takes a CPU longer than one waits
 

@@ -15,7 +15,8 @@ from diversedit_jax.runs import dry_run
 
 
 @pytest.fixture
-def config():
+def config(monkeypatch):
+    monkeypatch.setattr(dry_run, "SECONDS", 0.1)
     config = digits.get_config()
     config.update({"total_steps": 30, "batch_size": 16})
     config.model.update({"depth": 2, "width": 16, "heads": 2})

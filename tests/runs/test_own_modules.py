@@ -97,7 +97,7 @@ def test_sampling_needs_neither_losses_nor_encoders(run, monkeypatch, tmp_path):
 def test_a_resumed_run_keeps_the_places_up_to_date(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
     (tmp_path / "one_loss.py").write_text(LOSS)
-    tree = {"data": {"name": "digits"}, "model": {}, "objective": {"name": "one_loss:make"}}
+    tree = {"data": {"name": "digits"}, "model": {}, "objective": {"name": "one_loss:make"}, "loggers": ""}
     for _ in range(2):
         assert configs.claim(tmp_path, ConfigDict(tree)) == []
         assert json.loads((tmp_path / "config.json").read_text())["modules"] == {"one_loss": str(tmp_path)}
