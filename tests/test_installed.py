@@ -22,7 +22,7 @@ print(diversedit_jax.train(config, "runs/small"))
 SAMPLES = """
 import diversedit_jax
 model = diversedit_jax.load("runs/small")
-print(model.sample(labels=[3, 5], num=4, steps=3))
+print(repr(model.sample(labels=[3, 5], num=4, steps=3)))
 """
 LOSSES = """
 import importlib.metadata, jax
