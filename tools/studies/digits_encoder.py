@@ -5,7 +5,6 @@
 It replaces DINOv2 if nothing can be downloaded: REPA and REG can align to its features of the digits.
 """
 
-import sys
 from pathlib import Path
 
 import jax
@@ -16,7 +15,10 @@ from safetensors.numpy import save_file
 
 from diversedit_jax.config import slot
 from diversedit_jax.data import digits
+from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import vit
+from diversedit_jax.runtime import cli
+from diversedit_jax.runtime.files import writable_folder
 from diversedit_jax.weights.vit import export
 
 WIDTH = 48
@@ -63,6 +65,12 @@ def train(file: str | Path, steps: int = 500) -> float:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(f"usage: python -m tools.studies.digits_encoder FILE.safetensors\n\n{__doc__}")
-    print(f"{sys.argv[1]}: recognises {train(sys.argv[1]):.1%} of the held-out digits")
+
+    def main(arguments: list[str]) -> None:
+        """Train, and say how good it is."""
+        if len(arguments) != 1:
+            raise ConfigError("give the file to write, such as runs/encoder.safetensors")
+        writable_folder(Path(arguments[0]).parent, "FILE")
+        print(f"{arguments[0]}: recognises {train(arguments[0]):.1%} of the held-out digits")
+
+    cli.launch(main, arguments=True)
