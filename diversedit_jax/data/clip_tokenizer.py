@@ -1,0 +1,86 @@
+"""CLIP's tokenizer: texts to token ids, from the published vocab.json and merges.txt.
+
+Texts are lower-cased, blanks are one blank, and byte pairs are merged (arXiv 2103.00020). A text begins with the start
+token and ends with the end token, which also fills the places behind it.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from diversedit_jax.data import local_path
+from diversedit_jax.errors import ConfigError, DataError, check_machine
+from diversedit_jax.reading import read_json
+from diversedit_jax.registry import in_range
+
+FILES = ("vocab.json", "merges.txt")
+START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
+LENGTH = 77  # places of the published text encoders
+# Endings of English contractions, words, single digits, and runs of anything else.
+PARTS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+class Tokens(NamedTuple):
+    """Texts as ids. cut: whether a text had more tokens than places; the last ones are lost."""
+
+    ids: Int[np.ndarray, "b n"]
+    cut: Bool[np.ndarray, " b"]
+
+
+class Tokenizer:
+    """Texts -> Tokens, int32. size: of the vocabulary. length: places of a text. start, end: ids of these tokens."""
+
+    def __init__(self, words: Any, vocabulary: dict[str, int], length: int):
+        self._words, self.size, self.length = words, len(vocabulary), length
+        self.start, self.end = vocabulary[START], vocabulary[END]
+
+    def __call__(self, texts: Sequence[str]) -> Tokens:
+        """Turn texts into ids. An empty text is the start token and end tokens."""
+        found = [one.ids for one in self._words.encode_batch(list(texts), add_special_tokens=False)]
+        ids = np.full((len(found), self.length), self.end, np.int32)
+        ids[:, 0] = self.start
+        for row, words in zip(ids, found, strict=True):
+            row[1 : 1 + len(words)][: self.length - 2] = words[: self.length - 2]
+        return Tokens(ids, np.array([len(words) > self.length - 2 for words in found], bool))
+
+
+def open_tokenizer(folder: str | Path, length: int = LENGTH) -> Tokenizer:
+    """The tokenizer in a folder with vocab.json and merges.txt, or in its subfolder `tokenizer`.
+
+    length: places of a text, as many as the text encoder has.
+    Raises ConfigError if the library is missing, DataError for files that are missing, damaged or do not fit.
+    """
+    in_range("tokenizer: length", length, 3)
+    try:
+        import tokenizers  # here, because only texts need it
+    except ImportError:
+        raise ConfigError("tokenizer: tokenizers is not installed: pip install diversedit_jax[text]") from None
+    place = local_path("tokenizer", folder)
+    place = place / "tokenizer" if (place / "tokenizer").is_dir() else place
+    for name in FILES:
+        if not (place / name).is_file():
+            raise DataError(f"tokenizer: {place} has no {name}: wanted {' and '.join(FILES)}")
+    file = FILES[0]
+    try:
+        vocabulary = read_json(place / file)
+        if not isinstance(vocabulary, dict) or not all(type(number) is int for number in vocabulary.values()):
+            raise ValueError("it is no table of words and numbers")
+        if missing := [word for word in (START, END) if word not in vocabulary]:
+            raise ValueError(f"it has no {missing[0]}: it is not CLIP's")
+        file = FILES[1]
+        lines = (place / file).read_text(encoding="utf-8").splitlines()
+        merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        if wrong := [merge for merge in merges if len(merge) != 2]:
+            raise ValueError(f"{' '.join(wrong[0])[:80]!r} is no pair")
+        model = tokenizers.models.BPE(vocabulary, merges, end_of_word_suffix=WORD_END, unk_token=END)
+    except Exception as error:  # tokenizers raises plain Exceptions
+        check_machine(error)
+        raise DataError(f"tokenizer: {place / file}: {' '.join(str(error).split())[:200]}") from error
+    words, forms, cuts = tokenizers.Tokenizer(model), tokenizers.normalizers, tokenizers.pre_tokenizers
+    words.normalizer = forms.Sequence([forms.NFC(), forms.Replace(tokenizers.Regex(r"\s+"), " "), forms.Lowercase()])
+    split = cuts.Split(tokenizers.Regex(PARTS), "removed", invert=True)
+    words.pre_tokenizer = cuts.Sequence([split, cuts.ByteLevel(add_prefix_space=False)])
+    return Tokenizer(words, vocabulary, length)

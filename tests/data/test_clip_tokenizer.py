@@ -1,0 +1,65 @@
+"""CLIP's tokenizer gives the ids of both of transformers', and names files that do not fit."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from diversedit_jax.data.clip_tokenizer import open_tokenizer
+from diversedit_jax.errors import ConfigError, DataError
+from tests import ROOT
+
+FOLDER = ROOT / "tests" / "data" / "clip_tokenizer"
+CASES = json.loads((FOLDER / "cases.json").read_text())
+
+
+@pytest.mark.parametrize("length", [16, 77])
+@pytest.mark.parametrize("kind", ["slow_with_ftfy", "fast"])
+def test_every_text_has_the_ids_of_transformers(kind, length):
+    tokens = open_tokenizer(FOLDER, length)(CASES["texts"])
+    np.testing.assert_array_equal(tokens.ids, CASES[kind][str(length)])
+    assert tokens.ids.dtype == np.int32
+
+
+def test_what_is_cut_is_told():
+    tokenizer = open_tokenizer(FOLDER, 16)
+    tokens = tokenizer(["", "the " * 14, "the " * 15, "the " * 300])
+    assert tokens.cut.tolist() == [False, False, True, True]
+    assert (tokens.ids[:, 0] == tokenizer.start).all()
+    assert (tokens.ids[:, -1] == tokenizer.end).all()
+    assert (tokens.ids[0, 1:] == tokenizer.end).all()
+    assert tokenizer.size == 535
+
+
+def test_a_pipeline_has_it_in_a_subfolder(tmp_path):
+    shutil.copytree(FOLDER, tmp_path / "tokenizer")
+    np.testing.assert_array_equal(open_tokenizer(tmp_path)(["a cat"]).ids, open_tokenizer(FOLDER)(["a cat"]).ids)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("vocab.json", None, "has no vocab.json: wanted vocab.json and merges.txt"),
+        ("vocab.json", "{", "vocab.json"),
+        ("vocab.json", '["a"]', "vocab.json: it is no table of words and numbers"),
+        ("vocab.json", '{"a": 0}', r"has no <\|startoftext\|>: it is not CLIP's"),
+        ("merges.txt", "#version: 0.2\na b c\n", "'a b c' is no pair"),
+        ("merges.txt", "#version: 0.2\nqq zz\n", "merges.txt|vocabulary|out of"),
+        ("merges.txt", b"\xff\xfe", "utf-8"),
+    ],
+)
+def test_files_that_do_not_fit_are_named(file, content, said, tmp_path):
+    shutil.copytree(FOLDER, tmp_path / "one")
+    path = tmp_path / "one" / file
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=said):
+        open_tokenizer(tmp_path / "one")
+
+
+def test_a_length_without_room_is_refused():
+    with pytest.raises(ConfigError, match="tokenizer: length = 2: must be at least 3"):
+        open_tokenizer(FOLDER, 2)
