@@ -44,15 +44,11 @@ from diversedit_jax.weights import hub
 class Samples(np.ndarray):
     """Samples [n ...] on the host, uint8 images or float32 latents. A notebook shows them as a grid.
 
-    labels: the condition of each. names: of their classes.
+    labels: the condition of each. names: of their classes. Parts and copies have neither: their order may be another.
     """
 
     labels: Any = None
     names: list[str] | None = None
-
-    def __array_finalize__(self, source: Any) -> None:
-        if isinstance(source, Samples) and self.shape[:1] == source.shape[:1]:
-            self.labels, self.names = source.labels, source.names
 
     def __repr__(self) -> str:
         return f"<Samples {self.dtype} {list(self.shape)}>" if self.ndim else super().__repr__()

@@ -63,6 +63,7 @@ def test_samples_show_themselves_as_a_grid():
     assert samples[0]._repr_png_() is None
     assert samples.astype(np.float32)._repr_png_() is None
     assert samples[:2].labels is None
+    assert samples[::-1].labels is None, "they would be in the wrong order"
     samples.names = ["1", "2", "3", "4"]
     assert Image.open(io.BytesIO(samples._repr_png_()), formats=("PNG",)).size == (70, 102)
     assert float(samples.mean()) == 0
