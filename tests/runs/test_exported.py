@@ -169,7 +169,6 @@ def program(module, *arguments, cwd, hub=None):
 
 
 def test_a_program_samples_from_a_name_on_the_hub(run, folder, tmp_path):
-    pytest.importorskip("huggingface_hub")
     with served() as hub:
         hub.add("some/run", folder)
         done = program("diversedit_jax.sample", "--checkpoint=hf:some/run", "--num=4", cwd=tmp_path, hub=hub)

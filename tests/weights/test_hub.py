@@ -11,8 +11,6 @@ import pytest
 from tests import DATA, ROOT
 from tests.hub import served
 
-pytest.importorskip("huggingface_hub")
-
 ASK = """
 import json, sys
 from diversedit_jax.errors import RunError
