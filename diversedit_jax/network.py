@@ -8,7 +8,6 @@ model.analyze()                                   # in a notebook it shows the f
 """
 
 import html
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
@@ -36,7 +35,7 @@ from diversedit_jax.registry import one_of
 from diversedit_jax.runs import flags as run_flags
 from diversedit_jax.runs import trained
 from diversedit_jax.runs.trained import Source, Trained
-from diversedit_jax.runtime import cli, pictures
+from diversedit_jax.runtime import cli, pictures, versions
 from diversedit_jax.sampling import sampler
 from diversedit_jax.weights import hub
 
@@ -92,8 +91,7 @@ class Network:
         self.config: ConfigDict = found.experiment.config if found.workdir is None else configs.stored(found.workdir)
 
     def __repr__(self) -> str:
-        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.params))
-        space = self._found.space
+        count, space = versions.parameter_count(self.params), self._found.space
         kind = "conditions" if (classes := space.conditions.classes) is None else f"{classes} classes"
         return f"<Network {self._source.name}: {count:,} parameters, examples {list(space.shape)}, {kind}>"
 
@@ -142,6 +140,10 @@ class Network:
         y:      condition of each, such as labels [b]. None: the null condition.
         """
         experiment = self._found.experiment
+        if more := experiment.components.objective.reads:
+            raise ConfigError(
+                f"the network also takes {', '.join(more)}: `analyze` computes its features from its data"
+            )
         x, count = self._in_network_space(images), len(images)
         if y is None:
             null = self._found.space.conditions.null
@@ -220,6 +222,8 @@ class Network:
     ) -> Report:
         """Find out how features differ from block to block, for this network and others, without training.
 
+        All checkpoints of a run are compared, or the one it was opened at with `step`.
+
         num, split, skip, out: as the flags of `python -m diversedit_jax.analyze`.
         """
         cli.silence()
@@ -259,4 +263,9 @@ def load(
         reopen = analyzed = partial(trained.of_release, path, **options)
     weights = "online" if online else "ema"
     found = reopen()
-    return Network(found, trained.drawing(found, step, weights=weights), weights, analyzed, trust_workdir)
+
+    def again() -> Trained:
+        """The same with its losses, and all checkpoints unless one was asked for."""
+        return analyzed() if step is None else analyzed()._replace(steps=(step,))
+
+    return Network(found, trained.drawing(found, step, weights=weights), weights, again, trust_workdir)

@@ -1,5 +1,6 @@
 """Trained networks from Python: open, sample, look inside, score, analyze."""
 
+import copy
 import io
 
 import numpy as np
@@ -25,7 +26,7 @@ def model(tmp_path_factory):
     config.update({"total_steps": 3, "batch_size": 16})
     config.model.update({"depth": 2, "width": 16, "heads": 2})
     config.sampler.update({"solver": "euler", "steps": 2, "batch_size": 16})
-    config.samples.num = 0
+    config.samples.num, config.checkpoint.every = 0, 2
     config.evaluators.digits.num = config.evaluators.scores.num = 110
     return diversedit_jax.train(config, tmp_path_factory.mktemp("run"))
 
@@ -92,14 +93,25 @@ def test_scores_are_those_of_the_program(model, tmp_path):
 
 
 def test_an_analysis_shows_its_figures(model, tmp_path):
-    report = model.analyze(
-        num=16, skip=["times", "estimators", "probe", "gradients", "connections", "maps"], out=tmp_path
-    )
+    skipped = ["times", "estimators", "probe", "gradients", "connections", "maps"]
+    report = model.analyze(num=16, skip=skipped, out=tmp_path)
     assert report.page == tmp_path / "report.html"
     assert "mean CKA" in repr(report)
     shown = report._repr_html_()
     assert shown.count("<img ") == shown.count("<h2>") == shown.count("<p>") >= 2, "a figure, its title, its caption"
-    assert len(report.studies) == 1
+    assert [[look.step for look in one.looks] for one in report.studies] == [[2, 3]]
+    early = diversedit_jax.load(model.workdir, step=2).analyze(num=16, skip=skipped, out=tmp_path / "early")
+    assert [[look.step for look in one.looks] for one in early.studies] == [[2]]
+
+
+def test_features_that_need_more_than_images_are_refused(model):
+    objective = model._found.experiment.components.objective._replace(reads=("token/dinov2",))
+    components = model._found.experiment.components._replace(objective=objective)
+    experiment = model._found.experiment._replace(components=components)
+    other = copy.copy(model)
+    other._found = model._found._replace(experiment=experiment)
+    with pytest.raises(ConfigError, match="the network also takes token/dinov2: `analyze` computes its features"):
+        other.features(np.zeros((1, 8, 8, 1), np.uint8), t=0.5)
 
 
 def test_a_release_is_shown_data_of_a_slot():

@@ -35,6 +35,11 @@ def versions() -> dict[str, str]:
     return found | {"backend": jax.default_backend(), "devices": devices}
 
 
+def parameter_count(params: Any) -> int:
+    """The number of elements of a pytree of arrays or ShapeDtypeStructs."""
+    return int(clu_overview.count_parameters(by_name(params)))
+
+
 def parameter_overview(params: Any) -> str:
     """A table of the names, shapes, dtypes and sizes of a pytree of arrays or ShapeDtypeStructs, and the total."""
     return clu_overview.get_parameter_overview(by_name(params), include_stats=False)
