@@ -82,7 +82,7 @@ def keywords(config: ConfigDict, place: str, build: Callable) -> dict[str, Any]:
 
     ConfigError if one is required and not set, or is not of the type in the signature of the factory `build`.
     """
-    given = {name: _plain(value) for name, value in config.to_dict().items() if name not in RESERVED}
+    given = {name: plain(value) for name, value in config.to_dict().items() if name not in RESERVED}
     for name, parameter in registry.options(build).items():
         value, default = given.get(name, parameter.default), parameter.default
         if default is inspect.Parameter.empty and value in (None, default):
@@ -125,8 +125,9 @@ def named(place: str, options: Collection[str]) -> Iterator[None]:
         raise ConfigError(text) from error
 
 
-def _plain(value: Any) -> Any:
-    return tuple(_plain(part) for part in value) if isinstance(value, list | tuple) else value
+def plain(value: Any) -> Any:
+    """A value with tuples for lists: a stored config has the one where a config has the other."""
+    return tuple(plain(part) for part in value) if isinstance(value, list | tuple) else value
 
 
 def modules(config: Mapping[str, Any]) -> dict[str, str]:

@@ -74,7 +74,7 @@ class Plan:
     """What a run will do: its components, its first batch, the shapes of its state."""
 
     def __init__(self, config: ConfigDict, workdir: Path, stack: contextlib.ExitStack):
-        """Find all errors of the config and the data. Nothing compiles, and nothing is written."""
+        """Find the errors of the config and the data. Nothing compiles, and nothing is written."""
         self.config, self.workdir = config, workdir
 
         # 1. Components, from the config and the data set.
@@ -197,7 +197,7 @@ class Trainer(Plan):
         self.writer.write_hparams(files.flat(self.config.to_dict()))
         if said := slow_average(self.config.ema_decay, self.config.total_steps):
             self.note(said)
-        self.note(f"{counted(params):,} parameters on {installed['devices']} ({installed['backend']})")
+        self.note(f"{versions.parameter_count(params):,} parameters on {installed['devices']} ({installed['backend']})")
 
     def compile(self) -> None:
         """Compile the program of a step."""
@@ -395,7 +395,7 @@ class Trainer(Plan):
             from diversedit_jax.analysis import run_report  # loads matplotlib, which the training does not need
 
             self.check_lock()
-            facts = run_report.Facts(self.config, step, counted(self.state["params"]), command)
+            facts = run_report.Facts(self.config, step, versions.parameter_count(self.state["params"]), command)
             run_report.write(self.workdir, facts)
         except Exception as error:
             self.note(f"no report: {cli.reason(error)}")
@@ -417,11 +417,6 @@ def batches(
 def due(step: int, every: int) -> bool:
     """Whether an event with this interval is due at a step. every = 0: only at the end of the run."""
     return every > 0 and step % every == 0
-
-
-def counted(params: Any) -> int:
-    """The number of parameters."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 def shown(values: Mapping[str, float]) -> dict[str, float]:
@@ -470,8 +465,18 @@ def dry_run(config: ConfigDict, workdir: str | Path | None = None) -> None:
     place = Path(tempfile.gettempdir(), uuid.uuid4().hex) if workdir is None else Path(workdir).expanduser().absolute()
     with contextlib.ExitStack() as stack:
         plan = Plan(config, place, stack)
-        known = (plan.experiment, len(plan.dataset.source), plan.batch, plan.abstract, plan.init, plan.key_init)
-        planned = Planned(*known, plan.flops, plan.begin)
+        if not plan.begin:
+            build.starting_params(config, plan.experiment.components.model, plan.abstract["params"])  # raises if unfit
+        planned = Planned(
+            experiment=plan.experiment,
+            examples=len(plan.dataset.source),
+            batch=plan.batch,
+            abstract=plan.abstract,
+            init=plan.init,
+            key=plan.key_init,
+            work=plan.flops,
+            begin=plan.begin,
+        )
         for line in itertools.chain([assumed] if assumed else [], report(planned)):
             if jax.process_index() == 0:
                 print(line, flush=True)

@@ -4,8 +4,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from diversedit_jax import config as configs
 from diversedit_jax.analysis import known_scores
 from diversedit_jax.api import Params
@@ -13,7 +11,7 @@ from diversedit_jax.config import FILE, PATHS
 from diversedit_jax.reading import read_json
 from diversedit_jax.runs.trained import Trained
 from diversedit_jax.runtime.files import flat, write_text
-from diversedit_jax.runtime.versions import versions
+from diversedit_jax.runtime.versions import parameter_count, versions
 from diversedit_jax.weights import hub
 
 GRID = "samples.png"
@@ -68,7 +66,7 @@ def write(folder: Path, found: Trained, params: Params, weights: str) -> None:
     grids = [found.workdir / "samples" / f"{step:07d}.png", found.workdir / GRID]
     if (grid := next(filter(Path.is_file, grids), None)) is not None and grid != folder / GRID:
         shutil.copyfile(grid, folder / GRID)
-    config = configs.load(found.workdir, configs.LABELED, trust=True).to_dict()  # nothing of it is built
+    config = configs.stored(found.workdir).to_dict()
     scores = {name: f"{value:.6g}" for name, value in known_scores.found(found.workdir).get(step, {}).items()}
     kinds = [config["model"]["name"], config["objective"]["name"], *(one["name"] for one in config["losses"].values())]
     tags = ["jax", "flax", "diffusion", "diffusion-transformer", *(kind for kind in kinds if ":" not in kind)]
@@ -80,7 +78,7 @@ def write(folder: Path, found: Trained, params: Params, weights: str) -> None:
         "data": f"{config['data']['name']}, examples {list(found.space.shape)}, {conditions(found)}",
         "codec": described(config["codec"]),
         "sampler": described(config["sampler"]),
-        "parameters": f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,}",
+        "parameters": f"{parameter_count(params):,}",
         "step": f"{step:,}, batch size {config['batch_size']}",
         "weights": f"EMA, decay {config['ema_decay']}" if weights == "ema" else "trained, without EMA",
         "written by": ", ".join(f"{name} {value}" for name, value in versions().items() if name in LIBRARIES),

@@ -18,7 +18,7 @@ from PIL import Image
 
 from diversedit_jax import registry
 from diversedit_jax.analysis import drawing, html_page, known_scores
-from diversedit_jax.config import LABELED, PATHS, SINGLE
+from diversedit_jax.config import LABELED, PATHS, SINGLE, plain
 from diversedit_jax.evaluation.tables import number
 from diversedit_jax.reading import parse_json, read_json
 from diversedit_jax.runs import check
@@ -223,11 +223,6 @@ def changed(config: ConfigDict) -> set[str]:
         defaults = registry.options(part.build) if part.build is not None else {}
         found |= {f"{place}.{k}" for k, one in defaults.items() if k in given and plain(given[k]) != plain(one.default)}
     return found
-
-
-def plain(value: Any) -> Any:
-    """A value with lists for tuples, as a stored config has them."""
-    return [plain(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def shown(value: Any) -> str:

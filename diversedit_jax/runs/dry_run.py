@@ -62,8 +62,7 @@ def report(planned: Planned) -> Iterator[str]:
     abstract, parts = planned.abstract, planned.experiment.components
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     yield versions.parameter_overview(abstract["params"])
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract["params"]))
-    yield row("network", f"{config.model.name}: {count:,} parameters")
+    yield row("network", f"{config.model.name}: {versions.parameter_count(abstract['params']):,} parameters")
     for name, slots in (("losses", config.losses), ("encoders", config.encoders)):
         if slots:
             yield row(name, ", ".join(f"{label} ({slot.name})" for label, slot in slots.items()))

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from diversedit_jax.config import plain
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.registry import in_words, nearest, options
 from diversedit_jax.runs.check import KEYS, Part, parts_of
@@ -89,11 +90,7 @@ def _row(key: Key, place: str, width: int) -> str:
     meaning = f"{key.meaning[:1].upper()}{key.meaning[1:]}"
     about = f"{key.allowed}. {meaning}" if key.allowed else meaning
     rows = textwrap.wrap(about, width, initial_indent=INDENT, subsequent_indent=INDENT)
-    return "\n".join([f"  {name} = {_plain(key.value)!r}{changed}", *rows])
-
-
-def _plain(value: Any) -> Any:
-    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
+    return "\n".join([f"  {name} = {plain(key.value)!r}{changed}", *rows])
 
 
 def _between(limit: Mapping[str, int | float]) -> str:

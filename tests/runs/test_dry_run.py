@@ -10,7 +10,7 @@ import pytest
 from diversedit_jax import train
 from diversedit_jax.config import slot
 from diversedit_jax.configs import digits, sit
-from diversedit_jax.errors import ConfigError
+from diversedit_jax.errors import ConfigError, RunError
 from diversedit_jax.runs import dry_run
 
 
@@ -62,6 +62,9 @@ def test_data_that_are_not_given_have_a_stand_in_of_the_recipes_shape():
 
 
 def test_every_error_of_the_config_is_found(config):
+    config.init_from.file = "nowhere.safetensors"
+    with pytest.raises(RunError, match=r"config\.init_from: .*nowhere\.safetensors"):
+        train.dry_run(config)
     config.losses.more = slot("losses", "repa")
     config.losses.more.block = 9
     with pytest.raises(ConfigError, match=r"config\.losses\.more: block = 9"):
