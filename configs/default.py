@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     config.data = slot("data", "latents")  # what is stored: --config.data.data_dir=LATENTS
     config.input = options(pipeline.batches)  # how it is read: threads, worker processes, bad records
     config.codec = slot("codecs", "vae")  # from there to the network's space, on device
+    config.text_encoder = placeholder(ConfigDict)  # frozen, for token ids: slot("encoders", "clip_text", file=...)
     config.encoders = ConfigDict()  # frozen, for losses that align to them: label -> slot("encoders", name, file=...)
     config.model = slot("models", "dit", size="B", patch=2)
     config.objective = slot("objectives", "flow_matching")

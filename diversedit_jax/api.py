@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from diversedit_jax.registry import INT32, in_range
@@ -52,9 +53,32 @@ class Space(NamedTuple):
     conditions: Conditions
 
 
+@jax.tree_util.register_pytree_node_class
+class Features(tuple):
+    """The features of a network with two streams: a tuple of those of the image stream, and the others beside it.
+
+    text: features of the text stream [b m d], one entry fewer: the last block gives no text.
+    """
+
+    text: tuple[Array, ...]
+
+    def __new__(cls, image: Sequence[Array], text: Sequence[Array]) -> "Features":
+        made = super().__new__(cls, image)
+        made.text = tuple(text)
+        return made
+
+    def tree_flatten(self) -> tuple[tuple, None]:
+        return (tuple(self), self.text), None
+
+    @classmethod
+    def tree_unflatten(cls, _, streams: tuple) -> "Features":
+        return cls(*streams)
+
+
 # (x_t [b *s c], t [b], y, **inputs) -> (prediction [b *s c], features).
-# features[k] is the residual stream after k blocks, [b n d]; features[0] is the embedding. `Objective.inputs` names the
-# `inputs`. A network is a closure over its parameters, so its caller knows no framework.
+# features[k] is the residual stream after k blocks, [b n d]; features[0] is the embedding. Of a network with two
+# streams they are `Features`: those of the image. `Objective.inputs` names the `inputs`. A network is a closure over
+# its parameters, so its caller knows no framework.
 Network = Callable[..., tuple[Array, Sequence[Array]]]
 
 

@@ -32,14 +32,17 @@ LATER = {
     "input": {"resident": False},
     "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "rules": []},
     "loggers": "",
+    "text_encoder": None,
 }
 NAMES = ("name", "extractor")  # keys whose values name factories
-SINGLE = {"data": "data", "codec": "codecs", "model": "models", "objective": "objectives"}  # key -> kind of slot
+# key -> kind of slot; those in OPTIONAL may be None
+SINGLE = {"data": "data", "codec": "codecs", "text_encoder": "encoders", "model": "models", "objective": "objectives"}
+OPTIONAL = ("text_encoder",)
 LABELED = ("encoders", "losses", "evaluators")  # kinds of slots that a run has any number of, under labels
 
 # Paths in these parts of a config may change when a run is resumed. What they hold may not, see `build.inputs`.
-MOVABLE = ("data", "codec", "encoders", "init_from")
-PATHS = ("data_dir", "file", "vae")
+MOVABLE = ("data", "codec", "encoders", "text_encoder", "init_from")
+PATHS = ("data_dir", "file", "vae", "tokenizer")
 # What may change when a run is resumed.
 FREE = ("total_steps", "max_skipped", "watchdog", "mesh", "input")  # how long and where it runs
 FREE += ("log_every", "profile", "loggers", "checkpoint", "samples", "evaluators")  # what it reports and keeps

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from diversedit_jax import registry
-from diversedit_jax.api import Batch, Codec, Conditions, Params, Space
+from diversedit_jax.api import Batch, Codec, Condition, Conditions, Params, Space
 from diversedit_jax.data.levels import VALUES, Levels
-from diversedit_jax.encoders import Encoder
+from diversedit_jax.encoders import Encoder, TextEncoder
 from diversedit_jax.errors import ConfigError
 
 # make(name, **options): the codec `name`; the options are the keywords of `codecs.<name>.make`.
@@ -67,6 +67,22 @@ def with_encoders(codec: Codec, encoders: Mapping[str, Encoder]) -> Codec:
         return batch
 
     return Codec(init, encode, _inside(codec.decode), _inside(codec.condition), codec.shape, codec.reads)
+
+
+def with_text(codec: Codec, encoder: TextEncoder) -> Codec:
+    """A codec that also turns the token ids of texts into features. Features that are stored stay as they are."""
+
+    def init() -> Params:
+        return {"codec": codec.init(), "text": encoder.init()}
+
+    def encode(frozen: Params, batch: Batch, key: Array) -> Batch:
+        return codec.encode(frozen["codec"], batch, key)
+
+    def condition(frozen: Params, condition: Condition) -> Condition:
+        ids = not isinstance(condition, Mapping)
+        return encoder.apply(frozen["text"], condition) if ids else condition
+
+    return Codec(init, encode, _inside(codec.decode), condition, codec.shape, codec.reads)
 
 
 def resident(codec: Codec, levels: Levels) -> Codec:

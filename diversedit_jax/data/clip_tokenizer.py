@@ -4,6 +4,8 @@ Texts are lower-cased, blanks are one blank, and byte pairs are merged (arXiv 21
 token and ends with the end token, which also fills the places behind it.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +15,12 @@ from jaxtyping import Bool, Int
 
 from diversedit_jax.data import local_path
 from diversedit_jax.errors import ConfigError, DataError, check_machine
-from diversedit_jax.reading import read_json
+from diversedit_jax.reading import RegularFile, read_json
 from diversedit_jax.registry import in_range
 
 FILES = ("vocab.json", "merges.txt")
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
+BLANK = "\u0120"  # a blank in the alphabet of bytes
 LENGTH = 77  # places of the published text encoders
 # Endings of English contractions, words, single digits, and runs of anything else.
 PARTS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -46,6 +49,32 @@ class Tokenizer:
             row[1 : 1 + len(words)][: self.length - 2] = words[: self.length - 2]
         return Tokens(ids, np.array([len(words) > self.length - 2 for words in found], bool))
 
+    def texts(self, ids: Int[np.ndarray, "b n"]) -> list[str]:
+        """The texts of ids, in lower case and with blanks around all but words."""
+        found = []
+        for row in ids.tolist():
+            words = row[1 : row.index(self.end) if self.end in row else None]
+            pieces = [self._words.id_to_token(word).replace(WORD_END, BLANK) for word in words]
+            found.append(self._words.decoder.decode(pieces).strip())
+        return found
+
+
+def place_of(folder: str | Path) -> Path:
+    """The folder that holds the files: `folder`, or its subfolder `tokenizer`."""
+    place = local_path("tokenizer", folder)
+    return place / "tokenizer" if (place / "tokenizer").is_dir() else place
+
+
+def holds(folder: str | Path) -> bool:
+    """Whether a folder holds the files."""
+    return all((place_of(folder) / name).is_file() for name in FILES)
+
+
+def digest(folder: str | Path) -> str:
+    """A name for the tokenizer in a folder that holds the files, sha256 in hex: equal for files of equal content."""
+    content = json.dumps(_content(folder), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
 
 def open_tokenizer(folder: str | Path, length: int = LENGTH) -> Tokenizer:
     """The tokenizer in a folder with vocab.json and merges.txt, or in its subfolder `tokenizer`.
@@ -58,8 +87,22 @@ def open_tokenizer(folder: str | Path, length: int = LENGTH) -> Tokenizer:
         import tokenizers  # here, because only texts need it
     except ImportError:
         raise ConfigError("tokenizer: tokenizers is not installed: pip install diversedit_jax[text]") from None
-    place = local_path("tokenizer", folder)
-    place = place / "tokenizer" if (place / "tokenizer").is_dir() else place
+    vocabulary, merges = _content(folder)
+    try:
+        model = tokenizers.models.BPE(vocabulary, merges, end_of_word_suffix=WORD_END, unk_token=END)
+    except Exception as error:  # tokenizers raises plain Exceptions
+        raise _damaged(place_of(folder) / FILES[1], error) from error
+    words, forms, cuts = tokenizers.Tokenizer(model), tokenizers.normalizers, tokenizers.pre_tokenizers
+    words.normalizer = forms.Sequence([forms.NFC(), forms.Replace(tokenizers.Regex(r"\s+"), " "), forms.Lowercase()])
+    split = cuts.Split(tokenizers.Regex(PARTS), "removed", invert=True)
+    words.pre_tokenizer = cuts.Sequence([split, cuts.ByteLevel(add_prefix_space=False)])
+    words.decoder = tokenizers.decoders.ByteLevel()
+    return Tokenizer(words, vocabulary, length)
+
+
+def _content(folder: str | Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The vocabulary and the merges in the files of a folder. DataError for files that are missing or damaged."""
+    place = place_of(folder)
     for name in FILES:
         if not (place / name).is_file():
             raise DataError(f"tokenizer: {place} has no {name}: wanted {' and '.join(FILES)}")
@@ -71,16 +114,16 @@ def open_tokenizer(folder: str | Path, length: int = LENGTH) -> Tokenizer:
         if missing := [word for word in (START, END) if word not in vocabulary]:
             raise ValueError(f"it has no {missing[0]}: it is not CLIP's")
         file = FILES[1]
-        lines = (place / file).read_text(encoding="utf-8").splitlines()
+        with RegularFile(place / file) as opened:
+            lines = opened.read().decode().splitlines()
         merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
         if wrong := [merge for merge in merges if len(merge) != 2]:
             raise ValueError(f"{' '.join(wrong[0])[:80]!r} is no pair")
-        model = tokenizers.models.BPE(vocabulary, merges, end_of_word_suffix=WORD_END, unk_token=END)
-    except Exception as error:  # tokenizers raises plain Exceptions
-        check_machine(error)
-        raise DataError(f"tokenizer: {place / file}: {' '.join(str(error).split())[:200]}") from error
-    words, forms, cuts = tokenizers.Tokenizer(model), tokenizers.normalizers, tokenizers.pre_tokenizers
-    words.normalizer = forms.Sequence([forms.NFC(), forms.Replace(tokenizers.Regex(r"\s+"), " "), forms.Lowercase()])
-    split = cuts.Split(tokenizers.Regex(PARTS), "removed", invert=True)
-    words.pre_tokenizer = cuts.Sequence([split, cuts.ByteLevel(add_prefix_space=False)])
-    return Tokenizer(words, vocabulary, length)
+    except (OSError, ValueError) as error:
+        raise _damaged(place / file, error) from error
+    return vocabulary, merges
+
+
+def _damaged(file: Path, error: Exception) -> DataError:
+    check_machine(error)
+    return DataError(f"tokenizer: {file}: {' '.join(str(error).split())[:200]}")

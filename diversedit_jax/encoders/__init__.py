@@ -1,19 +1,20 @@
-"""Frozen image encoders for REPA and REG, one published encoder per file.
+"""Frozen encoders, one published encoder per file: of images for REPA and REG, of texts for text-to-image.
 
-Preprocessing and choice of features are those of REPA's code (arXiv 2410.06940). An encoder runs on the raw images in
-every compiled training step. Its weights are an argument.
+Preprocessing and choice of features are those of REPA's code (arXiv 2410.06940). An encoder runs on the raw images, or
+on the tokens of texts, in every compiled training step. Its weights are an argument.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from diversedit_jax import registry
-from diversedit_jax.api import Params
+from diversedit_jax.api import Condition, Params
+from diversedit_jax.data.clip_tokenizer import Tokenizer
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import bicubic, vit
 from diversedit_jax.registry import in_range
@@ -24,7 +25,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 
 class Encoder(NamedTuple):
-    """A frozen encoder.
+    """A frozen encoder of images.
 
     init:  () -> frozen weights: arrays on the host. The first call reads the file.
     apply: (frozen, images [b h w c] with values 0 .. 255) -> (patch tokens [b n d], class token [b d] or None).
@@ -34,6 +35,21 @@ class Encoder(NamedTuple):
     init: Callable[[], Params]
     apply: Callable[[Params, Array], tuple[Array, Array | None]]
     width: int
+
+
+class TextEncoder(NamedTuple):
+    """A frozen encoder of texts.
+
+    init:      () -> frozen weights: arrays on the host. The first call reads the file.
+    apply:     (frozen, token ids [b n]) -> the network's condition, {"context": [b n d], "mask": [b n], ...}.
+    tokenizer: () -> what makes token ids of texts. The first call reads its files.
+    check:     raises ConfigError for data whose tokens (`Dataset.text`) are not for this encoder.
+    """
+
+    init: Callable[[], Params]
+    apply: Callable[[Params, Array], Condition]
+    tokenizer: Callable[[], Tokenizer]
+    check: Callable[[Mapping[str, Any]], None]
 
 
 # make(name, **options): the encoder `name`; the options are the keywords of `encoders.<name>.make`.

@@ -46,6 +46,11 @@ class Text(NamedTuple):
     projected: Float[Array, "b k"] | None
 
 
+def end_of(ids: Int[Array, "b n"], end: int) -> Int[Array, " b"]:
+    """The place of the first end token of each text. end: as in `Architecture`."""
+    return ids.argmax(axis=1) if end == LARGEST_ID else (ids == end).argmax(axis=1)
+
+
 class Block(vit.Block):
     """A block whose tokens see themselves and those before."""
 
@@ -79,7 +84,7 @@ class TextEncoder(nnx.Module):
         x = self.token_embed[...][ids] + self.position[:count]
         x, _ = jax.lax.scan(lambda x, block: (block(x), None), x, self.blocks)
         tokens = self.norm(x)
-        last = ids.argmax(axis=1) if self.arch.end == LARGEST_ID else (ids == self.arch.end).argmax(axis=1)
+        last = end_of(ids, self.arch.end)
         pooled = jnp.take_along_axis(tokens, last[:, None, None], axis=1)[:, 0]
         return Text(tokens, pooled, None if self.projection is None else self.projection(pooled))
 

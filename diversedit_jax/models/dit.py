@@ -104,37 +104,82 @@ def modulate(x: Float[Array, "b n d"], shift: Float[Array, "b d"], scale: Float[
     return layer_norm(x) * (1 + scale[:, None]) + shift[:, None]
 
 
+def linear_of(init: str, dtype, rngs: Keys, kernel: Callable = KERNELS["xavier"], precision: str | None = None):
+    """What builds a linear layer: (inputs, outputs, zero=False) -> layer.
+
+    init: `adaln_zero`: kernels by `kernel`, or zero where a network begins as the identity (`zero`), and biases zero;
+        `torch`: torch's default for every kernel and bias.
+    """
+
+    def linear(inputs: int, outputs: int | tuple[int, ...], zero: bool = False) -> nnx.Linear | nnx.LinearGeneral:
+        chosen = {"kernel_init": nnx.initializers.zeros if zero else kernel}
+        if init == "torch":
+            chosen = {"kernel_init": KERNELS["torch"], "bias_init": partial(_symmetric, bound=inputs**-0.5)}
+        layer = nnx.Linear if isinstance(outputs, int) else nnx.LinearGeneral
+        return layer(inputs, outputs, dtype=dtype, precision=precision, rngs=rngs, **chosen)
+
+    return linear
+
+
+def _symmetric(key: Array, shape: tuple[int, ...], dtype=jnp.float32, *, bound: float) -> Array:
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+QK_NORMS = {"none": None, "layer": nnx.LayerNorm, "rms": nnx.RMSNorm}  # of queries and keys, over the width of a head
+
+
+def qk_norm_of(name: str, head: int, rngs: Keys) -> nnx.LayerNorm | nnx.RMSNorm | None:
+    """A norm of QK_NORMS for heads of this width."""
+    build = QK_NORMS[name]
+    return build and build(head, epsilon=EPS, dtype=jnp.float32, rngs=rngs)
+
+
 class Block(nnx.Module):
     """A transformer block with adaLN-Zero (DiT, section 3.2)."""
 
     def __init__(
-        self, width: int, heads: int, mlp_ratio: float, qk_norm: bool, dtype, attention: str = "xla", *, rngs: Keys
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        qk_norm: str,
+        dtype,
+        attention: str = "xla",
+        init: str = "adaln_zero",
+        *,
+        rngs: Keys,
     ):
-        hidden, head = int(width * mlp_ratio), width // heads
-        linear = partial(nnx.Linear, dtype=dtype, kernel_init=KERNELS["xavier"], rngs=rngs)
-        norm = partial(nnx.LayerNorm, head, epsilon=EPS, dtype=jnp.float32, rngs=rngs)
-        self.ada = linear(width, 6 * width, kernel_init=nnx.initializers.zeros)
-        self.qkv = nnx.LinearGeneral(width, (3, heads, head), dtype=dtype, kernel_init=KERNELS["xavier"], rngs=rngs)
-        self.q_norm, self.k_norm = (norm() if qk_norm else None for _ in range(2))
+        hidden, linear = int(width * mlp_ratio), linear_of(init, dtype, rngs)
+        self.ada = linear(width, 6 * width, zero=True)
+        self.qkv = linear(width, (3, heads, width // heads))
+        self.q_norm, self.k_norm = (qk_norm_of(qk_norm, width // heads, rngs) for _ in range(2))
         self.proj = linear(width, width)
         self.fc1 = linear(width, hidden)
         self.fc2 = linear(hidden, width)
         self.dtype, self.attention = dtype, attention
 
     def __call__(self, x: Float[Array, "b n d"], c: Float[Array, "b d"]) -> Float[Array, "b n d"]:
-        ada = checkpoint_name(self.ada(jax.nn.silu(c)), "ada").astype(jnp.float32)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(ada, 6, axis=-1)
-        x = x + (gate_a[:, None] * self._attention(modulate(x, shift_a, scale_a))).astype(x.dtype)
-        x = x + (gate_m[:, None] * self._mlp(modulate(x, shift_m, scale_m))).astype(x.dtype)
-        return sharding.kept_over_batch(x)
+        ada = self.modulation(c)
+        return self.after(x, attend(*self.heads(x, ada), self.attention), ada)
 
-    def _attention(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        qkv = checkpoint_name(self.qkv(x.astype(self.dtype)), "qkv")
+    def modulation(self, c: Float[Array, "b d"]) -> list[Float[Array, "b d"]]:
+        """Shift, scale and gate of the attention, then those of the MLP."""
+        return jnp.split(checkpoint_name(self.ada(jax.nn.silu(c)), "ada").astype(jnp.float32), 6, axis=-1)
+
+    def heads(self, x: Float[Array, "b n d"], ada: list[Array]) -> tuple[Array, Array, Array]:
+        """Queries, keys and values, [b n h k] each."""
+        qkv = checkpoint_name(self.qkv(modulate(x, *ada[:2]).astype(self.dtype)), "qkv")
         q, k, v = jnp.moveaxis(qkv, 2, 0)
         if self.q_norm is not None:
             q, k = self.q_norm(q).astype(v.dtype), self.k_norm(k).astype(v.dtype)
-        out = attend(q, k, v, self.attention)
-        return checkpoint_name(self.proj(out.reshape(x.shape)), "proj")
+        return q, k, v
+
+    def after(self, x: Float[Array, "b n d"], out: Float[Array, "b n h k"], ada: list[Array]) -> Float[Array, "b n d"]:
+        """x, with the attention's output and then that of the MLP added to it."""
+        _, _, gate_a, shift_m, scale_m, gate_m = ada
+        x = x + (gate_a[:, None] * checkpoint_name(self.proj(out.reshape(x.shape)), "proj")).astype(x.dtype)
+        x = x + (gate_m[:, None] * self._mlp(modulate(x, shift_m, scale_m))).astype(x.dtype)
+        return sharding.kept_over_batch(x)
 
     def _mlp(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         hidden = checkpoint_name(self.fc1(x.astype(self.dtype)), "fc1")
@@ -179,19 +224,28 @@ def merging(form: Skip, width: int, dtype) -> Callable[..., Merge | Gate]:
     return partial(Gate, width) if form.init is None else partial(Merge, width, form.norm, form.init, dtype)
 
 
-class TimeEmbedding(nnx.Module):
-    """The sinusoids of t, not multiplied by 1000, through a two-layer MLP, in float32."""
+class Perceptron(nnx.Module):
+    """Linear, SiLU, Linear, in float32. init: as for `linear_of`."""
 
-    def __init__(self, width: int, frequencies: int = 256, *, rngs: Keys):
-        linear = partial(nnx.Linear, kernel_init=nnx.initializers.normal(0.02), precision="highest", rngs=rngs)
-        self.fc1 = linear(frequencies, width)
-        self.fc2 = linear(width, width)
+    def __init__(self, inputs: int, width: int, init: str = "adaln_zero", *, rngs: Keys):
+        linear = linear_of(init, None, rngs, nnx.initializers.normal(0.02), precision="highest")
+        self.fc1, self.fc2 = linear(inputs, width), linear(width, width)
+
+    def __call__(self, x: Float[Array, "b k"]) -> Float[Array, "b d"]:
+        return self.fc2(jax.nn.silu(self.fc1(x)))
+
+
+class TimeEmbedding(Perceptron):
+    """The sinusoids of t, not multiplied by 1000, through a Perceptron."""
+
+    def __init__(self, width: int, frequencies: int = 256, init: str = "adaln_zero", *, rngs: Keys):
+        super().__init__(frequencies, width, init, rngs=rngs)
         self.frequencies = frequencies
 
     def __call__(self, t: Float[Array, " b"]) -> Float[Array, "b d"]:
         half = self.frequencies // 2
         angles = t.astype(jnp.float32)[:, None] * np.exp(-np.log(10000.0) * np.arange(half) / half).astype(np.float32)
-        return self.fc2(jax.nn.silu(self.fc1(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1))))
+        return super().__call__(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1))
 
 
 class DiT(nnx.Module):
@@ -409,15 +463,15 @@ def make(
     one_of("model.stream_dtype", stream_dtype, FLOATS)
     depth, width, heads = _dimensions(size, depth=depth, width=width, heads=heads)
     in_range("model.mlp_ratio", mlp_ratio, 1 / width, MANY / width)
-    grid, prefix = _grid(shape, patch, width), int("token" in inputs)
+    grid, prefix = grid_of(shape, patch, width), int("token" in inputs)
     out_channels = in_range("model.out_channels", shape[-1] if out_channels is None else out_channels, 1, MANY)
     for block in read_blocks:
         in_range("config.losses: block", block, 0, depth)
-    form = _skip(skip, skip_init)
+    form = skip_of(skip, skip_init)
     kernel = choose(attention, dtype, "span" in inputs, math.prod(grid) + prefix, width // heads)
     unroll = sharding.platform() == "tpu" if unroll is None else unroll
     stack = Stack(tuple(sorted(set(read_blocks))), REMAT[remat], unroll)
-    block = partial(Block, width, heads, mlp_ratio, qk_norm, jnp.dtype(dtype), kernel)
+    block = partial(Block, width, heads, mlp_ratio, "layer" if qk_norm else "none", jnp.dtype(dtype), kernel)
     merge = form and merging(form, width, jnp.dtype(dtype))
     dims, dtypes = (depth, width, patch, out_channels), (jnp.dtype(dtype), jnp.dtype(stream_dtype))
     build = partial(DiT, shape, classes, inputs, *dims, block, merge, form, capture, stack, *dtypes)
@@ -430,7 +484,11 @@ def make(
 def _dimensions(size: str, **changes: int | None) -> Size:
     """A published size with some of its numbers changed; None: unchanged."""
     dims = SIZES[one_of("model.size", size, SIZES)]
-    dims = dims._replace(**{name: value for name, value in changes.items() if value is not None})
+    return check_dimensions(dims._replace(**{name: value for name, value in changes.items() if value is not None}))
+
+
+def check_dimensions(dims: Size) -> Size:
+    """The same dimensions. ConfigError for impossible ones."""
     for name, (least, most) in {"depth": (2, 10_000), "width": (1, MANY), "heads": (1, MANY)}.items():
         in_range(f"model.{name}", getattr(dims, name), least, most)
     if dims.width % dims.heads:
@@ -438,7 +496,7 @@ def _dimensions(size: str, **changes: int | None) -> Size:
     return dims
 
 
-def _grid(shape: tuple[int, ...], patch: int, width: int) -> tuple[int, ...]:
+def grid_of(shape: tuple[int, ...], patch: int, width: int) -> tuple[int, ...]:
     """Patches along each spatial axis of examples of `shape` (*s, c)."""
     *sides, _ = shape
     in_range("model.patch", patch, 1)
@@ -449,7 +507,7 @@ def _grid(shape: tuple[int, ...], patch: int, width: int) -> tuple[int, ...]:
     return tuple(side // patch for side in sides)
 
 
-def _skip(skip: str, init: str | None) -> Skip | None:
+def skip_of(skip: str, init: str | None) -> Skip | None:
     """The form of long residual connections, with another initialisation unless `init` is None."""
     form = SKIPS[one_of("model.skip", skip, SKIPS)]
     if init is None:

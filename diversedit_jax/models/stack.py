@@ -29,10 +29,11 @@ class Stack(NamedTuple):
     unroll: bool
 
     def run(
-        self, body: Callable, x: Array, layers: tuple, first: int, separate: bool = False
-    ) -> tuple[Array, list[Array], Array | list[Array]]:
+        self, body: Callable, x: Any, layers: tuple, first: int, separate: bool = False
+    ) -> tuple[Any, list[Any], Any]:
         """Apply `body`, (x, layer) -> (x, output), to all layers in turn, as `jax.lax.scan` does.
 
+        x, output: arrays, or trees of them.
         layers:   trees with a leading layer axis, or lists of layers.
         first:    how many blocks come before them.
         separate: the output of a block is not its x.
@@ -48,10 +49,10 @@ class Stack(NamedTuple):
             outputs.append(output)
         return x, outputs, outputs
 
-    def _loop(self, body: Callable, x: Array, layers: tuple, blocks: range, separate: bool):
+    def _loop(self, body: Callable, x: Any, layers: tuple, blocks: range, separate: bool):
         """`run` as a scan that is split behind `read_blocks`."""
 
-        def with_output(carry: tuple[Array, ...], layer: tuple):
+        def with_output(carry: tuple[Any, ...], layer: tuple):
             x, output = body(carry[0], layer)
             return ((x, output) if separate else (x,)), output
 
@@ -63,20 +64,24 @@ class Stack(NamedTuple):
             if self.policy is not None:  # XLA inlines a loop of one turn, and would then merge the recomputation
                 step = jax.checkpoint(with_output, policy=self.policy, prevent_cse=end - begin == 1)
             carry, stack = jax.lax.scan(step, carry, part(layers, begin, end))
-            outputs += unstack(stack)
+            outputs += each(stack)
             outputs[-1] = carry[-1]  # the same array, but reading it keeps no stack in memory
             stacks.append(stack)
-        return carry[0], outputs, stacks[0] if len(stacks) == 1 else jnp.concatenate(stacks)
+        return (
+            carry[0],
+            outputs,
+            jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks) if stacks[1:] else stacks[0],
+        )
 
-    def reverse(self, stack: Array | list[Array], outputs: list[Array]) -> tuple[Array | list[Array], list[Array]]:
+    def reverse(self, stack: Any, outputs: list[Any]) -> tuple[Any, list[Any]]:
         """The outputs of `run` in reverse order, as layers of another `run`; and the outputs in order, for reading.
 
         A loop keeps the reversed stack for its backward pass anyway. Outputs outside of `read_blocks` are read from it.
         """
         if self.unroll:
             return stack[::-1], outputs
-        flipped = jnp.flip(stack, axis=0)
-        copies = zip(outputs, unstack(flipped)[::-1], strict=True)
+        flipped = jax.tree.map(lambda leaf: jnp.flip(leaf, axis=0), stack)
+        copies = zip(outputs, each(flipped)[::-1], strict=True)
         return flipped, [own if k in self.read_blocks else copy for k, (own, copy) in enumerate(copies, 1)]
 
 
@@ -86,7 +91,9 @@ def stacked(build: Callable[[Keys], nnx.Module], count: int, rngs: Keys) -> nnx.
 
 
 def part(layers: Any, begin: int, end: int | None = None) -> Any:
-    """Layers begin .. end - 1 of stacked layers."""
+    """Layers begin .. end - 1 of stacked layers, or of a list of layers."""
+    if isinstance(layers, list):
+        return layers[begin:end]
     return jax.tree.map(lambda p: p if (begin, end) in ((0, None), (0, len(p))) else p[begin:end], layers)
 
 

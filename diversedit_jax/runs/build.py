@@ -16,10 +16,11 @@ from ml_collections import ConfigDict
 from diversedit_jax import codecs, conditioning, sharding
 from diversedit_jax import config as configs
 from diversedit_jax.api import Codec, Condition, Conditions, Model, Params, Space
-from diversedit_jax.codecs import network_space, with_encoders
-from diversedit_jax.data import Dataset
+from diversedit_jax.codecs import network_space, with_encoders, with_text
+from diversedit_jax.data import Dataset, clip_tokenizer
 from diversedit_jax.data.levels import numbered
 from diversedit_jax.data.pipeline import read, stacked
+from diversedit_jax.encoders import TextEncoder
 from diversedit_jax.errors import ConfigError, DataError, RunError, WeightsError
 from diversedit_jax.registry import one_of
 from diversedit_jax.runs.check import check
@@ -32,7 +33,7 @@ from diversedit_jax.weights import dit as releases
 from diversedit_jax.weights import hub
 from diversedit_jax.weights.formats import weights_folder
 
-BUILT = ("codec", "model", "objective", "losses", "encoders")  # the slots that `build` builds
+BUILT = ("codec", "text_encoder", "model", "objective", "losses", "encoders")  # the slots that `build` builds
 
 
 class Experiment(NamedTuple):
@@ -60,8 +61,13 @@ class Experiment(NamedTuple):
 
 
 def open_data(config: ConfigDict, split: str = "train") -> Dataset:
-    """The data set of a config. ConfigError if its latents have another scale than `config.codec.scale`."""
+    """The data set of a config.
+
+    ConfigError if its latents have another scale than `config.codec.scale`, or its texts the tokens of another encoder.
+    """
     dataset = configs.make("data", config.data, "config.data", split)
+    if dataset.text is not None and (text := text_encoder(config)) is not None:
+        text.check(dataset.text)
     scale = config.codec.get("scale", dataset.scale)
     if dataset.scale not in (None, scale):
         raise ConfigError(f"config.codec.scale = {scale}, but the autoencoder of these latents has {dataset.scale}")
@@ -101,10 +107,12 @@ def inputs(config: ConfigDict, dataset: Dataset) -> dict[str, Any]:
             parts = [np.ascontiguousarray(leaf).tobytes() for leaf in jax.tree.leaves(example["y"])]
             conditions[str(index)] = hashlib.sha256(b"".join(parts)).hexdigest()[:8]
     found = {"data": {"examples": count, "condition": conditions}}
-    for part in ("codec", "encoders"):
-        for key, path in flat({part: config[part].to_dict()}).items():
+    for part in ("codec", "encoders", "text_encoder"):
+        for key, path in flat({part: config.to_dict()[part]}).items():
             if key.split(".")[-1] in configs.PATHS and path is not None:
                 place = weights_folder.folder_of(hub.local(path), "vae")
+                if clip_tokenizer.holds(place):
+                    found[f"{key} (tokenizer)"] = clip_tokenizer.digest(place)[:16]
                 with contextlib.suppress(WeightsError):  # an encoder of a user may read other folders
                     found[key] = weights_folder.digest(place)[:16]
     return found
@@ -148,6 +156,16 @@ def build(config: ConfigDict, space: Space, devices: Sequence[jax.Device] | None
     return Experiment(config, space, layout.with_rules(components.model.rules), components, rates)
 
 
+def text_encoder(config: ConfigDict) -> TextEncoder | None:
+    """The text encoder of a config, or None."""
+    if config.text_encoder is None:
+        return None
+    encoder = configs.make("encoders", config.text_encoder, "config.text_encoder")
+    if not isinstance(encoder, TextEncoder):
+        raise ConfigError(f"config.text_encoder.name = {config.text_encoder.name!r}: it encodes images")
+    return encoder
+
+
 def components_of(
     config: ConfigDict, space: Space, layout: sharding.Layout, transform: optax.GradientTransformation
 ) -> Components:
@@ -157,8 +175,14 @@ def components_of(
     losses = {label: configs.make("losses", c, f"config.losses.{label}") for label, c in config.losses.items()}
     objective = configs.make("objectives", config.objective, "config.objective")
     codec = configs.make("codecs", config.codec, "config.codec")
+    text = text_encoder(config)
+    codec = codec if text is None else with_text(codec, text)
     inner = network_space(codec, space)
     encoders = {label: configs.make("encoders", c, f"config.encoders.{label}") for label, c in config.encoders.items()}
+    for label in [label for label, encoder in encoders.items() if isinstance(encoder, TextEncoder)]:
+        raise ConfigError(
+            f"config.encoders.{label}: {config.encoders[label].name} encodes texts: use config.text_encoder"
+        )
     codec = with_encoders(codec, encoders) if encoders else codec
     read_blocks = tuple(sorted({block for aux in losses.values() for block in aux.blocks}))
     with jax.set_mesh(layout.mesh):  # a network may ask where it will run

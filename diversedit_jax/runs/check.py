@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from ml_collections import ConfigDict
 
 from diversedit_jax import config as configs
-from diversedit_jax.config import LABELED, RESERVED, SINGLE
+from diversedit_jax.config import LABELED, OPTIONAL, RESERVED, SINGLE
 from diversedit_jax.data import pipeline
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.registry import INT32, MANY, UINT32, fits, in_range, nearest, options
@@ -89,7 +89,8 @@ def parts_of(config: ConfigDict, built: Collection[str] = (*SINGLE, *LABELED)) -
         elif top in FACTORIES:
             yield Part(f"config.{top}", given, options(FACTORIES[top]), (), FACTORIES[top])
         elif top in SINGLE:
-            yield _slot(SINGLE[top], f"config.{top}", given, top in built)
+            if given is not None or top not in OPTIONAL:
+                yield _slot(SINGLE[top], f"config.{top}", given, top in built)
         elif top not in KEYS and not isinstance(given, ConfigDict):
             yield Part(f"config.{top}", given, ())
         elif top == "groups":

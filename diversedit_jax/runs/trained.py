@@ -216,7 +216,7 @@ def of_release(
     config = ConfigDict({"data": dict(data or {}), "encoders": {}, "losses": {}, "ema_decay": 0.0, "accumulate": 1})
     config.codec, config.objective = codec, slot("objectives", **release.objective)
     config.model = slot("models", **release.model | dict(model or {}))
-    config.sampler = configs.options(sampler.make)
+    config.sampler, config.text_encoder = configs.options(sampler.make), None
     layout, space = sharding.make(), release.space(sides)
     components = build.components_of(config, space, layout, optax.identity())
     experiment = build.Experiment(config, space, layout.with_rules(components.model.rules), components, {})

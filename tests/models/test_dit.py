@@ -102,7 +102,7 @@ def unrolled(params, x_t, t, y, *, depth: int, skip: str):
 
     def block(i):
         stack, j = (params["shallow"], i) if i < half else (params["deep"], i - half)
-        return module(lambda: Block(WIDTH, HEADS, 2.0, False, jnp.dtype("float32"), rngs=RNGS), stack, j)
+        return module(lambda: Block(WIDTH, HEADS, 2.0, "none", jnp.dtype("float32"), rngs=RNGS), stack, j)
 
     def merge(k):
         build = dit.merging(form, WIDTH, jnp.dtype("float32"))
