@@ -19,7 +19,7 @@ SAMPLER = list(options(sampler.make))  # the names of its options, and of their 
 GROUPS = {
     "The run": ["workdir", "step", "online", "weak_step", "trust_workdir"],
     "Or a release": ["checkpoint", "family", "heads", "weights", "side"],
-    "Decoding": ["vae", "rounding"],
+    "Texts and images": ["text_encoder", "vae", "rounding"],
     "The sampler; by default as the run or the release says": SAMPLER,
 }
 
@@ -45,6 +45,11 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Directory of a run.")
     flags.DEFINE_string(
         "vae", None, "Autoencoder that decodes latents: a folder as diffusers writes it, a file, or hf:owner/name."
+    )
+    flags.DEFINE_string(
+        "text_encoder",
+        None,
+        "CLIP's text encoder with its tokenizer, if not where the run has it: a folder or hf:owner/name.",
     )
     rounding = f"Rounding of images to 256 levels; by default as in the run, or {pixels.ROUNDING}."
     flags.DEFINE_enum("rounding", None, list(pixels.ROUNDINGS), rounding)
@@ -72,7 +77,7 @@ def source(defaults: Mapping[str, Any] | None = None) -> Source:
     given = flags.FLAGS
     overrides = dict(defaults or {})
     rounding = overrides.pop("rounding", None)
-    changes = {"vae": given.vae, "rounding": given.rounding or rounding}
+    changes = {"vae": given.vae, "rounding": given.rounding or rounding, "text_encoder": given.text_encoder}
     named = [name for name in SAMPLER if name in given and given[name].value is not None]
     overrides |= {name: given[name].value for name in named}
     if given.guidance_interval is not None:

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from diversedit_jax import config as configs
 from diversedit_jax import sharding
-from diversedit_jax.api import Condition, Params, Space
+from diversedit_jax.api import Condition, Conditions, Params, Space
 from diversedit_jax.config import slot
 from diversedit_jax.data import Dataset
 from diversedit_jax.data.pipeline import stacked
@@ -86,6 +86,7 @@ def of_run(
     data: Mapping[str, Any] | ConfigDict | None = None,
     vae: str | None = None,
     rounding: str | None = None,
+    text_encoder: str | None = None,
     model: Mapping[str, Any] | None = None,
     losses: bool = False,
     trust: bool = False,
@@ -94,6 +95,7 @@ def of_run(
 
     workdir:       of a run; or a folder to publish (`runs.exported`), also by its name on the hub (`weights.hub`).
     data:          a slot of `data` instead of config.data. vae, rounding: instead of those of config.codec.
+    text_encoder:  the file of the text encoder, instead of config.text_encoder.file.
     model:         changes to config.model; options that it does not have are ignored.
     losses:        also build the losses and open the frozen encoders, for analysis. If an encoder cannot be opened, the
                    losses that read it are left out.
@@ -112,6 +114,10 @@ def of_run(
         if option not in config.codec:
             raise ConfigError(f"--{option}={value}: the codec {config.codec.name} of {workdir} has no such option")
         config.codec[option] = value
+    if text_encoder is not None:
+        if config.text_encoder is None:
+            raise ConfigError(f"--text_encoder={text_encoder}: {workdir} was trained without texts")
+        config.text_encoder.file = text_encoder
     config.model.update({option: value for option, value in (model or {}).items() if option in config.model})
     checkpoints = exported.Exported(workdir) if published else Checkpoints(workdir / "checkpoints")
     space, notes = build.from_json(checkpoints.meta()), []
@@ -189,6 +195,7 @@ def of_release(
     data: Mapping[str, Any] | ConfigDict | None = None,
     vae: str | None = None,
     rounding: str | None = None,
+    text_encoder: str | None = None,
     model: Mapping[str, Any] | None = None,
 ) -> Trained:
     """The release in a weight file, see `weights.dit.open_release`.
@@ -197,6 +204,7 @@ def of_release(
     sides: height and width of its latents, or one number for both. None: as the file stores them.
     data: a slot of `data` to show it, for analysis. vae: the autoencoder that decodes its latents.
     rounding: of the decoded images. model: changes to its options.
+    text_encoder: the file of the text encoder, with its tokenizer, of a network that takes texts.
     """
     name, place = str(file) if hub.on_hub(file) else Path(file).name, hub.place(file)
     file = hub.local(file).absolute()
@@ -217,7 +225,16 @@ def of_release(
     config.codec, config.objective = codec, slot("objectives", **release.objective)
     config.model = slot("models", **release.model | dict(model or {}))
     config.sampler, config.text_encoder = configs.options(sampler.make), None
-    layout, space = sharding.make(), release.space(sides)
+    layout = sharding.make()
+    if release.arch.num_classes is not None:
+        space = release.space(sides)
+    elif text_encoder is None:
+        raise ConfigError(f"{name} takes texts: give the text encoder, with its tokenizer: --text_encoder=FILE")
+    else:
+        pooled = release.arch.pooled is not None
+        config.text_encoder = slot("encoders", "clip_text", file=text_encoder, pooled=pooled)
+        (empty,), _ = build.text_encoder(config).tokenizer()([""])
+        space = Space((*sides, release.arch.channels), Conditions(empty))
     components = build.components_of(config, space, layout, optax.identity())
     experiment = build.Experiment(config, space, layout.with_rules(components.model.rules), components, {})
     about = {"kind": "release", "family": release.family, "file": name, "model": config.model.to_dict()}
@@ -243,6 +260,7 @@ class Source(NamedTuple):
     params:     of the network. weak: of a weaker one to guide by (autoguidance), or None. frozen: of the codec.
     shape:      of an image; None if samples stay latents.
     conditions: (rule of `conditioning.RULES`, num, seed) -> the stored conditions of `num` samples.
+    prompts:    texts -> their stored conditions. named: conditions -> what they say, or None.
     folder:     where samples go by default.
     about:      what it is, for a record of scores.
     """
@@ -257,6 +275,8 @@ class Source(NamedTuple):
     space: Space
     shape: tuple[int, ...] | None
     conditions: Callable[[str | None, int, int], Condition]
+    prompts: Callable[[Sequence[str]], Condition]
+    named: Callable[[Condition], list[str] | None]
     folder: Path
     about: dict[str, Any]
 
@@ -304,7 +324,20 @@ def drawing(
     shape = build.sample_shape(codec, codec.shape(found.space.shape))
     given = partial(build.conditions, found.data, found.space)
     return Source(
-        name, drawn, experiment.sampler, options, params, weak, frozen, found.space, shape, given, folder, about
+        name,
+        drawn,
+        experiment.sampler,
+        options,
+        params,
+        weak,
+        frozen,
+        found.space,
+        shape,
+        given,
+        experiment.prompts,
+        experiment.named,
+        folder,
+        about,
     )
 
 

@@ -2,6 +2,7 @@
 
     hf:stabilityai/sd-vae-ft-ema              the one set of weights of a repository, with its config.json
     hf:facebook/DiT-XL-2-256:transformer      a folder in a repository
+    hf:openai/clip-vit-large-patch14          a text encoder with its tokenizer
     hf:owner/name@v1.0:model.safetensors      a file, at a branch, a tag or a commit
 
 huggingface_hub downloads each file once into its cache. Its own settings apply: HF_HOME, HF_TOKEN, HF_ENDPOINT,
@@ -24,6 +25,8 @@ NAME = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^:@\s]+))?(:(?P<
 FORM = "wanted hf:owner/name[@revision][:file]"
 # How the names of files of weights and statistics end, in a repository that has no folder of weights.
 ENDINGS = (".safetensors", ".pt", ".pth", ".pth.tar", ".ckpt", ".bin", ".msgpack", ".pb", ".npz", ".pkl")
+TOKENIZER = ("vocab.json", "merges.txt")  # for `data.clip_tokenizer`
+BESIDE = (CONFIG, *TOKENIZER)  # what a folder of weights may hold besides
 SHOWN = 8  # names in an error
 
 
@@ -130,12 +133,13 @@ def chosen(name: str, files: Mapping[str, Any], part: str | None) -> tuple[str, 
     """
     if part in files:
         folder, _, file = part.rpartition("/")
-        beside = f"{folder}/{CONFIG}" if folder else CONFIG
-        return part, [beside, part] if file in NAMES and beside in files else [part]
+        beside = [f"{folder}/{one}" if folder else one for one in BESIDE] if file in NAMES else []
+        return part, [*(one for one in beside if one in files), part]
     prefix = f"{part.rstrip('/')}/" if part else ""
     inside = [file for file in files if file.startswith(prefix)]
     if not inside:
         raise ConfigError(f"{name}: it has no {part or 'files'}; it has {_listed(files)}")
+    beside = [prefix + one for one in BESIDE if prefix + one in files]
     for wanted in (prefix + one for one in NAMES):
         held = [wanted] if wanted in files else []
         if not held and f"{wanted}.index.json" in files:  # in parts: model-00001-of-00002.safetensors
@@ -143,7 +147,9 @@ def chosen(name: str, files: Mapping[str, Any], part: str | None) -> tuple[str, 
             parts = [file for file in inside if file.startswith(f"{stem}-") and file.endswith(f".{kind}")]
             held = [f"{wanted}.index.json", *parts]
         if held:
-            return prefix, [*([prefix + CONFIG] if prefix + CONFIG in files else []), *held]
+            return prefix, [*beside, *held]
+    if all(prefix + one in files for one in TOKENIZER):
+        return prefix, beside
     found = [file for file in inside if file.endswith(ENDINGS)]
     if len(found) == 1:
         return chosen(name, files, found[0])
