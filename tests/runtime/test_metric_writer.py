@@ -259,12 +259,12 @@ def test_a_long_name_takes_several_lines_and_is_cut_at_the_last():
         image_grid(images, columns=2, names=[text, "a bus"])
         for text in (
             "a car",
-            "a small red seven at the top left",
+            "one red seven here",
             "a man who walks his dog in the park on a rainy day " * 3,
         )
     )
-    line = LINE
-    assert [len(grid) - len(one) for grid in (two, many)] == [line, 3 * line]
-    ink = many[: 4 * line, : 96 + 2].min(axis=(1, 2)).reshape(4, line).min(axis=1)
+
+    assert [len(grid) - len(one) for grid in (two, many)] == [LINE, 3 * LINE]
+    ink = many[: 4 * LINE, : 96 + 2].min(axis=(1, 2)).reshape(4, LINE).min(axis=1)
     assert ink.max() < 128  # every line has words
-    assert two[:line, 100:].min() == 255  # a short name stands at its image
+    assert two[:LINE, 100:].min() == 255  # a short name stands at its image
