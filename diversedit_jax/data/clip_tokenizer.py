@@ -4,6 +4,7 @@ Texts are lower-cased, blanks are one blank, and byte pairs are merged (arXiv 21
 token and ends with the end token, which also fills the places behind it.
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from jaxtyping import Bool, Int
 
 from diversedit_jax.data import local_path
 from diversedit_jax.errors import ConfigError, DataError, check_machine
-from diversedit_jax.reading import read_json
+from diversedit_jax.reading import RegularFile, parse_json
 from diversedit_jax.registry import in_range
 
 FILES = ("vocab.json", "merges.txt")
@@ -31,10 +32,13 @@ class Tokens(NamedTuple):
 
 
 class Tokenizer:
-    """Texts -> Tokens, int32. size: of the vocabulary. length: places of a text. start, end: ids of these tokens."""
+    """Texts -> Tokens, int32.
 
-    def __init__(self, words: Any, vocabulary: dict[str, int], length: int):
-        self._words, self.size, self.length = words, len(vocabulary), length
+    size: of the vocabulary. length: places of a text. start, end: ids of these tokens. sha256: of both files, in hex.
+    """
+
+    def __init__(self, words: Any, vocabulary: dict[str, int], length: int, sha256: str):
+        self._words, self.size, self.length, self.sha256 = words, len(vocabulary), length, sha256
         self.start, self.end = vocabulary[START], vocabulary[END]
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
@@ -63,15 +67,21 @@ def open_tokenizer(folder: str | Path, length: int = LENGTH) -> Tokenizer:
     for name in FILES:
         if not (place / name).is_file():
             raise DataError(f"tokenizer: {place} has no {name}: wanted {' and '.join(FILES)}")
-    file = FILES[0]
+    file, digest = FILES[0], hashlib.sha256()
     try:
-        vocabulary = read_json(place / file)
+        vocabulary = parse_json(_content(place / file, digest))
         if not isinstance(vocabulary, dict) or not all(type(number) is int for number in vocabulary.values()):
             raise ValueError("it is no table of words and numbers")
         if missing := [word for word in (START, END) if word not in vocabulary]:
             raise ValueError(f"it has no {missing[0]}: it is not CLIP's")
+        if sorted(vocabulary.values()) != list(range(len(vocabulary))):
+            raise ValueError(f"its numbers are not 0 .. {len(vocabulary) - 1}, as its {len(vocabulary)} words need")
+        # A byte without a token would become the end of the text.
+        alphabet = [byte + end for byte in tokenizers.pre_tokenizers.ByteLevel.alphabet() for end in ("", WORD_END)]
+        if missing := sorted(set(alphabet) - vocabulary.keys()):
+            raise ValueError(f"it has no {missing[0]!r}, and {len(missing) - 1} other bytes are missing: not CLIP's")
         file = FILES[1]
-        lines = (place / file).read_text(encoding="utf-8").splitlines()
+        lines = _content(place / file, digest).decode().splitlines()
         merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
         if wrong := [merge for merge in merges if len(merge) != 2]:
             raise ValueError(f"{' '.join(wrong[0])[:80]!r} is no pair")
@@ -83,4 +93,11 @@ def open_tokenizer(folder: str | Path, length: int = LENGTH) -> Tokenizer:
     words.normalizer = forms.Sequence([forms.NFC(), forms.Replace(tokenizers.Regex(r"\s+"), " "), forms.Lowercase()])
     split = cuts.Split(tokenizers.Regex(PARTS), "removed", invert=True)
     words.pre_tokenizer = cuts.Sequence([split, cuts.ByteLevel(add_prefix_space=False)])
-    return Tokenizer(words, vocabulary, length)
+    return Tokenizer(words, vocabulary, length, digest.hexdigest())
+
+
+def _content(file: Path, digest: Any) -> bytes:
+    with RegularFile(file) as opened:
+        content = opened.read()
+    digest.update(content)
+    return content

@@ -1,5 +1,6 @@
 """CLIP's tokenizer gives the ids of both of transformers', and names files that do not fit."""
 
+import hashlib
 import json
 import shutil
 
@@ -44,6 +45,9 @@ def test_a_pipeline_has_it_in_a_subfolder(tmp_path):
         ("vocab.json", "{", "vocab.json"),
         ("vocab.json", '["a"]', "vocab.json: it is no table of words and numbers"),
         ("vocab.json", '{"a": 0}', r"has no <\|startoftext\|>: it is not CLIP's"),
+        ("vocab.json", {"a": 535}, r"its numbers are not 0 .. 534, as its 535 words need"),
+        ("vocab.json", {"!": 1}, r"its numbers are not 0 .. 534"),
+        ("vocab.json", {"!": None}, r"it has no '!', and 0 other bytes are missing: not CLIP's"),
         ("merges.txt", "#version: 0.2\na b c\n", "'a b c' is no pair"),
         ("merges.txt", "#version: 0.2\nqq zz\n", "merges.txt|vocabulary|out of"),
         ("merges.txt", b"\xff\xfe", "utf-8"),
@@ -52,12 +56,21 @@ def test_a_pipeline_has_it_in_a_subfolder(tmp_path):
 def test_files_that_do_not_fit_are_named(file, content, said, tmp_path):
     shutil.copytree(FOLDER, tmp_path / "one")
     path = tmp_path / "one" / file
+    if isinstance(content, dict):
+        words = json.loads(path.read_text()) | content
+        kept = [word for word in words if words[word] is not None]
+        content = json.dumps(words if len(kept) == len(words) else {word: i for i, word in enumerate(kept)})
     if content is None:
         path.unlink()
     else:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=said):
         open_tokenizer(tmp_path / "one")
+
+
+def test_the_checksum_is_that_of_both_files(tmp_path):
+    content = b"".join((FOLDER / name).read_bytes() for name in ("vocab.json", "merges.txt"))
+    assert open_tokenizer(FOLDER).sha256 == hashlib.sha256(content).hexdigest()
 
 
 def test_a_length_without_room_is_refused():
