@@ -10,7 +10,7 @@ HF_HUB_OFFLINE. Without a network the cached files are taken.
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,18 @@ def local(name: str | Path) -> Path:
     Raises ConfigError for a name that the hub does not have or does not give, StorageError if it cannot be reached.
     """
     return _downloaded(str(name)) if on_hub(name) else Path(name).expanduser()
+
+
+def folder(name: str | Path, files: Sequence[str]) -> Path:
+    """The folder on this machine of these files. name: of a folder or a repository, as for `local`.
+
+    `local` of a repository would download its weights, too.
+    """
+    if not on_hub(name):
+        return local(name)
+    inside = "/" if NAME.fullmatch(str(name)) and str(name).count(":") == 2 else ":"
+    folders = [local(f"{name}{inside}{file}").parent for file in files]
+    return folders[0]
 
 
 def on_hub(name: str | Path) -> bool:
