@@ -1,6 +1,7 @@
 """Data sets on the host: numpy, grain and tfds, never jax arrays."""
 
 import operator
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +18,15 @@ class Dataset(NamedTuple):
     transform: (example, np.random.Generator) -> example; None if nothing is random.
     space:     shape and conditions of an example. For stored latents: the shape of the latents.
     scale:     by which the latents must be multiplied; the codec must have the same. None: unknown.
+    text:      of the tokenizer of conditions that are token ids: `sha256` of its files, number of words in its
+               `vocabulary`, `length` of a text. None: conditions are something else.
     """
 
     source: Any
     transform: Any
     space: Space
     scale: float | None = None
+    text: Mapping[str, Any] | None = None
 
 
 MAX_CLASSES = 1 << 20  # far more than any data set has: a damaged label would ask for gigabytes of names and weights
