@@ -11,7 +11,7 @@ HF_HUB_OFFLINE. Without a network the cached files are taken.
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,7 @@ NAME = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^:@\s]+))?(:(?P<
 FORM = "wanted hf:owner/name[@revision][:file]"
 # How the names of files of weights and statistics end, in a repository that has no folder of weights.
 ENDINGS = (".safetensors", ".pt", ".pth", ".pth.tar", ".ckpt", ".bin", ".msgpack", ".pb", ".npz", ".pkl")
-TOKENIZER = ("vocab.json", "merges.txt")  # for `data.clip_tokenizer`
-BESIDE = (CONFIG, *TOKENIZER)  # what a folder of weights may hold besides
+BESIDE = (CONFIG, "vocab.json", "merges.txt")  # what a folder of weights may hold besides: also a tokenizer
 SHOWN = 8  # names in an error
 
 
@@ -37,6 +36,18 @@ def local(name: str | Path) -> Path:
     Raises ConfigError for a name that the hub does not have or does not give, StorageError if it cannot be reached.
     """
     return _downloaded(str(name)) if on_hub(name) else Path(name).expanduser()
+
+
+def folder(name: str | Path, files: Sequence[str]) -> Path:
+    """The folder on this machine of these files. name: of a folder or a repository, as for `local`.
+
+    `local` of a repository would download its weights, too.
+    """
+    if not on_hub(name):
+        return local(name)
+    inside = "/" if NAME.fullmatch(str(name)) and str(name).count(":") == 2 else ":"
+    folders = [local(f"{name}{inside}{file}").parent for file in files]
+    return folders[0]
 
 
 def on_hub(name: str | Path) -> bool:
@@ -148,8 +159,6 @@ def chosen(name: str, files: Mapping[str, Any], part: str | None) -> tuple[str, 
             held = [f"{wanted}.index.json", *parts]
         if held:
             return prefix, [*beside, *held]
-    if all(prefix + one in files for one in TOKENIZER):
-        return prefix, beside
     found = [file for file in inside if file.endswith(ENDINGS)]
     if len(found) == 1:
         return chosen(name, files, found[0])
