@@ -20,8 +20,8 @@ from diversedit_jax.runtime import cli
 from diversedit_jax.training.checkpoint import Checkpoints
 from tests import captioned
 from tests.test_train import assert_same_bits, losses
+from tools import convert_checkpoint
 from tools.chaos.processes import Processes
-from tools.convert_checkpoint import of_run
 
 PROMPTS = ["a small red seven", "a blue bus", ""]
 
@@ -185,7 +185,7 @@ def test_stored_features_train_like_their_texts(tmp_path):
 
 def test_a_release_draws_prompts(straight, tmp_path):
     workdir, _ = straight
-    release, _ = of_run(workdir, trust=True)
+    release, _ = convert_checkpoint.of_run(workdir, trust=True)
     assert release.family == "mmdit"
     assert release.arch.text == 16
     arrays = diversedit_jax.weights.dit.export(release.params, "mmdit", release.arch)
@@ -196,6 +196,17 @@ def test_a_release_draws_prompts(straight, tmp_path):
     assert found.space.shape == (8, 8, 3)
     source = trained.drawing(found, overrides={"steps": 2, "batch_size": 8})
     assert source.sampler(source.params, source.frozen, source.prompts(PROMPTS), 0).shape == (3, 8, 8, 3)
+
+
+def test_a_published_run_draws_prompts(straight, tmp_path):
+    convert_checkpoint.publish(straight[0], tmp_path / "mine", trust=True)
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "pipeline_tag: text-to-image" in card
+    assert '--checkpoint=hf:OWNER/NAME --prompts="a red bus"' in card
+    found = trained.of_run(tmp_path / "mine", trust=True)
+    source, wanted = (trained.drawing(one) for one in (found, trained.of_run(straight[0], trust=True)))
+    images = source.sampler(source.params, source.frozen, source.prompts(PROMPTS), 0)
+    np.testing.assert_array_equal(images, wanted.sampler(wanted.params, wanted.frozen, wanted.prompts(PROMPTS), 0))
 
 
 def test_stable_diffusion_3_of_diffusers_is_refused(tmp_path):
