@@ -19,7 +19,7 @@ from diversedit_jax.api import Codec, Condition, Conditions, Model, Params, Spac
 from diversedit_jax.codecs import network_space, with_encoders, with_text
 from diversedit_jax.data import Dataset, clip_tokenizer
 from diversedit_jax.data.levels import numbered
-from diversedit_jax.data.pipeline import read, stacked
+from diversedit_jax.data.pipeline import generator, read, stacked
 from diversedit_jax.encoders import TextEncoder
 from diversedit_jax.errors import ConfigError, DataError, RunError, WeightsError
 from diversedit_jax.registry import one_of
@@ -35,6 +35,7 @@ from diversedit_jax.weights import hub
 from diversedit_jax.weights.formats import weights_folder
 
 ALIKE = 0.95  # least cosine of features of one text encoder; bfloat16 against float32 has more than 0.99
+AT_ONCE = 256  # examples that are read at a time for their conditions alone
 BUILT = ("codec", "text_encoder", "model", "objective", "losses", "encoders")  # the slots that `build` builds
 
 
@@ -155,13 +156,25 @@ def conditions(data: Callable[[str], Dataset], space: Space, rule: str | None, n
     data: split -> data set. Held-out examples are those of `test`, or of `train` if there is no such split.
     """
 
-    def held_out(num: int) -> Condition:
+    def held_out(num: int, shuffled: bool) -> Condition:
         try:
-            source = data("test").source
+            source, transform, *_ = data("test")
         except RunError:
-            source = data("train").source
-        examples, _ = read(source, [number % len(source) for number in range(num)], 0)
-        return stacked([example["y"] for example in examples])
+            source, transform, *_ = data("train")
+        count = len(source)
+        if shuffled and num > count:
+            few = f"there are {count} held-out examples, and none is taken twice"
+            raise ConfigError(f"labels = 'shuffled': {num} samples were asked for, but {few}")
+        order = np.arange(num) % count
+        if shuffled:
+            order = np.random.Generator(np.random.Philox(seed)).permutation(count)[:num]
+        found = []
+        for first in range(0, num, AT_ONCE):
+            examples, _ = read(source, order[first : first + AT_ONCE].tolist(), 0)
+            if shuffled and transform is not None:  # it draws one of several captions
+                examples = [transform(one, generator(seed, number)) for number, one in enumerate(examples, first)]
+            found += [example["y"] for example in examples]
+        return stacked(found)
 
     return conditioning.chosen(rule, num, space.conditions, seed, held_out)
 

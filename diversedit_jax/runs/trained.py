@@ -5,6 +5,7 @@ source = drawing(found, overrides={"cfg_scale": 1.8})
 images = source.sampler(source.params, source.frozen, source.conditions("balanced", 16, seed=0), seed=0)
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from diversedit_jax.config import slot
 from diversedit_jax.data import Dataset
 from diversedit_jax.data.pipeline import stacked
 from diversedit_jax.diffusion import solve
-from diversedit_jax.errors import CheckpointError, ConfigError, RunError
+from diversedit_jax.errors import CheckpointError, ConfigError, RunError, WeightsError
 from diversedit_jax.registry import one_of
 from diversedit_jax.runs import build, exported
 from diversedit_jax.runs.check import check
@@ -35,6 +36,7 @@ from diversedit_jax.training.checksums import checksums
 from diversedit_jax.training.step import initializer
 from diversedit_jax.weights import dit as releases
 from diversedit_jax.weights import hub
+from diversedit_jax.weights.formats import weights_folder
 from diversedit_jax.weights.vae import open_vae
 
 WEIGHTS = {"ema": "ema", "online": "params"}  # which weights, and their entry in a checkpoint
@@ -314,6 +316,11 @@ def drawing(
         release = open_vae(decoder["vae"])
         decoder["vae"] = {"name": release.name, "sha256": release.digest}
     about["decoder"] = decoder
+    if (text := experiment.config.text_encoder) is not None:
+        stamp = about["text_encoder"] = {key: text[key] for key in ("name", "pooled", "dtype") if key in text}
+        if text.get("file") is not None:
+            with contextlib.suppress(WeightsError):  # an encoder of a user may read other files
+                stamp["sha256"] = weights_folder.digest(hub.local(text.file))
     if found.workdir is None:
         name, folder = found.label, found.folder.with_name(f"samples_{found.folder.name}")
     else:
