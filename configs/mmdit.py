@@ -3,6 +3,8 @@
     python -m diversedit_jax.train --config=configs/mmdit.py:coco,repa --workdir=DIR --config.data.data_dir=LATENTS \\
         --config.text_encoder.file=hf:openai/clip-vit-large-patch14 --config.encoders.dinov2.file=DINOV2
     python -m diversedit_jax.sample --workdir=DIR --prompts="a red bus in the rain" --cfg_scale=2
+    python -m diversedit_jax.evaluate --workdir=DIR --preset=coco30k --data=latents=LATENTS_OF_VAL2014 --vae=VAE \\
+        --reference=coco.npz --extractor=inception=FILE --extractor=clip=hf:openai/clip-vit-large-patch14
 
 Variant: `coco` (latents of 256 pixels with token ids, from tools.prepare_latents --tokenizer) or `uvit` (the folders of
 U-ViT's scripts, with text features; say what they hold: --config.data.kind=logvar or std), and `repa`, `sra`, `disp` or
