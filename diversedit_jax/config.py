@@ -157,11 +157,28 @@ def claim(workdir: Path, config: ConfigDict, saved: Mapping[str, Any] | None = N
     if (workdir / FILE).exists() or saved:
         stored = _stored(workdir) if (workdir / FILE).exists() else _of_this_version(dict(saved))
         stored.pop(MODULES, None)
+        _complete(stored, given)
         check_same(f"{workdir} holds a run", stored, given, "use its values or a new workdir", _may_change)
         notes = [f"config.{key}: {old!r} -> {new!r}" for key, (old, new) in differences(stored, given).items()]
     places = {MODULES: found} if (found := modules(given)) else {}
     write_json(workdir / FILE, given | places, sort_keys=True)
     return notes
+
+
+def _complete(stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Give the slots of a stored config the options that its version did not have, with their defaults.
+
+    given: the config of now, with the same slots.
+    """
+    slots = [(kind, stored.get(key), given.get(key)) for key, kind in SINGLE.items()]
+    slots += [
+        (kind, stored.get(kind, {}).get(label), slot) for kind in LABELED for label, slot in given.get(kind, {}).items()
+    ]
+    for kind, old, new in slots:
+        if isinstance(old, dict) and isinstance(new, dict) and old.get("name") == new.get("name", ""):
+            for name, option in registry.options(registry.factory(kind, new["name"])).items():
+                unset = option.default is inspect.Parameter.empty
+                old.setdefault(name, None if unset else json.loads(json.dumps(option.default)))
 
 
 def _may_change(key: str, old: Any, new: Any) -> bool:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from diversedit_jax import config as configs
 from diversedit_jax import sample, train
 from diversedit_jax.api import Conditions, Space
+from diversedit_jax.config import slot
 from diversedit_jax.configs import default
 from diversedit_jax.data import Dataset
 from diversedit_jax.errors import CheckpointError, ConfigError, DataError
@@ -100,6 +101,21 @@ def test_what_may_change_on_resume(key, old, new, allowed, tmp_path):
         return
     with pytest.raises(ConfigError, match=rf"other settings \({key}: {re.escape(repr(old))} there"):
         configs.claim(tmp_path, config(new))
+
+
+def test_an_option_that_a_run_does_not_know_has_its_default(tmp_path):
+    config = default.get_config()
+    config.losses.diversity = slot("losses", "diversity")
+    configs.claim(tmp_path, config)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    for place, option in ((stored["losses"]["diversity"], "groups"), (stored["model"], "qk_norm")):
+        del place[option]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert configs.claim(tmp_path, config) == []
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    config.losses.diversity.groups = 2
+    with pytest.raises(ConfigError, match=r"other settings \(losses.diversity.groups: 1 there, 2 given"):
+        configs.claim(tmp_path, config)
 
 
 def test_an_export_keeps_height_and_width_and_says_its_heads(run, tmp_path):
