@@ -234,20 +234,11 @@ def write_record(path: Path, settings: Settings, t: float, times: Sequence[float
     write_json(path, record, default=str)
 
 
-def data_of(text: str | None) -> dict[str, Any] | None:
-    """Read --data=NAME=DIR,OPTION=VALUE,... as a slot of `data`."""
-    if text is None:
-        return None
-    ((name, options),) = cli.named_files("data", [text]).items()
-    given = ({"data_dir": options.pop("file")} if "file" in options else {}) | options
-    return configs.slot("data", name, **given).to_dict()
-
-
 def chosen_by_flags(given: flags.FlagValues, others: Sequence[str]) -> list[Trained]:
     """Open what --workdir or --checkpoint names, then the others."""
     if (given.workdir is None) == (given.checkpoint is None):
         raise ConfigError("give --workdir=DIR of a run or --checkpoint=FILE of a release, and others with --compare")
-    data, model = data_of(given.data), {"capture": given.capture}
+    data, model = run_flags.data_of(given.data), {"capture": given.capture}
 
     def opened(text: str) -> Trained:
         label, name = named(text)

@@ -62,7 +62,7 @@ class Features(tuple):
 
     text: tuple[Array, ...]
 
-    def __new__(cls, image: Sequence[Array], text: Sequence[Array]) -> "Features":
+    def __new__(cls, image: Sequence[Any], text: Sequence[Any]) -> "Features":  # jax puts in its own leaves
         made = super().__new__(cls, image)
         made.text = tuple(text)
         return made

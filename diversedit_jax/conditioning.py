@@ -16,7 +16,8 @@ from diversedit_jax.api import Batch, Condition, Conditions, Context
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.registry import in_range, one_of
 
-RULES = ("balanced", "uniform", "data")  # how the conditions of samples are chosen
+RULES = ("balanced", "uniform", "data", "shuffled")  # how the conditions of samples are chosen
+HELD_OUT = RULES[2:]  # those that read the data
 
 
 def nulls(null: Condition, b: int) -> Condition:
@@ -64,21 +65,29 @@ def labels(rule: str, num: int, classes: int, seed: int) -> Int[np.ndarray, " n"
 
 
 def chosen(
-    rule: str | None, num: int, conditions: Conditions, seed: int, held_out: Callable[[int], Condition]
+    rule: str | None, num: int, conditions: Conditions, seed: int, held_out: Callable[[int, bool], Condition]
 ) -> Condition:
-    """The conditions of `num` samples, on the host.
+    """The conditions of `num` samples, on the host. A larger `num` only appends.
 
-    rule: `balanced` and `uniform` are for labels. `data` takes the conditions of held-out examples in their order.
-        None: `balanced` for labels, `data` for all other conditions.
-    held_out: num -> the conditions of the first `num` held-out examples.
+    rule: `balanced` and `uniform` are for labels. `data` takes the conditions of held-out examples in their order, of
+        several captions the first. `shuffled` takes held-out examples in an order drawn from the seed, none of them
+        twice, and of several captions one drawn from the seed. None: `balanced` for labels, `data` for all others.
+    held_out: (num, whether they are shuffled) -> conditions of `num` held-out examples.
     """
     if rule is None:
         rule = "data" if conditions.classes is None else "balanced"
-    if one_of("labels", rule, RULES) == "data":
-        return held_out(num)
+    if one_of("labels", rule, RULES) in HELD_OUT:
+        return held_out(num, rule == "shuffled")
     if conditions.classes is None:
-        raise ConfigError(f"labels = {rule!r} is for labels, but these data have other conditions: use 'data'")
+        other = "but these data have other conditions: use 'data' or 'shuffled'"
+        raise ConfigError(f"labels = {rule!r} is for labels, {other}")
     return labels(rule, num, conditions.classes, seed)
+
+
+def taken(y: Condition, first: int, count: int) -> Condition:
+    """`count` conditions of y [n ...] from number `first` on. After the last one comes the first again."""
+    numbers = np.arange(first, first + count) % len(jax.tree.leaves(y)[0])
+    return jax.tree.map(lambda leaf: leaf[numbers], y)
 
 
 def check_guidance(cfg_scale: float, conditions: Conditions, learns_null: bool) -> None:

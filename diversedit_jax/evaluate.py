@@ -1,4 +1,4 @@
-"""Score samples of a run, of a release or in a file against a reference: FID, sFID, IS, precision, recall, KID.
+"""Score samples of a run, of a release or in a file: FID, sFID, IS, precision, recall, KID against a reference; CLIP.
 
     python -m diversedit_jax.evaluate --workdir=DIR --preset=repa --reference=VIRTUAL_imagenet256_labeled.npz \\
         --extractor=inception=classify_image_graph_def.pb
@@ -11,11 +11,14 @@ and on its label. It writes scores.json, with everything that can change a score
 (or --out). A sweep also writes sweep.csv and sweep.png.
 
 --reference: an .npz of ADM, torch-fidelity, MeanFlow, MAR or tools.reference_stats, a .pkl of EDM2, or images.
---extractor: inception, dinov2 or digits, with the file of its weights.
+--extractor: inception, dinov2 or digits, with the file of its weights; or clip, for the CLIP score of images that are
+    drawn for captions, which needs no reference.
 A run needs neither if its config has evaluators of the kind `scores`: those are used.
 """
 
 import contextlib
+import functools
+import hashlib
 import itertools
 import sys
 import time
@@ -29,6 +32,7 @@ from absl import flags
 
 from diversedit_jax import conditioning, registry, sharding
 from diversedit_jax import config as configs
+from diversedit_jax.api import Condition
 from diversedit_jax.diffusion import solve
 from diversedit_jax.errors import ConfigError, check_machine
 from diversedit_jax.evaluation import extractors as networks
@@ -50,7 +54,7 @@ from diversedit_jax.sampling import sampler
 from diversedit_jax.sampling.sampler import Sampler
 
 SCORES, SAMPLES = "scores.json", "samples.npz"
-NUM = 50_000
+NUM = presets.NUM
 READ_WITH_SAMPLES = ("samples", "reference", "extractor", "num", "few", "out")
 FILE_BATCH = 256  # images of a file at a time
 GUIDANCE = ("cfg_scale", "guidance_interval")  # one compiled sampler serves all their values
@@ -59,8 +63,10 @@ GUIDANCE = ("cfg_scale", "guidance_interval")  # one compiled sampler serves all
 class Images(NamedTuple):
     """Images to score. shape: (h, w, c) of one. read: (first, count) -> uint8 [count h w c].
 
-    labels: [num]; None if they are unknown or conditions are not labels. names: of their classes, [num].
+    labels: [num]; None if they are unknown or conditions are not labels.
     about: where the images come from, for the record. name: the same for people.
+    conditions: stored conditions y [num ...] of the images; None if they are unknown.
+    named: conditions -> what they say, or None. preset: the protocol that was asked for.
     """
 
     num: int
@@ -70,7 +76,9 @@ class Images(NamedTuple):
     labels: np.ndarray | None
     about: dict[str, Any]
     name: str
-    names: list[str] | None = None
+    conditions: Condition = None
+    named: Callable[[Condition], list[str] | None] = lambda conditions: None
+    preset: str | None = None
 
 
 class Judges(NamedTuple):
@@ -98,23 +106,34 @@ def of_source(source: Source, varied: Point, draw: Sampler, num: int, rule: str 
     scoring.check_images(source.name, source.shape)
     options = source.options | dict(varied)
     batch = sharding.filled(options["batch_size"])
-    drawn = -(-num // batch) * batch  # whole batches, so that one program serves all; the rest is not scored
-    conditions = source.conditions(rule, drawn, seed)
     labelled = source.space.conditions.classes is not None
+    rule = rule or ("balanced" if labelled else "data")
+    conditions = source.conditions(rule, num, seed)
     guidance = {name: options[name] for name in GUIDANCE}
 
     def read(first: int, count: int) -> np.ndarray:
-        y = jax.tree.map(lambda leaf: leaf[first : first + batch], conditions)
+        y = conditioning.taken(conditions, first, batch)  # always a whole batch, so that one program serves all
         return draw(source.params, source.frozen, y, seed, source.weak, first=first, **guidance)[:count]
 
     about = source.about | {
         "sampler": {name: value for name, value in options.items() if name != "batch_size"},
         "evaluations": solve.evaluations(options["solver"], options["steps"], options["last_step_kind"]),
-        "labels": rule or ("balanced" if labelled else "data"),
+        "labels": rule,
         "seed": seed,
     }
-    labels, name = conditions[:num] if labelled else None, f"{num} samples of {source.name}"
-    return Images(num, source.shape, batch, read, labels, about, name, source.space.conditions.named(labels))
+    if rule in conditioning.HELD_OUT:
+        about["conditions"] = digest(conditions)
+    labels, name = conditions if labelled else None, f"{num} samples of {source.name}"
+    return Images(num, source.shape, batch, read, labels, about, name, conditions, source.named)
+
+
+def digest(conditions: Condition) -> str:
+    """A name for the values of conditions, 16 hex digits."""
+    found = hashlib.sha256()
+    for name, leaf in sorted(sharding.by_name(conditions).items()):
+        found.update(f"{name} {leaf.dtype} {leaf.shape}".encode())
+        found.update(np.ascontiguousarray(leaf).data)
+    return found.hexdigest()[:16]
 
 
 def plan_of(images: Images, judges: Judges) -> dict[str, Any]:
@@ -168,7 +187,8 @@ def evaluate(
             for first in [first for first in firsts if first not in whole]:
                 count = min(images.batch, images.num - first)
                 batch = images.read(first, count)
-                features = extract(batch)
+                y = None if images.conditions is None else conditioning.taken(images.conditions, first, count)
+                features = extract(batch, y)
                 if jax.process_index() == 0:
                     shown = {n: batch[n - first] for row in rows for n in row if first <= n < first + count}
                     feature_cache.write(parts, first, features, batch if keep_samples else batch[:0], shown)
@@ -179,14 +199,16 @@ def evaluate(
         say(f"computing the scores of {images.num:,} images")
         scores: dict[str, float] = {}
         for one in judges.extractors:
-            scores |= scoring.scores(one.name, feature_cache.features(parts, firsts, one.name), statistics[one.name])
+            features = feature_cache.features(parts, firsts, one.name)
+            scores |= scoring.scores(one.name, features, statistics.get(one.name))
         seconds = round(time.monotonic() - started, 1)
-        record = {"scores": scores, "plan": plan, "versions": versions(), "seconds": seconds, "resumed": bool(whole)}
+        record = {"scores": scores, "preset": images.preset, "plan": plan, "versions": versions()}
+        record |= {"seconds": seconds, "resumed": bool(whole)}
         with feature_cache.writing(folder):
             if rows:
                 shown = feature_cache.shown(parts, firsts)
                 numbers = [number for row in rows for number in row]
-                names = images.names and [images.names[number] for number in numbers]
+                names = images.named(jax.tree.map(lambda leaf: leaf[np.array(numbers)], images.conditions))
                 grid = image_grid(np.stack([shown[number] for number in numbers]), columns=len(rows[0]), names=names)
                 save_png(folder / "grid.png", grid)
             if keep_samples:
@@ -279,12 +301,12 @@ def run(
     opened = [images_at(point) for point in points]
     for images in opened:
         in_range("--num", images.num, 2)
-        scoring.check_count(images.num, scoring.features_of(judges.extractors, images.shape), judges.few)
-        scoring.check_reference(judges.extractors, judges.references, images.shape)
+        given = (images.shape, images.num, judges.few, images.conditions)
+        compared = scoring.compared(judges.extractors, judges.references, *given)
     extract = scoring.extraction(judges.extractors, sharding.make(), opened[0].batch)
     for reference in judges.references if jax.process_index() == 0 else ():
         say(f"reference: {reference.about['name']}")
-    statistics = scoring.references_for(judges.extractors, judges.references, extract, opened[0].batch)
+    statistics = scoring.references_for(compared, judges.references, extract, opened[0].batch)
     speaks, swept = jax.process_index() == 0, len(points) > 1
     rows: list[tables.Row] = []
     for point, images in zip(points, opened, strict=True):
@@ -313,8 +335,9 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string("extractor", [], "NAME=FILE or NAME=FILE,OPTION=VALUE; may be repeated.")
     about = "; ".join(f"{name}: {protocol.about}" for name, protocol in presets.PROTOCOLS.items())
     flags.DEFINE_enum("preset", None, list(presets.PROTOCOLS), f"A paper's protocol; other flags change it. {about}.")
-    flags.DEFINE_integer("num", None, f"Number of images; by default {NUM:,}, or all in a file.")
-    rules = "balanced: every class in turn; uniform: at random; data: the conditions of held-out examples"
+    flags.DEFINE_integer("num", None, f"Number of images; by default as the preset says, {NUM:,}, or all in a file.")
+    rules = "balanced: every class in turn; uniform: at random; data: the conditions of held-out examples in order"
+    rules += "; shuffled: in an order drawn from --seed, no example twice, of several captions one drawn"
     flags.DEFINE_enum("labels", None, conditioning.RULES, f"{rules}. By default balanced for labels, else data.")
     flags.DEFINE_integer("seed", 0, "Image i depends only on the seed, on i and on its label.")
     flags.DEFINE_multi_string("sweep", [], "OPTION=VALUE,VALUE of the sampler, intervals as lo:hi; all combinations.")
@@ -338,7 +361,9 @@ if __name__ == "__main__":
         protocol = presets.PROTOCOLS.get(given.preset)
         defaults = dict(protocol.sampler) | {"rounding": protocol.rounding} if protocol else {}
         source = run_flags.source(defaults)
+        source = source._replace(conditions=functools.cache(source.conditions))  # a sweep reads them once
         rule = given.labels or (protocol.labels if protocol else None)
+        num = (protocol.num if protocol else NUM) if given.num is None else given.num
         name = source.folder.name.removeprefix("samples_") + (f"_{given.preset}" if given.preset else "")
         folder = Path(given.out).expanduser() if given.out else source.folder.parent / "evaluations" / name
         samplers: dict[str, Sampler] = {}
@@ -348,7 +373,8 @@ if __name__ == "__main__":
             key = tables.label(changed)
             if key not in samplers:
                 samplers[key] = source.make(**(source.options | changed)) if changed else source.sampler
-            return of_source(source, point, samplers[key], NUM if given.num is None else given.num, rule, given.seed)
+            images = of_source(source, point, samplers[key], num, rule, given.seed)
+            return images._replace(preset=given.preset)
 
         run(judges, points, images_at, folder, given.keep_samples)
 

@@ -96,27 +96,37 @@ class Network:
         return f"<Network {self._source.name}: {count:,} parameters, examples {list(space.shape)}, {kind}>"
 
     def sample(
-        self, labels: Sequence[int] | int | None = None, num: int | None = None, seed: int = 0, **options: Any
+        self,
+        labels: Sequence[int] | int | None = None,
+        num: int | None = None,
+        seed: int = 0,
+        *,
+        prompts: Sequence[str] | str | None = None,
+        negative_prompt: str | None = None,
+        **options: Any,
     ) -> Samples:
         """Draw samples: uint8 images [n h w c], or float32 latents if there is no decoder.
 
         labels:  taken in turn. None: every class in turn, or the conditions of held-out data.
-        num:     how many; by default one for each label given, else 16.
-        seed:    image i depends on the seed, on i and on its label.
+        num:     how many; by default one for each label or prompt given, else 16.
+        seed:    image i depends on the seed, on i and on its label or prompt.
+        prompts: texts, taken in turn. negative_prompt: guide away from it instead of from the empty text.
         options: of the sampler, such as steps, cfg_scale, guidance_interval, solver (`sampling.sampler.make`).
         """
         given = None if labels is None else np.atleast_1d(np.asarray(labels)).tolist()
-        num = num or (len(given) if given else 16)
-        classes = self._found.space.conditions.classes
-        y = self._source.conditions(None, num, seed) if given is None else sampling.repeated(given, num, classes)
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        num = num or len(given or texts or range(16))
+        y = sampling.conditions(self._source, num, seed, given, texts)
+        negative = None if negative_prompt is None else sampling.one(self._source.prompts([negative_prompt]))
         found = self._sampler(options)(
             self.params,
             self._source.frozen,
             y,
             seed,
+            negative=negative,
             **{name: value for name, value in options.items() if name in evaluate.GUIDANCE},
         ).view(Samples)
-        found.labels, found.names = y, self._found.space.conditions.named(y)
+        found.labels, found.names = y, self._source.named(y)
         return found
 
     def _sampler(self, options: Mapping[str, Any]) -> sampler.Sampler:

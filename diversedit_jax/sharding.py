@@ -222,20 +222,21 @@ def put(tree, shardings):
     return jax.tree.map(place, tree, jax.tree.map(lambda leaf: shardings, tree) if one else shardings)
 
 
-def in_chunks(function: Callable[[jax.Array], Any], x: jax.Array, chunk: int, devices: int | None = None) -> Any:
+def in_chunks(function: Callable[[Any], Any], x: Any, chunk: int, devices: int | None = None) -> Any:
     """`function` of x [b ...], with at most `chunk` entries per device at a time, for less memory.
 
-    function: the result may be a pytree of arrays [b ...]. devices: None: all.
+    function, x: the result and x may be pytrees of arrays [b ...]. devices: None: all.
     Every part takes entries from all devices, so a batch that is split over them stays where it is.
     """
     devices = devices or jax.device_count()
-    rows = len(x) // devices if len(x) % devices == 0 else len(x)
+    count = len(jax.tree.leaves(x)[0])
+    rows = count // devices if count % devices == 0 else count
     parts = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= chunk)
     if parts == 1:
         return function(x)
-    spread = x.reshape(-1, parts, *x.shape[1:])
-    done = jax.lax.map(function, jnp.moveaxis(spread, 1, 0))
-    return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(len(x), *y.shape[2:]), done)
+    spread = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, parts, *a.shape[1:]), 1, 0), x)
+    done = jax.lax.map(function, spread)
+    return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(count, *y.shape[2:]), done)
 
 
 def agreed(numbers: Sequence[int]) -> set[int]:

@@ -349,7 +349,7 @@ class Trainer(Plan):
         self.check_lock()
         if self.writer is None:
             return
-        grid = pictures.image_grid(pictures.as_pictures(drawn), names=self.experiment.space.conditions.named(y))
+        grid = pictures.image_grid(pictures.as_pictures(drawn), names=self.experiment.named(y))
         self.writer.write_images(step, {"samples": grid})
         path.parent.mkdir(exist_ok=True)
         for place in [self.workdir / "samples.png"] * last + [path]:  # `path` shows that the step is done

@@ -1,4 +1,7 @@
-"""Every objective trains with every choice of up to three auxiliary losses, on eight devices, with a sharded state."""
+"""Every objective trains with every choice of up to three auxiliary losses, on eight devices, with a sharded state.
+
+So does the text-to-image network, with the objective that it is trained with.
+"""
 
 from itertools import combinations
 
@@ -13,6 +16,7 @@ from diversedit_jax.training import optimizer
 from diversedit_jax.training.step import Components, initializer, train_step
 
 SHAPE, CLASSES, BATCH, TOKENS, WIDTH, STEPS = (4, 4, 2), 5, 16, 4, 6, 20
+CONTEXT = (3, 8)  # tokens of a text, and their width
 
 # What an objective, the model for it, and a loss with it need beside their defaults.
 OBJECTIVE = {"reg": {"width": WIDTH}}
@@ -28,35 +32,43 @@ BOTH = {("ddpm", "sra"): {"num_timesteps": 1000}, ("reg", "repa"): {"class_token
 LOSSES, OBJECTIVES = registry.known("losses"), registry.known("objectives")
 CHOICES = [chosen for n in range(4) for chosen in combinations(LOSSES, n)]
 CASES = [
-    pytest.param(objective, chosen, id="-".join((objective, *chosen))) for objective in OBJECTIVES for chosen in CHOICES
+    pytest.param(objective, chosen, "dit", id="-".join((objective, *chosen)))
+    for objective in OBJECTIVES
+    for chosen in CHOICES
 ]
+CASES += [pytest.param("flow_matching", chosen, "mmdit", id="-".join(("mmdit", *chosen))) for chosen in CHOICES]
 
 
-def stored() -> dict[str, jax.Array]:
+def stored(network: str) -> dict[str, jax.Array]:
     rng = np.random.default_rng(0)
     shapes = {"x": SHAPE, "features/dinov2": (TOKENS, WIDTH), "token/dinov2": (WIDTH,)}
     batch = {key: rng.standard_normal((BATCH, *shape), dtype=np.float32) for key, shape in shapes.items()}
-    return jax.tree.map(jnp.asarray, batch | {"y": rng.integers(CLASSES, size=BATCH, dtype=np.int32)})
+    y = rng.integers(CLASSES, size=BATCH, dtype=np.int32)
+    if network == "mmdit":
+        y = {"context": rng.standard_normal((BATCH, *CONTEXT), dtype=np.float32)}
+    return jax.tree.map(jnp.asarray, batch | {"y": y})
 
 
-def run_of(objective: str, chosen: tuple[str, ...]) -> Components:
+def run_of(objective: str, chosen: tuple[str, ...], network: str) -> Components:
     made = {name: losses.make(name, **LOSS.get(name, {}), **BOTH.get((objective, name), {})) for name in chosen}
-    conditions, trained = Conditions.labels(CLASSES), objectives.make(objective, **OBJECTIVE.get(objective, {}))
+    trained, conditions = objectives.make(objective, **OBJECTIVE.get(objective, {})), Conditions.labels(CLASSES)
+    if network == "mmdit":
+        conditions = Conditions({"context": np.zeros(CONTEXT, np.float32)})
     cuts = [block for loss in made.values() for block in loss.blocks]
     dims = {"depth": 4, "width": 32, "heads": 2, "mlp_ratio": 2.0, "remat": "none"}
     dims |= MODEL.get(objective, {})
-    model = models.make("dit", Space(SHAPE, conditions), trained.inputs, cuts, skip="release", **dims)
+    model = models.make(network, Space(SHAPE, conditions), trained.inputs, cuts, skip="release", **dims)
     transform, _ = optimizer.make(STEPS, learning_rate=1e-3)
     codec = Codec(dict, lambda frozen, batch, key: batch, None)
     return Components(model, codec, trained, made, transform, ema_decay=0.9, null=conditions.null)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("objective", "chosen"), CASES)
-def test_it_trains(objective, chosen):
-    parts = run_of(objective, chosen)
+@pytest.mark.parametrize(("objective", "chosen", "network"), CASES)
+def test_it_trains(objective, chosen, network):
+    parts = run_of(objective, chosen, network)
     layout = sharding.make(data=2, fsdp=4).with_rules(parts.model.rules)
-    batch = jax.device_put(stored(), sharding.over_batch(layout))
+    batch = jax.device_put(stored(network), sharding.over_batch(layout))
     init, key = initializer(parts, batch), jax.random.key(0)
     where = sharding.shardings(jax.eval_shape(init, key), layout)
     assert any(not sharded.is_fully_replicated for sharded in jax.tree.leaves(where)), "nothing is sharded"

@@ -117,10 +117,10 @@ def test_the_null_condition_stands_beside_each_condition():
 
 
 def test_samples_have_labels_or_the_conditions_of_held_out_examples():
-    def held_out(num):
-        return {"context": np.full((num, 3, 2), 7.0)}
+    def held_out(num, shuffled):
+        return {"context": np.full((num, 3, 2), 7.0 + shuffled)}
 
-    def none_held_out(num):
+    def none_held_out(num, shuffled):
         raise AssertionError("labels need no data")
 
     labels, text = Conditions.labels(3), Conditions(NULL)
@@ -132,12 +132,20 @@ def test_samples_have_labels_or_the_conditions_of_held_out_examples():
     for rule in ("balanced", "uniform"):
         assert conditioning.labels(rule, 3, 0, seed=8).tolist() == [0, 0, 0], "without classes, the null label"
     assert set(uniform[1]) == {0, 1, 2}
-    for rule, conditions in ((None, text), ("data", text), ("data", labels)):
-        assert conditioning.chosen(rule, 5, conditions, 0, held_out)["context"].shape == (5, 3, 2)
-    with pytest.raises(ConfigError, match=r"labels = 'balanced' is for labels, .* use 'data'"):
+    for rule, conditions in ((None, text), ("data", text), ("data", labels), ("shuffled", text), ("shuffled", labels)):
+        found = conditioning.chosen(rule, 5, conditions, 0, held_out)["context"]
+        np.testing.assert_array_equal(found, np.full((5, 3, 2), 8.0 if rule == "shuffled" else 7.0))
+    with pytest.raises(ConfigError, match=r"labels = 'balanced' is for labels, .* use 'data' or 'shuffled'"):
         conditioning.chosen("balanced", 5, text, 0, held_out)
     with pytest.raises(ConfigError, match="labels = 'balancd' is unknown; did you mean 'balanced'"):
         conditioning.chosen("balancd", 5, labels, 0, held_out)
+
+
+def test_conditions_are_taken_in_turn():
+    y = {"context": np.arange(6).reshape(3, 2), "mask": np.array([True, False, False])}
+    found = conditioning.taken(y, 2, 3)
+    np.testing.assert_array_equal(found["context"], y["context"][[2, 0, 1]])
+    np.testing.assert_array_equal(found["mask"], [False, True, False])
 
 
 def test_guidance_needs_something_to_guide_to():

@@ -30,7 +30,7 @@ from diversedit_jax.runtime.files import flat
 from diversedit_jax.sampling import sampler
 from diversedit_jax.training import optimizer
 from diversedit_jax.training.step import initializer, train_step
-from tests import ROOT
+from tests import ROOT, captioned
 from tests.data.test_latents import write
 from tests.reference import DATA
 
@@ -38,12 +38,14 @@ NAMES = sorted({path.stem for path in (ROOT / "configs").glob("*.py")} - {"__ini
 RECIPES = ("sit", "diversedit", "repa", "sra", "disp", "mean_flow")  # in all sizes
 # By default the largest of each kind; the others differ in a size or lack a loss. Tracing takes seconds.
 CHOSEN = ["diversedit:xl2,512", "dit:", "repa:l2,diversedit", "repa:dinov2@5,mae@10", "disp:b2,diversedit,sra"]
-CHOSEN += ["mean_flow:xl2,diversedit", "reg:b2", "photos:"]
+CHOSEN += ["mean_flow:xl2,diversedit", "reg:b2", "photos:", "mmdit:repa,diversedit"]
 OTHERS = ["default:", "digits:", "diversedit:b2,gated", "dit:512", "reg:xl2", "reg:xl2,diversedit", "reg:b2,512"]
+OTHERS += [f"mmdit:coco{method}" for method in ("", ",repa", ",sra", ",disp", ",diversedit", ",sra,disp")]
 OTHERS += [f"{name}:{size},{side}" for name in RECIPES for size in ("b2", "l2", "xl2") for side in (256, 512)]
 OTHERS += [f"{name}:{size},diversedit" for name in RECIPES[2:] for size in ("b2", "l2", "xl2")]
 VARIANTS = CHOSEN + [pytest.param(name, marks=pytest.mark.slow) for name in OTHERS if name not in CHOSEN]
 MILLIONS = {"sit:b2": 130.30, "sit:l2": 457.82, "sit:xl2": 674.82}
+MILLIONS["mmdit:coco"] = 505.07
 MILLIONS["dit:"] = 674.83  # its authors count the position table too: 675.13
 MILLIONS |= {"diversedit:b2": 137.40, "diversedit:l2": 483.05, "diversedit:xl2": 712.06}
 MILLIONS |= {"mean_flow:xl2": 676.44, "mean_flow:xl2,diversedit": 713.68}
@@ -81,6 +83,9 @@ def test_one_step_traces_at_full_size(name, latents):
         config.data.data_dir = latents[side]
     for encoder in config.encoders.values():  # a small DINOv2 stands for any, which has the file's names
         encoder.update({"name": "dinov2", "file": str(DATA / "dinov2.safetensors"), "heads": 4})
+    if config.text_encoder is not None and config.text_encoder.file is None:  # a small CLIP as wide as the published
+        config.text_encoder.file = str(captioned.encoder(768))
+        config.data = configs.slot("data", "tests.captioned:make_latents", image=config.data.image)
     if "vae" in config.codec:
         config.codec.vae = None  # decoding has tests of its own
     dataset = build.open_data(config)

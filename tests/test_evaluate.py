@@ -335,6 +335,7 @@ def test_the_program_sweeps_with_the_judges_of_the_run(workdir, tmp_path):
     [
         (["--samples=a.npz"], "--samples are finished images: --workdir does nothing to them"),
         pytest.param(["extra"], "unexpected argument 'extra'", marks=pytest.mark.slow),
+        pytest.param(["--preset=coco30k"], "30000 samples were asked for, but there are 360", marks=pytest.mark.slow),
         pytest.param(["--num=50"], "50 samples are too few", marks=pytest.mark.slow),
         pytest.param(["--reference=nowhere.npz"], "reference: nowhere.npz does not exist", marks=pytest.mark.slow),
     ],

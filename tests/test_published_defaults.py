@@ -192,6 +192,8 @@ RECIPES = [
     ("disp:xl2", f"{DISPERSIVE}, JAX: depth // 4", OFTEN | {"losses.dispersive.blocks": (7,), "optim.b2": 0.95}),
     ("disp:xl2,diversedit", f"{DISPERSIVE}, PyTorch code", LAST | {"losses.dispersive.blocks": (28,)}),
     ("disp:xl2,diversedit", f"{DISPERSIVE}, PyTorch code", {"optim.b2": 0.999}),
+    ("mmdit:", f"{REPA}, text to image", {"batch_size": 256, "total_steps": 150_000} | guided(2.0, 1.0, steps=50)),
+    ("mmdit:repa", f"{REPA}, text to image", ALIGNED | {"losses.repa.block": 8, "optim.weight_decay": 0.0}),
     ("mean_flow:b2", f"{MEAN_FLOW}, code", {"objective.omega": 1.0, "objective.kappa": 0.5} | ADAM_OF_MEAN_FLOW),
     *(
         (

@@ -15,6 +15,8 @@ from diversedit_jax.data.digits import NUM_CLASSES, SHAPE
 from diversedit_jax.runs import build
 from diversedit_jax.training.checkpoint import Checkpoints
 
+DIGITS = Space(SHAPE, Conditions.labels(NUM_CLASSES))
+
 
 def randomly(shapes: Any, seed: int, scale: float) -> Any:
     """Normal numbers of these shapes."""
@@ -22,10 +24,11 @@ def randomly(shapes: Any, seed: int, scale: float) -> Any:
     return jax.tree.map(lambda x: jnp.asarray(scale * rng.standard_normal(x.shape), x.dtype), shapes)
 
 
-def leave(workdir: Path, config: ConfigDict, steps: Mapping[int, Iterable[str]], scale: float) -> None:
-    """A run of digits in `workdir`. steps: for each checkpoint the copies of parameters in it, such as `ema`."""
+def leave(
+    workdir: Path, config: ConfigDict, steps: Mapping[int, Iterable[str]], scale: float, space: Space = DIGITS
+) -> None:
+    """A run in `workdir`. steps: for each checkpoint the copies of parameters in it, such as `ema`."""
     configs.claim(workdir, config)
-    space = Space(SHAPE, Conditions.labels(NUM_CLASSES))
     model = build.build(config, space).components.model
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     with Checkpoints(workdir / "checkpoints") as checkpoints:

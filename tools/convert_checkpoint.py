@@ -21,13 +21,15 @@ from ml_collections import ConfigDict
 
 from diversedit_jax import config as configs
 from diversedit_jax.api import Space
+from diversedit_jax.codecs import network_space
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models.dit import SIZES
+from diversedit_jax.models.mmdit import text_of
 from diversedit_jax.runs import build, exported, trained
 from diversedit_jax.runtime import cli
 from diversedit_jax.runtime.versions import parameter_overview
 from diversedit_jax.weights import dit as releases
-from diversedit_jax.weights import hub
+from diversedit_jax.weights import hub, mmdit
 from diversedit_jax.weights.dit import FAMILIES
 from diversedit_jax.weights.formats.weights_file import write_safetensors
 from tools import model_card
@@ -45,8 +47,13 @@ def describe(release: releases.Release, entries: dict[str, int]) -> str:
     return "\n".join([*(f"{name:<14}{value}" for name, value in facts.items()), parameter_overview(release.params)])
 
 
-def architecture(model: ConfigDict, space: Space) -> releases.Architecture:
-    """The architecture of `config.model`, for a network that takes only x_t, t and y."""
+def architecture(model: ConfigDict, space: Space) -> releases.Architecture | mmdit.Architecture:
+    """The architecture of `config.model`, for a network that takes only x_t, t and y. space: of the network."""
+    if model.name == "mmdit":
+        (_, text), pooled = text_of(space.conditions)
+        same = ("depth", "width", "heads", "patch", "mlp_ratio", "qk_norm", "registers", "table")
+        own = {name: model[name] for name in same}
+        return mmdit.Architecture(**own, channels=space.shape[-1], text=text, pooled=pooled)
     size, channels = SIZES[model.size], space.shape[-1]
     return releases.Architecture(
         depth=model.depth or size.depth,
@@ -74,7 +81,12 @@ def of_run(workdir: str | Path, weights: str = "ema", trust: bool = False) -> tu
             f"config.model.skip = {model.skip!r} with skip_init = {model.skip_init!r}: no release has such skips"
         )
     params = jax.device_get(found.load(found.last, weights))
-    arch = architecture(model, found.space)
+    parts = found.experiment.components
+    arch = architecture(model, network_space(parts.codec, found.space))
+    if isinstance(arch, mmdit.Architecture):
+        if model.skip != "none":
+            raise ConfigError(f"config.model.skip = {model.skip!r}: no release of an MMDiT has skips")
+        return releases.Release("mmdit", arch, None, params), {weights: len(jax.tree.leaves(params))}
     arch = arch._replace(second_time="span" in inputs, token_width=inputs.get("token", (None,))[0])
     double = "official_sit" if model.name == "official_sit" else "official_dit"
     single = "meanflow_torch" if arch.second_time else "reg" if arch.token_width else "sit"

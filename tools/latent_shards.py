@@ -9,7 +9,8 @@ one ends with an error, and the shard is that of the other.
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,12 +57,17 @@ class Plan(NamedTuple):
 
 
 def features(
-    shape: tuple[int, int, int], size: int, image: str | None, cached: dict[str, tuple], classes: tuple[str, ...]
+    shape: tuple[int, int, int],
+    size: int,
+    image: str | None,
+    cached: dict[str, tuple],
+    classes: tuple[str, ...],
+    length: int | None = None,
 ) -> tfds.features.FeaturesDict:
     """The features of a set: those of `diversedit_jax.data.latents`, and `key`, the name of the image.
 
     shape: of the latents [h w c]. image: encoding of the crops of `size` pixels, or None. cached: shapes of the
-    features of encoders by name.
+    features of encoders by name. length: tokens of a caption; None: the set has labels.
     """
     h, w, c = shape
 
@@ -69,7 +75,11 @@ def features(
         return tfds.features.Tensor(shape=(2, *shape), dtype=np.float16, encoding="bytes")
 
     found = {"moments": both(h, w, 2 * c), "key": tfds.features.Text()}
-    found["label"] = tfds.features.ClassLabel(names=list(classes)) if classes else tfds.features.Scalar(np.int32)
+    if length is not None:
+        found["tokens"] = tfds.features.Tensor(shape=(None, length), dtype=np.int32, encoding="bytes")
+        found["text"] = tfds.features.Sequence(tfds.features.Text())
+    else:
+        found["label"] = tfds.features.ClassLabel(names=list(classes)) if classes else tfds.features.Scalar(np.int32)
     if image is not None:
         found["image"] = tfds.features.Image(shape=(size, size, 3), encoding_format=image)
     return tfds.features.FeaturesDict(found | {name: both(*shape) for name, shape in cached.items()})
@@ -123,11 +133,17 @@ def note(folder: Path, shard: int) -> dict[str, Any] | None:
 
 
 def write_shard(
-    folder: Path, plan: Plan, shard: int, records: Iterable[dict[str, Any]], skipped: dict[str, str]
+    folder: Path,
+    plan: Plan,
+    shard: int,
+    records: Iterable[dict[str, Any]],
+    skipped: dict[str, str],
+    counts: Mapping[str, int] | None = None,
 ) -> None:
     """Write a shard, whole or not at all, then its note. DataError if the disk refuses it.
 
-    records: the examples, in order. skipped: missing image -> why, complete when `records` ends.
+    records: the examples, in order. skipped: missing image -> why, complete when `records` ends. counts: what else was
+    counted, complete then too.
     ConfigError if the folder has another plan: of two that claimed it at the same moment, the last one has it.
     """
     claim(folder, plan)
@@ -148,6 +164,7 @@ def write_shard(
         if count + len(skipped) != len(plan.images(shard)):
             raise DataError(f"{place}: {count} records and {len(skipped)} skipped of {len(plan.images(shard))} images")
     found = {"records": count, "bytes": size, "sha256": checksum.hexdigest(), "skipped": skipped}
+    found["counts"] = dict(counts or {})
     write_json(folder / NOTES / f"{shard:05d}.json", found)
 
 
@@ -180,9 +197,17 @@ def finish(folder: Path, plan: Plan) -> dict[str, Any]:
         {"file": plan.file(shard), "records": found["records"], "sha256": found["sha256"]}
         for shard, found in enumerate(notes)
     ]
-    content = plan.content | {"records": sum(lengths), "shards": shards}
+    content = plan.content | {"records": sum(lengths), "shards": shards} | counted(notes)
     write_json(folder / WHOLE, content)
     return content
+
+
+def counted(notes: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """The sums of the counts in the notes."""
+    total: Counter[str] = Counter()
+    for found in notes:
+        total.update(found.get("counts", {}))
+    return dict(total)
 
 
 def whole(folder: Path) -> dict[str, Any]:
@@ -222,7 +247,9 @@ def verify(folder: Path) -> Iterator[int]:
     about = whole(folder)
     try:
         h, w, c = map(int, about["shape"])
-        classes = len(about["classes"] or [0])
+        classes, captions = len(about["classes"] or [0]), about.get("captions")
+        if captions is not None:
+            captions = {name: int(captions[name]) for name in ("vocabulary", "length", "start", "end")}
         shards = [(folder / str(one["file"]), int(one["records"]), one["sha256"]) for one in about["shards"]]
     except (TypeError, KeyError, ValueError) as error:
         raise DataError(f"{folder / WHOLE} cannot be used: {type(error).__name__}: {error}") from error
@@ -231,7 +258,7 @@ def verify(folder: Path) -> Iterator[int]:
         try:
             for count, record in enumerate(records(file), 1):
                 checksum.update(record)
-                if wrong := fault(record, (2, h, w, 2 * c), classes):
+                if wrong := fault(record, (2, h, w, 2 * c), classes, captions):
                     raise DataError(f"{file}, record {count - 1}: {wrong}")
         except DataError:
             raise
@@ -247,20 +274,32 @@ def verify(folder: Path) -> Iterator[int]:
         raise DataError(f"{folder}: dataset_info.json and {WHOLE} differ in the numbers of records")
 
 
-def fault(record: bytes, shape: tuple[int, ...], classes: int) -> str | None:
-    """The fault of a record; None if it is good."""
+def fault(record: bytes, shape: tuple[int, ...], classes: int, captions: Mapping[str, Any] | None = None) -> str | None:
+    """The fault of a record; None if it is good. captions: as in latents.json, for a set without labels."""
     stored = latents.parsed(record)
     moments = np.frombuffer(stored["moments"].bytes_list.value[0], np.float16).astype(np.float32)
     if moments.size != np.prod(shape):
         return f"{moments.size} moments, wanted {list(shape)}"
     mean, std = np.split(moments.reshape(shape), 2, axis=-1)
-    label = stored["label"].int64_list.value[0]
     if not np.isfinite(moments).all():
         return "moments that are not finite"
     if std.min() < 0 or not std.any():
         return f"a standard deviation of {std.min():.3g}" if std.any() else "standard deviations that are all 0"
     if np.abs(mean).max() > 1e3:
         return f"a mean of {np.abs(mean).max():.3g}: no latent is so large"
-    if not 0 <= label < classes:
-        return f"label {label} is not in 0 .. {classes - 1}"
-    return None
+    if captions is not None:
+        return token_fault(stored["tokens"].bytes_list.value[0], len(stored["text"].bytes_list.value), captions)
+    label = stored["label"].int64_list.value[0]
+    return None if 0 <= label < classes else f"label {label} is not in 0 .. {classes - 1}"
+
+
+def token_fault(content: bytes, count: int, captions: Mapping[str, Any]) -> str | None:
+    """The fault of the token ids of `count` captions; None if they are good."""
+    ids = np.frombuffer(content, np.int32)
+    if not count or ids.size != count * captions["length"]:
+        return f"{ids.size} token ids, wanted {captions['length']} for each of {count} captions"
+    ids = ids.reshape(count, -1)
+    if ids.min() < 0 or ids.max() >= captions["vocabulary"]:
+        return f"token ids {ids.min()} .. {ids.max()} are not in 0 .. {captions['vocabulary'] - 1}"
+    ends = (ids[:, 0] == captions["start"]) & (ids[:, -1] == captions["end"])
+    return None if ends.all() else f"caption {ends.argmin()} does not begin and end as tokens do"

@@ -19,7 +19,7 @@ LIBRARIES = ("diversedit_jax", "jax", "flax", "python")
 CARD = """---
 license: unknown  # say which before you publish
 library_name: diversedit_jax
-pipeline_tag: unconditional-image-generation
+pipeline_tag: {task}
 tags:
 {tags}
 ---
@@ -39,14 +39,14 @@ tags:
 With `pip install "diversedit_jax[hub]"`, and OWNER/NAME as on this page:
 
 ```bash
-python -m diversedit_jax.sample --checkpoint=hf:OWNER/NAME --num=16
+python -m diversedit_jax.sample --checkpoint=hf:OWNER/NAME {flags}
 ```
 
 ```python
 from diversedit_jax.network import load
 
 model = load("hf:OWNER/NAME")
-images = model.sample(num=16)  # uint8 [16 h w c], or latents
+images = model.sample({arguments})  # uint8 [n h w c], or latents
 ```
 
 {own}config.json is the config of the run. model.safetensors has the parameters by their names in the network.
@@ -83,6 +83,11 @@ def write(folder: Path, found: Trained, params: Params, weights: str) -> None:
         "weights": f"EMA, decay {config['ema_decay']}" if weights == "ema" else "trained, without EMA",
         "written by": ", ".join(f"{name} {value}" for name, value in versions().items() if name in LIBRARIES),
     }
+    if text := config["text_encoder"]:
+        facts["text encoder"] = described(text)
+        use = {"task": "text-to-image", "flags": '--prompts="a red bus"', "arguments": 'prompts=["a red bus"]'}
+    else:
+        use = {"task": "unconditional-image-generation", "flags": "--num=16", "arguments": "num=16"}
     card = CARD.format(
         tags="\n".join(f"- {tag}" for tag in dict.fromkeys(tags)),
         title=folder.absolute().name,
@@ -90,6 +95,7 @@ def write(folder: Path, found: Trained, params: Params, weights: str) -> None:
         facts=table(facts),
         scores=table(scores) if scores else "None are known.",
         own=OWN.format(", ".join(dict.fromkeys(own))) if own else "",
+        **use,
     )
     write_text(folder / "README.md", card)
 
@@ -116,6 +122,8 @@ def described(slot: dict[str, Any]) -> str:
 
 def conditions(found: Trained) -> str:
     """What its samples are conditioned on."""
+    if found.experiment.config.text_encoder is not None:
+        return "with texts"
     classes = found.space.conditions.classes
     return f"{classes} classes" if classes else "not conditioned on labels"
 

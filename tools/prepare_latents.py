@@ -2,8 +2,14 @@
 
 IMAGES is a folder of class folders, a folder of images without classes, WebDataset .tar files, a .zip with
 dataset.json, or a tfds dataset in array_record files such as imagenet2012. VAE is an autoencoder of Stable Diffusion's
-kind: a folder as diffusers writes it, or a file. Every image is cropped as ADM does. The image and its mirror image are
-encoded. OUT becomes a tfds dataset for `--config.data.data_dir=OUT`: shards of float16 means and standard deviations.
+kind: a folder as diffusers writes it, or a file. Every image is cropped as ADM does; with --crop=lanczos as U-ViT does
+for MS-COCO: first a square, then Lanczos. The image and its mirror image are encoded. OUT becomes a tfds dataset for
+`--config.data.data_dir=OUT`: shards of float16 means and standard deviations.
+
+With --tokenizer=FOLDER the images have captions instead of classes: those of MS-COCO, of a table captions.csv,
+metadata.csv or metadata.jsonl, of .tar files with .txt or .json, or of a .txt beside each image. --captions=FILE names
+a table that lies elsewhere. Records then hold the captions of the image and their token ids. Do not train on mirror
+images then: captions name left and right. An image without a caption is skipped like one that cannot be read.
 
 After a kill, run the same command again: it goes on, and the records are those of an undisturbed run. Several processes
 may share the work, on one machine or on several that see OUT: --process_index=0 .. n-1 --process_count=n. Images that
@@ -19,11 +25,13 @@ XLA_FLAGS=--xla_gpu_deterministic_ops=true. --batch_size may not change between 
 """
 
 import contextlib
+import hashlib
 import io
+import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import islice
@@ -39,7 +47,9 @@ from PIL import Image
 from diversedit_jax import __version__, encoders, sharding
 from diversedit_jax.codecs import pixels
 from diversedit_jax.codecs.vae import moments
-from diversedit_jax.data import Dataset, image_collections, latents, local_path
+from diversedit_jax.data import Dataset, clip_tokenizer, image_collections, latents, local_path
+from diversedit_jax.data.captions import Captioned, open_captioned
+from diversedit_jax.data.clip_tokenizer import Tokenizer, open_tokenizer
 from diversedit_jax.data.image_collections import ImageFiles
 from diversedit_jax.errors import ConfigError, DataError, MachineError
 from diversedit_jax.models import PRECISIONS
@@ -72,6 +82,9 @@ class Options(NamedTuple):
     process_index: int = 0
     process_count: int = 1
     strict: bool = False
+    tokenizer: str | None = None
+    captions: str | None = None
+    crop: str = "adm"
     precision: str = "highest"
 
 
@@ -82,14 +95,16 @@ SHOWN = 8  # images in the mosaic, and lines of skipped ones
 def prepare(source: str | Path, out: str | Path, options: Options) -> None:
     """Prepare a set, or the rest of one that was begun."""
     started = time.monotonic()
-    images = image_collections.open_images(source, options.kind, options.split, options.unconditional)
+    images, captions = opened(source, options)
     folder = local_path("OUT", out).absolute()
     release = vae_files.open_vae(local_path("--vae", options.vae))
     check(options, release.arch.factor)
     chosen = cli.named_files("encoder", options.encoder, required=True)
     encode, shapes = encoder(release, chosen, options)
-    plan = planned(images, release, chosen, shapes, options)
+    plan = planned(images, captions, release, chosen, shapes, options)
     say(str(images))
+    if captions is not None:
+        say(f"  {sum(map(len, captions.found.texts))} captions; {len(captions.found.missing)} images have none")
     for what, count in images.ignored.items():
         say(f"  ignored: {count} x {what}")
     if latent_shards.claim(folder, plan):
@@ -105,14 +120,18 @@ def prepare(source: str | Path, out: str | Path, options: Options) -> None:
     ):
         for shard in todo:
             skipped: dict[str, str] = {}
-            crops = cropped(images, plan.images(shard), pool, skipped, ticker, options)
-            latent_shards.write_shard(folder, plan, shard, encoded(images, crops, encode, options), skipped)
+            counts: Counter[str] = Counter()
+            readable = described(images, captions, plan.images(shard), skipped)
+            ticker.update(len(skipped))
+            crops = cropped(images, readable, pool, skipped, ticker, options)
+            records = encoded(images, captions, crops, encode, counts, options)
+            latent_shards.write_shard(folder, plan, shard, records, skipped, counts)
 
     others = latent_shards.missing(folder, plan)
     if others:
         print(f"this process is done; {len(others)} of {plan.shards} shards are left to the others")
         return
-    report = summary(folder, plan, images)
+    report = summary(folder, plan, images, captions)
     write_json(folder / "report.json", report)
     about = latent_shards.finish(folder, plan)
     show(report, plan, time.monotonic() - started, folder)
@@ -120,6 +139,46 @@ def prepare(source: str | Path, out: str | Path, options: Options) -> None:
     scale = about["vae"]["scale"]
     more = f" --config.codec.scale={scale}" if scale not in (None, 0.18215) else ""
     print(f"train on it: --config.data.data_dir={folder}{more}")
+
+
+class Captions(NamedTuple):
+    """The captions of a collection, and what turns them into token ids."""
+
+    found: Captioned
+    tokenizer: Tokenizer
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What latents.json says of them."""
+        made = self.tokenizer
+        sizes = {"vocabulary": made.size, "length": made.length, "start": made.start, "end": made.end}
+        return {"sha256": made.sha256, **sizes}
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all texts, in hex."""
+        return hashlib.sha256(json.dumps(self.found.texts).encode()).hexdigest()
+
+    def record(self, index: int, counts: Counter[str]) -> dict[str, Any]:
+        """The part of a record that holds the captions of an image. counts: gets how many, and how many were cut."""
+        texts = self.found.texts[index]
+        tokens = self.tokenizer(texts)
+        counts.update({"captions_written": len(texts), "captions_cut": int(tokens.cut.sum())})
+        return {"tokens": tokens.ids, "text": list(texts)}
+
+
+def opened(source: str | Path, options: Options) -> tuple[ImageFiles, Captions | None]:
+    """The images, and their captions if there is a tokenizer for them."""
+    if options.tokenizer is None:
+        if options.captions is not None:
+            raise ConfigError("--captions needs --tokenizer: a folder with vocab.json and merges.txt")
+        return image_collections.open_images(source, options.kind, options.split, options.unconditional), None
+    tokenizer = open_tokenizer(local_path("--tokenizer", hub.folder(options.tokenizer, clip_tokenizer.FILES)))
+    found = open_captioned(source, options.kind, options.split, options.captions)
+    if options.strict and found.missing:
+        key, why = next(iter(found.missing.items()))
+        raise DataError(f"{key}: {why}; {len(found.missing)} of {len(found.images)} images have no caption")
+    return found.images, Captions(found, tokenizer)
 
 
 def check(options: Options, factor: int) -> None:
@@ -133,6 +192,7 @@ def check(options: Options, factor: int) -> None:
 
 def planned(
     images: ImageFiles,
+    captions: Captions | None,
     release: vae_files.Release,
     chosen: dict[str, dict[str, Any]],
     shapes: dict[str, tuple[int, ...]],
@@ -148,7 +208,7 @@ def planned(
         "classes": list(images.classes) or None,
         "vae": {"name": release.name, "sha256": release.digest, "scale": release.scale, "shift": release.shift},
         "input_range": [-1, 1],
-        "crop": "adm",
+        "crop": options.crop,
         "resolution": size,
         "precision": options.precision,
         "batch_size": options.batch_size,  # the last bits of the moments depend on it
@@ -159,7 +219,11 @@ def planned(
         "collection": {"kind": images.kind, "sha256": latent_shards.collection_digest(images.keys, images.labels)},
         "tool": f"diversedit_jax {__version__}",
     }
-    features = latent_shards.features(shape, size, options.image, shapes, images.classes)
+    length = None
+    if captions is not None:
+        about["captions"], length = captions.about, captions.tokenizer.length
+        about["collection"]["captions"] = captions.digest
+    features = latent_shards.features(shape, size, options.image, shapes, images.classes, length)
     return Plan(about, features, len(images), options.per_shard)
 
 
@@ -213,9 +277,18 @@ def encoder(
     return encode, {name: leaf.shape[1:] for name, leaf in found.items() if name != "moments"}
 
 
+def described(images: ImageFiles, captions: Captions | None, indices: range, skipped: dict[str, str]) -> Sequence[int]:
+    """Those of the images that have what they need beside their pixels; the others go to `skipped`."""
+    if captions is None:
+        return indices
+    missing = captions.found.missing
+    skipped |= {images.keys[index]: missing[images.keys[index]] for index in indices if images.keys[index] in missing}
+    return [index for index in indices if images.keys[index] not in missing]
+
+
 def cropped(
     images: ImageFiles,
-    indices: range,
+    indices: Sequence[int],
     pool: ThreadPoolExecutor,
     skipped: dict[str, str],
     ticker: Ticker,
@@ -225,7 +298,7 @@ def cropped(
 
     DataError if the machine fails (a lost mount, too little memory), which is no fault of an image.
     """
-    ahead = image_collections.crops_ahead(images, indices, options.size, pool, 2 * options.batch_size)
+    ahead = image_collections.crops_ahead(images, indices, options.size, pool, 2 * options.batch_size, options.crop)
     with contextlib.closing(ahead):
         for index, future in ahead:
             try:
@@ -241,9 +314,14 @@ def cropped(
 
 
 def encoded(
-    images: ImageFiles, crops: Iterator[tuple[int, np.ndarray]], encode: Encode, options: Options
+    images: ImageFiles,
+    captions: Captions | None,
+    crops: Iterator[tuple[int, np.ndarray]],
+    encode: Encode,
+    counts: Counter[str],
+    options: Options,
 ) -> Iterator[dict[str, Any]]:
-    """The records of these crops."""
+    """The records of these crops. counts: as in `Captions.record`."""
     while batch := list(islice(crops, sharding.filled(options.batch_size))):
         found = encode(np.stack([crop for _, crop in batch]))
         for row, (index, crop) in enumerate(batch):
@@ -251,7 +329,8 @@ def encoded(
             for name, values in example.items():
                 if not np.isfinite(values).all():
                     raise DataError(f"{images.keys[index]}: its {name} are not finite in float16")
-            example |= {"key": images.keys[index], "label": int(images.labels[index])}
+            example["key"] = images.keys[index]
+            example |= captions.record(index, counts) if captions else {"label": int(images.labels[index])}
             yield example | ({"image": compressed(crop, options.image)} if options.image else {})
 
 
@@ -263,12 +342,13 @@ def compressed(crop: np.ndarray, kind: str) -> bytes:
     return file.getvalue()
 
 
-def summary(folder: Path, plan: Plan, images: ImageFiles) -> dict[str, Any]:
+def summary(folder: Path, plan: Plan, images: ImageFiles, captions: Captions | None) -> dict[str, Any]:
     """The content of report.json: counts, and why images were skipped."""
     notes = [latent_shards.note(folder, shard) for shard in range(plan.shards)]
     skipped = {key: why for found in notes for key, why in found["skipped"].items()}
     lost = Counter(int(label) for key, label in zip(images.keys, images.labels, strict=True) if key in skipped)
     counts = Counter(images.labels.tolist())
+    texts = latent_shards.counted(notes) | ({} if captions is None else {"left_out": dict(captions.found.left_out)})
     return {
         "images": plan.count,
         "records": sum(found["records"] for found in notes),
@@ -276,6 +356,7 @@ def summary(folder: Path, plan: Plan, images: ImageFiles) -> dict[str, Any]:
         "per_class": {name: counts[i] - lost[i] for i, name in enumerate(images.classes or ("all",))},
         "skipped": skipped,
         "ignored": dict(images.ignored),
+        **texts,
     }
 
 
@@ -286,6 +367,10 @@ def show(report: dict[str, Any], plan: Plan, seconds: float, folder: Path) -> No
     if plan.about["classes"]:
         counts = sorted(report["per_class"].values())
         print(f"  {len(counts)} classes of {counts[0]} to {counts[-1]} images, median {counts[len(counts) // 2]}")
+    if "captions" in plan.about:
+        left_out = "".join(f", {count} {why} ones left out" for why, count in report["left_out"].items())
+        length = plan.about["captions"]["length"]
+        print(f"  {report['captions_written']} captions, {report['captions_cut']} cut at {length} tokens{left_out}")
     for key, why in list(report["skipped"].items())[:SHOWN]:
         print(f"  skipped: {key}: {why}")
     if len(report["skipped"]) > SHOWN:
@@ -298,7 +383,7 @@ def mosaic(folder: Path, images: ImageFiles, release: vae_files.Release, options
     place = {key: index for index, key in enumerate(images.keys)}
     records = [latents.parsed(dataset.source.records[row]) for row in some(dataset)]
     keys = [record["key"].bytes_list.value[0].decode() for record in records]
-    originals = np.stack([image_collections.crop(images, place[key], options.size) for key in keys])
+    originals = np.stack([image_collections.crop(images, place[key], options.size, options.crop) for key in keys])
     compare(originals, reconstructed(dataset, release, options.precision), folder / "mosaic.png")
 
 
@@ -365,7 +450,10 @@ if __name__ == "__main__":
     flags.DEFINE_integer("threads", 0, "Threads that decode and crop; 0: two for each core.")
     flags.DEFINE_integer("process_index", 0, "Which of the processes this is.")
     flags.DEFINE_integer("process_count", 1, "Processes that share the work.")
-    flags.DEFINE_bool("strict", False, "An image that cannot be read is an error.")
+    flags.DEFINE_bool("strict", False, "An image that cannot be read or has no caption is an error.")
+    flags.DEFINE_string("tokenizer", None, "Folder with CLIP's vocab.json and merges.txt: captions, not classes.")
+    flags.DEFINE_string("captions", None, "Table of the captions, if it does not lie where the layout has it.")
+    flags.DEFINE_enum("crop", "adm", list(image_collections.CROPS), "As ADM does, or a square and Lanczos (MS-COCO).")
     flags.DEFINE_enum("precision", "highest", list(PRECISIONS), "Of the autoencoder's products.")
     flags.DEFINE_bool("verify", False, "Check the finished set in OUT, and do nothing else.")
 

@@ -4,8 +4,8 @@
     python -m diversedit_jax.evaluate --workdir=DIR --reference=OUT.npz --extractor=inception=FILE
 
 IMAGES is a folder of images, with or without class folders, WebDataset .tar files, a .zip, a tfds dataset in
-array_record files, or an .npz with `arr_0`. Each image is cropped and resized to --size as ADM does; those of an .npz
-stay as they are. OUT holds:
+array_record files, or an .npz with `arr_0`. Each image is cropped and resized to --size as ADM does, or with
+--crop=lanczos as U-ViT does for MS-COCO; those of an .npz stay as they are. OUT holds:
 
 - mu, sigma, mu_s and sigma_s of all images, under the names that torch-fidelity, pytorch-fid and ADM's script read;
 - the features of --features images, for precision, recall and kernel distance;
@@ -53,9 +53,9 @@ class Images(NamedTuple):
 
 
 def collection(
-    path: str | Path, size: int, num: int | None, kind: str | None, split: str | None, threads: int
+    path: str | Path, size: int, num: int | None, kind: str | None, split: str | None, threads: int, crop: str = "adm"
 ) -> Images:
-    """The crops of `num` images at `path`, evenly spread over their order; None: of all."""
+    """The crops of `num` images at `path`, evenly spread over their order; None: of all. crop: one of CROPS."""
     path = local_path("images", path)
     if path.suffix in (".npz", ".npy"):
         found = image_files.open_samples(path)
@@ -65,9 +65,9 @@ def collection(
     opened = image_collections.open_images(path, kind, split, unconditional=True)
     numbers = chosen(len(opened), num)
     split = split or "train" if opened.kind == "tfds" else split
-    about = {"name": path.name, "kind": opened.kind, "split": split, "crop": "adm", "size": [size, size]}
+    about = {"name": path.name, "kind": opened.kind, "split": split, "crop": crop, "size": [size, size]}
     about |= {"of": len(opened), "ignored": dict(opened.ignored)}
-    return Images(opened.path, len(numbers), _decoded(opened, numbers, size, threads), about)
+    return Images(opened.path, len(numbers), _decoded(opened, numbers, size, threads, crop), about)
 
 
 def chosen(count: int, num: int | None) -> np.ndarray:
@@ -75,11 +75,11 @@ def chosen(count: int, num: int | None) -> np.ndarray:
     return np.arange(count) if num is None or num >= count else np.arange(num) * count // max(num, 1)
 
 
-def _decoded(images: ImageFiles, numbers: np.ndarray, size: int, threads: int) -> Iterator[np.ndarray]:
+def _decoded(images: ImageFiles, numbers: np.ndarray, size: int, threads: int, crop: str) -> Iterator[np.ndarray]:
     """Crops, decoded ahead by threads. DataError names an image that cannot be read."""
     with (
         ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool,
-        contextlib.closing(image_collections.crops_ahead(images, numbers.tolist(), size, pool, AHEAD)) as ahead,
+        contextlib.closing(image_collections.crops_ahead(images, numbers.tolist(), size, pool, AHEAD, crop)) as ahead,
     ):
         for index, future in ahead:
             try:
@@ -135,6 +135,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("images", 0, "Number of images to store too.")
     flags.DEFINE_enum("kind", None, list(image_collections.KINDS), "What IMAGES is; by default it is recognised.")
     flags.DEFINE_string("split", None, "Split of a tfds dataset, or a subfolder of this name; by default train.")
+    flags.DEFINE_enum("crop", "adm", list(image_collections.CROPS), "As ADM does, or a square and Lanczos (MS-COCO).")
     flags.DEFINE_integer("batch_size", 256, "Images at a time, over all devices.")
     flags.DEFINE_integer("threads", 0, "Threads that decode and crop; 0: two for each core.")
 
@@ -154,7 +155,7 @@ if __name__ == "__main__":
             raise ConfigError("--extractor is required, such as --extractor=inception=FILE")
         writable_folder(out.parent, "OUT")  # fail now, not after an hour of work
         networks = [extractors.make(name, **options) for name, options in named.items()]
-        images = collection(arguments[0], given.size, given.num, given.kind, given.split, given.threads)
+        images = collection(arguments[0], given.size, given.num, given.kind, given.split, given.threads, given.crop)
         ignored = "".join(f", ignored {count} x {what}" for what, count in images.about.get("ignored", {}).items())
         say(f"{images.count} images of {images.path}{ignored}")
         arrays = compute(images, networks, given.batch_size, given.features, given.images)

@@ -10,7 +10,7 @@ from diversedit_jax.reading import parse_json, read_json
 DISTANCES = ("fid", "fd", "frechet")  # how the names of distances between samples and data begin
 TITLES = {"fid": "FID", "sfid": "sFID", "fd": "FD", "sfd": "sFD", "frechet": "Fréchet distance", "inception": "IS"}
 LOWER = (*DISTANCES, "sfid", "sfd", "kid", "kd")  # how the names of scores begin that are better if they are lower
-HIGHER = ("inception", "precision", "recall", "accuracy")
+HIGHER = ("inception", "precision", "recall", "accuracy", "clip")
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError)
 
 

@@ -80,7 +80,7 @@ def with_text(codec: Codec, encoder: TextEncoder) -> Codec:
 
     def condition(frozen: Params, condition: Condition) -> Condition:
         ids = not isinstance(condition, Mapping)
-        return encoder.apply(frozen["text"], condition) if ids else condition
+        return encoder.apply(frozen["text"], jnp.asarray(condition)) if ids else condition
 
     return Codec(init, encode, _inside(codec.decode), condition, codec.shape, codec.reads)
 

@@ -34,10 +34,13 @@ class Tokens(NamedTuple):
 
 
 class Tokenizer:
-    """Texts -> Tokens, int32. size: of the vocabulary. length: places of a text. start, end: ids of these tokens."""
+    """Texts -> Tokens, int32.
 
-    def __init__(self, words: Any, vocabulary: dict[str, int], length: int):
-        self._words, self.size, self.length = words, len(vocabulary), length
+    size: of the vocabulary. length: places of a text. start, end: ids of these tokens. sha256: see `digest`.
+    """
+
+    def __init__(self, words: Any, vocabulary: dict[str, int], length: int, sha256: str):
+        self._words, self.size, self.length, self.sha256 = words, len(vocabulary), length, sha256
         self.start, self.end = vocabulary[START], vocabulary[END]
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
@@ -72,8 +75,11 @@ def holds(folder: str | Path) -> bool:
 
 def digest(folder: str | Path) -> str:
     """A name for the tokenizer in a folder that holds the files, sha256 in hex: equal for files of equal content."""
-    content = json.dumps(_content(folder), sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
+    return _digest(*_content(folder))
+
+
+def _digest(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> str:
+    return hashlib.sha256(json.dumps([vocabulary, merges], sort_keys=True).encode()).hexdigest()
 
 
 def open_tokenizer(folder: str | Path, length: int = LENGTH) -> Tokenizer:
@@ -88,6 +94,11 @@ def open_tokenizer(folder: str | Path, length: int = LENGTH) -> Tokenizer:
     except ImportError:
         raise ConfigError("tokenizer: tokenizers is not installed: pip install diversedit_jax[text]") from None
     vocabulary, merges = _content(folder)
+    # a byte without a token would become the end of the text
+    alphabet = [byte + end for byte in tokenizers.pre_tokenizers.ByteLevel.alphabet() for end in ("", WORD_END)]
+    if missing := sorted(set(alphabet) - vocabulary.keys()):
+        why = f"it has no {missing[0]!r}, and {len(missing) - 1} other bytes are missing: it is not CLIP's"
+        raise DataError(f"tokenizer: {place_of(folder) / FILES[0]}: {why}")
     try:
         model = tokenizers.models.BPE(vocabulary, merges, end_of_word_suffix=WORD_END, unk_token=END)
     except Exception as error:  # tokenizers raises plain Exceptions
@@ -97,7 +108,7 @@ def open_tokenizer(folder: str | Path, length: int = LENGTH) -> Tokenizer:
     split = cuts.Split(tokenizers.Regex(PARTS), "removed", invert=True)
     words.pre_tokenizer = cuts.Sequence([split, cuts.ByteLevel(add_prefix_space=False)])
     words.decoder = tokenizers.decoders.ByteLevel()
-    return Tokenizer(words, vocabulary, length)
+    return Tokenizer(words, vocabulary, length, _digest(vocabulary, merges))
 
 
 def _content(folder: str | Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -113,6 +124,8 @@ def _content(folder: str | Path) -> tuple[dict[str, int], list[tuple[str, str]]]
             raise ValueError("it is no table of words and numbers")
         if missing := [word for word in (START, END) if word not in vocabulary]:
             raise ValueError(f"it has no {missing[0]}: it is not CLIP's")
+        if sorted(vocabulary.values()) != list(range(len(vocabulary))):
+            raise ValueError(f"its numbers are not 0 .. {len(vocabulary) - 1}, as its {len(vocabulary)} words need")
         file = FILES[1]
         with RegularFile(place / file) as opened:
             lines = opened.read().decode().splitlines()

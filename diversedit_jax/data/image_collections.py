@@ -48,7 +48,7 @@ PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
 MAX_PIXELS = 2**27  # of an image: a larger one could exhaust the memory. Pillow's own limit is higher, 1.8e8
 INDEX = "dataset.json"
 SPLIT = re.compile(r"(train|training|val|valid|validation|dev|eval|test|testing)[-_]?\d*", re.IGNORECASE)
-MAX_LABEL = 1 << 20  # bytes of a file in a tar that holds one label
+MAX_BESIDE = 1 << 20  # bytes of a file that holds the label or the caption of one image
 Place = tuple[Path, int, int]  # a tar file, and offset and size of an image in it
 
 
@@ -78,12 +78,17 @@ class ImageFiles:
 
 
 def open_images(
-    path: str | Path, kind: str | None = None, split: str | None = None, unconditional: bool = False
+    path: str | Path,
+    kind: str | None = None,
+    split: str | None = None,
+    unconditional: bool = False,
+    texts: dict[str, tuple[str, bytes]] | None = None,
 ) -> ImageFiles:
     """Open the collection at `path`. DataError, in one line, if there is none.
 
     kind: one of KINDS; None: what lies at `path` decides. unconditional: do not read labels.
     split: of a tfds data set, or a subfolder of this name. None: `train`, where `path` has splits.
+    texts: gets what .tar files hold beside each image instead of a label: key -> ("txt" or "json", content).
     """
     path = local_path("images", path)
     if kind is not None:
@@ -96,7 +101,7 @@ def open_images(
     else:
         path = _split(path, split)
         kind = _kind(path) if kind == "folder" else kind  # a split may hold tar files
-        open_kind = {"folder": _folder, "tar": _tars, "zip": _zip}[kind]
+        open_kind = {"folder": _folder, "tar": partial(_tars, texts=texts), "zip": _zip}[kind]
     images = open_kind(path, labelled=not unconditional)
     if not images.keys:
         others = "; ".join(f"{count} x {name}" for name, count in images.ignored.items()) or "nothing else"
@@ -235,13 +240,24 @@ def read_file(folder: Path, keys: Sequence[str], index: int) -> bytes:
         raise DataError(f"cannot be read: {error.strerror}") from error
 
 
-def _tars(path: Path, labelled: bool) -> ImageFiles:
+def _tars(path: Path, labelled: bool, texts: dict[str, tuple[str, bytes]] | None) -> ImageFiles:
     ignored: Counter[str] = Counter()
     places: dict[str, Place] = {}
     labels: dict[str, int] = {}
+
+    def label(key: str, suffix: str, name: str, content: bytes) -> None:
+        if (found := _label(content, name)) is not None:
+            labels[key] = found
+
+    def text(key: str, suffix: str, name: str, content: bytes) -> None:
+        if suffix == "txt" or _printable(key) not in texts:  # some tools write the caption into both
+            texts[_printable(key)] = suffix, content
+
+    beside = dict.fromkeys(("txt", "json"), text) if texts is not None else {"cls": label, "json": label}
+    beside = beside if labelled or texts is not None else dict.fromkeys(beside)
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if file.suffix == ".tar":
-            _scan_tar(file, labelled, places, labels, ignored)
+            _scan_tar(file, beside, places, ignored)
         else:
             ignored["folder beside the .tar files" if file.is_dir() else f"*{file.suffix or file.name}"] += 1
     for key in labels.keys() - places.keys():
@@ -250,8 +266,11 @@ def _tars(path: Path, labelled: bool) -> ImageFiles:
     return _numbered("tar", path, list(places), labels, partial(_read_range, list(places.values())), ignored)
 
 
-def _scan_tar(file: Path, labelled: bool, places: dict[str, Place], labels: dict[str, int], ignored: Counter) -> None:
-    """Add the images and labels of one tar file, in one pass over its headers."""
+def _scan_tar(file: Path, beside: Mapping[str, Callable | None], places: dict[str, Place], ignored: Counter) -> None:
+    """Add the images of one tar file, and what lies beside them, in one pass over its headers.
+
+    beside: ending of such a file -> what takes its key, its ending, its name and its content; None: do not read it.
+    """
     images: dict[str, dict[str, Place]] = {}  # key -> suffix -> place
     end = 0
     try:
@@ -273,10 +292,10 @@ def _scan_tar(file: Path, labelled: bool, places: dict[str, Place], labels: dict
                     if suffix in images.setdefault(key, {}):
                         raise ValueError(f"it has two images of the name {member.name}")
                     images[key][suffix] = (file, member.offset_data, member.size)
-                elif suffix not in ("cls", "json"):
+                elif suffix not in beside:
                     ignored[f"*.{suffix}"] += 1
-                elif labelled and (label := _label(tar.extractfile(member).read(MAX_LABEL), member.name)) is not None:
-                    labels[key] = label
+                elif (note := beside[suffix]) is not None:
+                    note(key, suffix, member.name, tar.extractfile(member).read(MAX_BESIDE))
             opened.seek(tar.offset)  # tarfile does not notice if a file was cut between two members
             if opened.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("it is truncated: it has no end mark")
@@ -471,8 +490,19 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
+def lanczos_crop(image: Image.Image, size: int) -> np.ndarray:
+    """Cut out the middle square of an image and resize it by Lanczos, uint8 [size size 3], as U-ViT does for COCO."""
+    side = min(image.size)
+    left, top = ((whole - side) // 2 for whole in image.size)
+    box = (left, top, left + side, top + side)
+    return np.asarray(image.crop(box).resize((size, size), Image.Resampling.LANCZOS))
+
+
+CROPS = {"adm": center_crop, "lanczos": lanczos_crop}
+
+
 def crops_ahead(
-    images: ImageFiles, indices: Iterable[int], size: int, pool: Executor, ahead: int
+    images: ImageFiles, indices: Iterable[int], size: int, pool: Executor, ahead: int, how: str = "adm"
 ) -> Iterator[tuple[int, Future]]:
     """Yield (index, future of its `crop`) in order. `pool` works on at most `ahead` crops at a time.
 
@@ -483,7 +513,7 @@ def crops_ahead(
     try:
         while True:
             for index in islice(rest, ahead - len(waiting)):
-                waiting.append((index, pool.submit(crop, images, index, size)))
+                waiting.append((index, pool.submit(crop, images, index, size, how)))
             if not waiting:
                 return
             yield waiting.popleft()
@@ -492,9 +522,9 @@ def crops_ahead(
             future.cancel()
 
 
-def crop(images: ImageFiles, index: int, size: int) -> np.ndarray:
-    """Decode and crop one image of a collection, uint8 [size size 3]. Errors as of `image_of`."""
-    return image_of(images, index, lambda image: center_crop(image, size))
+def crop(images: ImageFiles, index: int, size: int, how: str = "adm") -> np.ndarray:
+    """Decode and crop one image of a collection, uint8 [size size 3]. how: one of CROPS. Errors as of `image_of`."""
+    return image_of(images, index, lambda image: CROPS[how](image, size))
 
 
 def image_of(images: ImageFiles, index: int, changed: Callable[[Image.Image], Any] = np.asarray) -> np.ndarray:

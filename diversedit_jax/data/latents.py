@@ -5,11 +5,13 @@ A directory is a tfds data set in array_record files, read without TensorFlow:
     dataset_info.json, features.json             names, splits, shard lengths
     <name>-<split>.array_record-00000-of-00016   the shards
 
-Every record has the first two features, and may have the others:
+Every record has `moments`, and either `label` or `tokens`. It may have the others:
 
     moments   Tensor(shape=(2, h, w, 2c), dtype=float16, encoding='bytes'). Axis 0: the image, its mirror image.
               Last axis: c means, then c standard deviations, of the latent distribution before scaling.
     label     Scalar of an integer type, or ClassLabel: 0 .. num_classes - 1.
+    tokens    Tensor(shape=(None, n), dtype=int32, encoding='bytes'): token ids of the captions of the image.
+    text      Sequence(Text): these captions. Training does not read them.
     image     Image(shape=(H, W, k), encoding_format='png' or 'jpeg'), or Tensor of this shape and uint8: the pixels
               of the image, not mirrored.
     key       Text: the name of the image. Training does not read it.
@@ -19,7 +21,9 @@ Every record has the first two features, and may have the others:
 
 latents.json beside them is optional. It says how they were made: `format`, `moments` (mean_std), `shape` [h w c],
 `classes` (names by label; null: none, every label is 0), `vae` with its `scale`, `resolution`, `crop`, checksums of the
-shards. tools/prepare_latents.py writes it last: a directory with plan.json and without latents.json is unfinished.
+shards. With `tokens` it is required, and its `captions` say what made them: `sha256` of the tokenizer's files, number
+of words in the `vocabulary`, `length` n, ids of the `start` and of the `end`, which also fills the places behind it.
+tools/prepare_latents.py writes it last: a directory with plan.json and without latents.json is unfinished.
 
 An ImageNet image of 256x256 takes 32 KiB (h = w = 32, c = 4, both versions), its pixels about 100 KB as PNG, its patch
 tokens of DINOv2-B 768 KiB. So run encoders on the pixels instead of storing tokens.
@@ -39,9 +43,11 @@ from diversedit_jax.data.image_collections import decode
 from diversedit_jax.data.tfds_folder import first_line, open_folder, parsed, records_of
 from diversedit_jax.errors import ConfigError, DataError, check_machine
 from diversedit_jax.reading import read_json
+from diversedit_jax.registry import INT32
 
 ABOUT = "latents.json"
 FORMAT, MOMENTS = 1, "mean_std"
+MAX_LENGTH = 1 << 16  # tokens of a caption: a damaged number would ask for gigabytes
 CACHED = {"features": 3, "token": 2}  # kind of a cached encoder output -> axes of the stored array
 
 
@@ -84,20 +90,28 @@ def about(data_dir: Path) -> dict[str, Any]:
 
 
 def check(
-    features: Mapping[str, Any], shape: tuple[int, int, int], num_classes: int, image: bool, cached: tuple[str, ...]
+    features: Mapping[str, Any],
+    shape: tuple[int, int, int],
+    condition: tuple[str, tuple, type],
+    image: bool,
+    cached: tuple[str, ...],
 ) -> None:
-    """Raise DataError if the metadata do not fit the options of `make`. None in a wanted shape: any fixed size."""
+    """Raise DataError if the metadata do not fit the options of `make`.
+
+    condition: name, shape and type of the feature. In a wanted shape, None is any fixed size, and ... one that varies.
+    """
     h, w, c = shape
-    wanted = {"moments": ((2, h, w, 2 * c), np.float16), "label": ((), np.integer)}
+    wanted = {"moments": ((2, h, w, 2 * c), np.float16), condition[0]: condition[1:]}
     wanted |= {"image": ((None, None, None), np.uint8)} if image else {}
     wanted |= {name: ((2, *[None] * (CACHED[name.partition("/")[0]] - 1)), np.float16) for name in cached}
     for name, (wanted_shape, wanted_dtype) in wanted.items():
         if name not in features:
             raise DataError(f"latents: no feature {name!r}, given: {', '.join(sorted(features))}")
         given = features[name]
-        sizes = zip(given.shape, wanted_shape, strict=False)
+        sizes = [(n, m) for n, m in zip(given.shape, wanted_shape, strict=False) if m is not ...]
         if len(given.shape) != len(wanted_shape) or any(n is None or m not in (None, n) for n, m in sizes):
-            raise DataError(f"latents: {name} has shape {given.shape}, wanted {wanted_shape} for latents of {shape}")
+            shown = str(wanted_shape).replace("Ellipsis", "any")
+            raise DataError(f"latents: {name} has shape {given.shape}, wanted {shown} for latents of {shape}")
         if not np.issubdtype(given.np_dtype, wanted_dtype):
             raise DataError(f"latents: {name} is {np.dtype(given.np_dtype)}, wanted {wanted_dtype.__name__}")
         as_bytes = type(given) is tfds.features.Tensor and given._encoding == tfds.features.Encoding.BYTES
@@ -105,9 +119,6 @@ def check(
         if given.shape and not as_image and not as_bytes:
             wanted_kind = "Tensor(encoding='bytes') or Image with 1 or 3 channels"
             raise DataError(f"latents: {name} is stored as {given}; wanted {wanted_kind}")
-    given_classes = getattr(features["label"], "num_classes", None)
-    if given_classes is not None and given_classes > num_classes:
-        raise DataError(f"latents: the data have {given_classes} classes, num_classes is {num_classes}")
 
 
 def decoded(feature: Any, value: Any) -> Any:
@@ -118,21 +129,24 @@ def decoded(feature: Any, value: Any) -> Any:
     (content,) = value.bytes_list.value
     if type(feature) is tfds.features.Image:  # tfds would let Pillow decode all that it can
         return np.asarray(decode(content))[..., : feature.shape[-1]]
-    return np.frombuffer(content, feature.np_dtype).reshape(feature.shape)
+    return np.frombuffer(content, feature.np_dtype).reshape([-1 if n is None else n for n in feature.shape])
 
 
 @dataclass(frozen=True)
 class Moments:
     """Examples by index: `moments` float16 [h w 2c], `y`, and the other features that are read.
 
+    `y` is a label, or the token ids of the first caption. If there are several, `captions` int32 [m n] are all of them.
+
     name: of the split, for errors. features: those that are read, by name.
+    limit: number of classes, or of words in the vocabulary.
     shards: (file, number of its records in this split, number of its records before them).
     both: keep the versions for the image and its mirror image, on a leading axis, in all but `image` and `y`.
     """
 
     records: Any
     name: str
-    num_classes: int
+    limit: int
     features: Mapping[str, Any]
     shards: tuple[tuple[str, int, int], ...]
     both: bool
@@ -163,7 +177,11 @@ class Moments:
     def _example(self, record: bytes) -> dict[str, np.ndarray | np.int32]:
         stored = parsed(record)
         example = {name: decoded(feature, stored[name]) for name, feature in self.features.items()}
-        example["y"] = label_of(example.pop("label"), self.num_classes)
+        if "label" in example:
+            example["y"] = label_of(example.pop("label"), self.limit)
+        else:
+            tokens = checked(example.pop("tokens"), self.limit)
+            example |= {"y": tokens[0]} | ({"captions": tokens} if len(tokens) > 1 else {})
         return example if self.both else chosen(example, False)
 
 
@@ -172,6 +190,15 @@ def label_of(label: int, num_classes: int) -> np.int32:
     if not 0 <= label < max(num_classes, 1):
         raise DataError(f"label {label} is not in 0 .. {max(num_classes, 1) - 1}")
     return np.int32(label)
+
+
+def checked(tokens: np.ndarray, vocabulary: int) -> np.ndarray:
+    """The token ids [m n] of m captions. DataError if there are none, or if one is not of the vocabulary."""
+    if not tokens.size:
+        raise DataError("it has no captions")
+    if tokens.min() < 0 or tokens.max() >= vocabulary:
+        raise DataError(f"token ids {tokens.min()} .. {tokens.max()} are not in 0 .. {vocabulary - 1}")
+    return tokens
 
 
 def told_classes(name: str, num_classes: int | None) -> int:
@@ -183,15 +210,28 @@ def told_classes(name: str, num_classes: int | None) -> int:
 
 def chosen(example: dict, mirror: bool) -> dict:
     """One version of an example that has both: of the image, or of its mirror image."""
-    parts = {name: value[int(mirror)] for name, value in example.items() if name not in ("y", "image")}
+    same = {name: example[name] for name in ("y", "captions") if name in example}
+    parts = {name: value[int(mirror)] for name, value in example.items() if name not in (*same, "image")}
     if "image" in example:
         parts["image"] = example["image"][:, ::-1] if mirror else example["image"]
-    return {**parts, "y": example["y"]}
+    return parts | same
 
 
 def flip(example: dict, rng: np.random.Generator) -> dict:
     """Draw one version of an example that has both, with equal probability."""
     return chosen(example, rng.random() < 0.5)
+
+
+def draw(example: dict, rng: np.random.Generator) -> dict:
+    """Draw one of the captions of an example, with equal probability."""
+    rest = dict(example)
+    captions = rest.pop("captions", None)
+    return rest if captions is None else rest | {"y": captions[rng.integers(len(captions))]}
+
+
+def flip_and_draw(example: dict, rng: np.random.Generator) -> dict:
+    """Draw one version of an example that has both, and one of its captions."""
+    return draw(flip(example, rng), rng)
 
 
 def make(
@@ -204,11 +244,13 @@ def make(
     image: bool = False,
     cached: tuple[str, ...] = (),
 ) -> Dataset:
-    """The latents in `data_dir`: `moments` float16 [h w 2c] and `y` int32.
+    """The latents in `data_dir`: `moments` float16 [h w 2c] and `y` int32, a label or the token ids [n] of a caption.
+
+    Each draw takes one of the captions of an image. Captions name left and right, so do not set `mirror` with them.
 
     data_dir: what tools.prepare_latents has written.
     shape: of the latents, h w c; by default as stored.
-    num_classes: by default the number of stored class names; needed if the data have none.
+    num_classes: by default the number of stored class names; needed if the data have none. Not for captions.
     mirror: each draw takes the mirror image with probability 1/2, in every feature.
     image: also read `image`, uint8 [H W k], which encoders run on.
     cached: also read stored encoder outputs, float16: `features/NAME` [n d] or `token/NAME` [d].
@@ -228,23 +270,58 @@ def make(
                 raise DataError(f"latents: no feature 'moments' [2 h w 2c], given: {', '.join(sorted(features))}")
             _, h, w, channels = features["moments"].shape
             shape = h, w, channels // 2
-        if num_classes is None:
-            num_classes = getattr(features.get("label"), "num_classes", None)
-            num_classes = len(says["classes"] or ()) if "classes" in says else num_classes
-            num_classes = told_classes(f"latents: {folder}", num_classes)
-        names = says.get("classes") or getattr(features.get("label"), "names", None) or ()
-        check(features, tuple(shape), num_classes, image, cached)
-        read = {name: features[name] for name in ("moments", "label", *["image"] * image, *cached)}
+        text = texts(folder, says, num_classes) if "tokens" in features else None
+        if text is None:
+            conditions, limit = labels(folder, says, features.get("label"), num_classes)
+            condition = "label", (), np.integer
+        else:
+            conditions, limit = captioned(says["captions"]), text["vocabulary"]
+            condition = "tokens", (..., text["length"]), np.int32
+        check(features, tuple(shape), condition, image, cached)
+        read = {name: features[name] for name in ("moments", condition[0], *["image"] * image, *cached)}
         files = tfds.core.data_sources.base.file_instructions(info, split)
         shards = tuple((one.filename, one.examples_in_shard if one.take == -1 else one.take, one.skip) for one in files)
-        source = Moments(records, f"{data_dir}, split {split}", num_classes, read, shards, mirror)
-        space = Space(tuple(shape), Conditions.labels(num_classes, names))
+        source = Moments(records, f"{data_dir}, split {split}", limit, read, shards, mirror)
         scale = says.get("vae", {}).get("scale")
         if scale is not None and not 0 < float(scale) < np.inf:
             raise ValueError(f"the scale of the autoencoder is {scale}")
-        return Dataset(source, flip if mirror else None, space, scale)
+        transform = (flip if mirror else None) if text is None else flip_and_draw if mirror else draw
+        return Dataset(source, transform, Space(tuple(shape), conditions), scale, text)
     except (ConfigError, DataError):
         raise
     except Exception as error:  # tfds has metadata of many kinds
         check_machine(error)
         raise DataError(f"latents: the metadata of {folder} cannot be used: {first_line(error)}") from error
+
+
+def labels(folder: Path, says: Mapping[str, Any], feature: Any, num_classes: int | None) -> tuple[Conditions, int]:
+    """The conditions of a set with labels, and the number of classes. feature: the stored label."""
+    stored = getattr(feature, "num_classes", None)
+    if num_classes is None:
+        num_classes = len(says["classes"] or ()) if "classes" in says else stored
+        num_classes = told_classes(f"latents: {folder}", num_classes)
+    if stored is not None and stored > num_classes:
+        raise DataError(f"latents: the data have {stored} classes, num_classes is {num_classes}")
+    names = says.get("classes") or getattr(feature, "names", None) or ()
+    return Conditions.labels(num_classes, names), num_classes
+
+
+def texts(folder: Path, says: Mapping[str, Any], num_classes: int | None) -> dict[str, Any]:
+    """What is known of the tokenizer of a set with captions, as in `Dataset.text`."""
+    if num_classes is not None:
+        raise ConfigError(f"latents: num_classes = {num_classes}, but {folder} has captions instead of classes")
+    if not isinstance(says.get("captions"), dict):
+        raise DataError(f"latents: {folder} has captions, but no {ABOUT} that says which tokenizer made them")
+    text = {name: says["captions"][name] for name in ("sha256", "vocabulary", "length")}
+    for name, most in (("vocabulary", INT32), ("length", MAX_LENGTH)):
+        if type(text[name]) is not int or not 1 <= text[name] <= most:
+            raise ValueError(f"captions have {name} = {text[name]!r:.80}")
+    return text
+
+
+def captioned(captions: Mapping[str, Any]) -> Conditions:
+    """The conditions of a set with captions. The null condition is the empty text."""
+    start, end, vocabulary = (captions[name] for name in ("start", "end", "vocabulary"))
+    null = np.full(captions["length"], end, np.int32)
+    null[0] = start
+    return Conditions(checked(null[None], vocabulary)[0])

@@ -41,7 +41,9 @@ def make(*, file: str, tokenizer: str | None = None, pooled: bool = False, dtype
         return found | ({"pooled": text.pooled if text.projected is None else text.projected} if pooled else {})
 
     def folder() -> Path:
-        place = hub.local(file if tokenizer is None else tokenizer)
+        if tokenizer is not None:
+            return hub.folder(tokenizer, clip_tokenizer.FILES)
+        place = hub.local(file)
         return place.parent if place.is_file() else place
 
     def check(known: Mapping[str, object]) -> None:

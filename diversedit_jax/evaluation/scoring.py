@@ -1,10 +1,12 @@
 """Scores of images against a reference. Feature networks see every image once; all scores come from their features.
 
 Scores from Inception: `fid`, `sfid`, `inception_score`, `precision`, `recall`, `kid`. Scores from another network have
-its name: `fd_dinov2`, `precision_dinov2`, .... Batches of one compiled size are split over all devices. The host sums
-moments in float64 and keeps only features in memory.
+its name: `fd_dinov2`, `precision_dinov2`, .... `clip_score` needs no reference: it is the mean over images of
+100 max(0, cos(image, caption)) (arXiv 2104.08718, without its factor of 2.5). Batches of one compiled size are split
+over all devices. The host sums moments in float64 and keeps only features in memory.
 """
 
+import collections
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,7 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from diversedit_jax import sharding
+from diversedit_jax import conditioning, sharding
+from diversedit_jax.api import Condition
 from diversedit_jax.errors import ConfigError, DataError, NonFiniteError
 from diversedit_jax.evaluation.extractors import Extractor, Features
 from diversedit_jax.evaluation.image_files import SampleFiles
@@ -26,12 +29,13 @@ from diversedit_jax.metrics.precision_recall import precision_recall
 SPLIT, NEAREST, SUBSETS, SUBSET_SIZE = 5_000, 3, 100, 1_000
 MOST_IMAGES = 100_000  # of a reference; all their features are in memory at once
 ExtractedFeatures = dict[str, Features]  # name of the extractor -> features of a batch, on the host
-Extract = Callable[[np.ndarray], ExtractedFeatures]
+Extract = Callable[..., ExtractedFeatures]  # (images, their conditions=None) -> features, see `extraction`
 
 
 def extraction(extractors: Iterable[Extractor], layout: sharding.Layout, batch: int) -> Extract:
     """A function from uint8 images [b h w c], b at most `batch`, to the features of each extractor.
 
+    It may also get the stored conditions y [b ...] of the images, for extractors with `match`.
     Every batch is padded to one size, so one compiled program serves a whole evaluation. A device always takes
     `Extractor.chunk` images at a time, so no feature depends on the batch or on the number of devices.
     """
@@ -40,21 +44,24 @@ def extraction(extractors: Iterable[Extractor], layout: sharding.Layout, batch: 
     size = -(-batch // least) * least
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(layout))  # so that every process can read the result
-    def run(weights: list[Any], images: jax.Array) -> dict[str, Features]:
-        return {
-            one.name: sharding.in_chunks(functools.partial(one.apply, w), images, one.chunk, layout.mesh.size)
-            for one, w in zip(extractors, weights, strict=True)
-        }
+    def run(weights: list[Any], images: jax.Array, y: Condition) -> dict[str, Features]:
+        def features(one: Extractor, w: Any) -> Features:
+            if one.match is None or y is None:
+                return sharding.in_chunks(functools.partial(one.apply, w), images, one.chunk, layout.mesh.size)
+            return sharding.in_chunks(functools.partial(matched, one, w), (images, y), one.chunk, layout.mesh.size)
+
+        return {one.name: features(one, w) for one, w in zip(extractors, weights, strict=True)}
 
     @functools.cache
     def weights() -> list[Any]:
         return [sharding.put(one.init(), sharding.replicated(layout)) for one in extractors]
 
-    def extract(images: np.ndarray) -> ExtractedFeatures:
+    def extract(images: np.ndarray, y: Condition = None) -> ExtractedFeatures:
         if not 0 < len(images) <= size:
             raise ValueError(f"wanted 1 to {size} images at a time, given {len(images)}")
-        filled = np.resize(images, (size, *images.shape[1:]))
-        extracted = jax.device_get(run(weights(), sharding.put(filled, sharding.over_batch(layout))))
+        y = None if all(one.match is None for one in extractors) else y
+        filled = conditioning.taken((images, y), 0, size)
+        extracted = jax.device_get(run(weights(), *sharding.put(filled, sharding.over_batch(layout))))
         extracted = jax.tree.map(lambda x: np.asarray(x[: len(images)], np.float32), extracted)
         for name, features in extracted.items():
             if not all(np.isfinite(x).all() for x in features if x is not None):
@@ -62,6 +69,42 @@ def extraction(extractors: Iterable[Extractor], layout: sharding.Layout, batch: 
         return extracted
 
     return extract
+
+
+def matched(one: Extractor, weights: Any, given: tuple[jax.Array, Condition]) -> Features:
+    """The features of images, with how well each matches its condition. given: images and conditions."""
+    images, y = given
+    features = one.apply(weights, images)
+    return features._replace(match=one.match(weights, features, y))
+
+
+def compared(
+    extractors: Iterable[Extractor],
+    references: Iterable[Reference],
+    shape: tuple[int, int, int],
+    num: int,
+    few: bool = False,
+    y: Condition = None,
+) -> list[Extractor]:
+    """The extractors whose features are compared with references. ConfigError for what cannot be scored.
+
+    An extractor with `match` needs no reference: without one it gives the score of its matches alone.
+
+    shape: of an image. num: of samples. few: see `check_count`. y: conditions of the images; None: unknown.
+    """
+    extractors, references = list(extractors), list(references)
+    features = features_of(extractors, shape)
+    alone = []
+    for one in extractors:
+        if one.match is not None and y is not None:
+            one.check(y)
+            given = any(one.name in reference.by_network or reference.images is not None for reference in references)
+            alone += [] if given or one.reference is not None else [one.name]
+    found = [one for one in extractors if one.name not in alone]
+    if found:
+        check_count(num, {one.name: features[one.name] for one in found}, few)
+    check_reference(found, references, shape)
+    return found
 
 
 def features_of(extractors: Iterable[Extractor], shape: tuple[int, int, int]) -> dict[str, Features]:
@@ -217,8 +260,31 @@ def _images_of(name: str, references: Iterable[Reference]) -> SampleFiles | None
     return next(iter([*own, *(reference.images for reference in with_images)]), None)
 
 
-def scores(name: str, parts: Iterable[Features], reference: Statistics) -> dict[str, float]:
+def scores(name: str, parts: Iterable[Features], reference: Statistics | None) -> dict[str, float]:
     """Every score that these features and this reference allow, by name.
+
+    reference: None: compare with nothing, and only score how images match their conditions.
+    """
+    matches = []
+
+    def seen() -> Iterator[Features]:
+        for part in parts:
+            if part.match is not None:
+                matches.append(part.match)
+            yield part
+
+    found = {}
+    if reference is None:
+        collections.deque(seen(), maxlen=0)
+    else:
+        found = _against(name, seen(), reference)
+    if matches:
+        found[f"{name}_score"] = float(np.concatenate(matches).mean(dtype=np.float64))
+    return found
+
+
+def _against(name: str, parts: Iterable[Features], reference: Statistics) -> dict[str, float]:
+    """The scores that compare with a reference.
 
     Frechet distances are in float64. Precision and recall are in exact float32 and, with `_float16`, rounded as by
     ADM's evaluator (see `metrics.precision_recall`).

@@ -12,7 +12,7 @@ from diversedit_jax.runtime import files
 Point = Mapping[str, Any]  # the options that a sweep varies
 Row = tuple[Point, Mapping[str, float]]  # a point of a sweep, and its scores
 AXES = {"cfg_scale": "guidance scale"}
-TITLES = {"fid": "FID", "fd": "Fréchet distance", "inception_score": "Inception score"}
+TITLES = {"fid": "FID", "fd": "Fréchet distance", "inception_score": "Inception score", "clip_score": "CLIP score"}
 
 
 def shortened(value: Any) -> str:
@@ -59,7 +59,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def plot_sweep(path: Path, rows: Sequence[Row], title: str) -> None:
-    """Plot distances and inception scores over the first numeric option that varies, or over the points of the sweep.
+    """Plot distances, inception and CLIP scores over the first numeric option that varies, or the points of the sweep.
 
     There is a line for each value of the other options. The suffix of `path` decides the format.
     """
@@ -70,7 +70,7 @@ def plot_sweep(path: Path, rows: Sequence[Row], title: str) -> None:
     axis = next((name for name in several if all(isinstance(value, int | float) for value in values[name])), None)
     scores = [name for name in rows[0][1] if "_std" not in name]
     panels = [name for name in scores if name.startswith(("fid", "fd_"))]
-    panels += [name for name in scores if name.startswith("inception_score")]
+    panels += [name for name in scores if "_score" in name]
     figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     lines: dict[str, list[Row]] = {}

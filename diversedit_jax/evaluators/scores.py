@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 
 import jax
+import numpy as np
 
 from diversedit_jax import conditioning, sharding
 from diversedit_jax.api import Condition
@@ -27,7 +28,8 @@ def make(
     """The evaluator: `run(current)` draws `num` images and yields every score of `scoring.scores`.
 
     extractor, file: the feature network and its weights.
-    reference: a file of `reference_statistics.open_reference`. None: the images that come with the extractor.
+    reference: a file of `reference_statistics.open_reference`. None: the images that come with the extractor; for
+        `clip` no comparison.
     num: of samples.
     labels: a rule of `conditioning.RULES`. few: allow fewer images than features.
 
@@ -38,24 +40,23 @@ def make(
     scoring.check_images("scores: the run", spec.shape)
     one = extractors.make(extractor, **({} if file is None else {"file": file}))
     references = [] if reference is None else [open_reference(reference)]
-    scoring.check_count(num, scoring.features_of([one], spec.shape), few)
-    scoring.check_reference([one], references, spec.shape)
-    drawn = -(-num // spec.batch) * spec.batch
+    null = jax.tree.map(lambda leaf: np.asarray(leaf)[None], spec.experiment.space.conditions.null)
+    compared = scoring.compared([one], references, spec.shape, num, few, null)
 
     @cache  # compile and read conditions once, at the first run
-    def judge() -> tuple[scoring.Extract, Statistics, Condition]:
+    def judge() -> tuple[scoring.Extract, Statistics | None, Condition]:
         extract = scoring.extraction([one], sharding.make(), spec.batch)
-        statistics = scoring.references_for([one], references, extract, spec.batch)[one.name]
-        return extract, statistics, spec.conditions(labels, drawn, 0)
+        statistics = scoring.references_for(compared, references, extract, spec.batch).get(one.name)
+        return extract, statistics, spec.conditions(labels, num, 0)
 
     def run(current: Current) -> Iterable[tuple[str, float]]:
         extract, statistics, conditions = judge()
 
         def parts() -> Iterator[Features]:
             for first in range(0, num, spec.batch):
-                batch = jax.tree.map(lambda leaf, first=first: leaf[first : first + spec.batch], conditions)
-                images = current(batch, first=first)
-                yield extract(images[: num - first])[one.name]
+                y = conditioning.taken(conditions, first, spec.batch)
+                images = current(y, first=first)[: num - first]
+                yield extract(images, conditioning.taken(y, 0, len(images)))[one.name]
 
         yield from scoring.scores(one.name, parts(), statistics).items()
 

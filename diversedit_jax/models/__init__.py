@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
+from typing import Any
 
 import jax
 from flax import nnx
@@ -36,8 +37,8 @@ def functional(build: Callable[[Keys], nnx.Module]) -> Model:
     def init(key: Array) -> Params:
         return nnx.to_pure_dict(nnx.state(build(Keys(key))))
 
-    def apply(params: Params, *arrays: Array, **inputs: Array):
-        return nnx.merge(graphdef, params)(*arrays, **inputs)
+    def apply(params: Params, *given: Any, **inputs: Array):
+        return nnx.merge(graphdef, params)(*given, **inputs)
 
     return Model(init, apply)
 

@@ -19,13 +19,14 @@ from diversedit_jax.api import Codec, Condition, Conditions, Model, Params, Spac
 from diversedit_jax.codecs import network_space, with_encoders, with_text
 from diversedit_jax.data import Dataset, clip_tokenizer
 from diversedit_jax.data.levels import numbered
-from diversedit_jax.data.pipeline import read, stacked
+from diversedit_jax.data.pipeline import generator, read, stacked
 from diversedit_jax.encoders import TextEncoder
 from diversedit_jax.errors import ConfigError, DataError, RunError, WeightsError
 from diversedit_jax.registry import one_of
 from diversedit_jax.runs.check import check
 from diversedit_jax.runtime import flops
 from diversedit_jax.runtime.files import flat
+from diversedit_jax.runtime.progress import say
 from diversedit_jax.sampling import sampler
 from diversedit_jax.training import optimizer
 from diversedit_jax.training.step import Components, train_step
@@ -33,6 +34,8 @@ from diversedit_jax.weights import dit as releases
 from diversedit_jax.weights import hub
 from diversedit_jax.weights.formats import weights_folder
 
+ALIKE = 0.95  # least cosine of features of one text encoder; bfloat16 against float32 has more than 0.99
+AT_ONCE = 256  # examples that are read at a time for their conditions alone
 BUILT = ("codec", "text_encoder", "model", "objective", "losses", "encoders")  # the slots that `build` builds
 
 
@@ -54,6 +57,35 @@ class Experiment(NamedTuple):
             return make(**given)
         with configs.named("config.sampler", given):
             return make(**given)
+
+    def prompts(self, texts: Sequence[str]) -> Condition:
+        """The stored conditions of texts. ConfigError if the network has no text encoder, or none for its data.
+
+        A text that is too long is cut, and a line says so.
+        """
+        if (encoder := text_encoder(self.config)) is None:
+            kind = "conditions" if (classes := self.space.conditions.classes) is None else f"{classes} classes"
+            raise ConfigError(f"prompts need config.text_encoder: this network knows {kind} instead")
+        tokenizer = encoder.tokenizer()
+        ids, cut = tokenizer(texts)
+        for text in (text for text, is_cut in zip(texts, cut, strict=True) if is_cut):
+            say(f"note: only the first {tokenizer.length - 2} tokens of a prompt are read: {text[:60]}...")
+        null = self.space.conditions.null
+        if not isinstance(null, Mapping):
+            return ids
+        null_ids, _ = tokenizer([""])
+        encoded = jax.jit(encoder.apply)(encoder.init(), np.concatenate([null_ids, ids]))
+        found = {name: np.asarray(encoded[name]) for name in null}
+        check_features(null["context"], found["context"][0])
+        return {name: values[1:] for name, values in found.items()}
+
+    def named(self, y: Condition) -> list[str] | None:
+        """What conditions say, for people: names of labels, or texts. None if they are not known."""
+        if self.config.text_encoder is None or isinstance(y, Mapping):
+            return self.space.conditions.named(y)
+        with contextlib.suppress(RunError):  # texts can be drawn without their tokenizer
+            return text_encoder(self.config).tokenizer().texts(np.asarray(y))
+        return None
 
     def conditions(self, rule: str | None, num: int, seed: int) -> Condition:
         """The stored conditions of `num` samples, by a rule of `conditioning.RULES`."""
@@ -124,13 +156,25 @@ def conditions(data: Callable[[str], Dataset], space: Space, rule: str | None, n
     data: split -> data set. Held-out examples are those of `test`, or of `train` if there is no such split.
     """
 
-    def held_out(num: int) -> Condition:
+    def held_out(num: int, shuffled: bool) -> Condition:
         try:
-            source = data("test").source
+            source, transform, *_ = data("test")
         except RunError:
-            source = data("train").source
-        examples, _ = read(source, [number % len(source) for number in range(num)], 0)
-        return stacked([example["y"] for example in examples])
+            source, transform, *_ = data("train")
+        count = len(source)
+        if shuffled and num > count:
+            few = f"there are {count} held-out examples, and none is taken twice"
+            raise ConfigError(f"labels = 'shuffled': {num} samples were asked for, but {few}")
+        order = np.arange(num) % count
+        if shuffled:
+            order = np.random.Generator(np.random.Philox(seed)).permutation(count)[:num]
+        found = []
+        for first in range(0, num, AT_ONCE):
+            examples, _ = read(source, order[first : first + AT_ONCE].tolist(), 0)
+            if shuffled and transform is not None:  # it draws one of several captions
+                examples = [transform(one, generator(seed, number)) for number, one in enumerate(examples, first)]
+            found += [example["y"] for example in examples]
+        return stacked(found)
 
     return conditioning.chosen(rule, num, space.conditions, seed, held_out)
 
@@ -164,6 +208,22 @@ def text_encoder(config: ConfigDict) -> TextEncoder | None:
     if not isinstance(encoder, TextEncoder):
         raise ConfigError(f"config.text_encoder.name = {config.text_encoder.name!r}: it encodes images")
     return encoder
+
+
+def check_features(stored: np.ndarray, ours: np.ndarray) -> None:
+    """Raise ConfigError if the features of the empty text [n d] that data store are of another encoder than ours."""
+    if stored.shape == ours.shape:
+        lengths = np.linalg.norm(stored, axis=-1) * np.linalg.norm(ours, axis=-1)
+        alike = float(np.mean(np.sum(stored * ours, axis=-1) / np.maximum(lengths, 1e-12)))
+        if alike > ALIKE:
+            return
+        found = f"their cosine is {alike:.2f}"
+    else:
+        found = f"they are {list(stored.shape)} and {list(ours.shape)}"
+    raise ConfigError(
+        f"config.text_encoder: its features of the empty text differ from those that the data store ({found}): the "
+        "data were made with another text encoder"
+    )
 
 
 def components_of(

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from diversedit_jax import config as configs
 from diversedit_jax import sharding
 from diversedit_jax.api import Batch
+from diversedit_jax.data import clip_tokenizer
 from diversedit_jax.registry import options
 from diversedit_jax.runs import build
 from diversedit_jax.runtime import flops, versions
@@ -22,7 +23,7 @@ from diversedit_jax.runtime.progress import brief, duration
 from diversedit_jax.training.step import train_step
 
 SECONDS = 2.0  # of the measurement
-LATENTS, IMAGENET = (32, 32, 4), 1_281_167  # of an image of 256 pixels; images of the training set
+LATENTS, IMAGENET, COCO = (32, 32, 4), 1_281_167, 82_783  # of an image of 256 pixels; images of training sets
 ON_CPU = 1e12  # FLOPs: a larger step takes a CPU longer than one waits
 
 
@@ -34,9 +35,12 @@ def with_data(config: ConfigDict) -> tuple[ConfigDict, str | None]:
         return config, None
     config = configs.copied(config)
     shape, classes = tuple(config.data.get("shape") or LATENTS), config.data.get("num_classes") or 1000
-    config.data = configs.slot("data", "synthetic", shape=shape, num_classes=classes, size=IMAGENET)
+    texts = config.text_encoder is not None
+    own = {"tokens": clip_tokenizer.LENGTH, "size": COCO} if texts else {"size": IMAGENET}
+    config.data = configs.slot("data", "synthetic", shape=shape, num_classes=classes, **own)
     config.codec = configs.slot("codecs", "pixels")
-    what = f"{IMAGENET:,} random latents {list(shape)} of {classes:,} classes"
+    kind = f"with {clip_tokenizer.LENGTH} random tokens" if texts else f"of {classes:,} classes"
+    what = f"{own['size']:,} random latents {list(shape)} {kind}"
     return config, f"config.data.{missing[0]} is not set: {what} stand in for the data"
 
 

@@ -11,6 +11,7 @@ from diversedit_jax.diffusion import solve, solvers
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.registry import options
 from diversedit_jax.runs.trained import Source, drawing, of_release, of_run
+from diversedit_jax.runtime import cli
 from diversedit_jax.sampling import sampler
 from diversedit_jax.weights import hub
 from diversedit_jax.weights.dit import FAMILIES
@@ -19,7 +20,7 @@ SAMPLER = list(options(sampler.make))  # the names of its options, and of their 
 GROUPS = {
     "The run": ["workdir", "step", "online", "weak_step", "trust_workdir"],
     "Or a release": ["checkpoint", "family", "heads", "weights", "side"],
-    "Decoding": ["vae", "rounding"],
+    "Conditions and images": ["data", "text_encoder", "vae", "rounding"],
     "The sampler; by default as the run or the release says": SAMPLER,
 }
 
@@ -43,8 +44,15 @@ def define_flags() -> None:
     """The flags that `source` reads."""
     define_release_flags()
     flags.DEFINE_string("workdir", None, "Directory of a run.")
+    held_out = "NAME=DIR,OPTION=VALUE,...: data whose held-out conditions to take, instead of the run's own."
+    flags.DEFINE_string("data", None, held_out)
     flags.DEFINE_string(
         "vae", None, "Autoencoder that decodes latents: a folder as diffusers writes it, a file, or hf:owner/name."
+    )
+    flags.DEFINE_string(
+        "text_encoder",
+        None,
+        "CLIP's text encoder with its tokenizer, if not where the run has it: a folder or hf:owner/name.",
     )
     rounding = f"Rounding of images to 256 levels; by default as in the run, or {pixels.ROUNDING}."
     flags.DEFINE_enum("rounding", None, list(pixels.ROUNDINGS), rounding)
@@ -72,7 +80,8 @@ def source(defaults: Mapping[str, Any] | None = None) -> Source:
     given = flags.FLAGS
     overrides = dict(defaults or {})
     rounding = overrides.pop("rounding", None)
-    changes = {"vae": given.vae, "rounding": given.rounding or rounding}
+    changes = {"vae": given.vae, "rounding": given.rounding or rounding, "text_encoder": given.text_encoder}
+    changes["data"] = data_of(given.data)
     named = [name for name in SAMPLER if name in given and given[name].value is not None]
     overrides |= {name: given[name].value for name in named}
     if given.guidance_interval is not None:
@@ -85,6 +94,15 @@ def source(defaults: Mapping[str, Any] | None = None) -> Source:
         return drawing(found, given.step, given.weak_step, overrides, "online" if given.online else "ema")
     release = (given.checkpoint, given.family, given.heads, given.weights, sides(given.side))
     return drawing(of_release(*release, **changes), overrides=overrides)
+
+
+def data_of(text: str | None) -> dict[str, Any] | None:
+    """Read --data=NAME=DIR,OPTION=VALUE,... as a slot of `data`."""
+    if text is None:
+        return None
+    ((name, options),) = cli.named_files("data", [text]).items()
+    given = ({"data_dir": options.pop("file")} if "file" in options else {}) | options
+    return configs.slot("data", name, **given).to_dict()
 
 
 def sides(texts: list[str] | None) -> tuple[int, ...] | None:

@@ -5,6 +5,7 @@ source = drawing(found, overrides={"cfg_scale": 1.8})
 images = source.sampler(source.params, source.frozen, source.conditions("balanced", 16, seed=0), seed=0)
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -20,12 +21,12 @@ from ml_collections import ConfigDict
 
 from diversedit_jax import config as configs
 from diversedit_jax import sharding
-from diversedit_jax.api import Condition, Params, Space
+from diversedit_jax.api import Condition, Conditions, Params, Space
 from diversedit_jax.config import slot
 from diversedit_jax.data import Dataset
 from diversedit_jax.data.pipeline import stacked
 from diversedit_jax.diffusion import solve
-from diversedit_jax.errors import CheckpointError, ConfigError, RunError
+from diversedit_jax.errors import CheckpointError, ConfigError, RunError, WeightsError
 from diversedit_jax.registry import one_of
 from diversedit_jax.runs import build, exported
 from diversedit_jax.runs.check import check
@@ -35,6 +36,7 @@ from diversedit_jax.training.checksums import checksums
 from diversedit_jax.training.step import initializer
 from diversedit_jax.weights import dit as releases
 from diversedit_jax.weights import hub
+from diversedit_jax.weights.formats import weights_folder
 from diversedit_jax.weights.vae import open_vae
 
 WEIGHTS = {"ema": "ema", "online": "params"}  # which weights, and their entry in a checkpoint
@@ -86,6 +88,7 @@ def of_run(
     data: Mapping[str, Any] | ConfigDict | None = None,
     vae: str | None = None,
     rounding: str | None = None,
+    text_encoder: str | None = None,
     model: Mapping[str, Any] | None = None,
     losses: bool = False,
     trust: bool = False,
@@ -94,6 +97,7 @@ def of_run(
 
     workdir:       of a run; or a folder to publish (`runs.exported`), also by its name on the hub (`weights.hub`).
     data:          a slot of `data` instead of config.data. vae, rounding: instead of those of config.codec.
+    text_encoder:  the file of the text encoder, instead of config.text_encoder.file.
     model:         changes to config.model; options that it does not have are ignored.
     losses:        also build the losses and open the frozen encoders, for analysis. If an encoder cannot be opened, the
                    losses that read it are left out.
@@ -112,6 +116,10 @@ def of_run(
         if option not in config.codec:
             raise ConfigError(f"--{option}={value}: the codec {config.codec.name} of {workdir} has no such option")
         config.codec[option] = value
+    if text_encoder is not None:
+        if config.text_encoder is None:
+            raise ConfigError(f"--text_encoder={text_encoder}: {workdir} was trained without texts")
+        config.text_encoder.file = text_encoder
     config.model.update({option: value for option, value in (model or {}).items() if option in config.model})
     checkpoints = exported.Exported(workdir) if published else Checkpoints(workdir / "checkpoints")
     space, notes = build.from_json(checkpoints.meta()), []
@@ -192,6 +200,7 @@ def of_release(
     data: Mapping[str, Any] | ConfigDict | None = None,
     vae: str | None = None,
     rounding: str | None = None,
+    text_encoder: str | None = None,
     model: Mapping[str, Any] | None = None,
 ) -> Trained:
     """The release in a weight file, see `weights.dit.open_release`.
@@ -200,6 +209,7 @@ def of_release(
     sides: height and width of its latents, or one number for both. None: as the file stores them.
     data: a slot of `data` to show it, for analysis. vae: the autoencoder that decodes its latents.
     rounding: of the decoded images. model: changes to its options.
+    text_encoder: the file of the text encoder, with its tokenizer, of a network that takes texts.
     """
     name, place = str(file) if hub.on_hub(file) else Path(file).name, hub.place(file)
     file = hub.local(file).absolute()
@@ -220,7 +230,16 @@ def of_release(
     config.codec, config.objective = codec, slot("objectives", **release.objective)
     config.model = slot("models", **release.model | dict(model or {}))
     config.sampler, config.text_encoder = configs.options(sampler.make), None
-    layout, space = sharding.make(), release.space(sides)
+    layout = sharding.make()
+    if release.arch.num_classes is not None:
+        space = release.space(sides)
+    elif text_encoder is None:
+        raise ConfigError(f"{name} takes texts: give the text encoder, with its tokenizer: --text_encoder=FILE")
+    else:
+        pooled = release.arch.pooled is not None
+        config.text_encoder = slot("encoders", "clip_text", file=text_encoder, pooled=pooled)
+        (empty,), _ = build.text_encoder(config).tokenizer()([""])
+        space = Space((*sides, release.arch.channels), Conditions(empty))
     components = build.components_of(config, space, layout, optax.identity())
     experiment = build.Experiment(config, space, layout.with_rules(components.model.rules), components, {})
     about = {"kind": "release", "family": release.family, "file": name, "model": config.model.to_dict()}
@@ -246,6 +265,7 @@ class Source(NamedTuple):
     params:     of the network. weak: of a weaker one to guide by (autoguidance), or None. frozen: of the codec.
     shape:      of an image; None if samples stay latents.
     conditions: (rule of `conditioning.RULES`, num, seed) -> the stored conditions of `num` samples.
+    prompts:    texts -> their stored conditions. named: conditions -> what they say, or None.
     folder:     where samples go by default.
     about:      what it is, for a record of scores.
     """
@@ -260,6 +280,8 @@ class Source(NamedTuple):
     space: Space
     shape: tuple[int, ...] | None
     conditions: Callable[[str | None, int, int], Condition]
+    prompts: Callable[[Sequence[str]], Condition]
+    named: Callable[[Condition], list[str] | None]
     folder: Path
     about: dict[str, Any]
 
@@ -297,6 +319,11 @@ def drawing(
         release = open_vae(decoder["vae"])
         decoder["vae"] = {"name": release.name, "sha256": release.digest}
     about["decoder"] = decoder
+    if (text := experiment.config.text_encoder) is not None:
+        stamp = about["text_encoder"] = {key: text[key] for key in ("name", "pooled", "dtype") if key in text}
+        if text.get("file") is not None:
+            with contextlib.suppress(WeightsError):  # an encoder of a user may read other files
+                stamp["sha256"] = weights_folder.digest(hub.local(text.file))
     if found.workdir is None:
         name, folder = found.label, found.folder.with_name(f"samples_{found.folder.name}")
     else:
@@ -307,7 +334,20 @@ def drawing(
     shape = build.sample_shape(codec, codec.shape(found.space.shape))
     given = partial(build.conditions, found.data, found.space)
     return Source(
-        name, drawn, experiment.sampler, options, params, weak, frozen, found.space, shape, given, folder, about
+        name,
+        drawn,
+        experiment.sampler,
+        options,
+        params,
+        weak,
+        frozen,
+        found.space,
+        shape,
+        given,
+        experiment.prompts,
+        experiment.named,
+        folder,
+        about,
     )
 
 

@@ -15,6 +15,7 @@ from diversedit_jax.runtime.files import replacing
 
 Pixels = np.ndarray | jax.Array
 SIZE, LINE = 12, 16  # of names in a grid: height of the font and of a line, in pixels
+LINES = 4  # most lines of a name
 
 
 def image_grid(
@@ -23,8 +24,8 @@ def image_grid(
     """Images with one channel or three, side by side on white, 2 pixels apart.
 
     columns: None: a square grid.
-    names:   of the images, such as their classes. A name stands once above its column, or beside its row, if all images
-             there have it; else above each image.
+    names:   of the images, such as their classes or prompts. A name stands once above its column, or beside its row, if
+             all images there have it; else above each image. A long one takes several lines.
 
     Small images are enlarged until they are 32 pixels high and wide, so that 8 x 8 digits can be read, and until names
     of up to 96 pixels fit.
@@ -36,18 +37,25 @@ def image_grid(
     scale = math.ceil(max(32, min(widest, 96) if place in ("columns", "images") else 0) / min(images.shape[1:3]))
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     n, h, w, c = images.shape
-    rows, gap, line = math.ceil(n / columns), 2, LINE if place == "images" else 0
-    above, beside = LINE if place == "columns" else 0, min(widest, 160) + 6 if place == "rows" else 0
+    beside = min(widest, 160) + 6 if place == "rows" else 0
+    most = max(1, min(LINES, h // LINE)) if place == "rows" else LINES
+    texts = [_wrapped(name, beside - 6 if beside else w, most) for name in names or ()]
+    high = LINE * max(map(len, texts), default=0)
+    rows, gap, line, above = (
+        math.ceil(n / columns),
+        2,
+        *(high if place == kind else 0 for kind in ("images", "columns")),
+    )
     grid = np.full((above + rows * (h + gap + line) + gap, beside + columns * (w + gap) + gap, c), 255, np.uint8)
-    words = []  # (left, top, width, name)
+    words = []  # (left, top, width, lines)
     for i, image in enumerate(images):
         row, column = divmod(i, columns)
         top, left = above + line + gap + row * (h + gap + line), beside + gap + column * (w + gap)
         grid[top : top + h, left : left + w] = image
         if place == "images" or (place == "columns" and row == 0):
-            words.append((left, top - LINE, w, names[i]))
+            words.append((left, top - LINE * len(texts[i]), w, texts[i]))
         elif place == "rows" and column == 0:
-            words.append((gap, top + (h - LINE) // 2, beside - gap, names[i]))
+            words.append((gap, top + (h - LINE * len(texts[i])) // 2, beside - gap, texts[i]))
     return _written(grid, words) if words else grid
 
 
@@ -63,16 +71,38 @@ def _width(text: str) -> float:
     return ImageFont.load_default(SIZE).getlength(text)
 
 
+def _wrapped(text: str, width: int, most: int) -> list[str]:
+    """A text as lines of at most this width. What does not fit into `most` lines is cut."""
+    if _width(text) <= width:
+        return [text]
+    lines: list[str] = []
+    for word in text.split():
+        if lines and _width(f"{lines[-1]} {word}") <= width - 4:  # apart from the text beside it
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    if len(lines) > most:
+        lines = [*lines[: most - 1], " ".join(lines[most - 1 :])]
+    return [_cut(line, width) for line in lines]
+
+
+def _cut(text: str, width: int) -> str:
+    """A text of at most this width; the end of a longer one is left out."""
+    if _width(text) <= width:
+        return text
+    return next((text[:k] + "…" for k in range(len(text), 0, -1) if _width(text[:k] + "…") <= width), "")
+
+
 def _written(
-    grid: UInt8[np.ndarray, "H W c"], words: Sequence[tuple[int, int, int, str]]
+    grid: UInt8[np.ndarray, "H W c"], words: Sequence[tuple[int, int, int, Sequence[str]]]
 ) -> UInt8[np.ndarray, "H W c"]:
-    """The grid with words (left, top, width, text), in the middle of their widths. A text that is too wide is cut."""
+    """The grid with words (left, top, width, lines), in the middle of their widths."""
     picture = Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid)
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(SIZE)
-    for left, top, width, text in words:
-        if _width(text) > width:
-            text = next((text[:k] + "…" for k in range(len(text), 0, -1) if _width(text[:k] + "…") <= width), "")
-        pen.text((left + width / 2, top + LINE / 2), text, fill=(0,) * grid.shape[-1], font=font, anchor="mm")
+    for left, top, width, lines in words:
+        for i, text in enumerate(lines):
+            place = (left + width / 2, top + LINE * (i + 0.5))
+            pen.text(place, text, fill=(0,) * grid.shape[-1], font=font, anchor="mm")
     return np.asarray(picture).reshape(grid.shape)
 
 

@@ -52,6 +52,7 @@ class Sampler:
         seed: int,
         weak: Params | None = None,
         *,
+        negative: Condition | None = None,
         first: int = 0,
         cfg_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
@@ -61,9 +62,9 @@ class Sampler:
 
         NonFiniteError if they are not finite, ConfigError if `dopri5` needs more steps.
 
-
         conditions: as stored, [n ...].
         weak: parameters of a less trained state. It guides the samples (autoguidance), with the scale `cfg_scale`.
+        negative: the stored condition of one example, to guide away from. None: the null condition.
         first: the number of the first sample.
         cfg_scale, guidance_interval: None: those of the sampler.
         between: is called after every batch; what it raises ends the sampling.
@@ -76,11 +77,15 @@ class Sampler:
             check_guidance(scale, self.conditions, self.learns_null)
         else:
             in_range("cfg_scale", scale, 0)
+        if negative is not None and scale == 1:
+            raise ConfigError("a negative condition has no effect while cfg_scale is 1: give a larger one")
         count = len(jax.tree.leaves(conditions)[0])
         numbers = jnp.arange(first, first + count)
         keys = np.asarray(jax.random.key_data(jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(numbers)))
         size = sharding.filled(min(self.batch_size, count), self.layout.mesh.size)
         guidance = self.scales(scale), tuple(jnp.float32(time) for time in interval)
+        null = self.conditions.null if negative is None else negative
+        null = sharding.put(null, sharding.replicated(self.layout))
 
         def batches() -> Iterator[tuple[int, Array, Array]]:
             fault = sharding.put(np.int32(FINITE), sharding.replicated(self.layout))
@@ -89,7 +94,7 @@ class Sampler:
                 rows = jax.tree.map(lambda leaf, index=index: np.asarray(leaf)[index], (conditions, keys))
                 y, k = sharding.put(rows, sharding.over_batch(self.layout))
                 with jax.set_mesh(self.layout.mesh):  # reading the last `fault` keeps two batches from running at once
-                    images, fault = self.run(params, weak, frozen, y, k, *guidance, fault)
+                    images, fault = self.run(params, weak, frozen, y, null, k, *guidance, fault)
                 yield begin, images, fault
 
         done = []
@@ -110,11 +115,16 @@ class Sampler:
         def rows(leaf: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((size, *np.shape(leaf)), np.asarray(leaf).dtype, sharding=where)
 
+        def alone(leaf: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(
+                np.shape(leaf), np.asarray(leaf).dtype, sharding=sharding.replicated(self.layout)
+            )
+
         y, keys = jax.tree.map(rows, (self.conditions.null, jax.random.key_data(jax.random.key(0))))
         guidance = jax.eval_shape(lambda: (self.scales(self.cfg_scale), (jnp.float32(0), jnp.float32(1))))
-        before = jax.ShapeDtypeStruct((), np.int32, sharding=sharding.replicated(self.layout))
+        null, before = jax.tree.map(alone, (self.conditions.null, np.int32(FINITE)))
         with jax.set_mesh(self.layout.mesh):
-            return self.run.lower(params, None, frozen, y, keys, *guidance, before)
+            return self.run.lower(params, None, frozen, y, null, keys, *guidance, before)
 
 
 class State(NamedTuple):
@@ -197,16 +207,15 @@ def make(
     state = state_of(objective.predicts, shape, guidance_channels, token_cfg_scale)
 
     @partial(jax.jit, out_shardings=sharding.replicated(layout))  # every process can read the result
-    def run(params: Params, weak: Params | None, frozen: Any, y: Condition, keys: Array, scale, interval, before):
+    def run(params: Params, weak: Params | None, frozen, y: Condition, null: Condition, keys, scale, interval, before):
         start, path_keys = jax.vmap(jax.random.split, out_axes=1)(jax.random.wrap_key_data(keys))
         x = jax.vmap(lambda key: jax.random.normal(key, state.shape))(start)
-        y = codec.condition(frozen, y)
+        y, null = codec.condition(frozen, y), null_condition(codec, frozen, null)
         options = {"scale": scale, "interval": interval, "channels": state.channels}
 
         def guided(convert: solve.Convert) -> Velocity:
             network = convert(state.network(model.network(params)))
             weak_network = None if weak is None else convert(state.network(model.network(weak)))
-            null = null_condition(codec, frozen, space.conditions.null)
             return guide(network, y, null, weak=weak_network, **options)
 
         x = state.x(solution(guided, x, normal_per_image(path_keys, state.shape)))

@@ -18,7 +18,7 @@ from diversedit_jax.api import Conditions, Params, Space
 from diversedit_jax.errors import ConfigError, WeightsError
 from diversedit_jax.models import dit
 from diversedit_jax.registry import one_of
-from diversedit_jax.weights import dit_names, hub, mapping
+from diversedit_jax.weights import dit_names, hub, mapping, mmdit
 from diversedit_jax.weights.dit_names import Architecture, Entry
 from diversedit_jax.weights.formats import orbax_folder, weights_folder
 from diversedit_jax.weights.mapping import Arrays, Shapes
@@ -36,7 +36,7 @@ class Family(NamedTuple):
     """
 
     about: str
-    entries: Callable[[Architecture], list[Entry]] = dit_names.torch_names
+    entries: Callable[[Any], list[Entry]] = dit_names.torch_names
     ignored: tuple[str, ...] = ("pos_embed", "projectors.", "ap_head.")
     double: bool = False
     model: str = "dit"
@@ -57,6 +57,7 @@ FAMILIES = {
     ),
     "meanflow": Family("official MeanFlow in JAX", dit_names.meanflow_names, ("net/pos_embed",), objective="mean_flow"),
     "meanflow_torch": Family("MeanFlow's port to torch (zhuyu-cs)", objective="mean_flow"),
+    "mmdit": Family("MMDiT of REPA: text to image", mmdit.entries, ("pos_embed", "projectors."), model="mmdit"),
 }
 # Parts of a training file, the preferred first: PyTorch's, then those of the official MeanFlow.
 ENTRIES = ("ema", "model", "ema_params", "params")
@@ -73,7 +74,7 @@ class Release(NamedTuple):
     """
 
     family: str
-    arch: Architecture
+    arch: Architecture | mmdit.Architecture
     sides: tuple[int, int] | None
     params: Params
     unread: Mapping[str, str] = {}
@@ -90,7 +91,7 @@ class Release(NamedTuple):
         return {"name": FAMILIES[self.family].objective, **width}
 
     def space(self, sides: tuple[int, int]) -> Space:
-        """The space of its examples, of this height and width."""
+        """The space of its examples, of this height and width. Only of a network that takes labels."""
         return Space((*sides, self.arch.channels), Conditions.labels(self.arch.num_classes))
 
 
@@ -98,7 +99,12 @@ def recognise(shapes: Shapes) -> str:
     """The family of the arrays with these names and shapes; ConfigError where they do not show it."""
     parts = {re.split("[./]", name)[0] for name in shapes}
     marks = {"net": "meanflow", "transformer_blocks": "diffusers_dit"}
-    marks |= {"r_embedder": "meanflow_torch", "cls_projectors2": "reg"}
+    marks |= {"r_embedder": "meanflow_torch", "cls_projectors2": "reg", "joint_blocks": "mmdit"}
+    if {"transformer_blocks", "context_embedder"} <= parts:
+        raise ConfigError(
+            "this is Stable Diffusion 3 in the layout of diffusers, which is not read: it takes 1000 t and the joined "
+            "features of three text encoders, and its last norms give scale before shift; REPA's MMDiT has none of this"
+        )
     for part, family in marks.items():
         if part in parts:
             return family
@@ -111,8 +117,10 @@ def recognise(shapes: Shapes) -> str:
     return "sit"
 
 
-def architecture(family: str, shapes: Shapes, heads: int | None = None) -> Architecture:
+def architecture(family: str, shapes: Shapes, heads: int | None = None) -> Architecture | mmdit.Architecture:
     """The architecture that the shapes show. heads: needed for a width that no published size has."""
+    if FAMILIES[family].model == "mmdit":
+        return mmdit.architecture(family, shapes, heads)
     # The arrays that show the sizes have the same names in the smallest architecture.
     names = {(entry.place, entry.layer): entry.name for entry in FAMILIES[family].entries(SMALLEST)}
 
@@ -151,20 +159,24 @@ def architecture(family: str, shapes: Shapes, heads: int | None = None) -> Archi
     )
 
 
-def model_options(arch: Architecture) -> dict[str, Any]:
-    """The options of `models.dit.make` for an architecture."""
+def model_options(arch: Architecture | mmdit.Architecture) -> dict[str, Any]:
+    """The options of the model for an architecture."""
+    if isinstance(arch, mmdit.Architecture):
+        return arch.options
     options = {name: getattr(arch, name) for name in ("depth", "width", "heads", "patch", "mlp_ratio", "qk_norm")}
     return options | {"skip": "release" if arch.skip else "none", "out_channels": arch.out_channels}
 
 
-def inputs(arch: Architecture) -> dict[str, tuple[int, ...]]:
+def inputs(arch: Architecture | mmdit.Architecture) -> dict[str, tuple[int, ...]]:
     """The inputs of a network besides x_t, t and y, as `Objective.inputs`."""
     span = {"span": ()} if arch.second_time else {}
     return span | ({} if arch.token_width is None else {"token": (arch.token_width,)})
 
 
-def abstract(arch: Architecture) -> Params:
+def abstract(arch: Architecture | mmdit.Architecture) -> Params:
     """The shapes of our parameters for an architecture. They do not depend on the side of the image."""
+    if isinstance(arch, mmdit.Architecture):
+        return mmdit.abstract(arch)
     space = Space((arch.patch, arch.patch, arch.channels), Conditions.labels(arch.num_classes))
     model = dit.make(space, inputs(arch), **model_options(arch))
     return jax.eval_shape(model.init, jax.random.key(0))
@@ -189,13 +201,13 @@ def load(
     return Release(family, arch, sides, mapping.fill(family, entries, arrays, target))
 
 
-def position_table(arch: Architecture, grid: tuple[int, ...]) -> np.ndarray:
+def position_table(arch: Architecture | mmdit.Architecture, grid: tuple[int, ...]) -> np.ndarray:
     """The position table that a release stores, [n d]: a row of zeros for a class token, then those of the patches."""
     return np.pad(dit.position_table(grid, arch.width), ((int(arch.token_width is not None), 0), (0, 0)))
 
 
-def sides_of(family: str, table: np.ndarray, arch: Architecture) -> tuple[int, int]:
-    """The height and width of the images whose position table [1 n d] a release stores.
+def sides_of(family: str, table: np.ndarray, arch: Architecture | mmdit.Architecture) -> tuple[int, int]:
+    """The height and width of the images whose position table [1 n d] a release stores. Of an MMDiT, the largest.
 
     ConfigError for another table than the fixed one: our network would not be the one that was trained.
     """
@@ -216,10 +228,15 @@ def sides_of(family: str, table: np.ndarray, arch: Architecture) -> tuple[int, i
 
 
 def export(
-    params: Params, family: str, arch: Architecture, sides: tuple[int, int] | None = None
+    params: Params, family: str, arch: Architecture | mmdit.Architecture, sides: tuple[int, int] | None = None
 ) -> dict[str, np.ndarray]:
     """Our parameters under the names of a family, C-contiguous float32; with `sides`, the position table it stores."""
     kind = FAMILIES[one_of("family", family, FAMILIES)]
+    if (kind.model == "mmdit") != isinstance(arch, mmdit.Architecture):
+        raise ConfigError(f"{family} cannot hold this network: one of them is an MMDiT, and the other is none")
+    if isinstance(arch, mmdit.Architecture):
+        table = position_table(arch, (arch.table, arch.table))
+        return mapping.written(kind.entries(arch), params) | {"pos_embed": table[None]}
     torch = kind.entries is dit_names.torch_names
     if kind.double != (arch.out_channels == 2 * arch.channels):
         raise ConfigError(f"{family} cannot hold a network of {arch.channels} to {arch.out_channels} channels")

@@ -2,6 +2,7 @@
 
     hf:stabilityai/sd-vae-ft-ema              the one set of weights of a repository, with its config.json
     hf:facebook/DiT-XL-2-256:transformer      a folder in a repository
+    hf:openai/clip-vit-large-patch14          a text encoder with its tokenizer
     hf:owner/name@v1.0:model.safetensors      a file, at a branch, a tag or a commit
 
 huggingface_hub downloads each file once into its cache. Its own settings apply: HF_HOME, HF_TOKEN, HF_ENDPOINT,
@@ -10,7 +11,7 @@ HF_HUB_OFFLINE. Without a network the cached files are taken.
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ NAME = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^:@\s]+))?(:(?P<
 FORM = "wanted hf:owner/name[@revision][:file]"
 # How the names of files of weights and statistics end, in a repository that has no folder of weights.
 ENDINGS = (".safetensors", ".pt", ".pth", ".pth.tar", ".ckpt", ".bin", ".msgpack", ".pb", ".npz", ".pkl")
+BESIDE = (CONFIG, "vocab.json", "merges.txt")  # what a folder of weights may hold besides: also a tokenizer
 SHOWN = 8  # names in an error
 
 
@@ -34,6 +36,18 @@ def local(name: str | Path) -> Path:
     Raises ConfigError for a name that the hub does not have or does not give, StorageError if it cannot be reached.
     """
     return _downloaded(str(name)) if on_hub(name) else Path(name).expanduser()
+
+
+def folder(name: str | Path, files: Sequence[str]) -> Path:
+    """The folder on this machine of these files. name: of a folder or a repository, as for `local`.
+
+    `local` of a repository would download its weights, too.
+    """
+    if not on_hub(name):
+        return local(name)
+    inside = "/" if NAME.fullmatch(str(name)) and str(name).count(":") == 2 else ":"
+    folders = [local(f"{name}{inside}{file}").parent for file in files]
+    return folders[0]
 
 
 def on_hub(name: str | Path) -> bool:
@@ -130,12 +144,13 @@ def chosen(name: str, files: Mapping[str, Any], part: str | None) -> tuple[str, 
     """
     if part in files:
         folder, _, file = part.rpartition("/")
-        beside = f"{folder}/{CONFIG}" if folder else CONFIG
-        return part, [beside, part] if file in NAMES and beside in files else [part]
+        beside = [f"{folder}/{one}" if folder else one for one in BESIDE] if file in NAMES else []
+        return part, [*(one for one in beside if one in files), part]
     prefix = f"{part.rstrip('/')}/" if part else ""
     inside = [file for file in files if file.startswith(prefix)]
     if not inside:
         raise ConfigError(f"{name}: it has no {part or 'files'}; it has {_listed(files)}")
+    beside = [prefix + one for one in BESIDE if prefix + one in files]
     for wanted in (prefix + one for one in NAMES):
         held = [wanted] if wanted in files else []
         if not held and f"{wanted}.index.json" in files:  # in parts: model-00001-of-00002.safetensors
@@ -143,7 +158,7 @@ def chosen(name: str, files: Mapping[str, Any], part: str | None) -> tuple[str, 
             parts = [file for file in inside if file.startswith(f"{stem}-") and file.endswith(f".{kind}")]
             held = [f"{wanted}.index.json", *parts]
         if held:
-            return prefix, [*([prefix + CONFIG] if prefix + CONFIG in files else []), *held]
+            return prefix, [*beside, *held]
     found = [file for file in inside if file.endswith(ENDINGS)]
     if len(found) == 1:
         return chosen(name, files, found[0])

@@ -28,7 +28,6 @@ class Architecture(NamedTuple):
     heads: int
     patch: int
     channels: int
-    out_channels: int
     text: int
     pooled: int | None = None
     mlp_ratio: float = 4.0
@@ -36,15 +35,18 @@ class Architecture(NamedTuple):
     registers: int = 0
     table: int = mmdit.TABLE
 
+    second_time, token_width, num_classes = False, None, None  # what it has not, see `dit_names.Architecture`
+
+    @property
+    def out_channels(self) -> int:
+        """Of the prediction."""
+        return self.channels
+
     @property
     def options(self) -> dict[str, Any]:
         """The options of `mmdit.make`."""
         names = ("depth", "width", "heads", "patch", "mlp_ratio", "qk_norm", "registers", "table")
         return {name: getattr(self, name) for name in names}
-
-
-# The arrays that show the sizes have the same names in it.
-SMALLEST = Architecture(depth=1, width=1, heads=1, patch=1, channels=1, out_channels=1, text=1)
 
 
 def entries(arch: Architecture) -> list[Entry]:
@@ -103,7 +105,6 @@ def architecture(family: str, shapes: Shapes, heads: int | None = None) -> Archi
         heads=heads,
         patch=patch,
         channels=channels,
-        out_channels=axes("final_layer.linear.weight", 2)[0] // patch**2,
         text=axes("context_embedder.weight", 2)[1],
         pooled=axes("y_embedder.mlp.0.weight", 2)[1] if "y_embedder.mlp.0.weight" in shapes else None,
         mlp_ratio=axes(f"{BLOCKS}0.x_block.mlp.fc1.weight", 2)[0] / width,

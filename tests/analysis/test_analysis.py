@@ -41,6 +41,7 @@ from diversedit_jax.evaluators import Current, SampleSpec
 from diversedit_jax.metrics import similarity
 from diversedit_jax.metrics.linear_probe import linear_probe
 from diversedit_jax.runs import build, trained
+from diversedit_jax.runs import flags as run_flags
 from diversedit_jax.weights import dit as releases
 from diversedit_jax.weights.formats.weights_file import write_safetensors
 from tests import ROOT, browser, parts, untrained
@@ -548,7 +549,7 @@ def test_what_is_asked_for(opened, workdir, tmp_path):
     assert analyze.parts_of(["maps"]) == [name for name in PARTS if name != "maps"]
     with pytest.raises(ConfigError, match=r"--skip = 'map' is unknown; did you mean 'maps'"):
         analyze.parts_of(["map"])
-    found = analyze.data_of("latents=/some/where,mirror=True")
+    found = run_flags.data_of("latents=/some/where,mirror=True")
     assert (found["name"], found["data_dir"], found["mirror"]) == ("latents", "/some/where", True)
     with pytest.raises(ConfigError, match=r"--times = 1.5: must be at least 0 and at most 1"):
         analyze.run([opened], tmp_path, SETTINGS, times=(0.5, 1.5))

@@ -575,3 +575,30 @@ def test_a_module_that_a_data_set_names_is_not_imported(tmp_path, monkeypatch):
     )
     with pytest.raises(DataError, match=r"features.json asks for 'planted.Image': only the features of tfds are read"):
         image_collections.open_images(path)
+
+
+def lanczos(pixels: np.ndarray, size: int, axis: int) -> np.ndarray:
+    """Resize one axis by Lanczos' window of 3 lobes, widened for smaller images, in float64."""
+    count = pixels.shape[axis]
+    scale = max(count / size, 1)
+    center = (np.arange(size)[:, None] + 0.5) * count / size
+    x = (np.arange(count) + 0.5 - center) / scale
+    weights = np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0)
+    weights /= weights.sum(axis=1, keepdims=True)
+    return np.moveaxis(np.tensordot(weights, pixels, (1, axis)), 0, axis)
+
+
+@pytest.mark.parametrize(
+    ("size", "left", "top"),
+    [((21, 14), 3, 0), ((14, 23), 0, 4), ((60, 61), 0, 0), ((5, 8), 0, 1)],
+)
+def test_lanczos_crops_a_square_first(size, left, top):
+    image = Image.fromarray(picture(5, (7, 7)) // 2 + 64)  # far from 0 and 255, where Pillow would clip after each axis
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    side = min(size)
+    square = np.asarray(image)[top : top + side, left : left + side].astype(np.float64)
+    found = image_collections.lanczos_crop(image, 8)
+    assert (found.shape, found.dtype) == ((8, 8, 3), np.uint8)
+    # Pillow rounds twice: by up to 0.5, which the second axis may enlarge by a third, and by 0.5.
+    np.testing.assert_allclose(found, lanczos(lanczos(square, 8, 0), 8, 1), atol=1.25)
+    assert not np.array_equal(found, image_collections.center_crop(image, 8))

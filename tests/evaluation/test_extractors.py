@@ -126,7 +126,7 @@ def test_features_of_digits_are_those_of_plain_numpy(network):
     pool = np.concatenate(quarters, axis=1)
     logits = pool @ weights["classifier"]["kernel"] + weights["classifier"]["bias"]
     out = jax.jit(network.apply)(network.init(), images)
-    for found, wanted in zip(out, (pool, x[..., :4].reshape(3, 64), logits), strict=True):
+    for found, wanted in zip(out[:3], (pool, x[..., :4].reshape(3, 64), logits), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 

@@ -44,6 +44,19 @@ def images(path: Path) -> Any:
     return {key: (int(found.labels[i]), image_collections.crop(found, i, 8)) for i, key in enumerate(found.keys)}
 
 
+def captions(path: Path) -> Any:
+    from diversedit_jax.data.captions import open_captioned
+
+    found = open_captioned(path)
+    return dict(zip(found.images.keys, found.texts, strict=True)), found.missing, found.left_out, found.images.ignored
+
+
+def tokenizer(path: Path) -> Any:
+    from diversedit_jax.data.clip_tokenizer import open_tokenizer
+
+    return open_tokenizer(path)(["a cat", "the 🐱"]).ids
+
+
 def latents(name: str, **options: Any) -> Callable[[Path], Any]:
     def read(path: Path) -> Any:
         from diversedit_jax import data
@@ -162,10 +175,18 @@ READERS = {
     "images tar": Reader(images, mib=1536),
     "images tar json": Reader(images, mib=1536),
     "images tfds": Reader(images, mib=1536),
+    "captions coco": Reader(captions),
+    "captions csv": Reader(captions),
+    "captions jsonl": Reader(captions),
+    "captions tar": Reader(captions),
+    "captions text": Reader(captions),
+    "tokenizer": Reader(tokenizer),
     "latents": Reader(
         latents("latents", image=True, mirror=True, cached=("features/dinov2", "token/dinov2")), mib=1536
     ),
     "latents verified": Reader(verified, sealed=True, mib=1536),
+    "latents with captions": Reader(verified, sealed=True, mib=1536),
+    "uvit": Reader(latents("uvit", kind="logvar", image=True), mib=1536),
     "repa": Reader(latents("repa", image=True), mib=1536),
     "repa-zip": Reader(latents("repa"), sealed=True),
     "edm2-zip": Reader(latents("edm2"), sealed=True),

@@ -9,9 +9,11 @@ import pytest
 
 from diversedit_jax import train
 from diversedit_jax.config import slot
-from diversedit_jax.configs import digits, sit
+from diversedit_jax.configs import digits, mmdit, sit
+from diversedit_jax.data import clip_tokenizer
 from diversedit_jax.errors import ConfigError, RunError
 from diversedit_jax.runs import dry_run
+from tests import captioned
 
 
 @pytest.fixture
@@ -81,3 +83,16 @@ def test_the_memory_of_a_program_is_what_it_takes_and_makes():
 @pytest.mark.parametrize(("count", "text"), [(12, "0.012 kB"), (5_535_812, "5.54 MB"), (25_300_000_000, "25.3 GB")])
 def test_bytes_for_people(count, text):
     assert dry_run.size(count) == text
+
+
+def test_captions_that_are_not_given_have_random_tokens(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(dry_run, "SECONDS", 0.1)
+    monkeypatch.setattr(clip_tokenizer, "LENGTH", captioned.LENGTH)
+    config = mmdit.get_config()
+    config.text_encoder.file = str(captioned.encoder())
+    config.model.update({"depth": 2, "width": 16, "heads": 2, "table": 16, "dtype": "float32"})
+    config.update({"batch_size": 8, "total_steps": 20})
+    train.dry_run(config, tmp_path / "run")
+    said = capsys.readouterr()
+    assert "82,783 random latents [32, 32, 4] with 16 random tokens stand in for the data" in said.out + said.err
+    assert "y int32 [8, 16]" in said.out

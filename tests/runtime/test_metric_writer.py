@@ -15,7 +15,7 @@ from PIL import Image
 
 from diversedit_jax.runtime.cli import _not_routine, silence
 from diversedit_jax.runtime.metric_writer import MetricWriter
-from diversedit_jax.runtime.pictures import image_grid, save_png
+from diversedit_jax.runtime.pictures import LINE, image_grid, save_png
 from diversedit_jax.runtime.progress import Progress, duration
 from diversedit_jax.runtime.versions import parameter_overview, versions
 
@@ -251,3 +251,20 @@ def test_imports_neither_tensorflow_nor_torch():
     code = "import sys, diversedit_jax.training.checkpoint; print({'tensorflow', 'torch'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert out.stdout == "set()\n"
+
+
+def test_a_long_name_takes_several_lines_and_is_cut_at_the_last():
+    images = np.full((2, 96, 96, 3), 200, np.uint8)
+    one, two, many = (
+        image_grid(images, columns=2, names=[text, "a bus"])
+        for text in (
+            "a car",
+            "one red seven here",
+            "a man who walks his dog in the park on a rainy day " * 3,
+        )
+    )
+
+    assert [len(grid) - len(one) for grid in (two, many)] == [LINE, 3 * LINE]
+    ink = many[: 4 * LINE, : 96 + 2].min(axis=(1, 2)).reshape(4, LINE).min(axis=1)
+    assert ink.max() < 128  # every line has words
+    assert two[:LINE, 100:].min() == 255  # a short name stands at its image

@@ -144,11 +144,11 @@ def test_processes_share_the_work_and_make_the_same_set(home, straight, tmp_path
 
 
 def test_what_is_done_is_not_done_again(home, straight, tmp_path, monkeypatch):
-    def breaks(folder, plan, shard, records, skipped):
+    def breaks(folder, plan, shard, records, *counts):
         if shard == 1:
             next(iter(records))
             raise KeyboardInterrupt
-        return write(folder, plan, shard, records, skipped)
+        return write(folder, plan, shard, records, *counts)
 
     write = latent_shards.write_shard
     monkeypatch.setattr(latent_shards, "write_shard", breaks)

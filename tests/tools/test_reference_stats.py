@@ -154,3 +154,11 @@ def test_the_file_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(TypeError):
         reference_stats.write(out, {"mu": np.ones(3)}, {"not": {"JSON"}})
     assert (out.read_bytes(), list(tmp_path.iterdir())) == (before, [out])
+
+
+def test_crops_are_those_that_are_asked_for_and_the_file_says_which(folder):
+    found = reference_stats.collection(folder, SIZE, None, None, None, 2, "lanczos")
+    assert found.about["crop"] == "lanczos"
+    opened = image_collections.open_images(folder)
+    for index, image in enumerate(found.stream):
+        np.testing.assert_array_equal(image, image_collections.crop(opened, index, SIZE, "lanczos"))

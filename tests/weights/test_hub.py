@@ -86,6 +86,17 @@ def test_a_name_becomes_a_path_with_the_files_it_needs(home, hub):
     assert len(lines) == 12, lines  # one for each file, and no progress bar
 
 
+def test_a_folder_of_some_files_is_downloaded_without_the_others(home, hub):
+    hub.add("some/text", CONTENT | {"vocab.json": b"{}", "merges.txt": b"", "tokenizer/a": b"1", "tokenizer/b": b"2"})
+    code = "import sys; from diversedit_jax.weights import hub; print(hub.folder(sys.argv[1], sys.argv[2:]))"
+    for name, wanted in (("some/text", ["merges.txt", "vocab.json"]), ("some/text@main:tokenizer", ["a", "b"])):
+        command = [sys.executable, "-c", code, f"hf:{name}", *wanted]
+        variables = {"HF_HOME": str(home / name[-4:]), "HF_ENDPOINT": hub.url, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert files(Path(done.stdout.strip())) == wanted
+
+
 def test_what_is_cached_is_not_downloaded_again(home, hub):
     name = "hf:some/two:a.pt"
     first, lines = asked(home, hub, name, name)

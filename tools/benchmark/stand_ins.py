@@ -12,8 +12,10 @@ from ml_collections import ConfigDict
 from diversedit_jax import registry
 from diversedit_jax.api import Conditions, Space
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.models import vit
+from diversedit_jax.models import clip_text, vit
 from diversedit_jax.runs import build
+from diversedit_jax.weights import clip_text as clip_text_files
+from diversedit_jax.weights import mapping
 from diversedit_jax.weights.formats.weights_file import write_safetensors
 from diversedit_jax.weights.vit import LAYOUTS, export
 from tools.benchmark.timing import say
@@ -27,15 +29,20 @@ ENCODERS = {
     "moco_v3": (24, 1024, 16, 14),
     "ijepa": (32, 1280, 14, 16),
 }
+# The text encoder of CLIP ViT-L/14.
+TEXT = clip_text.Architecture(depth=12, width=768, heads=12, hidden=3072, vocabulary=49408, places=77, projection=768)
 
 
 def space(config: ConfigDict) -> Space:
-    """The space of a config's examples; that of ImageNet's latents if its data need options (such as data_dir)."""
+    """The space of a config's examples; if its data need options (such as data_dir) that of latents of 256 pixels, with
+    ImageNet's classes or CLIP's tokens."""
     options = registry.options(registry.factory("data", config.data.name)).values()
     if all(option.default is not option.empty for option in options):
         return build.open_data(config).space
-    classes = config.data.get("num_classes") or 1000
-    return Space(tuple(config.data.get("shape") or (32, 32, 4)), Conditions.labels(classes))
+    shape = tuple(config.data.get("shape") or (32, 32, 4))
+    if config.text_encoder is not None:
+        return Space(shape, Conditions(np.zeros(TEXT.places, np.int32)))
+    return Space(shape, Conditions.labels(config.data.get("num_classes") or 1000))
 
 
 def stored(config: ConfigDict, space: Space) -> dict[str, Any]:
@@ -51,11 +58,18 @@ def stored(config: ConfigDict, space: Space) -> dict[str, Any]:
 
 
 def replace_files(config: ConfigDict, folder: Path, fill: Callable[..., np.ndarray] = np.zeros) -> None:
-    """Write files into the folder for encoders without a file, set them in the config, and unset its autoencoder."""
+    """Write files into the folder for encoders without one, set them in the config, and unset its autoencoder."""
     for label, encoder in config.encoders.items():
         if encoder.get("file") is None:
             encoder.file = str(stand_in(encoder.name, folder, fill))
             say(f"config.encoders.{label}: a stand-in for its published weights")
+    text = config.text_encoder
+    if text is not None and text.get("file") is None:
+        text.file = str(folder / "clip_text.safetensors")
+        empty = jax.eval_shape(clip_text.network(TEXT).init, jax.random.key(0))
+        filled = jax.tree.map(lambda leaf: fill(leaf.shape, leaf.dtype), empty)
+        write_safetensors(Path(text.file), mapping.written(clip_text_files.entries(TEXT), filled))
+        say("config.text_encoder: a stand-in for its published weights")
     if config.codec.get("vae"):
         config.codec.vae = None
         say("config.codec.vae: samples are not decoded")

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from diversedit_jax import registry
-from diversedit_jax.api import Params
+from diversedit_jax.api import Condition, Params
 from diversedit_jax.errors import ConfigError
 
 
@@ -19,11 +19,13 @@ class Features(NamedTuple):
     pool:    [b d], of the whole image: for Frechet and kernel distance, precision and recall.
     spatial: [b s], of places in the image: for sFID.
     logits:  [b k], of classes: for the inception score.
+    match:   [b], how well each image matches its condition, 0 .. 100: for the CLIP score.
     """
 
     pool: Float[Array, "b d"] | np.ndarray
     spatial: Float[Array, "b s"] | np.ndarray | None = None
     logits: Float[Array, "b k"] | np.ndarray | None = None
+    match: Float[Array, " b"] | np.ndarray | None = None
 
 
 class Extractor(NamedTuple):
@@ -35,6 +37,8 @@ class Extractor(NamedTuple):
     about:     everything that can change the features: `weights` with a `digest` of their values, `resize`.
     reference: () -> images uint8 [n h w c] to compare with if no reference is given; None: there are none.
     chunk:     images that a device takes at a time, the same on every machine because last bits may depend on it.
+    match:     (weights, Features, stored conditions y [b ...]) -> `Features.match`. None: it sees images alone.
+    check:     of an extractor with `match`: raises ConfigError for conditions y that it cannot read.
     """
 
     name: str
@@ -43,6 +47,8 @@ class Extractor(NamedTuple):
     about: Mapping[str, Any]
     reference: Callable[[], UInt8[np.ndarray, "n h w c"]] | None = None
     chunk: int = 16
+    match: Callable[[Params, Features, Array], Array] | None = None
+    check: Callable[[Condition], None] | None = None
 
 
 def digest(weights: Params) -> str:
