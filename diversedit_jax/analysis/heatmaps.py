@@ -101,7 +101,7 @@ def cosines(folder: Path, studies: Sequence[Study]) -> ReportFigure:
     rows, table = {}, []
     for kind, field in COSINES.items():
         panels = [Panel(label, mean_matrix(looks, field)) for label, looks in groups.items()]
-        table += [line for label, matrix in panels for line in entries([label, kind], matrix)]
+        table += [line for panel in panels for line in entries([panel.title, kind], panel.matrix)]
         rows[kind] = spaced(panels, 4)
     names, panels = list(rows), list(rows.values())
     if len(groups) == 1:

@@ -84,7 +84,7 @@ class Measured(NamedTuple):
     centred_cosine: of tokens minus the mean token of their batch. mean_share: of the mean token in a block's energy.
     rows: the examples of each unit that was gathered, and the mean tokens of texts, `text`.
     minibatch: CKA by (unit, kernel).
-    both: the blocks of the image stream, then those of the text stream, by their mean tokens. None: no text stream, or
+    both: CKA of the k blocks of both streams, the image stream first, by their mean tokens. None: no text stream, or
         fewer than two blocks give text.
     """
 
@@ -98,7 +98,7 @@ class Measured(NamedTuple):
     mean_share: Float[np.ndarray, " l"]
     rows: Mapping[str, Float[np.ndarray, "l n p"]]
     minibatch: Mapping[tuple[str, str], Float[np.ndarray, "l l"]]
-    both: Float[np.ndarray, "l+m l+m"] | None = None
+    both: Float[np.ndarray, "k k"] | None = None
 
 
 def check(settings: Settings) -> None:
@@ -284,7 +284,7 @@ def _merged(total: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
     return added
 
 
-def of_both(estimator: Estimator, rows: Mapping[str, np.ndarray]) -> Float[np.ndarray, "l+m l+m"] | None:
+def of_both(estimator: Estimator, rows: Mapping[str, np.ndarray]) -> Float[np.ndarray, "k k"] | None:
     """Compute the CKA of the mean tokens of all blocks of the image and of the text stream; None without text."""
     if len(rows.get("text", ())) < 2:
         return None

@@ -33,9 +33,9 @@ class Look(NamedTuple):
 
     diversity: scores of `similarity.diversity`. usage: each channel's share of the variance, the largest first.
     scores: the known scores of this checkpoint's samples.
-    text: similarity of the m blocks of a text stream, by the mean tokens of texts. pooled: of the blocks of the image
-        stream, by mean tokens too. between: of an image's block and a text's. text_diversity: as `diversity`, but for
-        pairs of long residual connections. None without such a stream.
+    text: similarity of the m blocks of a text stream, by the mean tokens of texts. text_diversity: its scores.
+    pooled: similarity of the blocks of the image stream, by mean tokens. between: of both streams.
+        These four are None without a text stream.
     """
 
     label: str
@@ -194,7 +194,7 @@ def parted(found: Measured) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def text_diversity(text: Float[np.ndarray, "m m"]) -> dict[str, float]:
-    """Score the text stream by `similarity.diversity`, without `mirrored`: its last block has no partner's output."""
+    """Score the text stream by `similarity.diversity`, without `mirrored`: block L - 1 gives no text for block 0."""
     scores = similarity.diversity(jnp.asarray(text))
     return {name: float(value) for name, value in scores.items() if name != "mirrored"}
 
