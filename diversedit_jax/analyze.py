@@ -100,6 +100,9 @@ def summary(studies: Sequence[Study]) -> list[list[str]]:
     name = known_scores.column([one.looks[-1].scores for one in studies], known_scores.DISTANCES)
     distance = known_scores.title(name) if name else "FID"
     rows = [["", "step", "mean CKA", "neighbours", "effective rank", "best probe", distance]]
+    texts = any(one.looks[-1].text is not None for one in studies)
+    if texts:
+        rows[0][4:4] = ["text: mean CKA", "neighbours"]
     for label, group in by_label(studies).items():
         looks = [one.looks[-1] for one in group]
         probes = [100 * float(np.max(one.probe)) for one in group if one.probe is not None]
@@ -115,6 +118,10 @@ def summary(studies: Sequence[Study]) -> list[list[str]]:
                 spread(distances, 3) if distances else "-",
             ]
         )
+        if texts:
+            found = [look.text_diversity for look in looks if look.text_diversity is not None]
+            said = [spread([1 - one[name] for one in found], 3) if found else "-" for name in ("all", "adjacent")]
+            rows[-1][4:4] = said
     return rows
 
 
@@ -217,7 +224,11 @@ def write_record(path: Path, settings: Settings, t: float, times: Sequence[float
     record = {
         "settings": options,
         "subjects": [{"label": one.label, **one.about} for one in studies],
-        "diversity": [{"label": look.label, "step": look.step, **look.diversity} for look in looks],
+        "diversity": [
+            {"label": look.label, "step": look.step, **look.diversity}
+            | ({} if look.text_diversity is None else {"text": look.text_diversity})
+            for look in looks
+        ],
         "versions": versions(),
     }
     write_json(path, record, default=str)

@@ -49,7 +49,7 @@ def _has_own_array(x: Any) -> bool:
 
 def _converted(x: Any) -> Any:
     if isinstance(x, np.ndarray):
-        return jnp.asarray(x) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        return jnp.asarray(x) if x.dtype == bool or jnp.issubdtype(x.dtype, jnp.floating) else x
     if isinstance(x, jax.Array | np.generic):
         return x
     if _has_own_array(x):

@@ -29,16 +29,24 @@ def by_preset(preset, *blocks, groups=1):
     return diversity.diversity_loss(blocks, settings=diversity.PRESETS[preset], key=KEY, groups=groups)
 
 
+def of_texts(preset, *blocks, groups=1):
+    """The features are of texts with 1 to 4 tokens."""
+    mask = np.arange(TOKENS) <= np.arange(len(blocks[0]))[:, None] % TOKENS
+    return diversity.diversity_loss(blocks, settings=diversity.PRESETS[preset], key=KEY, groups=groups, mask=mask)
+
+
 # name -> (function of arrays, the arrays). The leading axis of each is split, then the last.
 LOSSES = {
     f"dispersive {form}": (partial(dispersive.dispersive_loss, form=form), BLOCKS[:1]) for form in dispersive.FORMS
 }
 LOSSES |= {f"diversity {preset}": (partial(by_preset, preset), BLOCKS) for preset in diversity.PRESETS}
+LOSSES |= {f"diversity {preset} of texts": (partial(of_texts, preset), BLOCKS) for preset in diversity.PRESETS}
 LOSSES |= {f"repa {form}": (partial(repa.repa_loss, similarity=form), BLOCKS[:2]) for form in repa.SIMILARITIES}
 LOSSES |= {f"sra {form}": (partial(sra.sra_loss, form=form), BLOCKS[:2]) for form in sra.DISTANCES}
 LOSSES |= {
     "dispersive in groups": (partial(dispersive.dispersive_loss, groups=2), BLOCKS[:1]),
     "diversity in groups": (partial(by_preset, "paper", groups=2), BLOCKS),
+    "diversity in groups of texts": (partial(of_texts, "release", groups=2), BLOCKS),
     "diversity of one array": (diversity.diversity_loss, [np.stack(BLOCKS)]),
     "pairs redrawn": (redrawn, BLOCKS),
     "projector": (partial(repa.project, repa.init_projector(KEY, WIDTH, 5, 7)), BLOCKS[:1]),

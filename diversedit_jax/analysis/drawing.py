@@ -52,10 +52,12 @@ class ReportFigure(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """A heatmap and its title."""
+    """A heatmap and its title. down, across: what a row and a column are."""
 
     title: str
-    matrix: Float[np.ndarray, "l l"]
+    matrix: Float[np.ndarray, "l m"]
+    down: str = "block"
+    across: str = "block"
 
 
 @contextlib.contextmanager
@@ -90,14 +92,14 @@ def spaced(items: Sequence[Any], most: int = 6) -> list[Any]:
 
 def heat(axes: Axes, panel: Panel, low: float) -> Any:
     """Draw a matrix of similarities; blocks count from 1. Up to 6 blocks, the cells show their numbers."""
-    blocks = len(panel.matrix)
-    image = axes.imshow(panel.matrix, vmin=low, vmax=1, cmap=COLOUR_MAP, extent=(0.5, blocks + 0.5, blocks + 0.5, 0.5))
-    axes.set(xticks=block_ticks(blocks), yticks=block_ticks(blocks))
+    blocks, others = panel.matrix.shape
+    image = axes.imshow(panel.matrix, vmin=low, vmax=1, cmap=COLOUR_MAP, extent=(0.5, others + 0.5, blocks + 0.5, 0.5))
+    axes.set(xticks=block_ticks(others), yticks=block_ticks(blocks))
     axes.set_title(panel.title)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     if blocks <= 6:
-        for i, j in np.ndindex(blocks, blocks):
+        for i, j in np.ndindex(blocks, others):
             value = panel.matrix[i, j]
             text = f"{value:.2f}".replace("0.", ".", 1) if 0 <= value < 1 else f"{value:.2f}"
             colour = "white" if value < (1 + low) / 2 else "black"
@@ -126,9 +128,11 @@ def heatmaps(figure: Figure, rows: Sequence[Sequence[Panel]], names: Sequence[st
         for j, (axes, panel) in enumerate(zip(grid[i], row, strict=False)):
             image = heat(axes, panel, low)
             if i == len(rows) - 1 or j >= len(rows[i + 1]):
-                axes.set_xlabel("block")
+                axes.set_xlabel(panel.across)
             if j == 0:
-                axes.set_ylabel(f"{names[i]}\nblock" if names else "block")
+                axes.set_ylabel(f"{names[i]}\n{panel.down}" if names else panel.down)
+            elif panel.down != row[j - 1].down:
+                axes.set_ylabel(panel.down)
     bar = figure.colorbar(image, ax=grid, shrink=min(1, 1.6 / (side * len(rows) + 0.1)), aspect=16, pad=0.02)
     bar.set_label(scale)
     bar.outline.set_visible(False)
@@ -144,7 +148,7 @@ def rendered(matrix: Float[np.ndarray, "l l"], scale: str) -> UInt8[np.ndarray, 
             return np.asarray(image.convert("RGB"))
 
 
-def entries(prefix: Row, matrix: Float[np.ndarray, "l l"]) -> list[Row]:
+def entries(prefix: Row, matrix: Float[np.ndarray, "l m"]) -> list[Row]:
     """List a matrix as rows of a CSV: prefix, block, block, value."""
     return [[*prefix, i + 1, j + 1, float(matrix[i, j])] for i, j in np.ndindex(*matrix.shape)]
 

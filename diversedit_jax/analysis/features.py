@@ -5,20 +5,37 @@ state. config.model.capture chooses features before or behind skip connections.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from diversedit_jax import conditioning
-from diversedit_jax.api import Batch, Context, Forward
+from diversedit_jax.api import Batch, Context, Features, Forward
 from diversedit_jax.codecs import encoded, null_condition
 from diversedit_jax.diffusion.predictions import network_time
 from diversedit_jax.runs.build import Experiment
 from diversedit_jax.runs.trained import Trained
 
 Learned = Mapping[str, Any]
+
+
+class Streams(NamedTuple):
+    """The outputs of the blocks of a network. Prefix tokens are left out.
+
+    text: of the text stream, whose last block gives none. None: the network has no such stream.
+    mask: which tokens are text. Without a mask in the condition all count.
+    """
+
+    image: Float[Array, "l b n d"]
+    text: Float[Array, "m b k e"] | None = None
+    mask: Bool[Array, "b k"] | None = None
+
+    def pooled_text(self) -> Float[Array, "m b e"]:
+        """The mean token of each text."""
+        counts = self.mask.astype(self.text.dtype)[None, :, :, None]
+        return (self.text * counts).sum(axis=2) / counts.sum(axis=2)
 
 
 def learned(found: Trained, step: int, weights: str = "ema") -> Learned:
@@ -48,7 +65,14 @@ def forward(experiment: Experiment, learned: Learned, frozen: Any, batch: Batch,
 def features(
     experiment: Experiment, learned: Learned, frozen: Any, batch: Batch, t: Array, key: Array, hidden: Array | bool
 ) -> Float[Array, "l b n d"]:
-    """Compute the output of every block for a stored batch at time t in [0, 1]. Prefix tokens are left out.
+    """Compute the output of every block for a stored batch at time t in [0, 1], see `streams`."""
+    return streams(experiment, learned, frozen, batch, t, key, hidden).image
+
+
+def streams(
+    experiment: Experiment, learned: Learned, frozen: Any, batch: Batch, t: Array, key: Array, hidden: Array | bool
+) -> Streams:
+    """Compute the output of every block for a stored batch at time t in [0, 1], also of a text stream.
 
     hidden: whether the network gets the null condition instead of the examples' own. May be traced.
     """
@@ -57,15 +81,24 @@ def features(
     b = len(jax.tree.leaves(batch)[0])
     y = conditioning.select(jnp.broadcast_to(hidden, (b,)), parts.null, batch["y"])
     ready = encoded(parts.codec, frozen, batch | {"y": y}, key_codec)
-    return of_encoded(experiment, learned, frozen, ready, t, key_noise)
+    return _streams(experiment, learned, frozen, ready, t, key_noise)
 
 
 def of_encoded(
     experiment: Experiment, learned: Learned, frozen: Any, ready: Batch, t: Array, key: Array
 ) -> Float[Array, "l b n d"]:
     """Compute the output of every block for an encoded batch at time t in [0, 1]. Prefix tokens are left out."""
+    return _streams(experiment, learned, frozen, ready, t, key).image
+
+
+def _streams(experiment: Experiment, learned: Learned, frozen: Any, ready: Batch, t: Array, key: Array) -> Streams:
     parts, b = experiment.components, len(ready["x"])
     seen = forward(experiment, learned, frozen, ready, key)  # only its noise is used, so jit drops its pass
     time = network_time(parts.objective.predicts, jnp.full(b, t))
     _, found = seen.rerun(parts.model.network(learned["params"]), time)
-    return jnp.stack(found[1:])[:, :, parts.model.prefix :].astype(jnp.float32)
+    image = jnp.stack(found[1:])[:, :, parts.model.prefix :].astype(jnp.float32)
+    text = found.text[1:] if isinstance(found, Features) else ()
+    if not text:
+        return Streams(image)
+    mask = ready["y"].get("mask", jnp.ones(text[0].shape[:2], bool))
+    return Streams(image, jnp.stack(text).astype(jnp.float32), mask)

@@ -11,7 +11,7 @@ from diversedit_jax.analysis.drawing import WIDTH, Panel, ReportFigure, by_label
 from diversedit_jax.analysis.study import Look, Study
 
 
-def mean_matrix(looks: Sequence[Look], field: str = "similarity") -> Float[np.ndarray, "l l"]:
+def mean_matrix(looks: Sequence[Look], field: str = "similarity") -> Float[np.ndarray, "l m"]:
     """Average the similarity, or another matrix, over seeds."""
     return np.mean([getattr(look, field) for look in looks], axis=0)
 
@@ -101,7 +101,7 @@ def cosines(folder: Path, studies: Sequence[Study]) -> ReportFigure:
     rows, table = {}, []
     for kind, field in COSINES.items():
         panels = [Panel(label, mean_matrix(looks, field)) for label, looks in groups.items()]
-        table += [line for label, matrix in panels for line in entries([label, kind], matrix)]
+        table += [line for panel in panels for line in entries([panel.title, kind], panel.matrix)]
         rows[kind] = spaced(panels, 4)
     names, panels = list(rows), list(rows.values())
     if len(groups) == 1:
@@ -114,6 +114,32 @@ def cosines(folder: Path, studies: Sequence[Study]) -> ReportFigure:
         "Unlike CKA, a cosine changes when the features of one block are rotated."
     )
     return ReportFigure("cosines", "Cosines between blocks", text)
+
+
+STREAMS = {  # title -> field of a look, what a row is, what a column is
+    "image": ("pooled", "block of the image", "block of the image"),
+    "text": ("text", "block of the text", "block of the text"),
+    "image and text": ("between", "block of the image", "block of the text"),
+}
+
+
+def streams(folder: Path, studies: Sequence[Study]) -> ReportFigure | None:
+    """Draw the blocks of the image stream, of the text stream and between both, at the last checkpoints."""
+    groups = by_label([study.looks[-1] for study in studies if study.looks[-1].text is not None])
+    if not groups:
+        return None
+    rows, table = {}, []
+    for label, looks in groups.items():
+        rows[label] = [Panel(title, mean_matrix(looks, field), *axes) for title, (field, *axes) in STREAMS.items()]
+        table += [line for panel in rows[label] for line in entries([label, panel.title], panel.matrix)]
+    shown = dict(spaced(list(rows.items()), 4))
+    with drawing.figure(folder, "streams", ["label", "of", "block", "other", "similarity"], table) as figure:
+        heatmaps(figure, list(shown.values()), list(shown) if len(shown) > 1 else None, "similarity")
+    text = (
+        "The blocks of the image stream, those of the text stream, and each block of one with each of the other. An "
+        "example is the mean token of an image, or of a text without its padding. The last block gives no text."
+    )
+    return ReportFigure("streams", "Image and text", text)
 
 
 def other_estimators(folder: Path, study: Study) -> ReportFigure | None:
@@ -164,6 +190,7 @@ def draw_all(folder: Path, studies: Sequence[Study], scale: str) -> list[ReportF
     """Draw every figure that the studies have something for."""
     drawn = [
         blocks(folder, studies, scale),
+        streams(folder, studies),
         training(folder, studies, scale),
         curves.diversity(folder, studies),
         timesteps(folder, studies, scale),

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from diversedit_jax import sharding
-from diversedit_jax.analysis.features import Learned, features
+from diversedit_jax.analysis.features import Learned, streams
 from diversedit_jax.api import Batch
 from diversedit_jax.data import Dataset, pipeline
 from diversedit_jax.errors import ConfigError, RunError
@@ -82,7 +82,10 @@ class Measured(NamedTuple):
     similarity: by the estimator, a mean over draws of noise. All other fields are of the first draw.
     spread: the standard deviation of the mean similarity over draws of noise.
     centred_cosine: of tokens minus the mean token of their batch. mean_share: of the mean token in a block's energy.
-    rows: the examples of each unit that was gathered. minibatch: CKA by (unit, kernel).
+    rows: the examples of each unit that was gathered, and the mean tokens of texts, `text`.
+    minibatch: CKA by (unit, kernel).
+    both: CKA of the k blocks of both streams, the image stream first, by their mean tokens. None: no text stream, or
+        fewer than two blocks give text.
     """
 
     similarity: Float[np.ndarray, "l l"]
@@ -95,6 +98,7 @@ class Measured(NamedTuple):
     mean_share: Float[np.ndarray, " l"]
     rows: Mapping[str, Float[np.ndarray, "l n p"]]
     minibatch: Mapping[tuple[str, str], Float[np.ndarray, "l l"]]
+    both: Float[np.ndarray, "k k"] | None = None
 
 
 def check(settings: Settings) -> None:
@@ -154,7 +158,8 @@ def compiled(experiment: Experiment, settings: Settings) -> Pass:
     @jax.jit(out_shardings=sharding.replicated(experiment.layout))
     def run(learned, frozen, batch, t, key, hidden):  # hidden: whether the network gets the null condition
         key_tokens, key = jax.random.split(key)
-        stack = features(experiment, learned, frozen, batch, t, key, hidden)
+        found = streams(experiment, learned, frozen, batch, t, key, hidden)
+        stack = found.image
         blocks, b, n, d = stack.shape
         tokens = stack.reshape(blocks, b * n, d)
         mean = tokens.mean(axis=1)
@@ -165,7 +170,8 @@ def compiled(experiment: Experiment, settings: Settings) -> Pass:
         units = rows | {"image": stack.reshape(blocks, b, n * d)}
         kernels = {kernel: estimator._replace(kernel=kernel).gram() for kernel in similarity.KERNELS}
         return {
-            "rows": units if estimator.gathers_images() else rows,
+            "rows": (units if estimator.gathers_images() else rows)
+            | ({} if found.text is None else {"text": found.pooled_text()}),
             "hsic": {
                 (unit, kernel): similarity.hsic_of(units[unit], gram, similarity.hsic_unbiased)
                 for unit in UNITS
@@ -195,7 +201,7 @@ def measure(ready: Pass, learned: Learned, frozen: Any, shown: Sequence[Batch], 
             found.append(minibatch[estimator.unit, estimator.kernel])
         else:
             found.append(similar(estimator, total["rows"][estimator.unit]))
-        first = first or total | {"minibatch": minibatch}
+        first = first or total | {"minibatch": minibatch, "both": of_both(estimator, total["rows"])}
     averages = [float(similarity.off_diagonal_mean(jnp.asarray(one))) for one in found]
     return Measured(
         np.mean(found, axis=0),
@@ -278,12 +284,20 @@ def _merged(total: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
     return added
 
 
-def similar(estimator: Estimator, rows: Float[np.ndarray, "l n p"]) -> Float[np.ndarray, "l l"]:
-    """Compute the CKA of gathered rows, biased or unbiased."""
+def of_both(estimator: Estimator, rows: Mapping[str, np.ndarray]) -> Float[np.ndarray, "k k"] | None:
+    """Compute the CKA of the mean tokens of all blocks of the image and of the text stream; None without text."""
+    if len(rows.get("text", ())) < 2:
+        return None
+    hsic = "unbiased" if estimator.hsic == "minibatch" else estimator.hsic
+    return similar(estimator._replace(hsic=hsic), [*rows["pooled"], *rows["text"]])
+
+
+def similar(estimator: Estimator, rows: Float[np.ndarray, "l n p"] | Sequence[np.ndarray]) -> Float[np.ndarray, "l l"]:
+    """Compute the CKA of gathered rows, biased or unbiased. The blocks may differ in width."""
     with jax.default_device(jax.local_devices()[0]):
-        return np.asarray(_similar(estimator, jnp.asarray(rows)))
+        return np.asarray(_similar(estimator, jax.tree.map(jnp.asarray, rows)))
 
 
 @jax.jit(static_argnums=0)
-def _similar(estimator: Estimator, rows: Array) -> Array:
+def _similar(estimator: Estimator, rows: Array | list[Array]) -> Array:
     return similarity.cka(rows, estimator.gram(), similarity.HSICS[estimator.hsic])

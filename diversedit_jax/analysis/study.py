@@ -33,6 +33,9 @@ class Look(NamedTuple):
 
     diversity: scores of `similarity.diversity`. usage: each channel's share of the variance, the largest first.
     scores: the known scores of this checkpoint's samples.
+    text: similarity of the m blocks of a text stream, by the mean tokens of texts. text_diversity: its scores.
+    pooled: similarity of the blocks of the image stream, by mean tokens. between: of both streams.
+        These four are None without a text stream.
     """
 
     label: str
@@ -51,6 +54,10 @@ class Look(NamedTuple):
     norm: Float[np.ndarray, " l"]
     mean_share: Float[np.ndarray, " l"]
     scores: Mapping[str, float]
+    text: Float[np.ndarray, "m m"] | None = None
+    pooled: Float[np.ndarray, "l l"] | None = None
+    between: Float[np.ndarray, "l m"] | None = None
+    text_diversity: Mapping[str, float] | None = None
 
     @property
     def mean_similarity(self) -> float:
@@ -153,6 +160,7 @@ def faults(found: Study) -> list[str]:
             cause = f": the features of blocks {', '.join(map(str, broken))} are not finite"
         elif still:
             cause = f": the features of blocks {', '.join(map(str, still))} are the same for all examples"
+        wrong += [] if one.text is None or _finite(one, "text") else ["similarity of the text stream"]
         if wrong or broken:
             lines.append(f"step {one.step}, t = {one.t:g}: {', '.join(wrong)} not finite{cause}")
     details = [name for name in ("probe", "connections", "maps", "estimators") if not _finite(found, name)]
@@ -172,7 +180,23 @@ def look(label: str, step: int, t: float, found: Measured, known: Mapping[str, f
     by_block = map(np.asarray, (rank, participation, jnp.sort(usage, axis=1)[:, ::-1], similarity.channels_used(usage)))
     diversity = {name: float(x) for name, x in similarity.diversity(jnp.asarray(found.similarity)).items()}
     pairs = found.similarity, found.spread, found.token_cosine, found.mean_cosine, found.centred_cosine
-    return Look(label, step, t, *pairs, diversity, *by_block, found.norm, found.mean_share, dict(known))
+    made = Look(label, step, t, *pairs, diversity, *by_block, found.norm, found.mean_share, dict(known))
+    if found.both is None:
+        return made
+    pooled, between, text = parted(found)
+    return made._replace(text=text, pooled=pooled, between=between, text_diversity=text_diversity(text))
+
+
+def parted(found: Measured) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Split the similarity of both streams: within the image [l l], between both [l m], within the text [m m]."""
+    blocks = len(found.similarity)
+    return found.both[:blocks, :blocks], found.both[:blocks, blocks:], found.both[blocks:, blocks:]
+
+
+def text_diversity(text: Float[np.ndarray, "m m"]) -> dict[str, float]:
+    """Score the text stream by `similarity.diversity`, without `mirrored`: block L - 1 gives no text for block 0."""
+    scores = similarity.diversity(jnp.asarray(text))
+    return {name: float(value) for name, value in scores.items() if name != "mirrored"}
 
 
 def compared(found: Measured, chosen: Estimator) -> dict[str, Float[np.ndarray, "l l"]]:

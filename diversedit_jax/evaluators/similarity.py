@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from diversedit_jax.analysis import drawing, measure
+from diversedit_jax.analysis import drawing, measure, study
 from diversedit_jax.analysis.measure import Estimator, Settings
 from diversedit_jax.errors import ConfigError, RunError
 from diversedit_jax.evaluators import Current, SampleSpec
@@ -29,7 +29,9 @@ def make(
 
     It yields `diversity_NAME` for every NAME of `similarity.diversity` (all, adjacent, mirrored, distant),
     `effective_rank` and `mean_share` (of the mean token in the energy), means over blocks; `centred_cosine`, a mean
-    over pairs of blocks; `norm`, the length of a token of the last block; and `heatmap`, an image.
+    over pairs of blocks; `norm`, the length of a token of the last block; and `heatmap`, an image. Of a network with a
+    text stream it also yields `text_diversity_NAME` (all, adjacent, distant) and `image_text_similarity`, a mean over
+    pairs of an image's block and a text's.
 
     num: images. batch: so many in a forward pass. time: 0 is data, 1 is noise.
     unit, kernel, hsic: see `analysis.measure.Estimator`.
@@ -61,6 +63,11 @@ def make(
         yield "centred_cosine", float(similarity.off_diagonal_mean(jnp.asarray(found.centred_cosine)))
         yield "mean_share", float(found.mean_share.mean())
         yield "norm", float(found.norm[-1])
+        if found.both is not None:
+            _, between, text = study.parted(found)
+            for name, value in study.text_diversity(text).items():
+                yield f"text_diversity_{name}", value
+            yield "image_text_similarity", float(between.mean())
         yield "heatmap", drawing.rendered(found.similarity, "CKA")
 
     return run

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from diversedit_jax.api import Params
-from diversedit_jax.shapes import Array, Float, PRNGKeyArray
+from diversedit_jax.shapes import Array, Bool, Float, PRNGKeyArray
 
 DTYPES = ("float32", "bfloat16", "float16")  # of matmuls
 EPS = 1e-12  # the smallest length that is divided by, torch's default
@@ -51,8 +51,8 @@ def unit(x: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
     return x * jnp.where(squares > EPS**2, jax.lax.rsqrt(jnp.maximum(squares, EPS**2)), 0)
 
 
-def in_groups(x: Float[Array, "b ..."], groups: int) -> Float[Array, "g b_g ..."]:
-    """A batch as `groups` equal parts, in their order."""
+def in_groups(x: Float[Array, "b ..."] | Bool[Array, "b ..."], groups: int) -> Array:
+    """A batch as `groups` equal parts, in their order: [g b_g ...]."""
     if groups < 1 or len(x) % groups:
         raise ValueError(f"groups = {groups} must divide the batch of {len(x)}")
     return x.reshape(groups, -1, *x.shape[1:])

@@ -4,10 +4,13 @@ The paper, the authors' release and their later constant-weight branch differ. `
 ours. The functions take the outputs of L blocks, one [b n d] each, as a tuple, a list, or one array [l b n d], of any
 framework (`arrays.portable`). They compute in float32 (float64 for float64 input). Blocks are counted from 0 here.
 `aligned` is a depth, counted from 1.
+
+`mask` [b n] says which tokens count, such as those of a text without its padding. The result is then that of the
+features without the other tokens. None: all count. At least one must.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -15,16 +18,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diversedit_jax.api import AuxLoss, Term
+from diversedit_jax.api import AuxLoss, Forward, Term
 from diversedit_jax.arrays import portable
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.losses._shared import in_groups, wide
 from diversedit_jax.registry import in_range, one_of
-from diversedit_jax.shapes import Array, Float, PRNGKeyArray
+from diversedit_jax.shapes import Array, Bool, Float, PRNGKeyArray
 
 EPS = 1e-8
 
 Features = Sequence[Float[Array, "b n d"]] | Float[Array, "l b n d"]
+Mask = Bool[Array, "b n"]
 Pairs = Sequence[tuple[int, int]] | np.ndarray | Array  # [p 2]; a traced array where pairs are redrawn in the step
 
 COSINE_FORMS = {"signed": lambda cosine: cosine, "abs": jnp.abs, "squared": lambda cosine: cosine**2}
@@ -39,6 +43,7 @@ CHOICES = {
     "target": ("features", "centred", "updates"),
     "compare": ("cosine", "cka"),
 }
+STREAMS = ("image", "text")
 
 
 def select_pairs(
@@ -96,7 +101,12 @@ def select_pairs(
 
 @portable
 def orthogonality(
-    features: Features, pairs: Pairs, *, of_cosine: str = "signed", detach: str | None = None
+    features: Features,
+    pairs: Pairs,
+    *,
+    of_cosine: str = "signed",
+    detach: str | None = None,
+    mask: Mask | None = None,
 ) -> Float[Array, ""]:
     """L_orth: the mean over pairs of the cosine between the blocks' mean features (Eqs. 9-10).
 
@@ -104,7 +114,7 @@ def orthogonality(
     block of every pair.
     """
     _check(orthogonality=of_cosine, detach=detach)
-    means = jnp.stack([f.mean(axis=(0, 1)) for f in _blocks(features)])
+    means = jnp.stack([_mean(f, mask) for f in _blocks(features, mask)])
     pairs = _checked_pairs(pairs, len(means))
     units = means / _norm(means, axis=1)
     first, second = _detach(units, units, detach)
@@ -114,7 +124,12 @@ def orthogonality(
 
 @portable
 def mutual_information(
-    features: Features, pairs: Pairs, *, of_cosine: str = "abs", detach: str | None = None
+    features: Features,
+    pairs: Pairs,
+    *,
+    of_cosine: str = "abs",
+    detach: str | None = None,
+    mask: Mask | None = None,
 ) -> Float[Array, ""]:
     """L_MI: the mean over pairs of the mean cosine between two blocks' features of the same token (Eqs. 11-12).
 
@@ -122,10 +137,10 @@ def mutual_information(
     one reduction each. Traced pairs cost the [l l] matrix of all mean cosines.
     """
     _check(mutual_information=of_cosine, detach=detach)
-    blocks = _blocks(features)
+    blocks = _blocks(features, mask)
     pairs = _checked_pairs(pairs, len(blocks))
     scales = [1 / _norm(f, axis=-1) for f in blocks]  # [b n 1]: the unit features are never stored
-    tokens = blocks[0].shape[0] * blocks[0].shape[1]
+    tokens = _tokens(blocks[0], mask)
     if isinstance(pairs, np.ndarray):
         cosines = []
         for i, j in pairs.tolist():
@@ -141,14 +156,16 @@ def mutual_information(
 
 
 @portable
-def mutual_information_among(features: Features, block_weights: Float[Array, " l"] | None = None) -> Float[Array, ""]:
+def mutual_information_among(
+    features: Features, block_weights: Float[Array, " l"] | None = None, *, mask: Mask | None = None
+) -> Float[Array, ""]:
     """The signed L_MI over all pairs of blocks, where the pair (i, j) has the weight w_i w_j. It visits no pairs.
 
     The sum over pairs of w_i w_j <u_i, u_j>, u a token's unit features, is (|sum_i w_i u_i|^2 - sum_i |w_i u_i|^2) / 2.
     The work is linear in the blocks, and no unit features are stored. With `block_weights` of 0 and 1 (None: all 1) it
     is `mutual_information` over the pairs among the blocks of weight 1.
     """
-    blocks = _blocks(features)
+    blocks = _blocks(features, mask)
     weights = jnp.ones(len(blocks), blocks[0].dtype) if block_weights is None else block_weights
     total, own = 0.0, 0.0
     for f, weight in zip(blocks, weights, strict=True):
@@ -156,7 +173,8 @@ def mutual_information_among(features: Features, block_weights: Float[Array, " l
         total += f * scale
         own += jnp.sum(f * f, axis=-1, keepdims=True) * scale**2
     pairs = weights.sum() ** 2 - jnp.sum(weights**2)  # twice
-    return (jnp.sum(total * total, axis=-1, keepdims=True) - own).mean() / pairs
+    cosines = jnp.sum(total * total, axis=-1, keepdims=True) - own
+    return _mean(cosines, mask, axis=None) / pairs
 
 
 @portable
@@ -167,6 +185,7 @@ def dispersion(
     scale: float = 0.25,
     clamp: bool = True,
     block_weights: Float[Array, " l"] | None = None,
+    mask: Mask | None = None,
 ) -> Float[Array, ""]:
     """L_disp: minus the variance over channels of the channels' mean normalised activation (Eqs. 13-14).
 
@@ -176,37 +195,39 @@ def dispersion(
     its form divides by a signed maximum and is unbounded.
     """
     usage = []
-    for f in _blocks(features):
+    for f in _blocks(features, mask):
         size = jnp.abs(f) if absolute else f
-        usage.append(size.mean(axis=(0, 1)) / _norm(f, axis=(0, 1))[0, 0])
+        usage.append(_mean(size, mask) / _norm(f, axis=(0, 1))[0, 0])
     usage = jnp.average(jnp.stack(usage), axis=0, weights=block_weights)
     largest = usage.max()  # the release adds 1e-8 to it, which float32 does not see
     variance = jnp.var(usage / jnp.where(jnp.abs(largest) < EPS, EPS, largest)) / scale
     return -(jnp.clip(variance, 0, 1) if clamp else variance)
 
 
-def targets(features: Features, target: str) -> tuple[Array, ...]:
+def targets(features: Features, target: str, mask: Mask | None = None) -> tuple[Array, ...]:
     """What is made diverse. `features`: as they are. `centred`: minus the mean token of each block. `updates`: centred
     differences of each entry and the one before, one fewer: with the embedding as first entry, what each block adds.
 
     An offset that all tokens share lowers every cosine of plain features, and makes no token differ from another. It
-    cannot lower the other two. Their L_orth is 0, because it compares means.
+    cannot lower the other two. Their L_orth is 0, because it compares means. Tokens that do not count are 0.
     """
     one_of("diversity: target", target, CHOICES["target"])
-    blocks = _blocks(features)
+    blocks = _blocks(features, mask)
     if target == "updates":
         blocks = tuple(after - before for before, after in itertools.pairwise(blocks))
-    return blocks if target == "features" else tuple(f - f.mean(axis=(0, 1), keepdims=True) for f in blocks)
+    return blocks if target == "features" else tuple(_centred(f, mask) for f in blocks)
 
 
 @portable
-def linear_cka(features: Features, pairs: Pairs, *, detach: str | None = None) -> Float[Array, ""]:
+def linear_cka(
+    features: Features, pairs: Pairs, *, detach: str | None = None, mask: Mask | None = None
+) -> Float[Array, ""]:
     """The mean over pairs of the linear CKA of two blocks over all tokens, in [0, 1] (Kornblith et al., arXiv
     1905.00414). It does not change if a block is rotated, scaled or shifted."""
     _check(detach=detach)
-    blocks = _blocks(features)
+    blocks = _blocks(features, mask)
     pairs = _checked_pairs(pairs, len(blocks))
-    rows = jnp.stack([(f - f.mean(axis=(0, 1), keepdims=True)).reshape(-1, f.shape[-1]) for f in blocks])
+    rows = jnp.stack([_centred(f, mask).reshape(-1, f.shape[-1]) for f in blocks])
     first, second = _detach(rows[pairs[:, 0]], rows[pairs[:, 1]], detach)
 
     def energy(a: Array, b: Array) -> Array:  # |A^T B|^2 of each pair
@@ -301,6 +322,7 @@ def diversity_loss(
     seed: int = 0,
     groups: int = 1,
     detach: str | None = None,
+    mask: Mask | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """L_div = w_orth L_orth + w_MI L_MI + w_disp L_disp, times its adaptive weight and coefficient (Eqs. 9-15).
 
@@ -316,7 +338,7 @@ def diversity_loss(
     ConfigError for a word that no option has, and for settings that redraw without a key.
     """
     check_settings(settings, detach)
-    blocks = targets(features, settings.target)
+    blocks = targets(features, settings.target, mask)
     complete = pairs is None and settings.rule in ("random_layers", "all")  # all pairs of some blocks
     if pairs is None:
         if settings.redraw and settings.rule in RANDOM and key is None:
@@ -326,29 +348,40 @@ def diversity_loss(
     pairs = _checked_pairs(pairs, len(blocks))
     compute = partial(_diversity_loss, pairs=pairs, complete=complete, settings=settings, detach=detach)
     if groups == 1:
-        return compute(blocks)
-    return jax.tree.map(jnp.mean, jax.vmap(compute)([in_groups(f, groups) for f in blocks]))
+        return compute(blocks, mask)
+    parts = jax.tree.map(lambda x: in_groups(x, groups), (list(blocks), mask))
+    return jax.tree.map(jnp.mean, jax.vmap(compute)(*parts))
 
 
-def _diversity_loss(blocks: Sequence[Array], *, pairs: Pairs, complete: bool, settings: Settings, detach: str | None):
+def _diversity_loss(
+    blocks: Sequence[Array],
+    mask: Mask | None,
+    *,
+    pairs: Pairs,
+    complete: bool,
+    settings: Settings,
+    detach: str | None,
+):
     s = settings
     selected = jnp.zeros(len(blocks), blocks[0].dtype).at[pairs.reshape(-1)].set(1)
     if s.compare == "cka":
-        information = linear_cka(blocks, pairs, detach=detach)
+        information = linear_cka(blocks, pairs, detach=detach, mask=mask)
     elif complete and s.mutual_information == "signed" and detach is None:
         known = isinstance(pairs, np.ndarray)
         compared, weights = ([blocks[i] for i in np.unique(pairs)], None) if known else (blocks, selected)
-        information = mutual_information_among(compared, weights)
+        information = mutual_information_among(compared, weights, mask=mask)
     else:
-        information = mutual_information(blocks, pairs, of_cosine=s.mutual_information, detach=detach)
+        information = mutual_information(blocks, pairs, of_cosine=s.mutual_information, detach=detach, mask=mask)
     chosen = selected if s.dispersion_blocks == "selected" else None
     how = {"absolute": s.dispersion_absolute, "scale": s.dispersion_scale, "clamp": s.dispersion_clamp}
     # the means of centred features are 0 up to rounding, and so without a direction
-    apart = orthogonality(blocks, pairs, of_cosine=s.orthogonality, detach=detach) if s.target == "features" else 0.0
+    apart = 0.0
+    if s.target == "features":
+        apart = orthogonality(blocks, pairs, of_cosine=s.orthogonality, detach=detach, mask=mask)
     terms = {
         "orthogonality": jnp.asarray(apart, information.dtype),
         "mutual_information": information,
-        "dispersion": dispersion(blocks, **how, block_weights=chosen),
+        "dispersion": dispersion(blocks, **how, block_weights=chosen, mask=mask),
     }
     loss = sum(weight * term for weight, term in zip(s.weights, terms.values(), strict=True))
     weight = jnp.ones_like(loss)
@@ -360,6 +393,7 @@ def _diversity_loss(blocks: Sequence[Array], *, pairs: Pairs, complete: bool, se
 def make(
     *,
     preset: str = "release",
+    stream: str = "image",
     aligned: int | None = None,
     groups: int = 1,
     detach: str | None = None,
@@ -388,6 +422,8 @@ def make(
 
     preset: `release` (the authors' first code), `release_const` (their later branch: constant weight 0.001), `paper`,
         or `updates` (ours: only L_MI, of what each block adds, see `targets`; tools/studies/README.md has evidence).
+    stream: whose blocks are made diverse, `image`; or `text`, in a network with two streams. Only tokens of the text
+        itself count, by the `mask` of the condition. The last block gives no text, so there is one block fewer.
     warmup_steps: the term grows linearly from 0 over so many steps (their third branch: 10,000).
     seed: the draw of the random pair rules where `redraw` is off.
 
@@ -397,6 +433,7 @@ def make(
     one_of("diversity: preset", preset, PRESETS)
     settings = PRESETS[preset]._replace(**{name: given[name] for name in Settings._fields if given[name] is not None})
     check_settings(settings, detach)
+    one_of("diversity: stream", stream, STREAMS)
     in_range("diversity: aligned", 1 if aligned is None else aligned, 1)
     in_range("diversity: groups", groups, 1)
     in_range("diversity: warmup_steps", warmup_steps, 0)
@@ -404,8 +441,9 @@ def make(
 
     def apply(forward, batch, context):
         draw = {"aligned": aligned, "key": context.key, "seed": seed}
-        features = forward.features[settings.target != "updates" :]
-        loss, metrics = diversity_loss(features, settings=settings, **draw, groups=groups, detach=detach)
+        features, mask = (forward.features, None) if stream == "image" else _text(forward)
+        how = draw | {"groups": groups, "detach": detach, "mask": mask}
+        loss, metrics = diversity_loss(features[settings.target != "updates" :], settings=settings, **how)
         ramp = jnp.minimum(1.0, context.step / warmup_steps) if warmup_steps else 1.0
         metrics |= {"weight": ramp * metrics["weight"]}
         return Term(ramp * loss, metrics, full=settings.coefficient * metrics["loss"])
@@ -428,15 +466,49 @@ def _check(**words: str | None) -> None:
         one_of(f"diversity: {option}", word, CHOICES[option])
 
 
-def _blocks(features: Features) -> tuple[Array, ...]:
-    """The features of the blocks, checked, in at least float32."""
+def _text(forward: Forward) -> tuple[tuple[Array, ...], Mask]:
+    """The features of the text stream, and which of its tokens are text."""
+    text = getattr(forward.features, "text", None)
+    if text is None:
+        raise ConfigError("diversity: stream = 'text' needs a network with a text stream, such as mmdit")
+    if not isinstance(forward.y, Mapping) or "mask" not in forward.y:
+        raise ConfigError(
+            "diversity: stream = 'text' needs the `mask` of the texts in the conditions, and they have none: give data "
+            "with the tokens of captions, and config.text_encoder"
+        )
+    return text, forward.y["mask"]
+
+
+def _blocks(features: Features, mask: Mask | None) -> tuple[Array, ...]:
+    """The features of the blocks, checked, in at least float32. Tokens that do not count are 0."""
     shapes = [jnp.shape(f) for f in features]
     in_range("diversity: number of blocks", len(shapes), 2)
     for index, shape in enumerate(shapes):
         if len(shape) != 3 or shape != shapes[0]:
             wanted = f"wanted [batch, tokens, width], the same for every block; block 0 has {shapes[0]}"
             raise ValueError(f"block {index}: features have shape {shape}, {wanted}")
-    return tuple(map(wide, features))
+    blocks = tuple(map(wide, features))
+    if mask is None:
+        return blocks
+    if mask.shape != shapes[0][:2]:
+        raise ValueError(f"mask has shape {mask.shape}, wanted {shapes[0][:2]}, as the tokens of the features")
+    return tuple(jnp.where(mask[..., None], f, 0) for f in blocks)
+
+
+def _tokens(f: Array, mask: Mask | None) -> int | Array:
+    """How many tokens count."""
+    return f.shape[0] * f.shape[1] if mask is None else mask.sum().astype(f.dtype)
+
+
+def _mean(f: Array, mask: Mask | None, axis: tuple[int, int] | None = (0, 1)) -> Array:
+    """The mean over the tokens that count; the others are 0. axis: None for numbers, [b n 1]."""
+    return f.mean(axis=axis) if mask is None else f.sum(axis=axis) / _tokens(f, mask)
+
+
+def _centred(f: Array, mask: Mask | None) -> Array:
+    """Features minus their mean token. Tokens that do not count stay 0."""
+    centred = f - _mean(f, mask)[None, None]
+    return centred if mask is None else jnp.where(mask[..., None], centred, 0)
 
 
 def _checked_pairs(pairs: Pairs, num_blocks: int) -> np.ndarray | Array:

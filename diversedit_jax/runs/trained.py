@@ -167,6 +167,9 @@ def fitting(dataset: Dataset, name: str, space: Space) -> Dataset:
         raise ConfigError(f"data {name!r}: its shape is {given.shape}, the network takes {space.shape}")
     if (given.conditions.classes is None) != (space.conditions.classes is None):
         raise ConfigError(f"data {name!r}: its conditions are of another kind than those of the network")
+    has, takes = (jax.tree.map(np.shape, one.conditions.null) for one in (given, space))
+    if has != takes:
+        raise ConfigError(f"data {name!r}: its conditions have shape {has}, the network takes {takes}")
     if (given.conditions.classes or 0) > (known := space.conditions.classes or 0):
         raise ConfigError(f"data {name!r}: it has {given.conditions.classes} classes, the network knows {known}")
     return dataset

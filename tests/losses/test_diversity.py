@@ -16,7 +16,8 @@ import pytest
 from flax import nnx
 
 from diversedit_jax import losses, models, registry
-from diversedit_jax.api import Conditions, Context, Forward, Space
+from diversedit_jax.api import Conditions, Context, Features, Forward, Space
+from diversedit_jax.errors import ConfigError
 from diversedit_jax.losses import diversity
 from diversedit_jax.losses.diversity import (
     CHOICES,
@@ -52,9 +53,9 @@ def normal(seed: int = 0, shape=(L, B, N, D)) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
-def similar(seed: int = 0, share: float = 2.0) -> np.ndarray:
+def similar(seed: int = 0, share: float = 2.0, shape=(L, B, N, D)) -> np.ndarray:
     """Blocks with a common part, so that the loss is in the range where its weight is not 0."""
-    return share * normal(seed + 1, (1, B, N, D)) + normal(seed)
+    return share * normal(seed + 1, (1, *shape[1:])) + normal(seed, shape)
 
 
 def as_forward(features) -> Forward:
@@ -416,6 +417,94 @@ def test_forward_mode_equals_reverse_mode():
         np.testing.assert_allclose(forward, reverse, rtol=1e-4, atol=1e-7)
 
 
+# --- The text stream: only some tokens count.
+
+FORMS = PRESETS | {
+    "cka": RELEASE._replace(compare="cka"),
+    "centred": RELEASE._replace(target="centred"),
+    "selected": SIGNED._replace(rule="random_layers", k=4, dispersion_blocks="selected"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("lengths", [(3, 3, 3, 3), (2, 5, 1, 3)])
+def test_tokens_that_do_not_count_are_as_if_they_were_not_there(form, lengths):
+    """Values and gradients, in float64. The statistics are over all tokens, so texts may stand one after another."""
+    mask = np.random.default_rng(0).permuted(np.arange(N) < np.array(lengths)[:, None], axis=1)
+    assert mask.sum(axis=1).tolist() == list(lengths)
+    rows = (B, 3) if len(set(lengths)) == 1 else (1, -1)
+
+    @partial(jax.jit, static_argnums=1)
+    def run(x, whole):
+        def loss(x):
+            features = x if whole else x[:, mask].reshape(L, *rows, D)
+            given = mask if whole else None
+            return diversity_loss(features, settings=FORMS[form], key=jax.random.key(1), mask=given)
+
+        return jax.value_and_grad(loss, has_aux=True)(x)
+
+    with jax.enable_x64(True):
+        x = jnp.asarray(similar(share=1.2).astype(np.float64))
+        (wanted, terms), gradient = jax.device_get(run(x, False))
+        (loss, found), ours = jax.device_get(run(jnp.where(mask[..., None], x, jnp.nan), True))
+    np.testing.assert_allclose(loss, wanted, rtol=1e-12)
+    for name, term in terms.items():
+        np.testing.assert_allclose(found[name], term, rtol=1e-12, atol=1e-15, err_msg=name)
+    np.testing.assert_allclose(ours, gradient, rtol=1e-9, atol=1e-12 * np.abs(gradient).max())
+    assert np.abs(ours[:, mask]).max() > 0
+    assert (ours[:, ~mask] == 0).all()
+
+
+@pytest.mark.parametrize("term", [orthogonality, mutual_information, mutual_information_among, dispersion, linear_cka])
+def test_each_term_takes_a_mask(term):
+    x, mask = similar(), np.arange(N) < np.array([2, 5, 1, 3])[:, None]
+    pairs = [] if term in (mutual_information_among, dispersion) else [select_pairs(L, "adjacent")]
+    found, wanted = term(x, *pairs, mask=mask), term(x[:, mask][:, None], *pairs)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    assert abs(term(x, *pairs) - wanted) > 1e-4
+
+
+def test_traced_pairs_and_groups_take_a_mask():
+    x, mask = similar(share=1.2), np.arange(N) < np.array([2, 5, 1, 3])[:, None]
+    halves = [diversity_loss(x[:, i : i + 2][:, mask[i : i + 2]][:, None])[0] for i in (0, 2)]
+    np.testing.assert_allclose(diversity_loss(x, groups=2, mask=mask)[0], np.mean(halves), rtol=1e-5)
+    pairs = jnp.asarray(select_pairs(L))
+    traced = jax.jit(lambda x, p, mask: diversity_loss(x, p, groups=2, mask=mask)[0])(x, pairs, mask)
+    np.testing.assert_allclose(traced, np.mean(halves), rtol=1e-5)
+
+
+def of_two_streams(y):
+    """A forward pass of a network with two streams: seven entries of the image, six of a text half as wide."""
+    image, text = normal(shape=(L + 1, B, N, D)), similar(shape=(L, B, 3, D // 2))
+    forward = as_forward(Features(list(jnp.asarray(image)), list(jnp.asarray(text))))
+    return forward._replace(y=y)
+
+
+@pytest.mark.parametrize("preset", ["release", "updates"])
+def test_the_text_stream_is_chosen_by_an_option(preset):
+    mask = np.arange(3) < np.array([1, 2, 3, 2])[:, None]
+    forward, context = of_two_streams({"mask": jnp.asarray(mask)}), Context(jax.random.key(0))
+    image, text = (losses.make("diversity", preset=preset, stream=stream) for stream in ("image", "text"))
+    begin = 0 if preset == "updates" else 1  # at the embedding, or at the first block
+    wanted, terms = diversity_loss(forward.features.text[begin:], settings=PRESETS[preset], mask=mask)
+    found = text.apply(forward, {}, context)
+    np.testing.assert_allclose(found.loss, wanted, rtol=1e-6)
+    np.testing.assert_allclose(found.metrics["weight"], terms["weight"], rtol=1e-6)
+    own, _ = diversity_loss(forward.features[begin:], settings=PRESETS[preset])
+    np.testing.assert_allclose(image.apply(forward, {}, context).loss, own, rtol=1e-6)
+
+
+def test_errors_of_the_text_stream():
+    loss, context = losses.make("diversity", stream="text"), Context(jax.random.key(0))
+    with pytest.raises(ConfigError, match="stream = 'text' needs a network with a text stream, such as mmdit"):
+        loss.apply(as_forward(normal()), {}, context)
+    for y in ({"context": normal()}, np.zeros(B)):
+        with pytest.raises(ConfigError, match="stream = 'text' needs the `mask` of the texts in the conditions, and"):
+            loss.apply(of_two_streams(y), {}, context)
+    with pytest.raises(ConfigError, match="diversity: stream = 'texts' is unknown; did you mean 'text'"):
+        losses.make("diversity", stream="texts")
+
+
 # --- The weight.
 
 
@@ -658,19 +747,22 @@ import jax.numpy as jnp
 from diversedit_jax.losses.diversity import diversity_loss
 loaded = {"flax", "optax", "orbax", "ml_collections"} & set(sys.modules)
 assert not loaded, f"diversedit_jax.losses.diversity brings {loaded}"
-try:
-    diversity_loss([jnp.ones((2, 3, 4)), jnp.ones((2, 4))])
-except ValueError as error:
-    print(error)
+for second, mask in ((jnp.ones((2, 4)), None), (jnp.ones((2, 3, 4)), jnp.ones((2, 1), bool))):
+    try:
+        diversity_loss([jnp.ones((2, 3, 4)), second], mask=mask)
+    except ValueError as error:
+        print(error)
 """
 
 
-def test_the_loss_stands_alone_and_names_a_block_of_wrong_rank():
+def test_the_loss_stands_alone_and_names_a_block_of_wrong_rank_and_a_mask_of_wrong_shape():
     # In a process without this suite's checks of annotations, which would see the wrong rank first.
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("block 1: features have shape (2, 4), wanted [batch, tokens, width], ")
+    block, mask = done.stdout.splitlines()
+    assert block.startswith("block 1: features have shape (2, 4), wanted [batch, tokens, width], ")
+    assert mask == "mask has shape (2, 1), wanted (2, 3), as the tokens of the features"
 
 
 # --- The same loss in networks of four frameworks.
