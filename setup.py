@@ -39,7 +39,7 @@ setup(
     },
     python_requires=">=3.11",
     packages=find_packages(include=["diversedit_jax", "diversedit_jax.*"]),
-    package_data={"diversedit_jax": ["py.typed"]},
+    package_data={"diversedit_jax": ["py.typed", "data/captioned_digits_text/*"]},
     entry_points={"console_scripts": ["diversedit = diversedit_jax.__main__:main"]},
     install_requires=[
         "jax>=0.10",
