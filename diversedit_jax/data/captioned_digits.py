@@ -14,7 +14,7 @@ from PIL import Image
 
 from diversedit_jax.api import Conditions, Space
 from diversedit_jax.data import Dataset, digits
-from diversedit_jax.data.clip_tokenizer import Tokenizer, open_tokenizer
+from diversedit_jax.data.clip_tokenizer import Tokenizer, digest, open_tokenizer
 from diversedit_jax.registry import one_of
 
 SHAPE = (16, 16, 3)
@@ -139,5 +139,6 @@ def make(split: str, *, data_dir: str | None = None) -> Dataset:
     data_dir: as in `data.digits`.
     """
     words = open_tokenizer(TEXT_ENCODER, LENGTH)
-    source = examples(split, words, data_dir)
-    return Dataset(source, draw_caption, Space(SHAPE, Conditions(words([""]).ids[0])))
+    space = Space(SHAPE, Conditions(words([""]).ids[0]))
+    text = {"sha256": digest(TEXT_ENCODER), "vocabulary": words.size, "length": LENGTH}
+    return Dataset(examples(split, words, data_dir), draw_caption, space, text=text)

@@ -1,0 +1,33 @@
+"""DiverseDiT with text: digits of a size, a colour and a place by captions, on any CPU.
+
+python -m diversedit_jax.train --config=configs/captioned_digits.py --workdir=runs/captioned_digits
+
+Hardware: any; 2 CPU cores take a few minutes. Expected: TODO
+"""
+
+from ml_collections import ConfigDict
+
+from diversedit_jax.config import slot
+from diversedit_jax.configs import default
+
+
+def get_config() -> ConfigDict:
+    """An MMDiT 64 wide and 4 deep, on 16 x 16 pixels in 4 x 4 patches, with long residuals on the image stream."""
+    config = default.get_config()
+    config.total_steps = 2_500
+    config.batch_size = 128
+    config.data = slot("data", "captioned_digits")
+    config.codec = slot("codecs", "pixels")
+    config.text_encoder = slot("encoders", "captioned_digits", pooled=True)
+    config.model = slot("models", "mmdit", depth=4, width=64, heads=4, patch=4, skip="release")
+    config.objective.time = "logit_normal"
+    config.losses.diversity = slot("losses", "diversity", preset="release")
+    config.optim.update({"learning_rate": 2e-3, "decay": "cosine", "warmup_steps": 50})
+    config.ema_decay = 0.995
+    config.log_every = 100
+    config.checkpoint.update({"every": 500, "keep_every": 0})
+    config.sampler.update({"solver": "heun", "steps": 25, "cfg_scale": 2.0, "batch_size": 128})
+    config.samples.update({"every": 500, "num": 64})
+    config.evaluators.captioned_digits = slot("evaluators", "captioned_digits", num=512)
+    config.evaluators.captioned_digits.every = 500
+    return config
