@@ -18,15 +18,15 @@ def get_config() -> ConfigDict:
     config.batch_size = 128
     config.data = slot("data", "captioned_digits")
     config.codec = slot("codecs", "pixels")
-    config.text_encoder = slot("encoders", "captioned_digits", pooled=True)
+    config.text_encoder = slot("encoders", "captioned_digits")
     config.model = slot("models", "mmdit", depth=4, width=64, heads=4, patch=4, skip="release")
     config.objective.time = "logit_normal"
     config.losses.diversity = slot("losses", "diversity", preset="release")
-    config.optim.update({"learning_rate": 2e-3, "decay": "cosine", "warmup_steps": 50})
+    config.optim.update({"learning_rate": 5e-3, "decay": "cosine", "warmup_steps": 50})
     config.ema_decay = 0.995
     config.log_every = 100
     config.checkpoint.update({"every": 500, "keep_every": 0})
-    config.sampler.update({"solver": "heun", "steps": 25, "cfg_scale": 2.0, "batch_size": 128})
+    config.sampler.update({"solver": "heun", "steps": 15, "cfg_scale": 3.0, "batch_size": 128})
     config.samples.update({"every": 500, "num": 64})
     config.evaluators.captioned_digits = slot("evaluators", "captioned_digits", num=512)
     config.evaluators.captioned_digits.every = 500

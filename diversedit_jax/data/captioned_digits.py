@@ -1,8 +1,8 @@
 """Handwritten digits with captions, 16 x 16 pixels: text and images that need no download.
 
-The digits of `data.digits`, each in a colour, in a size and in a corner of a black canvas. That are 320 combinations of
-attributes. A fifth of them is held out: no training image has one, though every three of their four attributes occur
-together. So samples of them show whether a network puts words together that it knows.
+Each digit of `data.digits` is drawn in a colour, in a size and in a corner of a black canvas: 320 combinations of these
+attributes. No training image has one of the 64 that are held out, but any three of the attributes occur together.
+So samples of held-out combinations show whether a network composes what it has learned.
 """
 
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ CAPTIONS = (
     "a {colour[0]} {digit[0]}",  # the others say every attribute
 )
 FULL = len(CAPTIONS) - 1  # captions that say every attribute
-# The indices of the attributes' values, in the order of ATTRIBUTES.
+# Indices of the attributes' values, in the order of ATTRIBUTES, [320 4].
 COMBINATIONS = np.stack(np.unravel_index(np.arange(320), [len(names) for names in ATTRIBUTES.values()]), axis=-1)
 SPLITS = {"train": ("train", False), "test": ("test", False), "held_out": ("test", True)}  # digits, combinations
 
@@ -56,8 +56,7 @@ LENGTH = 16  # places of a caption
 def held_out(attributes: Int[np.ndarray, "*n 4"]) -> Bool[np.ndarray, "*n"]:
     """Whether these combinations are held out: 64 of 320.
 
-    The weights of the sum are no multiples of 5. So if three attributes are given, at most a fifth of the values of the
-    fourth is held out, or one.
+    Of the combinations that share two values at most a quarter is held out; of those that share three, never all.
     """
     return attributes @ np.array([1, 1, 2, 1]) % 5 == 0
 
