@@ -14,7 +14,7 @@ from diversedit_jax.configs import default
 def get_config() -> ConfigDict:
     """An MMDiT 64 wide and 4 deep, on 16 x 16 pixels in 4 x 4 patches, with long residuals on the image stream."""
     config = default.get_config()
-    config.total_steps = 2_500
+    config.total_steps = 2_000
     config.batch_size = 128
     config.data = slot("data", "captioned_digits")
     config.codec = slot("codecs", "pixels")

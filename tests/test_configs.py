@@ -84,7 +84,7 @@ def test_one_step_traces_at_full_size(name, latents):
         config.data.data_dir = latents[side]
     for encoder in config.encoders.values():  # a small DINOv2 stands for any, which has the file's names
         encoder.update({"name": "dinov2", "file": str(DATA / "dinov2.safetensors"), "heads": 4})
-    if config.text_encoder is not None and config.text_encoder.file is None:  # a small CLIP as wide as the published
+    if config.text_encoder is not None and config.text_encoder.name == "clip_text":  # a small one as wide stands for it
         config.text_encoder.file = str(captioned.encoder(768))
         config.data = configs.slot("data", "tests.captioned:make_latents", image=config.data.image)
     if "vae" in config.codec:
