@@ -87,7 +87,7 @@ def embedded(arch: clip_text.Architecture, params: Params, images: Array, ids: A
     return tuple(x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in found)
 
 
-def train(arch: clip_text.Architecture, data: CaptionedDigits, steps: int = STEPS) -> Params:
+def train(arch: clip_text.Architecture, data: CaptionedDigits, steps: int) -> Params:
     """Return the trained parameters of both encoders.
 
     A caption belongs to every image of the batch that has the attributes that it says.
@@ -116,7 +116,7 @@ def train(arch: clip_text.Architecture, data: CaptionedDigits, steps: int = STEP
     opt, rng = optimizer.init(params), np.random.default_rng(0)
     for _ in range(steps):
         rows, kinds = rng.integers(len(data), size=BATCH), rng.integers(len(CAPTIONS), size=BATCH)
-        examples, attributes = [data[row] for row in rows], data.attributes[rows]
+        examples, attributes = [data[int(row)] for row in rows], data.attributes[rows]
         images = np.stack([example["x"] for example in examples])
         ids = np.stack([example["captions"][kind] for example, kind in zip(examples, kinds, strict=True)])
         same = attributes[:, None] == attributes[None]  # [image caption attribute]
@@ -164,7 +164,7 @@ def main(arguments: list[str]) -> None:
     folder = writable_folder(Path(arguments[0]).expanduser(), "FOLDER")
     arch = architecture(write_vocabulary(folder))
     words = open_tokenizer(folder, LENGTH)
-    params = train(arch, captioned_digits.examples("train", words))
+    params = train(arch, captioned_digits.examples("train", words), STEPS)
     save(folder, arch, jax.device_get(params["text"]))
     seen, held_out = (accuracy(arch, params, captioned_digits.examples(split, words)) for split in ("test", "held_out"))
     print(f"{folder}: finds the caption of {seen:.1%} of the held-out digits, {held_out:.1%} in held-out combinations")
