@@ -9,8 +9,8 @@
 Variant: `coco` (latents of 256 pixels with token ids, from tools.prepare_latents --tokenizer) or `uvit` (the folders of
 U-ViT's scripts, with text features; say what they hold: --config.data.kind=logvar or std), and `repa`, `sra`, `disp` or
 `diversedit`, also several; coco by default. `repa` reads images: prepare them with --image=png.
-Hardware: a TPU v5e-16 or larger slice, or 8 GPUs. Its plan for v5e-16 with REPA (compiled, not run): 12.0 of 15.75 GiB a
-chip, 1,192 to 3,233 images/s, 0.1 to 0.4 days (tools/benchmark/records/pod_plan.md).
+Hardware: a TPU v5e-16 or larger slice, or 8 GPUs. Its plan for v5e-16 with REPA (compiled, not run): 12.0 of 15.75 GiB
+a chip, 1,192 to 3,233 images/s, 0.1 to 0.4 days (tools/benchmark/records/pod_plan.md).
 Expected: FID after 150K steps of 256 images with guidance 2 at all times. Papers say, by Euler with 50 steps (`ODE`)
 and by SDE with 250:
 

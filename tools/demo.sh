@@ -3,11 +3,13 @@ set -euo pipefail
 
 usage() {
   cat <<'USAGE'
-Usage: bash tools/demo.sh [options of diversedit_jax.train, such as --config.total_steps=200]
+Usage: bash tools/demo.sh [captioned_digits] [options of diversedit_jax.train, such as --config.total_steps=200]
 
 Installs what is needed and trains the default model on handwritten digits, then says where the samples are.
+With captioned_digits: a text-to-image model, on digits by colour, size and place.
 
-  WORKDIR=DIR           where the run is kept (default: runs/digits in the repository); a run found there is resumed
+  WORKDIR=DIR           where the run is kept (default: runs/digits in the repository, or runs/captioned_digits); a run
+                        found there is resumed
   PYTHON, DIVERSEDIT_EXTRAS, DIVERSEDIT_LATEST: see tools/environment.sh
 USAGE
 }
@@ -17,15 +19,21 @@ if [[ ${1:-} == --help || ${1:-} == -h ]]; then
   exit
 fi
 
+recipe=digits extras=""
+if [[ ${1:-} == captioned_digits ]]; then
+  recipe=$1 extras=text
+  shift
+fi
+
 # shellcheck source-path=SCRIPTDIR source=environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-environment
+environment "$extras"
 
-workdir=${WORKDIR:-$root/runs/digits}
+workdir=${WORKDIR:-$root/runs/$recipe}
 case $workdir in
   /* | *://*) ;;
   *) workdir=$PWD/$workdir ;; # relative to where the script was called
 esac
 
 cd "$root"
-exec "$python" -m diversedit_jax.train --config=configs/digits.py --workdir="$workdir" "$@"
+exec "$python" -m diversedit_jax.train --config="configs/$recipe.py" --workdir="$workdir" "$@"

@@ -6,6 +6,7 @@ token and ends with the end token, which also fills the places behind it.
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,12 +54,12 @@ class Tokenizer:
         return Tokens(ids, np.array([len(words) > self.length - 2 for words in found], bool))
 
     def texts(self, ids: Int[np.ndarray, "b n"]) -> list[str]:
-        """The texts of ids, in lower case and with blanks around all but words."""
+        """The texts of ids, in lower case. Of punctuation, only the commonest is without a blank before it."""
         found = []
         for row in ids.tolist():
             words = row[1 : row.index(self.end) if self.end in row else None]
             pieces = [self._words.id_to_token(word).replace(WORD_END, BLANK) for word in words]
-            found.append(self._words.decoder.decode(pieces).strip())
+            found.append(re.sub(r" ([.,:;!?])", r"\1", self._words.decoder.decode(pieces).strip()))
         return found
 
 

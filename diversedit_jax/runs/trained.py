@@ -117,8 +117,9 @@ def of_run(
             raise ConfigError(f"--{option}={value}: the codec {config.codec.name} of {workdir} has no such option")
         config.codec[option] = value
     if text_encoder is not None:
-        if config.text_encoder is None:
-            raise ConfigError(f"--text_encoder={text_encoder}: {workdir} was trained without texts")
+        if config.text_encoder is None or "file" not in config.text_encoder:
+            has = "was trained without texts" if config.text_encoder is None else "has one that comes with the package"
+            raise ConfigError(f"--text_encoder={text_encoder}: {workdir} {has}")
         config.text_encoder.file = text_encoder
     config.model.update({option: value for option, value in (model or {}).items() if option in config.model})
     checkpoints = exported.Exported(workdir) if published else Checkpoints(workdir / "checkpoints")

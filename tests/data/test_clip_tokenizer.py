@@ -81,7 +81,7 @@ def test_the_digest_is_that_of_the_content(tmp_path):
 def test_ids_are_read_as_texts():
     tokenizer = open_tokenizer(FOLDER)
     texts = ["a small red seven, at the top left", "naïve 🎉", ""]
-    assert tokenizer.texts(tokenizer(texts).ids) == ["a small red seven , at the top left", "naïve 🎉", ""]
+    assert tokenizer.texts(tokenizer(texts).ids) == texts
 
 
 def test_a_length_without_room_is_refused():
