@@ -177,8 +177,8 @@ def _complete(stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     for kind, old, new in slots:
         if isinstance(old, dict) and isinstance(new, dict) and old.get("name") == new.get("name", ""):
             for name, option in registry.options(registry.factory(kind, new["name"])).items():
-                unset = option.default is inspect.Parameter.empty
-                old.setdefault(name, None if unset else json.loads(json.dumps(option.default)))
+                if name in new and option.default is not inspect.Parameter.empty:
+                    old.setdefault(name, json.loads(json.dumps(option.default)))
 
 
 def _may_change(key: str, old: Any, new: Any) -> bool:
