@@ -163,6 +163,7 @@ def test_a_folder_in_which_another_evaluation_runs_is_refused(undisturbed, sourc
         assert scored(judges, drawn(source), undisturbed[0]) == undisturbed[1]
 
 
+@pytest.mark.slow
 def test_other_files_of_the_same_name_are_judged_anew(undisturbed, judges, tmp_path):
     images, _ = kept(undisturbed[0])
     path = tmp_path / "samples.npz"

@@ -136,7 +136,7 @@ NAMED = sorted(set(re.findall(r"-m ((?:diversedit_jax|tools)\.(?!examples)[\w.]+
 
 
 @pytest.mark.parametrize(
-    "module", [pytest.param(name, marks=pytest.mark.slow) if name.startswith("tools") else name for name in NAMED]
+    "module", [name if name.endswith("sample") else pytest.param(name, marks=pytest.mark.slow) for name in NAMED]
 )
 def test_the_programs_that_a_page_names_explain_themselves(module):
     command = [sys.executable, "-m", module, "--help"]

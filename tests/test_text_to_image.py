@@ -26,27 +26,32 @@ from tools.chaos.processes import Processes
 PROMPTS = ["a small red seven", "a blue bus", ""]
 
 
+def tiny(**changes):
+    """The run of `captioned`, with two blocks, which compile fast; `changes` by dotted key."""
+    return captioned.config(**{"model__depth": 2} | changes)
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """A run that nothing disturbed: its directory and final state."""
     workdir = tmp_path_factory.mktemp("straight")
-    return workdir, train.run(captioned.config(), workdir)
+    return workdir, train.run(tiny(), workdir)
 
 
 def test_stopped_and_resumed_it_is_the_same_to_the_bit(straight, tmp_path):
-    config = captioned.config()
+    config = tiny()
     config.evaluators.stop = slot("evaluators", "tests.parts:make_terminate", marker=str(tmp_path / "stopped"))
     config.evaluators.stop.every = 3
     with pytest.raises(cli.Stopped, match="stopped at step 3 of 4"):
         train.run(config, tmp_path / "run")
-    assert_same_bits(train.run(captioned.config(), tmp_path / "run"), straight[1])
+    assert_same_bits(train.run(tiny(), tmp_path / "run"), straight[1])
     assert losses(tmp_path / "run") == losses(straight[0])
 
 
 @pytest.mark.slow
 def test_one_device_trains_as_eight_do(straight, tmp_path):
     file = tmp_path / "config.py"
-    file.write_text("from tests.captioned import config as get_config\n")
+    file.write_text("from tests.test_text_to_image import tiny as get_config\n")
     command = ["diversedit_jax.train", f"--config={file}", f"--workdir={tmp_path / 'run'}"]
     with Processes(command, 1, 1, tmp_path) as run:
         assert run.wait() == [0], run.out()
@@ -57,7 +62,7 @@ def test_it_says_what_it_read(straight):
     workdir, _ = straight
     stored = Checkpoints(workdir / "checkpoints").meta()
     assert stored["null"][:2] == ["int32", [captioned.LENGTH]]
-    found = build.inputs(captioned.config(), captioned.make_data("train"))
+    found = build.inputs(tiny(), captioned.make_data("train"))
     assert {"text_encoder.file", "text_encoder.file (tokenizer)"} <= found.keys()
 
 
@@ -130,7 +135,7 @@ def test_from_python(straight):
     assert model.sample(prompts="a bus", num=2).names == ["a bus", "a bus"]
     assert len(model.sample(num=4).names) == 4, "held-out captions are read back"
     blocks = model.features(np.zeros((2, *captioned.SHAPE), np.uint8), t=0.5)
-    assert blocks.shape == (4, 2, 16, 32)
+    assert blocks.shape == (2, 2, 16, 32)
     with pytest.raises(ConfigError, match="give labels or prompts, not both"):
         model.sample(labels=[1], prompts=["a"])
     with pytest.raises(ConfigError, match="labels: the conditions of these data are not labels: give prompts"):
@@ -156,7 +161,7 @@ def test_long_prompts_are_cut_and_prompts_from_a_file(straight, tmp_path, capfd)
 
 def make_stored(split: str, *, seed: int = 0) -> Dataset:
     """The images of `captioned` with features of their texts instead of token ids."""
-    config = captioned.config()
+    config = tiny()
     encoder, data = build.text_encoder(config), captioned.make_data(split, captions=1)
     texts = [captioned.ids(), *(example["y"] for example in data.source)]
     features = np.asarray(encoder.apply(encoder.init(), jnp.stack(texts))["context"]) + (seed and 3.0)
@@ -164,23 +169,29 @@ def make_stored(split: str, *, seed: int = 0) -> Dataset:
     return Dataset(source, None, Space(captioned.SHAPE, Conditions({"context": features[0]})))
 
 
+def with_stored_features(**options):
+    """A config and its experiment, with data of `make_stored`."""
+    config = tiny(data__captions=1)
+    config.data = slot("data", "tests.test_text_to_image:make_stored", **options)
+    return config, build.build(config, build.open_data(config).space)
+
+
+@pytest.mark.slow
 def test_stored_features_train_like_their_texts(tmp_path):
-    config = captioned.config(data__captions=1)
-    wanted = train.run(config, tmp_path / "texts")
-    config.data = slot("data", "tests.test_text_to_image:make_stored")
-    found = train.run(config, tmp_path / "features")
+    wanted = train.run(tiny(data__captions=1), tmp_path / "texts")
+    found = train.run(with_stored_features()[0], tmp_path / "features")
     apart = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), found["params"], wanted["params"])
     assert max(jax.tree.leaves(apart)) < 1e-5
-    features, texts = (trained.of_run(tmp_path / name, trust=True).experiment for name in ("features", "texts"))
-    given, wanted = features.prompts(["a red bus"]), texts.prompts(["a red bus"])
+
+
+def test_prompts_become_features_where_the_data_store_them(straight):
+    texts = trained.of_run(straight[0], trust=True).experiment
+    given, wanted = with_stored_features()[1].prompts(["a red bus"]), texts.prompts(["a red bus"])
     assert given.keys() == {"context"}
     frozen = texts.components.codec.init()
     np.testing.assert_allclose(given["context"], texts.components.codec.condition(frozen, wanted)["context"], atol=1e-5)
-    config.data.seed = 1
-    other = train.run(config, tmp_path / "other")
-    assert other is not None
     with pytest.raises(ConfigError, match=r"features of the empty text differ .* another text encoder"):
-        trained.of_run(tmp_path / "other", trust=True).experiment.prompts(["a red bus"])
+        with_stored_features(seed=1)[1].prompts(["a red bus"])
 
 
 def test_a_release_draws_prompts(straight, tmp_path):
@@ -220,19 +231,19 @@ def test_stable_diffusion_3_of_diffusers_is_refused(tmp_path):
 
 def test_what_does_not_fit_is_one_line(straight, tmp_path):
     with pytest.raises(ConfigError, match=r"model mmdit takes features of text, .* are others"):
-        train.run(captioned.config(text_encoder=None), tmp_path / "a")
-    misplaced = captioned.config()
+        train.run(tiny(text_encoder=None), tmp_path / "a")
+    misplaced = tiny()
     misplaced.encoders.text = misplaced.text_encoder
     with pytest.raises(ConfigError, match=r"config.encoders.text: clip_text encodes texts: use config.text_encoder"):
         train.run(misplaced, tmp_path / "b")
     with pytest.raises(ConfigError, match=r"config.model: model dit takes labels"):
-        train.run(captioned.config(model=slot("models", "dit")), tmp_path / "c")
+        train.run(tiny(model=slot("models", "dit")), tmp_path / "c")
     other = tmp_path / "other"
     other.mkdir()
     captioned.write_encoder(other)
     merges = (other / "merges.txt").read_text().rstrip().rpartition("\n")[0]
     (other / "merges.txt").write_text(merges)
     with pytest.raises(ConfigError, match="made with another tokenizer"):
-        train.run(captioned.config(text_encoder__file=str(other)), tmp_path / "d")
+        train.run(tiny(text_encoder__file=str(other)), tmp_path / "d")
     about = json.loads((straight[0] / "config.json").read_text())
     assert about["text_encoder"]["name"] == "clip_text"

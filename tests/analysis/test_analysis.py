@@ -245,6 +245,7 @@ def test_a_loss_that_is_the_objective_pulls_where_it_pulls(experiment, learned, 
     assert (found["diversity"].ratio > 0).all(), "at full weight, whatever the adaptive weight"
 
 
+@pytest.mark.slow
 def test_a_loss_pulls_as_it_weighs_at_the_step_of_the_checkpoint(experiment, learned, shown):
     losses = {"now": parts.make_since(at=10), "later": parts.make_since(at=11)}
     found = gradient_conflict.pulls(experiment, losses, learned, FROZEN, shown[:1], step=10)
@@ -331,6 +332,7 @@ def test_scores_are_found_by_step(workdir, tmp_path):
 # --- The report.
 
 
+@pytest.mark.slow  # test_outside and test_network analyse a run by default
 def test_a_run_is_analysed_and_everything_lies_in_one_folder(opened, tmp_path, capsys):
     (study,) = analyze.run([opened._replace(label="one")], tmp_path, SETTINGS, t=T, times=(T, 0.8))
     out, err = capsys.readouterr()

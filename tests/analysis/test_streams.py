@@ -136,6 +136,7 @@ def test_a_run_on_captions_is_analysed(tmp_path):
 def test_the_loss_of_the_text_stream_needs_a_text_stream(tmp_path):
     """A run that cannot have the loss ends with one line, before it compiles."""
     config = digits.get_config()
+    config.model.update({"depth": 2, "width": 16, "heads": 2})
     config.losses.diversity.stream = "text"
     with pytest.raises(ConfigError, match="stream = 'text' needs a network with a text stream, such as mmdit"):
         train.run(config, tmp_path / "run")

@@ -115,6 +115,7 @@ def test_the_later_of_two_builds_uses_the_earlier_files(tmp_path, monkeypatch):
     assert len(digits.levels("test", tmp_path)[1]) == 360
 
 
+@pytest.mark.slow
 def test_a_killed_build_is_not_taken_for_a_whole_one(tmp_path):
     program = """if True:
         import os, sys

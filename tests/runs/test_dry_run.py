@@ -43,6 +43,7 @@ def test_it_says_what_a_run_would_do_and_writes_nothing(config, tmp_path, monkey
     assert re.match(r"\d+s at [\d.,]+ steps/s, measured on \d+ x cpu", lines["time"])
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_has_fewer_steps_left(config, tmp_path, capsys):
     config.total_steps = 2
     train.run(config, tmp_path / "run")
