@@ -42,13 +42,13 @@ class TextEncoder(NamedTuple):
 
     init:      () -> frozen weights: arrays on the host. The first call reads the file.
     apply:     (frozen, token ids [b n]) -> the network's condition, {"context": [b n d], "mask": [b n], ...}.
-    tokenizer: () -> what makes token ids of texts. The first call reads its files.
+    tokenizer: (length=as many as it takes) -> what makes so many token ids of a text. The first call reads its files.
     check:     raises ConfigError for data whose tokens (`Dataset.text`) are not for this encoder.
     """
 
     init: Callable[[], Params]
     apply: Callable[[Params, Array], Condition]
-    tokenizer: Callable[[], Tokenizer]
+    tokenizer: Callable[..., Tokenizer]
     check: Callable[[Mapping[str, Any]], None]
 
 

@@ -58,8 +58,8 @@ def make(*, file: str, tokenizer: str | None = None, pooled: bool = False, dtype
                 f"{tokenizer or file} ({digest[:12]})"
             )
 
-    def opened() -> clip_tokenizer.Tokenizer:
-        made = clip_tokenizer.open_tokenizer(folder(), arch.places)
+    def opened(length: int = arch.places) -> clip_tokenizer.Tokenizer:
+        made = clip_tokenizer.open_tokenizer(folder(), length)
         if made.size > arch.vocabulary:
             raise ConfigError(f"clip_text: the tokenizer has {made.size} tokens, the encoder {arch.vocabulary}")
         return made

@@ -170,9 +170,9 @@ class MMDiT(nnx.Module):
 
         run, half, features = self.stack.run, self.depth // 2, [streams]
         streams, outputs, shallow = run(plain, streams, (self.shallow,), 0)
-        first = outputs[0]
         if self.skip:
             skips, outputs = self.stack.reverse(shallow, outputs)
+        first = outputs[0]
         features += outputs
         deep = self.depth - half - 1
         alone = self.depth % 2 if self.skip else deep  # deep blocks without a partner, before those with one

@@ -66,11 +66,11 @@ class Experiment(NamedTuple):
         if (encoder := text_encoder(self.config)) is None:
             kind = "conditions" if (classes := self.space.conditions.classes) is None else f"{classes} classes"
             raise ConfigError(f"prompts need config.text_encoder: this network knows {kind} instead")
-        tokenizer = encoder.tokenizer()
+        null = self.space.conditions.null
+        tokenizer = encoder.tokenizer(len(jax.tree.leaves(null)[0]))
         ids, cut = tokenizer(texts)
         for text in (text for text, is_cut in zip(texts, cut, strict=True) if is_cut):
             say(f"note: only the first {tokenizer.length - 2} tokens of a prompt are read: {text[:60]}...")
-        null = self.space.conditions.null
         if not isinstance(null, Mapping):
             return ids
         null_ids, _ = tokenizer([""])
