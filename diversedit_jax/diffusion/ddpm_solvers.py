@@ -2,8 +2,8 @@
 
 Each runs from the last step to the first in one `lax.scan`. `predict` is a network under `guidance.guide`:
 (x, step, t) -> noise, or noise and variance. The step is that of training, as a float, counted from
-`Schedule.first_step`. t in (0, 1] is its place in a guidance interval. `noise` gives the draw of each step, counted from
-the first one taken.
+`Schedule.first_step`. t in (0, 1] is its place in a guidance interval. `noise` gives the draw of each step, counted
+from the first one taken.
 """
 
 from collections.abc import Callable

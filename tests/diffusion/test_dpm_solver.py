@@ -59,7 +59,9 @@ def test_it_is_exact_for_data_of_one_point(steps):
         return (x - VP.alpha(t) * data) / VP.sigma(t), ()
 
     with jax.enable_x64(True):
-        found = solve.make("dpm_solver_pp", Flow(VP, "noise"), Options(steps=steps))(unguided(network), jnp.asarray(START), None)
+        found = solve.make("dpm_solver_pp", Flow(VP, "noise"), Options(steps=steps))(
+            unguided(network), jnp.asarray(START), None
+        )
         a, s = VP.alpha(jnp.float64(1)), VP.sigma(jnp.float64(1))
         wanted = VP.alpha(jnp.float64(last)) * data + VP.sigma(jnp.float64(last)) * (START - a * data) / s
         np.testing.assert_allclose(found, wanted, atol=1e-12)
@@ -117,30 +119,55 @@ def test_flows_of_every_path_and_prediction_converge(path, prediction):
     assert errors[2] < 1e-4, errors
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("first_step", [0, 1])
-def test_discrete_diffusions_converge_and_get_their_own_steps(name, first_step):
-    schedule = SCHEDULES[name]._replace(first_step=first_step)
+def expected_at_steps(schedule, first_step):
+    """The exact noise prediction of a discrete diffusion at its steps and between them, and a variance beside."""
     logs = jnp.asarray(np.log(schedule.alphas_bar) / 2)
-    seen = []
 
     def network(x, t, y):
-        jax.debug.callback(lambda t: seen.append(float(t[0])), t)
-        log_alpha = paths.over(jnp.interp(t - first_step, jnp.arange(1000.0), logs), x)
+        log_alpha = paths.over(jnp.interp(t - first_step, jnp.arange(1000), logs), x)
         alpha, sigma = jnp.exp(log_alpha), jnp.sqrt(-jnp.expm1(2 * log_alpha))
         noise = sigma * (x - alpha * MEAN) / ((alpha * STD) ** 2 + sigma**2)
-        return jnp.concatenate([noise, noise + 1], -1), ()  # a variance, which is not used
+        return jnp.concatenate([noise, noise + 1], -1), ()
 
-    found = solve.make("dpm_solver_pp", Diffusion(schedule), Options(steps=50))(
-        unguided(network), jnp.asarray(START, jnp.float32), None
-    )
-    jax.effects_barrier()
-    assert len(seen) == 50
-    np.testing.assert_allclose(max(seen), 999 + first_step, rtol=1e-6)
-    np.testing.assert_allclose(sorted(seen)[0], 999 / 50 + first_step, rtol=1e-4)
-    (a, s), (b, r) = ((np.sqrt(bar), np.sqrt(1 - bar)) for bar in schedule.alphas_bar[[-1, 0]])
-    wanted = b * MEAN + np.hypot(b * STD, r) * (START - a * MEAN) / np.hypot(a * STD, s)
-    np.testing.assert_allclose(found, wanted, atol=2e-3)
+    return network
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_discrete_diffusions_converge(name):
+    """To the flow of a Gaussian from the last step to the first."""
+    errors = []
+    with jax.enable_x64(True):
+        schedule = SCHEDULES[name]
+        (a, s), (b, r) = ((np.sqrt(bar), np.sqrt(1 - bar)) for bar in schedule.alphas_bar[[-1, 0]])
+        wanted = b * MEAN + np.hypot(b * STD, r) * (START - a * MEAN) / np.hypot(a * STD, s)
+        for steps in (50, 200, 998):
+            solution = solve.make("dpm_solver_pp", Diffusion(schedule), Options(steps=steps))
+            found = solution(unguided(expected_at_steps(schedule, 0)), jnp.asarray(START), None)
+            errors.append(float(jnp.abs(found - wanted).max()))
+    assert errors[0] > 3 * errors[1] > 9 * errors[2], errors
+    assert errors[2] < 1e-4, errors
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm_solver_pp"])
+def test_steps_are_counted_as_the_network_counts_them(name):
+    """One network of steps from 0, the other of steps from 1: the samples are the same, and so is what it is given."""
+    schedule, x = SCHEDULES["scaled_linear"], jnp.asarray(START, jnp.float32)
+    samples, given = [], []
+    for first_step in (0, 1):
+        seen, network = [], expected_at_steps(schedule, first_step)
+
+        def recorded(x, t, y, seen=seen, network=network):
+            jax.debug.callback(lambda t: seen.append(float(t[0])), t)
+            noise = network(x, t, y)[0]
+            return noise.at[..., 1:].set(0), ()
+
+        solution = solve.make(name, Diffusion(schedule._replace(first_step=first_step)), Options(steps=5))
+        samples.append(solution(unguided(recorded), x, lambda i: jnp.zeros_like(x)))
+        jax.effects_barrier()
+        given.append(sorted(seen))
+    np.testing.assert_allclose(given[1], np.add(given[0], 1), rtol=1e-5)
+    np.testing.assert_allclose([len(given[0]), given[0][-1]], [5, 999], rtol=1e-6)
+    np.testing.assert_allclose(samples[1], samples[0], atol=1e-4)
 
 
 def test_between_two_steps_log_alpha_is_linear():
