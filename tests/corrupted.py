@@ -51,6 +51,7 @@ POSITIVE = {"total_steps", "batch_size", "accumulate", "log_every", "keep", "ste
 POSITIVE |= {"depth", "width", "heads", "out_channels", "mlp_ratio", "chunk", "scale", "std", "final_std", "time_std"}
 POSITIVE |= {"tau", "eps", "learning_rate", "clip", "groups", "block", "teacher_block", "k", "aligned", "batch", "side"}
 POSITIVE |= {"last_step", "rtol", "atol", "hi", "steps_per_epoch", "decay_epochs", "guidance_channels", "shape"}
+POSITIVE |= {"time_scale"}
 UNREADABLE = {"data", "encoders", "evaluation"}  # kinds of slots whose files are not there
 FREE = {"data_dir", "file", "vae", "reference", "encoder", "metric", "weights", "of", "fresh", "cached"}
 SPACE = Space((8, 8, 1), Conditions.labels(10))

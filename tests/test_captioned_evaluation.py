@@ -247,7 +247,7 @@ def test_protocols_of_captions_take_what_their_papers_take():
         return (*options, one.labels, one.rounding, one.num)
 
     assert of("coco30k") == ("euler", 50, 2.0, None, "shuffled", "nearest", 30_000)
-    assert of("uvit") == ("ddim", 50, 2.0, None, "shuffled", "nearest", 30_000)
+    assert of("uvit") == ("dpm_solver_pp", 50, 2.0, None, "shuffled", "nearest", 30_000)
     assert of("repa_coco") == ("euler", 50, 2.0, None, "data", "floor", 40_192)
     assert of("repa_coco_sde") == ("euler_maruyama", 250, 2.0, None, "data", "floor", 40_192)
     assert presets.PROTOCOLS["repa_coco_sde"].sampler["last_step"] == 0.04

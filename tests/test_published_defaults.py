@@ -46,7 +46,9 @@ DEFAULTS = [
     # --- Objectives.
     (flow_matching.make, f"{SIT}, section 2; {DIVERSEDIT}, Table A1", {"path": "linear", "prediction": "velocity"}),
     (flow_matching.make, f"{DIVERSEDIT}, Table A1", {"weight": "none", "time": "uniform", "condition_drop": 0.1}),
+    (flow_matching.make, f"{SIT}, code: transport.py", {"time_scale": 1.0}),
     (ddpm.make, f"{DIT}, section 3.1 and code", {"num_timesteps": 1000, "condition_drop": 0.1, "learn_sigma": True}),
+    (ddpm.make, f"{DIT}, code: gaussian_diffusion.py", {"betas": "linear", "first_step": 0}),
     (reg.make, f"{REG}, code", {"encoder": "dinov2", "width": 768, "token_weight": 0.03}),
     (reg.regress, f"{REG}, code", {"token_weight": 0.03}),
     (reg.make, f"{REG}, code", {"path": "linear", "time": "uniform", "condition_drop": 0.1}),

@@ -1,8 +1,9 @@
 """Samplers of the discrete diffusion, equal to DiT's: DDPM's (arXiv 2006.11239) and DDIM's (arXiv 2010.02502).
 
 Each runs from the last step to the first in one `lax.scan`. `predict` is a network under `guidance.guide`:
-(x, step, t) -> noise, or noise and variance. The step is that of training, as a float. t in (0, 1] is its place in a
-guidance interval. `noise` gives the draw of each step, counted from the first one taken.
+(x, step, t) -> noise, or noise and variance. The step is that of training, as a float, counted from
+`Schedule.first_step`. t in (0, 1] is its place in a guidance interval. `noise` gives the draw of each step, counted
+from the first one taken.
 """
 
 from collections.abc import Callable
@@ -51,7 +52,7 @@ def _loop(step: Callable, predict: Velocity, x: Examples, schedule: Schedule, no
 
     def body(x, at_step):
         taken, i, timestep = at_step
-        output = predict(x, timestep, (timestep + 1) / schedule.num_timesteps)
+        output = predict(x, timestep + schedule.first_step, (timestep + 1) / schedule.num_timesteps)
         return step(x, i, output, noise(taken).astype(x.dtype)).astype(x.dtype), None
 
     order = jnp.arange(count - 1, -1, -1)

@@ -24,10 +24,11 @@ class Schedule(NamedTuple):
     """A diffusion of n steps: all steps of the diffusion that a network was trained with, or some of them.
 
     num_timesteps:   the number of steps in training.
-    timesteps:       [n], increasing: the number of each step in training. The network is given it.
+    timesteps:       [n], increasing: the number of each step in training, from 0.
     betas:           [n].
     alphas_bar:      [n], the cumulative products of 1 - beta.
     alphas_bar_prev: [n], alphas_bar of the step before; 1 for the first.
+    first_step:      the network is given the number of a step plus this: 1 where its code counts from 1.
     """
 
     num_timesteps: int
@@ -35,6 +36,7 @@ class Schedule(NamedTuple):
     betas: np.ndarray
     alphas_bar: np.ndarray
     alphas_bar_prev: np.ndarray
+    first_step: int = 0
 
 
 class Gaussian(NamedTuple):
@@ -58,6 +60,19 @@ def linear(num_timesteps: int) -> Schedule:
     return from_betas(betas, num_timesteps, np.arange(num_timesteps))
 
 
+def scaled_linear(num_timesteps: int) -> Schedule:
+    """The schedule of latent diffusion (arXiv 2112.10752): the root of beta is linear, beta from 0.00085 to 0.012.
+
+    That is in 1000 steps. Other numbers of steps are scaled to the same total noise.
+    """
+    in_range("num_timesteps", num_timesteps, 21, MANY)
+    betas = 1000 / num_timesteps * np.linspace(0.00085**0.5, 0.012**0.5, num_timesteps) ** 2
+    return from_betas(betas, num_timesteps, np.arange(num_timesteps))
+
+
+SCHEDULES = {"linear": linear, "scaled_linear": scaled_linear}
+
+
 def spaced(num_timesteps: int, count: int) -> np.ndarray:
     """`count` of the steps, evenly spaced from the first to the last (arXiv 2102.09672).
 
@@ -73,7 +88,18 @@ def respace(schedule: Schedule, timesteps: np.ndarray) -> Schedule:
     """The diffusion that visits only some steps of `schedule`, with the same marginals there."""
     alphas_bar = schedule.alphas_bar[timesteps]
     betas = 1 - alphas_bar / np.append(1.0, alphas_bar[:-1])
-    return from_betas(betas, schedule.num_timesteps, schedule.timesteps[timesteps])
+    kept = from_betas(betas, schedule.num_timesteps, schedule.timesteps[timesteps])
+    return kept._replace(first_step=schedule.first_step)
+
+
+def at_times(schedule: Schedule, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(alpha, sigma) at times of [1 / n, 1], where the n steps of the schedule are at 1 / n, 2 / n, ... 1.
+
+    log alpha is linear between two steps, as DPM-Solver has it (arXiv 2206.00927, appendix D).
+    """
+    n = len(schedule.alphas_bar)
+    log_alpha = np.interp(t, np.arange(1, n + 1) / n, np.log(schedule.alphas_bar) / 2)
+    return np.exp(log_alpha), np.sqrt(-np.expm1(2 * log_alpha))
 
 
 def posterior_variance(schedule: Schedule) -> np.ndarray:

@@ -154,13 +154,14 @@ TO_VELOCITY = {
 }
 
 
-def as_velocity(network: Network, path: Path, prediction: str) -> Network:
-    """A network that predicts the velocity, from one that predicts `prediction` (one of PREDICTIONS)."""
-    if one_of("prediction", prediction, PREDICTIONS) == "velocity":
-        return network
+def as_velocity(network: Network, path: Path, prediction: str, time_scale: float = 1.0) -> Network:
+    """A network of t that predicts the velocity, from one of time_scale t that predicts one of PREDICTIONS."""
+    one_of("prediction", prediction, PREDICTIONS)
 
     def velocity_network(x, t, y):
-        predicted, features = network(x, t, y)
+        predicted, features = network(x, time_scale * t, y)
+        if prediction == "velocity":
+            return predicted, features
         return TO_VELOCITY[prediction](path, predicted.astype(x.dtype), x, over(t, x).astype(x.dtype)), features
 
     return velocity_network

@@ -15,11 +15,13 @@ class Flow(NamedTuple):
     path:       the interpolant between data and noise.
     prediction: one of `paths.PREDICTIONS`.
     token:      width of the class token that the network denoises together with x. None: there is none.
+    time_scale: the network is given time_scale t.
     """
 
     path: Path = PATHS["linear"]
     prediction: str = "velocity"
     token: int | None = None
+    time_scale: float = 1.0
 
 
 class Diffusion(NamedTuple):
@@ -33,5 +35,5 @@ class AverageVelocity(NamedTuple):
 
 
 def network_time(predicts: Any, t: Array) -> Array:
-    """t in [0, 1] as the network takes it: the step of a discrete diffusion, else t itself."""
+    """t in [0, 1] as `Forward.rerun` takes it: the step of a discrete diffusion, from 0, else t itself."""
     return jnp.round(t * (predicts.schedule.num_timesteps - 1)) if isinstance(predicts, Diffusion) else t

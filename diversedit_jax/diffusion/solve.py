@@ -1,17 +1,20 @@
 """Solvers by name: from what a network predicts, and `Options`, to a function from noise to data.
 
-Flow             euler, heun, dopri5 (the ODE), euler_maruyama, sde_heun (the SDE)
-Diffusion        ddpm, ddim (steps of the discrete diffusion)
+Flow             euler, heun, dopri5, dpm_solver_pp (the ODE), euler_maruyama, sde_heun (the SDE)
+Diffusion        ddpm, ddim (steps of the discrete diffusion), dpm_solver_pp (times between them too)
 AverageVelocity  mean_flow, and every solver of flows: the average over no time is the velocity
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from diversedit_jax.api import Network
-from diversedit_jax.diffusion import ddpm_solvers, discrete, paths, solvers
+from diversedit_jax.diffusion import ddpm_solvers, discrete, dpm_solver, paths, solvers
 from diversedit_jax.diffusion.guidance import Velocity, over_span
 from diversedit_jax.diffusion.predictions import AverageVelocity, Diffusion, Flow
 from diversedit_jax.diffusion.solvers import Noise
@@ -26,7 +29,7 @@ Solve = Callable[[Callable[[Convert], Velocity], Array, Noise], Array]
 class Options(NamedTuple):
     """The options of solvers, and which solver reads them.
 
-    steps:          all. `dopri5` takes at most so many.
+    steps:          all. `dopri5` takes at most so many. `dpm_solver_pp` evaluates the network so often.
     diffusion:      euler_maruyama, sde_heun: form of the diffusion coefficient, see `solvers.DIFFUSIONS`.
     diffusion_norm: euler_maruyama, sde_heun: its magnitude.
     last_step_kind: euler_maruyama, sde_heun: `mean`, `euler`, `tweedie` or `none`, see `solvers.solve_sde`.
@@ -34,7 +37,8 @@ class Options(NamedTuple):
     rtol, atol:     dopri5: tolerances.
     eta:            ddim: 0 is deterministic, 1 has the posterior's variance.
 
-    Guidance in ddpm and ddim changes the noise, never the variance; its interval is one of (step + 1) / num_timesteps.
+    Guidance in ddpm and ddim changes the noise, never the variance; its interval is one of (step + 1) / num_timesteps,
+    also in dpm_solver_pp.
     Guidance in mean_flow changes the average velocity, on top of any guidance that the objective has trained in.
     """
 
@@ -48,13 +52,18 @@ class Options(NamedTuple):
     eta: float = 0.0
 
 
+def velocity_of(predicts: Flow, network: Network) -> Network:
+    """A network that predicts the velocity at t, from one that predicts this."""
+    return paths.as_velocity(network, predicts.path, predicts.prediction, predicts.time_scale)
+
+
 def ordinary(name: str, predicts: Flow, given: Options) -> Solve:
     """A solver of the flow's ODE: `euler`, `heun` or `dopri5`."""
     last, first = paths.sampling_times(predicts.path, predicts.prediction)
     times = solvers.uniform_times(given.steps, first, last)
 
     def solve(guided, x, noise):
-        velocity = guided(lambda network: paths.as_velocity(network, predicts.path, predicts.prediction))
+        velocity = guided(partial(velocity_of, predicts))
         if name == "dopri5":
             return solvers.dopri5(velocity, x, first, last, rtol=given.rtol, atol=given.atol, max_steps=given.steps)
         return getattr(solvers, name)(velocity, x, times)
@@ -64,13 +73,13 @@ def ordinary(name: str, predicts: Flow, given: Options) -> Solve:
 
 def stochastic(name: str, predicts: Flow, given: Options) -> Solve:
     """A solver of the SDE with the flow's marginals: `euler_maruyama` or `sde_heun`."""
-    path, prediction, _ = predicts
+    path, prediction = predicts.path, predicts.prediction
     w = solvers.diffusion(given.diffusion, path, given.diffusion_norm)
     kind = given.last_step_kind
     times = solvers.sde_times(given.steps, path, prediction, given.diffusion, kind, given.last_step)
 
     def solve(guided, x, noise):
-        velocity = guided(lambda network: paths.as_velocity(network, path, prediction))
+        velocity = guided(partial(velocity_of, predicts))
         return getattr(solvers, name)(velocity, x, times, noise, path, w, kind)
 
     return solve
@@ -114,12 +123,57 @@ def ancestral(name: str, predicts: Diffusion, given: Options) -> Solve:
     return solve
 
 
-FLOW = dict.fromkeys(("euler", "heun", "dopri5"), ordinary) | dict.fromkeys(("euler_maruyama", "sde_heun"), stochastic)
+def exponential_flow(name: str, predicts: Flow, given: Options) -> Solve:
+    """`dpm_solver_pp` on a path, at evenly spaced times.
+
+    It stays 1e-3 away from t = 0, and from t = 1 where alpha is 0 there: lambda is infinite at both.
+    """
+    path = predicts.path
+    last, first = paths.sampling_times(path, predicts.prediction)
+    if path.alpha(jnp.float32(1)) < 1e-6:
+        first = min(first, 1 - 1e-3)
+    times = solvers.uniform_times(given.steps, first, max(last, 1e-3))
+    alpha, sigma = (np.asarray(curve(jnp.asarray(times)), np.float64) for curve in (path.alpha, path.sigma))
+
+    def solve(guided, x, noise):
+        velocity = guided(partial(velocity_of, predicts))
+
+        def predict(x, t, t_step):
+            return paths.noise_from_velocity(path, velocity(x, t, t_step), x, t)
+
+        return dpm_solver.dpm_solver_pp(predict, x, times, alpha, sigma)
+
+    return solve
+
+
+def exponential_diffusion(name: str, predicts: Diffusion, given: Options) -> Solve:
+    """`dpm_solver_pp` on a discrete diffusion of n steps, at evenly spaced times from 1 to 1 / n, as in U-ViT.
+
+    Step i, counted from 0, is at time (i + 1) / n. Between two steps the network is given their fractions.
+    """
+    schedule = predicts.schedule
+    n = schedule.num_timesteps
+    times = solvers.uniform_times(given.steps, 1.0, 1 / n)
+    alpha, sigma = discrete.at_times(schedule, times)
+
+    def solve(guided, x, noise):
+        output = guided(lambda network: network)
+
+        def predict(x, t, t_step):
+            return discrete.split(output(x, n * t - 1 + schedule.first_step, t_step), x.shape[-1])[0]
+
+        return dpm_solver.dpm_solver_pp(predict, x, times, alpha, sigma)
+
+    return solve
+
+
+FLOW = dict.fromkeys(("euler", "heun", "dopri5"), ordinary) | {"dpm_solver_pp": exponential_flow}
+FLOW |= dict.fromkeys(("euler_maruyama", "sde_heun"), stochastic)
 # For each kind of prediction: its solvers, and the options with which its papers sample.
 SOLVERS: Mapping[type, Mapping[str, Callable[..., Solve]]] = {
     Flow: FLOW,
     AverageVelocity: {"mean_flow": averaged} | {name: instantaneous(build) for name, build in FLOW.items()},
-    Diffusion: dict.fromkeys(("ddpm", "ddim"), ancestral),
+    Diffusion: dict.fromkeys(("ddpm", "ddim"), ancestral) | {"dpm_solver_pp": exponential_diffusion},
 }
 DEFAULTS: Mapping[type, Mapping[str, Any]] = {
     Flow: {"solver": "euler_maruyama"},

@@ -15,7 +15,7 @@ from diversedit_jax.diffusion.discrete import Schedule
 from diversedit_jax.diffusion.paths import per_example
 from diversedit_jax.diffusion.predictions import Diffusion
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.registry import in_range
+from diversedit_jax.registry import in_range, one_of
 
 
 def regress(
@@ -29,7 +29,8 @@ def regress(
 ) -> Forward:
     """The squared error of the predicted noise, and with `learn_sigma` the term of the variational bound at step t.
 
-    schedule: not respaced. The network and Forward.t get the step itself, 0 .. num_timesteps - 1, as a float.
+    schedule: not respaced.
+    t: steps, 0 .. num_timesteps - 1. Forward.t has them as floats. The network gets them plus `schedule.first_step`.
     """
     x_t = discrete.diffuse(schedule, x, noise, t)
     step = t.astype(jnp.float32)
@@ -54,19 +55,32 @@ def regress(
 
 def run_at(schedule: Schedule, x: Array, noise: Array, y: Condition, network: Network, step: Float[Array, " b"]):
     """The output of the network at these steps (floats) of the diffusion of x by noise, see `Forward.rerun`."""
-    return network(discrete.diffuse(schedule, x, noise, step.astype(jnp.int32)), step, y)
+    return network(discrete.diffuse(schedule, x, noise, step.astype(jnp.int32)), step + schedule.first_step, y)
 
 
-def make(*, num_timesteps: int = 1000, condition_drop: float = 0.1, learn_sigma: bool = True) -> Objective:
+def make(
+    *,
+    num_timesteps: int = 1000,
+    betas: str = "linear",
+    first_step: int = 0,
+    condition_drop: float = 0.1,
+    learn_sigma: bool = True,
+) -> Objective:
     """The objective of DiT, with its defaults.
 
-    num_timesteps:  steps of the diffusion, with betas linear from 1e-4 to 0.02 (at 1000).
+    That of U-ViT (arXiv 2209.12152) has betas = "scaled_linear", first_step = 1 and learn_sigma = False.
+
+    num_timesteps:  steps of the diffusion.
+    betas:          `linear`, from 1e-4 to 0.02 (at 1000 steps), or `scaled_linear`, that of latent diffusion.
+    first_step:     0, or 1: the network is given the steps counted from it.
     condition_drop: the probability that a condition becomes the null condition.
     learn_sigma:    the network has twice the channels (`config.model.out_channels`). The second half gives the
         variance.
     """
     in_range("condition_drop", condition_drop, 0, 1)
-    schedule = discrete.linear(num_timesteps)
+    in_range("first_step", first_step, 0, 1)
+    schedule = discrete.SCHEDULES[one_of("betas", betas, discrete.SCHEDULES)](num_timesteps)
+    schedule = schedule._replace(first_step=first_step)
 
     def apply(network: Network, batch: Batch, context: Context) -> Forward:
         key_t, key_noise, key_drop = jax.random.split(context.key, 3)

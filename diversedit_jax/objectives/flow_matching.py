@@ -53,9 +53,13 @@ def regress(
     y: Condition,
     error: Callable[..., Array] = ERRORS["velocity"],
     weight: Callable[[Path, Array], Array] = WEIGHTS["none"],
+    time_scale: float = 1.0,
 ) -> Forward:
-    """The weighted squared error of the prediction, a mean over the elements of each example, in float32."""
-    rerun = Partial(bound(run_at, path), x, noise, y)
+    """The weighted squared error of the prediction, a mean over the elements of each example, in float32.
+
+    t: in [0, 1]. The network is given time_scale t.
+    """
+    rerun = Partial(bound(run_at, path, time_scale=time_scale), x, noise, y)
     prediction, features = rerun(network, t)
     if prediction.shape != x.shape:
         raise ConfigError(f"the network predicts {prediction.shape[1:]}, but flow matching needs {x.shape[1:]}")
@@ -64,9 +68,18 @@ def regress(
     return Forward(weight(path, t) * squared, x, noise, t, x_t, y, features, metrics={}, rerun=rerun)
 
 
-def run_at(path: Path, x: Array, noise: Array, y: Condition, network: Network, t: Float[Array, " b"]):
+def run_at(
+    path: Path,
+    x: Array,
+    noise: Array,
+    y: Condition,
+    network: Network,
+    t: Float[Array, " b"],
+    *,
+    time_scale: float = 1.0,
+):
     """The output of the network at times t of the path between x and noise, see `Forward.rerun`."""
-    return network(paths.interpolate(path, x, noise, t), t, y)
+    return network(paths.interpolate(path, x, noise, t), time_scale * t, y)
 
 
 def make(
@@ -77,15 +90,19 @@ def make(
     time: str = "uniform",
     time_mean: float = 0.0,
     time_std: float = 1.0,
+    time_scale: float = 1.0,
     condition_drop: float = 0.1,
 ) -> Objective:
     """The objective of SiT, REPA and DiverseDiT, by default with their path, times and dropout.
+
+    U-ViT in continuous time (arXiv 2209.12152) has path = "vp", prediction = "noise" and time_scale = 999.
 
     path:       `linear`, `cosine` (SiT's GVP) or `vp`.
     prediction: `velocity`, `noise`, `score` or `data`. `paths.training_times` gives its interval of times.
     weight:     of a noise or score error: `none`, `velocity` or `likelihood`.
     time:       `uniform`, or `logit_normal`: the sigmoid of a normal number.
     time_mean, time_std: of that number.
+    time_scale: the network is given time_scale t.
     condition_drop: the probability that a condition becomes the null condition, for classifier-free guidance.
     """
     in_range("condition_drop", condition_drop, 0, 1)
@@ -96,6 +113,7 @@ def make(
         raise ConfigError(
             f"weight = {weight!r} is for noise and score errors; prediction = {prediction!r} needs 'none'"
         )
+    in_range("time_scale", time_scale, above=0)
     draw_times = times.make(time, mean=time_mean, std=time_std)
     low, high = paths.training_times(curve, prediction)
 
@@ -105,6 +123,6 @@ def make(
         t = low + (high - low) * draw_times(key_t, len(x))
         noise = jax.random.normal(key_noise, x.shape)
         y = conditioning.drop(key_drop, batch, context, condition_drop)
-        return regress(network, curve, x, noise, t, y, ERRORS[prediction], WEIGHTS[weight])
+        return regress(network, curve, x, noise, t, y, ERRORS[prediction], WEIGHTS[weight], time_scale)
 
-    return Objective(apply, predicts=Flow(curve, prediction), learns_null=condition_drop > 0)
+    return Objective(apply, Flow(curve, prediction, time_scale=time_scale), learns_null=condition_drop > 0)

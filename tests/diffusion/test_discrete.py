@@ -273,6 +273,28 @@ def test_the_network_is_given_the_steps_themselves():
     np.testing.assert_allclose(forward.loss.mean(), forward.metrics["mse"] + forward.metrics["vb"], rtol=1e-5)
 
 
+@pytest.mark.parametrize("first_step", [0, 1])
+def test_a_network_that_counts_from_1_is_given_the_next_number(first_step):
+    """While the noise is that of the step itself, also where a loss runs the network again."""
+    batch = {"x": jnp.ones((1000, 1)), "y": jnp.zeros(1000, jnp.int32)}
+    objective = ddpm.make(num_timesteps=21, betas="scaled_linear", first_step=first_step, learn_sigma=False)
+
+    def network(x, t, y):
+        return t[:, None], (x,)
+
+    forward = objective.apply(network, batch, CONTEXT)
+    assert set(forward.t.tolist()) == set(range(21))
+    schedule = objective.predicts.schedule
+    np.testing.assert_allclose(schedule.betas[[0, -1]], np.multiply([0.00085, 0.012], 1000 / 21), rtol=1e-9)
+    bar = schedule.alphas_bar[forward.t.astype(int)][:, None]
+    np.testing.assert_allclose(forward.x_t, np.sqrt(bar) + np.sqrt(1 - bar) * forward.noise, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(forward.loss, (forward.t + first_step - forward.noise[:, 0]) ** 2, rtol=1e-4)
+    later = jnp.minimum(forward.t + 1, 20)
+    given, (x,) = forward.rerun(network, later)
+    np.testing.assert_array_equal(given[:, 0], later + first_step)
+    np.testing.assert_array_equal(x, discrete.diffuse(schedule, forward.x, forward.noise, later.astype(int)))
+
+
 def test_every_step_is_drawn():
     batch = {"x": jnp.ones((1000, 1)), "y": jnp.zeros(1000, jnp.int32)}
     forward = ddpm.make(num_timesteps=21, learn_sigma=False).apply(lambda x, t, y: (x, ()), batch, CONTEXT)
@@ -293,6 +315,10 @@ def test_what_does_not_fit_together_is_refused():
     assert forward.metrics.keys() == {"mse"}
     with pytest.raises(ConfigError, match="num_timesteps = 20: must be at least 21"):
         ddpm.make(num_timesteps=20)
+    with pytest.raises(ConfigError, match="first_step = 2: must be at least 0 and at most 1"):
+        ddpm.make(first_step=2)
+    with pytest.raises(ConfigError, match="betas = 'scaled_linea' is unknown; did you mean 'scaled_linear'"):
+        ddpm.make(betas="scaled_linea")
     with pytest.raises(ConfigError, match="steps = 1: must be at least 2"):
         solve.make("ddim", Diffusion(WHOLE), solve.Options(steps=1))
     with pytest.raises(ConfigError, match=r"eta = 1\.5: must be at least 0 and at most 1"):

@@ -85,6 +85,23 @@ def test_a_network_of_steps_gets_the_nearest_step_of_a_time():
         assert network_time(predicts, t) is t
 
 
+def test_the_network_of_a_flow_is_given_its_own_unit_of_time():
+    batch = {"x": jnp.ones((64, 1)), "y": jnp.zeros(64, jnp.int32)}
+    objective = flow_matching.make(path="vp", prediction="noise", time_scale=999.0)
+
+    def network(x, t, y):
+        return t[:, None], ()
+
+    forward = objective.apply(network, batch, Context(jax.random.key(0), np.int32(3)))
+    assert 0 <= forward.t.min() < 0.1
+    assert 0.9 < forward.t.max() <= 1
+    np.testing.assert_allclose(forward.loss, (999 * forward.t - forward.noise[:, 0]) ** 2, rtol=1e-5)
+    np.testing.assert_allclose(forward.rerun(network, forward.t / 2)[0][:, 0], 999 * forward.t / 2, rtol=1e-6)
+    assert objective.predicts == Flow(paths.make("vp"), "noise", time_scale=999.0)
+    with pytest.raises(ConfigError, match=r"time_scale = 0\.0: must be more than 0"):
+        flow_matching.make(time_scale=0.0)
+
+
 def test_what_does_not_fit_together_is_refused():
     with pytest.raises(ConfigError, match="weight = 'likelihood' is for noise and score errors"):
         flow_matching.make(weight="likelihood")

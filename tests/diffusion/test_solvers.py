@@ -410,6 +410,23 @@ def exactly(found, wanted):
     np.testing.assert_array_equal(found(guided, x, noise), wanted(guided(lambda network: network), x, noise))
 
 
+@pytest.mark.parametrize("name", solve.FLOW)
+def test_the_network_is_given_its_own_unit_of_time(name):
+    """For one network in two units of time the samples are the same."""
+    x = jnp.array([[0.3, -1.2, 0.8, 2.0]])
+    found = []
+    for time_scale in (1.0, 999.0):
+
+        def guided(convert, time_scale=time_scale):
+            network = convert(lambda x, t, y: (jnp.sin(3 * t[:, None] / time_scale) * x, ()))
+            return lambda x, t, t_step: network(x, jnp.full(len(x), t), None)[0]
+
+        solution = solve.make(name, Flow(paths.make("vp"), "noise", time_scale=time_scale), solve.Options(steps=20))
+        found.append(solution(guided, x, noise_of(x.shape)))
+    assert jnp.isfinite(found[0]).all()
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["euler_maruyama", "sde_heun"])
 def test_every_option_reaches_a_stochastic_solver(name):
     options = {"diffusion": "linear", "diffusion_norm": 0.3, "last_step_kind": "euler", "last_step": 0.2}

@@ -60,6 +60,7 @@ FLOWS = [
     ("cosine", "velocity", {"solver": "sde_heun", "last_step_kind": "none"}),
     ("vp", "velocity", {"solver": "euler"}),
     ("vp", "noise", {"solver": "sde_heun", "diffusion": "linear", "cfg_scale": 2.0}),
+    ("vp", "noise", {"solver": "dpm_solver_pp", "cfg_scale": 2.0}),
     ("vp", "score", {"solver": "euler_maruyama", "diffusion": "increasing_decreasing", "last_step_kind": "euler"}),
 ]
 
