@@ -223,6 +223,11 @@ def of_release(
     sides = tuple(np.resize(sides, 2).tolist()) if sides else release.sides
     if sides is None:
         raise ConfigError(f"{file} does not store the size of its latents: give it with --side=N or --side=H,W")
+    if release.only_sides not in (None, sides):
+        own, given = (" x ".join(map(str, pair)) for pair in (release.only_sides, sides))
+        raise ConfigError(
+            f"{file} has a learned position table, for latents of {own}: --side = {given} is another size"
+        )
     if data is not None and data["name"] in ("digits", "images", "synthetic"):
         codec = slot("codecs", "pixels", **_given(rounding=rounding))
     else:

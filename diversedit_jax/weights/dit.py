@@ -96,6 +96,11 @@ class Release(NamedTuple):
         width = {} if self.arch.token_width is None else {"width": self.arch.token_width}
         return {"name": FAMILIES[self.family].objective, **FAMILIES[self.family].learns, **width}
 
+    @property
+    def only_sides(self) -> tuple[int, int] | None:
+        """The height and width of its examples, if a learned position table allows no others."""
+        return self.arch.sides if isinstance(self.arch, uvit.Architecture) else None
+
     def space(self, sides: tuple[int, int]) -> Space:
         """The space of its examples, of this height and width. Only of a network that takes labels."""
         return Space((*sides, self.arch.channels), Conditions.labels(self.arch.num_classes))

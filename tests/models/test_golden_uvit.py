@@ -10,14 +10,20 @@ from safetensors.numpy import load_file
 
 from diversedit_jax import models
 from diversedit_jax.api import Conditions, Space
+from diversedit_jax.config import slot
 from diversedit_jax.diffusion import paths
+from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import dit, uvit
 from diversedit_jax.objectives.flow_matching import ERRORS, regress
+from diversedit_jax.runs import trained
 from diversedit_jax.weights import dit as releases
 from diversedit_jax.weights import uvit as names
+from tests.models.test_dit import first_and_slow
 from tests.reference import DATA
+from tools import convert_checkpoint
 
 CASES = ("uvit_class", "uvit_uncond", "uvit_t2i")
+BOTH = [(name, unroll) for name in CASES for unroll in (False, True)]
 IMAGES = {"x0", "eps", "xn", "out", "vp_xt", "vp_noise_pred", "vp_score"}
 
 
@@ -41,12 +47,14 @@ def condition(gold):
     return {"context": gold["context"]} if "context" in gold else gold.get("y", jnp.zeros(len(gold["n"]), jnp.int32))
 
 
+def space(arch):
+    null = Conditions.labels(arch.num_classes) if arch.text is None else Conditions({"context": np.zeros(arch.text)})
+    return Space((*arch.sides, arch.channels), null)
+
+
 def network(arch, **options):
     """Our model of an architecture. Times are given as the vectors have them."""
-    null = Conditions.labels(arch.num_classes) if arch.text is None else Conditions({"context": np.zeros(arch.text)})
-    return models.make(
-        "uvit", Space((*arch.sides, arch.channels), null), **arch.options | {"time_scale": 1.0} | options
-    )
+    return models.make("uvit", space(arch), **arch.options | {"time_scale": 1.0} | options)
 
 
 def near(ours, theirs, tolerance):
@@ -60,8 +68,9 @@ def squared(network, gold):
     return jnp.mean((found[0] - gold["eps"]) ** 2, axis=(1, 2, 3)), found
 
 
-@pytest.mark.parametrize("unroll", [False, True])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "unroll"), first_and_slow([("uvit_class", False), ("uvit_uncond", True), ("uvit_t2i", False)], BOTH)
+)
 def test_every_block_and_every_gradient_equal_the_reference(name, unroll):
     gold, found = numbers(name), release(name)
     model = network(found.arch, unroll=unroll)
@@ -85,7 +94,7 @@ def test_every_block_and_every_gradient_equal_the_reference(name, unroll):
     jax.tree.map(lambda ours, theirs: near(ours, theirs, 1e-4), grads, release(name, "_grads").params)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["uvit_class", *(pytest.param(name, marks=pytest.mark.slow) for name in CASES[1:])])
 def test_the_continuous_form_is_flow_matching_of_the_noise_on_vp(name):
     gold, found = numbers(name), release(name)
     model = network(found.arch, time_scale=999.0).network(found.params)
@@ -110,10 +119,32 @@ def test_weights_go_out_as_they_came_in(name):
     assert (arch.qkv_bias, arch.conv, arch.time_mlp) == (given["qkv_bias"], given["conv"], given["mlp_time_embed"])
     assert arch.text == ((given["num_clip_token"], given["clip_dim"]) if "clip_dim" in given else None)
     assert arch.num_classes == (None if arch.text else max(given["num_classes"] - 1, 0))
+    assert convert_checkpoint.architecture(slot("models", "uvit", **arch.options), space(arch)) == arch
     out = releases.export(found.params, "uvit", arch)
     assert out.keys() == arrays.keys()
     for key, array in out.items():
         np.testing.assert_array_equal(array, arrays[key])
+
+
+def test_a_position_table_shows_the_text_and_a_square_image():
+    assert names.split(256, text=False) == (0, 16)
+    assert names.split(333, text=True) == (77, 16)
+    assert names.split(23, text=True) == (7, 4)  # the largest square, and the rest
+    with pytest.raises(ConfigError, match="its position table has 200 rows for patches: only square images are read"):
+        names.split(200, text=False)
+
+
+def test_what_does_not_fit_is_one_line():
+    arrays, found = load_file(DATA / "uvit_class.safetensors"), release("uvit_class")
+    shapes = {key: array.shape for key, array in arrays.items()}
+    for heads, said in ((None, "width 48: give it with --heads=N"), (5, "heads = 5 does not divide the width 48")):
+        with pytest.raises(ConfigError, match=said):
+            releases.load(arrays, shapes, heads=heads)
+    for family in ("sit", "mmdit"):
+        with pytest.raises(ConfigError, match=f"{family} cannot hold this network: it is a uvit"):
+            releases.export(found.params, family, found.arch)
+    with pytest.raises(ConfigError, match="learned position table, for latents of 8 x 8: --side = 16 x 16 is another"):
+        trained.of_release(DATA / "uvit_class.safetensors", heads=3, sides=16)
 
 
 @pytest.mark.parametrize(
