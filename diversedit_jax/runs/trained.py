@@ -220,14 +220,10 @@ def of_release(
             f"{file}: its table of labels has {IMAGENET} rows, the classes of ImageNet without a null label. It was "
             f"trained without dropped labels, wanted {IMAGENET + 1} rows"
         )
-    sides = tuple(np.resize(sides, 2).tolist()) if sides else release.sides
+    release = release.sized(tuple(np.resize(sides, 2).tolist()) if sides else None)
+    sides = release.sides
     if sides is None:
         raise ConfigError(f"{file} does not store the size of its latents: give it with --side=N or --side=H,W")
-    if release.only_sides not in (None, sides):
-        own, given = (" x ".join(map(str, pair)) for pair in (release.only_sides, sides))
-        raise ConfigError(
-            f"{file} has a learned position table, for latents of {own}: --side = {given} is another size"
-        )
     if data is not None and data["name"] in ("digits", "images", "synthetic"):
         codec = slot("codecs", "pixels", **_given(rounding=rounding))
     else:
@@ -245,6 +241,11 @@ def of_release(
         pooled = release.arch.pooled is not None
         config.text_encoder = slot("encoders", "clip_text", file=text_encoder, pooled=pooled)
         (empty,), _ = build.text_encoder(config).tokenizer()([""])
+        if (tokens := release.arch.tokens) not in (None, len(empty)):
+            raise ConfigError(
+                f"{name} takes texts of {tokens} tokens at latents of {sides[0]} x {sides[1]}, and those of the text "
+                f"encoder have {len(empty)}: give the size with --side=N or --side=H,W, or another text encoder"
+            )
         space = Space((*sides, release.arch.channels), Conditions(empty))
     components = build.components_of(config, space, layout, optax.identity())
     experiment = build.Experiment(config, space, layout.with_rules(components.model.rules), components, {})

@@ -96,10 +96,13 @@ class Release(NamedTuple):
         width = {} if self.arch.token_width is None else {"width": self.arch.token_width}
         return {"name": FAMILIES[self.family].objective, **FAMILIES[self.family].learns, **width}
 
-    @property
-    def only_sides(self) -> tuple[int, int] | None:
-        """The height and width of its examples, if a learned position table allows no others."""
-        return self.arch.sides if isinstance(self.arch, uvit.Architecture) else None
+    def sized(self, sides: tuple[int, int] | None) -> "Release":
+        """The release for examples of this height and width; None: as it stores them. ConfigError if it cannot."""
+        if sides is None:
+            return self
+        if isinstance(self.arch, uvit.Architecture):  # its position table is learned
+            return self._replace(arch=uvit.sized(self.arch, sides), sides=sides)
+        return self._replace(sides=sides)
 
     def space(self, sides: tuple[int, int]) -> Space:
         """The space of its examples, of this height and width. Only of a network that takes labels."""

@@ -1,5 +1,6 @@
 """The parameters of `models.uvit` under the names of U-ViT's code, and what their shapes show."""
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -43,6 +44,11 @@ class Architecture(NamedTuple):
     def out_channels(self) -> int:
         """Of the prediction."""
         return self.channels
+
+    @property
+    def tokens(self) -> int | None:
+        """Of a text. None without text."""
+        return self.text and self.text[0]
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -124,7 +130,7 @@ def split(rows: int, text: bool) -> tuple[int, int]:
     """(tokens of text, patches along a side) of so many rows of a position table, of square images.
 
     The shapes do not tell one from the other. A text has CLIP's number of tokens, or else what the largest square
-    leaves; the network refuses texts of another length.
+    leaves; `sized` finds the number by the side of the images.
     """
     counts = (TOKENS, rows - int(max(rows, 0) ** 0.5) ** 2) if text else (0,)
     for tokens in counts:
@@ -132,6 +138,20 @@ def split(rows: int, text: bool) -> tuple[int, int]:
         if side and side**2 == rows - tokens:
             return tokens, side
     raise ConfigError(f"uvit: its position table has {rows} rows for patches: only square images are read")
+
+
+def sized(arch: Architecture, sides: tuple[int, int]) -> Architecture:
+    """The architecture of a release for images of these sides: all other rows of its table are the text's.
+
+    ConfigError if they do not fit its position table.
+    """
+    grid = tuple(side // arch.patch for side in sides)
+    tokens = math.prod(arch.grid) - math.prod(grid) + (arch.text[0] if arch.text else 0)
+    same = arch._replace(grid=grid, text=arch.text and (tokens, arch.text[1]))
+    if same.sides != sides or (tokens < 1 if arch.text else tokens != 0):
+        own, given = (" x ".join(map(str, pair)) for pair in (arch.sides, sides))
+        raise ConfigError(f"uvit: its learned position table is for images of {own}, not of {given}")
+    return same
 
 
 def abstract(arch: Architecture) -> Params:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from diversedit_jax import models
 from diversedit_jax.api import Conditions, Space
@@ -18,6 +18,7 @@ from diversedit_jax.objectives.flow_matching import ERRORS, regress
 from diversedit_jax.runs import trained
 from diversedit_jax.weights import dit as releases
 from diversedit_jax.weights import uvit as names
+from tests import captioned
 from tests.models.test_dit import first_and_slow
 from tests.reference import DATA
 from tools import convert_checkpoint
@@ -143,8 +144,21 @@ def test_what_does_not_fit_is_one_line():
     for family in ("sit", "mmdit"):
         with pytest.raises(ConfigError, match=f"{family} cannot hold this network: it is a uvit"):
             releases.export(found.params, family, found.arch)
-    with pytest.raises(ConfigError, match="learned position table, for latents of 8 x 8: --side = 16 x 16 is another"):
-        trained.of_release(DATA / "uvit_class.safetensors", heads=3, sides=16)
+    for sides in ((16, 16), (8, 9)):
+        with pytest.raises(ConfigError, match=f"table is for images of 8 x 8, not of {sides[0]} x {sides[1]}"):
+            trained.of_release(DATA / "uvit_class.safetensors", heads=3, sides=sides)
+
+
+@pytest.mark.slow
+def test_the_side_of_the_images_says_how_long_a_text_is(tmp_path):
+    arch = names.Architecture(2, 24, 2, 2, 3, grid=(4, 4), num_classes=None, text=(captioned.LENGTH, 16))
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), names.abstract(arch))
+    save_file(releases.export(params, "uvit", arch), file := tmp_path / "uvit.safetensors")
+    given = {"heads": 2, "text_encoder": str(captioned.encoder())}
+    with pytest.raises(ConfigError, match=r"takes texts of 7 tokens at latents of 10 x 10, and .* have 16"):
+        trained.of_release(file, **given)
+    source = trained.drawing(trained.of_release(file, sides=8, **given), overrides={"steps": 2, "batch_size": 8})
+    assert source.sampler(source.params, source.frozen, source.prompts(["a red bus"]), 0).shape[0] == 1
 
 
 @pytest.mark.parametrize(
