@@ -209,7 +209,8 @@ def of_release(
     file:  also a name on the hub, see `weights.hub`.
     sides: height and width of its latents, or one number for both. None: as the file stores them.
     data: a slot of `data` to show it, for analysis. vae: the autoencoder that decodes its latents.
-    rounding: of the decoded images. model: changes to its options.
+    rounding: of the decoded images.
+    model: changes to the options of its network; options that it does not have are ignored.
     text_encoder: the file of the text encoder, with its tokenizer, of a network that takes texts.
     """
     name, place = str(file) if hub.on_hub(file) else Path(file).name, hub.place(file)
@@ -230,7 +231,8 @@ def of_release(
         codec = slot("codecs", "vae", **_given(vae=vae, rounding=rounding))
     config = ConfigDict({"data": dict(data or {}), "encoders": {}, "losses": {}, "ema_decay": 0.0, "accumulate": 1})
     config.codec, config.objective = codec, slot("objectives", **release.objective)
-    config.model = slot("models", **release.model | dict(model or {}))
+    config.model = slot("models", **release.model)
+    config.model.update({option: value for option, value in (model or {}).items() if option in config.model})
     config.sampler, config.text_encoder = configs.options(sampler.make), None
     layout = sharding.make()
     if release.arch.num_classes is not None:

@@ -149,6 +149,12 @@ def test_what_does_not_fit_is_one_line():
             trained.of_release(DATA / "uvit_class.safetensors", heads=3, sides=sides)
 
 
+def test_analysis_opens_a_release_without_the_option_capture():
+    found = trained.of_release(DATA / "uvit_class.safetensors", heads=3, model={"capture": "merged"})
+    assert "capture" not in found.about["model"]
+    assert found.experiment.components.model.skips.pairs == ((2, 4), (1, 5))
+
+
 @pytest.mark.slow
 def test_the_side_of_the_images_says_how_long_a_text_is(tmp_path):
     arch = names.Architecture(2, 24, 2, 2, 3, grid=(4, 4), num_classes=None, text=(captioned.LENGTH, 16))
