@@ -1,6 +1,6 @@
 """Every objective trains with every choice of up to three auxiliary losses, on eight devices, with a sharded state.
 
-So does the text-to-image network, with the objective that it is trained with.
+So do the text-to-image network and U-ViT, with the objective that they are trained with.
 """
 
 from itertools import combinations
@@ -36,7 +36,11 @@ CASES = [
     for objective in OBJECTIVES
     for chosen in CHOICES
 ]
-CASES += [pytest.param("flow_matching", chosen, "mmdit", id="-".join(("mmdit", *chosen))) for chosen in CHOICES]
+CASES += [
+    pytest.param("flow_matching", chosen, network, id="-".join((network, *chosen)))
+    for network in ("mmdit", "uvit")
+    for chosen in CHOICES
+]
 
 
 def stored(network: str) -> dict[str, jax.Array]:
@@ -57,7 +61,8 @@ def run_of(objective: str, chosen: tuple[str, ...], network: str) -> Components:
     cuts = [block for loss in made.values() for block in loss.blocks]
     dims = {"depth": 4, "width": 32, "heads": 2, "mlp_ratio": 2.0, "remat": "none"}
     dims |= MODEL.get(objective, {})
-    model = models.make(network, Space(SHAPE, conditions), trained.inputs, cuts, skip="release", **dims)
+    dims |= {} if network == "uvit" else {"skip": "release"}  # U-ViT has its own skips
+    model = models.make(network, Space(SHAPE, conditions), trained.inputs, cuts, **dims)
     transform, _ = optimizer.make(STEPS, learning_rate=1e-3)
     codec = Codec(dict, lambda frozen, batch, key: batch, None)
     return Components(model, codec, trained, made, transform, ema_decay=0.9, null=conditions.null)

@@ -23,13 +23,14 @@ from diversedit_jax import config as configs
 from diversedit_jax.api import Space
 from diversedit_jax.codecs import network_space
 from diversedit_jax.errors import ConfigError
+from diversedit_jax.models import uvit as uvit_network
 from diversedit_jax.models.dit import SIZES
 from diversedit_jax.models.mmdit import text_of
 from diversedit_jax.runs import build, exported, trained
 from diversedit_jax.runtime import cli
 from diversedit_jax.runtime.versions import parameter_overview
 from diversedit_jax.weights import dit as releases
-from diversedit_jax.weights import hub, mmdit
+from diversedit_jax.weights import hub, mmdit, uvit
 from diversedit_jax.weights.dit import FAMILIES
 from diversedit_jax.weights.formats.weights_file import write_safetensors
 from tools import model_card
@@ -47,13 +48,20 @@ def describe(release: releases.Release, entries: dict[str, int]) -> str:
     return "\n".join([*(f"{name:<14}{value}" for name, value in facts.items()), parameter_overview(release.params)])
 
 
-def architecture(model: ConfigDict, space: Space) -> releases.Architecture | mmdit.Architecture:
+def architecture(model: ConfigDict, space: Space) -> releases.AnyArchitecture:
     """The architecture of `config.model`, for a network that takes only x_t, t and y. space: of the network."""
     if model.name == "mmdit":
         (_, text), pooled = text_of(space.conditions)
         same = ("depth", "width", "heads", "patch", "mlp_ratio", "qk_norm", "registers", "table")
         own = {name: model[name] for name in same}
         return mmdit.Architecture(**own, channels=space.shape[-1], text=text, pooled=pooled)
+    if model.name == "uvit":
+        size = uvit_network.SIZES[model.size]._asdict()
+        own = {name: value if model[name] is None else model[name] for name, value in size.items()}
+        own |= {name: model[name] for name in ("patch", "mlp_ratio", "qkv_bias", "time_mlp", "time_scale")}
+        *sides, channels = space.shape
+        grid, text = tuple(side // model.patch for side in sides), uvit_network.text_of(space.conditions)
+        return uvit.Architecture(**own, channels=channels, grid=grid, num_classes=space.conditions.classes, text=text)
     size, channels = SIZES[model.size], space.shape[-1]
     return releases.Architecture(
         depth=model.depth or size.depth,
@@ -76,17 +84,19 @@ def of_run(workdir: str | Path, weights: str = "ema", trust: bool = False) -> tu
     """
     found = trained.of_run(workdir, trust=trust)
     model, inputs = found.experiment.config.model, found.experiment.components.objective.inputs
-    if model.skip not in ("none", "release") or (model.skip == "release" and model.skip_init == "identity"):
+    skip = model.get("skip", "none")
+    if skip not in ("none", "release") or (skip == "release" and model.skip_init == "identity"):
         raise ConfigError(
-            f"config.model.skip = {model.skip!r} with skip_init = {model.skip_init!r}: no release has such skips"
+            f"config.model.skip = {skip!r} with skip_init = {model.skip_init!r}: no release has such skips"
         )
     params = jax.device_get(found.load(found.last, weights))
     parts = found.experiment.components
     arch = architecture(model, network_space(parts.codec, found.space))
-    if isinstance(arch, mmdit.Architecture):
-        if model.skip != "none":
-            raise ConfigError(f"config.model.skip = {model.skip!r}: no release of an MMDiT has skips")
-        return releases.Release("mmdit", arch, None, params), {weights: len(jax.tree.leaves(params))}
+    if isinstance(arch, mmdit.Architecture) and skip != "none":
+        raise ConfigError(f"config.model.skip = {skip!r}: no release of an MMDiT has skips")
+    if (family := releases.other_of(arch)) is not None:
+        sides = arch.sides if isinstance(arch, uvit.Architecture) else None
+        return releases.Release(family, arch, sides, params), {weights: len(jax.tree.leaves(params))}
     arch = arch._replace(second_time="span" in inputs, token_width=inputs.get("token", (None,))[0])
     double = "official_sit" if model.name == "official_sit" else "official_dit"
     single = "meanflow_torch" if arch.second_time else "reg" if arch.token_width else "sit"

@@ -76,7 +76,7 @@ SKIPS = {
 KERNELS = {
     "xavier": nnx.initializers.xavier_uniform(),
     "torch": nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),  # torch's default for Linear
-    "trunc_normal": nnx.initializers.truncated_normal(0.02),
+    "trunc_normal": nnx.initializers.normal(0.02),  # U-ViT cuts it at +- 2, which is 100 standard deviations
     "identity": lambda key, shape, dtype=jnp.float32: jnp.eye(*shape, dtype=dtype),  # x stays, the skip counts zero
 }
 
@@ -92,11 +92,11 @@ REMAT = {
 }
 
 
-def layer_norm(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+def layer_norm(x: Float[Array, "*b d"], eps: float = EPS) -> Float[Array, "*b d"]:
     """LayerNorm without parameters, in float32."""
     x = x.astype(jnp.float32)
     x = x - checkpoint_name(x.mean(axis=-1, keepdims=True), "moments")
-    return x * jax.lax.rsqrt(checkpoint_name(jnp.mean(x * x, axis=-1, keepdims=True), "moments") + EPS)
+    return x * jax.lax.rsqrt(checkpoint_name(jnp.mean(x * x, axis=-1, keepdims=True), "moments") + eps)
 
 
 def modulate(x: Float[Array, "b n d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]) -> Float[Array, "b n d"]:
@@ -114,14 +114,15 @@ def linear_of(init: str, dtype, rngs: Keys, kernel: Callable = KERNELS["xavier"]
     def linear(inputs: int, outputs: int | tuple[int, ...], zero: bool = False) -> nnx.Linear | nnx.LinearGeneral:
         chosen = {"kernel_init": nnx.initializers.zeros if zero else kernel}
         if init == "torch":
-            chosen = {"kernel_init": KERNELS["torch"], "bias_init": partial(_symmetric, bound=inputs**-0.5)}
+            chosen = {"kernel_init": KERNELS["torch"], "bias_init": partial(symmetric, bound=inputs**-0.5)}
         layer = nnx.Linear if isinstance(outputs, int) else nnx.LinearGeneral
         return layer(inputs, outputs, dtype=dtype, precision=precision, rngs=rngs, **chosen)
 
     return linear
 
 
-def _symmetric(key: Array, shape: tuple[int, ...], dtype=jnp.float32, *, bound: float) -> Array:
+def symmetric(key: Array, shape: tuple[int, ...], dtype=jnp.float32, *, bound: float) -> Array:
+    """Uniform numbers between -bound and bound."""
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
@@ -243,9 +244,18 @@ class TimeEmbedding(Perceptron):
         self.frequencies = frequencies
 
     def __call__(self, t: Float[Array, " b"]) -> Float[Array, "b d"]:
-        half = self.frequencies // 2
-        angles = t.astype(jnp.float32)[:, None] * np.exp(-np.log(10000.0) * np.arange(half) / half).astype(np.float32)
-        return super().__call__(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1))
+        return super().__call__(sinusoids(t, self.frequencies))
+
+
+def sinusoids(t: Float[Array, " b"], width: int) -> Float[Array, "b k"]:
+    """The cosines, then the sines, of t times width / 2 frequencies, from 1 down to almost 1 / 10000.
+
+    Their logarithms are rounded to float32 as in torch, so that the angles are the published ones at t = 1000 too.
+    """
+    half = width // 2
+    logs = np.float32(-np.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    angles = t.astype(jnp.float32)[:, None] * np.exp(logs.astype(np.float64)).astype(np.float32)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 class DiT(nnx.Module):
@@ -463,7 +473,8 @@ def make(
     one_of("model.stream_dtype", stream_dtype, FLOATS)
     depth, width, heads = _dimensions(size, depth=depth, width=width, heads=heads)
     in_range("model.mlp_ratio", mlp_ratio, 1 / width, MANY / width)
-    grid, prefix = grid_of(shape, patch, width), int("token" in inputs)
+    grid, prefix = grid_of(shape, patch), int("token" in inputs)
+    check_table(width, grid)
     out_channels = in_range("model.out_channels", shape[-1] if out_channels is None else out_channels, 1, MANY)
     for block in read_blocks:
         in_range("config.losses: block", block, 0, depth)
@@ -496,15 +507,19 @@ def check_dimensions(dims: Size) -> Size:
     return dims
 
 
-def grid_of(shape: tuple[int, ...], patch: int, width: int) -> tuple[int, ...]:
+def grid_of(shape: tuple[int, ...], patch: int) -> tuple[int, ...]:
     """Patches along each spatial axis of examples of `shape` (*s, c)."""
     *sides, _ = shape
     in_range("model.patch", patch, 1)
     if not sides or any(side % patch for side in sides):
         raise ConfigError(f"model.patch = {patch} does not divide {' x '.join(map(str, sides))}")
-    if width % (parts := 2 * len(sides)):
-        raise ConfigError(f"model.width = {width}: the position table needs a multiple of {parts}")
     return tuple(side // patch for side in sides)
+
+
+def check_table(width: int, grid: tuple[int, ...]) -> None:
+    """Raise ConfigError for a width that the fixed position table cannot have."""
+    if width % (parts := 2 * len(grid)):
+        raise ConfigError(f"model.width = {width}: the position table needs a multiple of {parts}")
 
 
 def skip_of(skip: str, init: str | None) -> Skip | None:

@@ -284,7 +284,8 @@ def make(
     dit.check_dimensions(dit.Size(depth, width, heads))
     in_range("model.mlp_ratio", mlp_ratio, 1 / width, MANY / width)
     in_range("model.registers", registers, 0, MANY)
-    shape, grid = tuple(space.shape), dit.grid_of(space.shape, patch, width)
+    shape, grid = tuple(space.shape), dit.grid_of(space.shape, patch)
+    dit.check_table(width, grid)
     in_range("model.table", table, max(grid), MANY)
     for number in read_blocks:
         in_range("config.losses: block", number, 0, depth)

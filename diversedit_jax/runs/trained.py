@@ -209,7 +209,8 @@ def of_release(
     file:  also a name on the hub, see `weights.hub`.
     sides: height and width of its latents, or one number for both. None: as the file stores them.
     data: a slot of `data` to show it, for analysis. vae: the autoencoder that decodes its latents.
-    rounding: of the decoded images. model: changes to its options.
+    rounding: of the decoded images.
+    model: changes to the options of its network; options that it does not have are ignored.
     text_encoder: the file of the text encoder, with its tokenizer, of a network that takes texts.
     """
     name, place = str(file) if hub.on_hub(file) else Path(file).name, hub.place(file)
@@ -220,7 +221,8 @@ def of_release(
             f"{file}: its table of labels has {IMAGENET} rows, the classes of ImageNet without a null label. It was "
             f"trained without dropped labels, wanted {IMAGENET + 1} rows"
         )
-    sides = tuple(np.resize(sides, 2).tolist()) if sides else release.sides
+    release = release.sized(tuple(np.resize(sides, 2).tolist()) if sides else None)
+    sides = release.sides
     if sides is None:
         raise ConfigError(f"{file} does not store the size of its latents: give it with --side=N or --side=H,W")
     if data is not None and data["name"] in ("digits", "images", "synthetic"):
@@ -229,7 +231,8 @@ def of_release(
         codec = slot("codecs", "vae", **_given(vae=vae, rounding=rounding))
     config = ConfigDict({"data": dict(data or {}), "encoders": {}, "losses": {}, "ema_decay": 0.0, "accumulate": 1})
     config.codec, config.objective = codec, slot("objectives", **release.objective)
-    config.model = slot("models", **release.model | dict(model or {}))
+    config.model = slot("models", **release.model)
+    config.model.update({option: value for option, value in (model or {}).items() if option in config.model})
     config.sampler, config.text_encoder = configs.options(sampler.make), None
     layout = sharding.make()
     if release.arch.num_classes is not None:
@@ -240,6 +243,11 @@ def of_release(
         pooled = release.arch.pooled is not None
         config.text_encoder = slot("encoders", "clip_text", file=text_encoder, pooled=pooled)
         (empty,), _ = build.text_encoder(config).tokenizer()([""])
+        if (tokens := release.arch.tokens) not in (None, len(empty)):
+            raise ConfigError(
+                f"{name} takes texts of {tokens} tokens at latents of {sides[0]} x {sides[1]}, and those of the text "
+                f"encoder have {len(empty)}: give the size with --side=N or --side=H,W, or another text encoder"
+            )
         space = Space((*sides, release.arch.channels), Conditions(empty))
     components = build.components_of(config, space, layout, optax.identity())
     experiment = build.Experiment(config, space, layout.with_rules(components.model.rules), components, {})

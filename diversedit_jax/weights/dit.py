@@ -18,10 +18,13 @@ from diversedit_jax.api import Conditions, Params, Space
 from diversedit_jax.errors import ConfigError, WeightsError
 from diversedit_jax.models import dit
 from diversedit_jax.registry import one_of
-from diversedit_jax.weights import dit_names, hub, mapping, mmdit
+from diversedit_jax.weights import dit_names, hub, mapping, mmdit, uvit
 from diversedit_jax.weights.dit_names import Architecture, Entry
 from diversedit_jax.weights.formats import orbax_folder, weights_folder
 from diversedit_jax.weights.mapping import Arrays, Shapes
+
+AnyArchitecture = Architecture | mmdit.Architecture | uvit.Architecture
+OTHERS = {"mmdit": mmdit, "uvit": uvit}  # models whose names and architectures have a module of their own
 
 
 class Family(NamedTuple):
@@ -32,7 +35,7 @@ class Family(NamedTuple):
     ignored:   prefixes of names that it may hold besides the network: tables that are computed here, heads of losses.
     double:    whether the output has 2 c channels.
     model:     its name in `models`.
-    objective: the name in `objectives` of what trained it.
+    objective: the name in `objectives` of what trained it. learns: its options, where they are not the defaults.
     """
 
     about: str
@@ -41,8 +44,10 @@ class Family(NamedTuple):
     double: bool = False
     model: str = "dit"
     objective: str = "flow_matching"
+    learns: Mapping[str, str] = {}
 
 
+VP_NOISE = {"path": "vp", "prediction": "noise"}
 FAMILIES = {
     "sit": Family("SiT of REPA, SRA and DiverseDiT: t = 1 is noise"),
     "reg": Family("REG: a SiT of REPA with a class token beside the image", objective="reg"),
@@ -58,6 +63,7 @@ FAMILIES = {
     "meanflow": Family("official MeanFlow in JAX", dit_names.meanflow_names, ("net/pos_embed",), objective="mean_flow"),
     "meanflow_torch": Family("MeanFlow's port to torch (zhuyu-cs)", objective="mean_flow"),
     "mmdit": Family("MMDiT of REPA: text to image", mmdit.entries, ("pos_embed", "projectors."), model="mmdit"),
+    "uvit": Family("U-ViT: time and condition are tokens", uvit.entries, (), model="uvit", learns=VP_NOISE),
 }
 # Parts of a training file, the preferred first: PyTorch's, then those of the official MeanFlow.
 ENTRIES = ("ema", "model", "ema_params", "params")
@@ -74,7 +80,7 @@ class Release(NamedTuple):
     """
 
     family: str
-    arch: Architecture | mmdit.Architecture
+    arch: AnyArchitecture
     sides: tuple[int, int] | None
     params: Params
     unread: Mapping[str, str] = {}
@@ -88,7 +94,15 @@ class Release(NamedTuple):
     def objective(self) -> dict[str, Any]:
         """The name and options of the objective that trained it, as a slot of a config has them."""
         width = {} if self.arch.token_width is None else {"width": self.arch.token_width}
-        return {"name": FAMILIES[self.family].objective, **width}
+        return {"name": FAMILIES[self.family].objective, **FAMILIES[self.family].learns, **width}
+
+    def sized(self, sides: tuple[int, int] | None) -> "Release":
+        """The release for examples of this height and width; None: as it stores them. ConfigError if it cannot."""
+        if sides is None:
+            return self
+        if isinstance(self.arch, uvit.Architecture):  # its position table is learned
+            return self._replace(arch=uvit.sized(self.arch, sides), sides=sides)
+        return self._replace(sides=sides)
 
     def space(self, sides: tuple[int, int]) -> Space:
         """The space of its examples, of this height and width. Only of a network that takes labels."""
@@ -100,6 +114,7 @@ def recognise(shapes: Shapes) -> str:
     parts = {re.split("[./]", name)[0] for name in shapes}
     marks = {"net": "meanflow", "transformer_blocks": "diffusers_dit"}
     marks |= {"r_embedder": "meanflow_torch", "cls_projectors2": "reg", "joint_blocks": "mmdit"}
+    marks |= {"in_blocks": "uvit"}
     if {"transformer_blocks", "context_embedder"} <= parts:
         raise ConfigError(
             "this is Stable Diffusion 3 in the layout of diffusers, which is not read: it takes 1000 t and the joined "
@@ -117,10 +132,10 @@ def recognise(shapes: Shapes) -> str:
     return "sit"
 
 
-def architecture(family: str, shapes: Shapes, heads: int | None = None) -> Architecture | mmdit.Architecture:
+def architecture(family: str, shapes: Shapes, heads: int | None = None) -> AnyArchitecture:
     """The architecture that the shapes show. heads: needed for a width that no published size has."""
-    if FAMILIES[family].model == "mmdit":
-        return mmdit.architecture(family, shapes, heads)
+    if FAMILIES[family].model in OTHERS:
+        return OTHERS[FAMILIES[family].model].architecture(family, shapes, heads)
     # The arrays that show the sizes have the same names in the smallest architecture.
     names = {(entry.place, entry.layer): entry.name for entry in FAMILIES[family].entries(SMALLEST)}
 
@@ -159,27 +174,32 @@ def architecture(family: str, shapes: Shapes, heads: int | None = None) -> Archi
     )
 
 
-def model_options(arch: Architecture | mmdit.Architecture) -> dict[str, Any]:
+def model_options(arch: AnyArchitecture) -> dict[str, Any]:
     """The options of the model for an architecture."""
-    if isinstance(arch, mmdit.Architecture):
+    if not isinstance(arch, Architecture):
         return arch.options
     options = {name: getattr(arch, name) for name in ("depth", "width", "heads", "patch", "mlp_ratio", "qk_norm")}
     return options | {"skip": "release" if arch.skip else "none", "out_channels": arch.out_channels}
 
 
-def inputs(arch: Architecture | mmdit.Architecture) -> dict[str, tuple[int, ...]]:
+def inputs(arch: AnyArchitecture) -> dict[str, tuple[int, ...]]:
     """The inputs of a network besides x_t, t and y, as `Objective.inputs`."""
     span = {"span": ()} if arch.second_time else {}
     return span | ({} if arch.token_width is None else {"token": (arch.token_width,)})
 
 
-def abstract(arch: Architecture | mmdit.Architecture) -> Params:
-    """The shapes of our parameters for an architecture. They do not depend on the side of the image."""
-    if isinstance(arch, mmdit.Architecture):
-        return mmdit.abstract(arch)
+def abstract(arch: AnyArchitecture) -> Params:
+    """The shapes of our parameters for an architecture. Only those of a U-ViT depend on the side of the image."""
+    if (other := other_of(arch)) is not None:
+        return OTHERS[other].abstract(arch)
     space = Space((arch.patch, arch.patch, arch.channels), Conditions.labels(arch.num_classes))
     model = dit.make(space, inputs(arch), **model_options(arch))
     return jax.eval_shape(model.init, jax.random.key(0))
+
+
+def other_of(arch: AnyArchitecture) -> str | None:
+    """The model of an architecture, if it is one of OTHERS."""
+    return next((name for name, module in OTHERS.items() if isinstance(arch, module.Architecture)), None)
 
 
 def load(
@@ -197,16 +217,19 @@ def load(
     entries = FAMILIES[family].entries(arch)
     target = abstract(arch)
     mapping.check(family, entries, shapes, target, FAMILIES[family].ignored)
-    sides = sides_of(family, arrays[found], arch) if (found := next(filter(shapes.get, TABLES), None)) else None
+    if isinstance(arch, uvit.Architecture):  # its table is learned
+        sides = arch.sides
+    else:
+        sides = sides_of(family, arrays[found], arch) if (found := next(filter(shapes.get, TABLES), None)) else None
     return Release(family, arch, sides, mapping.fill(family, entries, arrays, target))
 
 
-def position_table(arch: Architecture | mmdit.Architecture, grid: tuple[int, ...]) -> np.ndarray:
+def position_table(arch: AnyArchitecture, grid: tuple[int, ...]) -> np.ndarray:
     """The position table that a release stores, [n d]: a row of zeros for a class token, then those of the patches."""
     return np.pad(dit.position_table(grid, arch.width), ((int(arch.token_width is not None), 0), (0, 0)))
 
 
-def sides_of(family: str, table: np.ndarray, arch: Architecture | mmdit.Architecture) -> tuple[int, int]:
+def sides_of(family: str, table: np.ndarray, arch: AnyArchitecture) -> tuple[int, int]:
     """The height and width of the images whose position table [1 n d] a release stores. Of an MMDiT, the largest.
 
     ConfigError for another table than the fixed one: our network would not be the one that was trained.
@@ -228,12 +251,14 @@ def sides_of(family: str, table: np.ndarray, arch: Architecture | mmdit.Architec
 
 
 def export(
-    params: Params, family: str, arch: Architecture | mmdit.Architecture, sides: tuple[int, int] | None = None
+    params: Params, family: str, arch: AnyArchitecture, sides: tuple[int, int] | None = None
 ) -> dict[str, np.ndarray]:
     """Our parameters under the names of a family, C-contiguous float32; with `sides`, the position table it stores."""
     kind = FAMILIES[one_of("family", family, FAMILIES)]
-    if (kind.model == "mmdit") != isinstance(arch, mmdit.Architecture):
-        raise ConfigError(f"{family} cannot hold this network: one of them is an MMDiT, and the other is none")
+    if other_of(arch) != (kind.model if kind.model in OTHERS else None):
+        raise ConfigError(f"{family} cannot hold this network: it is a {other_of(arch) or 'dit'}")
+    if isinstance(arch, uvit.Architecture):
+        return mapping.written(kind.entries(arch), params)
     if isinstance(arch, mmdit.Architecture):
         table = position_table(arch, (arch.table, arch.table))
         return mapping.written(kind.entries(arch), params) | {"pos_embed": table[None]}

@@ -36,6 +36,7 @@ class Architecture(NamedTuple):
     table: int = mmdit.TABLE
 
     second_time, token_width, num_classes = False, None, None  # what it has not, see `dit_names.Architecture`
+    tokens = None  # of a text: any number
 
     @property
     def out_channels(self) -> int:

@@ -99,12 +99,14 @@ def test_what_is_not_a_release_is_refused_in_one_line(tmp_path, kind, words):
         pytest.param("official_dit", {}, marks=pytest.mark.slow),
         ("meanflow", {}),
         pytest.param("meanflow", {"solver": "euler", "cfg_scale": 2.0}, marks=pytest.mark.slow),
+        pytest.param("uvit_class", {"cfg_scale": 1.4}, marks=pytest.mark.slow),
     ],
 )
 def test_a_release_samples_at_once(tmp_path, name, options):
     family = name if name.startswith("official") else None
     side = 8 if name == "meanflow" else None  # which stores no position table
-    opened = trained.of_release(DATA / f"{name}.safetensors", family, 4, sides=side)
+    heads = 3 if name == "uvit_class" else 4
+    opened = trained.of_release(DATA / f"{name}.safetensors", family, heads, sides=side)
     source = trained.drawing(opened, overrides={"steps": 3} | options)
     folder = sample.run(source, num=2, labels=[1, 7], out=tmp_path)
     with np.load(folder / "samples.npz") as file:
