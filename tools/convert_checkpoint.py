@@ -58,7 +58,7 @@ def architecture(model: ConfigDict, space: Space) -> releases.AnyArchitecture:
     if model.name == "uvit":
         size = uvit_network.SIZES[model.size]._asdict()
         own = {name: value if model[name] is None else model[name] for name, value in size.items()}
-        own |= {name: model[name] for name in ("patch", "mlp_ratio", "qkv_bias", "time_mlp", "time_scale")}
+        own |= {name: model[name] for name in ("patch", "mlp_ratio", "qkv_bias", "time_mlp")}
         *sides, channels = space.shape
         grid, text = tuple(side // model.patch for side in sides), uvit_network.text_of(space.conditions)
         return uvit.Architecture(**own, channels=channels, grid=grid, num_classes=space.conditions.classes, text=text)
@@ -95,6 +95,8 @@ def of_run(workdir: str | Path, weights: str = "ema", trust: bool = False) -> tu
     if isinstance(arch, mmdit.Architecture) and skip != "none":
         raise ConfigError(f"config.model.skip = {skip!r}: no release of an MMDiT has skips")
     if (family := releases.other_of(arch)) is not None:
+        steps = found.experiment.config.objective.name == "ddpm"
+        family += "_discrete" if isinstance(arch, uvit.Architecture) and steps else ""
         sides = arch.sides if isinstance(arch, uvit.Architecture) else None
         return releases.Release(family, arch, sides, params), {weights: len(jax.tree.leaves(params))}
     arch = arch._replace(second_time="span" in inputs, token_width=inputs.get("token", (None,))[0])

@@ -244,18 +244,9 @@ class TimeEmbedding(Perceptron):
         self.frequencies = frequencies
 
     def __call__(self, t: Float[Array, " b"]) -> Float[Array, "b d"]:
-        return super().__call__(sinusoids(t, self.frequencies))
-
-
-def sinusoids(t: Float[Array, " b"], width: int) -> Float[Array, "b k"]:
-    """The cosines, then the sines, of t times width / 2 frequencies, from 1 down to almost 1 / 10000.
-
-    Their logarithms are rounded to float32 as in torch, so that the angles are the published ones at t = 1000 too.
-    """
-    half = width // 2
-    logs = np.float32(-np.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
-    angles = t.astype(jnp.float32)[:, None] * np.exp(logs.astype(np.float64)).astype(np.float32)
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+        half = self.frequencies // 2
+        angles = t.astype(jnp.float32)[:, None] * np.exp(-np.log(10000.0) * np.arange(half) / half).astype(np.float32)
+        return super().__call__(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1))
 
 
 class DiT(nnx.Module):

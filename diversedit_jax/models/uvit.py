@@ -94,6 +94,17 @@ class TimePerceptron(Perceptron):
         self.fc1, self.fc2 = linear(width, 4 * width), linear(4 * width, width)
 
 
+def sinusoids(t: Float[Array, " b"], width: int) -> Float[Array, "b k"]:
+    """The cosines, then the sines, of t times width / 2 frequencies, from 1 down to almost 1 / 10000.
+
+    Their logarithms are rounded to float32 as in torch: at t = 1000 one rounding of a frequency moves an angle by 6e-5.
+    """
+    half = width // 2
+    logs = np.float32(-np.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    angles = t.astype(jnp.float32)[:, None] * np.exp(logs.astype(np.float64)).astype(np.float32)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
 class UViT(nnx.Module):
     """(x_t, t, y) -> (prediction, features of the patches); see `make` for the options.
 
@@ -111,7 +122,6 @@ class UViT(nnx.Module):
         patch: int,
         conv: bool,
         time_mlp: bool,
-        time_scale: float,
         block: Callable[..., Block],
         stack: Stack,
         dtype,
@@ -140,7 +150,7 @@ class UViT(nnx.Module):
         self.final = linear(width, numbers)
         self.conv = Conv(axes, channels, rngs=rngs) if conv else None
         self.shape, self.text, self.patch, self.half, self.extras = shape, text, patch, half, extras
-        self.time_scale, self.stack, self.dtype, self.stream_dtype = time_scale, stack, dtype, stream_dtype
+        self.stack, self.dtype, self.stream_dtype = stack, dtype, stream_dtype
 
     def __call__(
         self, x_t: Float[Array, "b *s c"], t: Float[Array, " b"], y: Condition
@@ -178,7 +188,7 @@ class UViT(nnx.Module):
     def _embed(self, x_t: Float[Array, "b *s c"], t: Float[Array, " b"], y: Condition) -> Float[Array, "b m d"]:
         """The tokens with their positions: label, time, patches; or time, text, patches."""
         patches = self.patch_embed(dit.patchify(x_t, self.patch).astype(self.dtype))
-        time = dit.sinusoids(self.time_scale * t, patches.shape[-1])
+        time = sinusoids(t, patches.shape[-1])
         tokens = [(time if self.time_embed is None else self.time_embed(time))[:, None]]
         if self.label_embed is not None:
             tokens.insert(0, self.label_embed(y)[:, None])
@@ -218,7 +228,6 @@ def make(
     qkv_bias: bool = False,
     conv: bool | None = None,
     time_mlp: bool = False,
-    time_scale: float = 1.0,
     dtype: str = "float32",
     stream_dtype: str = "float32",
     remat: str = "named",
@@ -235,8 +244,8 @@ def make(
     qkv_bias: whether queries, keys and values have a bias.
     conv: a convolution over 3 elements along each axis at the end. None: as the size has it.
     time_mlp: an MLP between the sinusoids of the time and their token.
-    time_scale: the network is given this times t. The published networks take 999 t (`flow_matching` with the path
-        `vp`), or the step of a discrete diffusion as it is (1).
+
+    Its times are large: objective flow_matching needs time_scale = 999.0, and ddpm gives the steps.
 
     The other options: `models.dit.make`.
     """
@@ -252,7 +261,6 @@ def make(
     if width % 2:
         raise ConfigError(f"model.width = {width}: the sinusoids of the time need an even number")
     in_range("model.mlp_ratio", mlp_ratio, 1 / width, MANY / width)
-    in_range("model.time_scale", time_scale, above=0)
     shape, grid, half = tuple(space.shape), dit.grid_of(space.shape, patch), depth // 2
     for number in read_blocks:
         in_range("config.losses: block", number, 0, 2 * half + 1)
@@ -262,7 +270,7 @@ def make(
     unroll = sharding.platform() == "tpu" if unroll is None else unroll
     stack = Stack(tuple(sorted(set(read_blocks))), REMAT[remat], unroll)
     block = partial(Block, width, heads, mlp_ratio, qkv_bias, jnp.dtype(dtype), kernel)
-    options = (half, width, patch, conv, time_mlp, time_scale, block, stack, jnp.dtype(dtype), jnp.dtype(stream_dtype))
+    options = (half, width, patch, conv, time_mlp, block, stack, jnp.dtype(dtype), jnp.dtype(stream_dtype))
     build = partial(UViT, shape, classes, text, *options)
     model = functional(lambda rngs: build(rngs=rngs))
     return model._replace(blocks=blocks, rules=RULES, skips=dit.skips(2 * half + 1), grid=grid)

@@ -44,10 +44,11 @@ class Family(NamedTuple):
     double: bool = False
     model: str = "dit"
     objective: str = "flow_matching"
-    learns: Mapping[str, str] = {}
+    learns: Mapping[str, Any] = {}
 
 
-VP_NOISE = {"path": "vp", "prediction": "noise"}
+VP_NOISE = {"path": "vp", "prediction": "noise", "time_scale": 999.0}
+STEPS = {"betas": "scaled_linear", "first_step": 1, "learn_sigma": False}
 FAMILIES = {
     "sit": Family("SiT of REPA, SRA and DiverseDiT: t = 1 is noise"),
     "reg": Family("REG: a SiT of REPA with a class token beside the image", objective="reg"),
@@ -63,7 +64,10 @@ FAMILIES = {
     "meanflow": Family("official MeanFlow in JAX", dit_names.meanflow_names, ("net/pos_embed",), objective="mean_flow"),
     "meanflow_torch": Family("MeanFlow's port to torch (zhuyu-cs)", objective="mean_flow"),
     "mmdit": Family("MMDiT of REPA: text to image", mmdit.entries, ("pos_embed", "projectors."), model="mmdit"),
-    "uvit": Family("U-ViT: time and condition are tokens", uvit.entries, (), model="uvit", learns=VP_NOISE),
+    "uvit": Family("U-ViT in continuous time (ImageNet L, CIFAR)", uvit.entries, (), model="uvit", learns=VP_NOISE),
+    "uvit_discrete": Family(
+        "U-ViT in 1000 steps (ImageNet H, MS-COCO)", uvit.entries, (), model="uvit", objective="ddpm", learns=STEPS
+    ),
 }
 # Parts of a training file, the preferred first: PyTorch's, then those of the official MeanFlow.
 ENTRIES = ("ema", "model", "ema_params", "params")
@@ -114,7 +118,10 @@ def recognise(shapes: Shapes) -> str:
     parts = {re.split("[./]", name)[0] for name in shapes}
     marks = {"net": "meanflow", "transformer_blocks": "diffusers_dit"}
     marks |= {"r_embedder": "meanflow_torch", "cls_projectors2": "reg", "joint_blocks": "mmdit"}
-    marks |= {"in_blocks": "uvit"}
+    if "in_blocks" in parts:
+        raise ConfigError(
+            "a U-ViT of continuous time and one of steps have the same arrays: say --family=uvit or uvit_discrete"
+        )
     if {"transformer_blocks", "context_embedder"} <= parts:
         raise ConfigError(
             "this is Stable Diffusion 3 in the layout of diffusers, which is not read: it takes 1000 t and the joined "

@@ -18,7 +18,7 @@ TOKENS = 77  # of a text, in CLIP's layout
 
 
 class Architecture(NamedTuple):
-    """Everything that distinguishes one U-ViT from another. Shapes tell all of it but `heads` and `time_scale`.
+    """Everything that distinguishes one U-ViT from another. Shapes tell all of it but `heads`.
 
     depth: as in `uvit.make`. grid: patches along each axis: a learned position table holds no other.
     num_classes: 0 without labels, None with text. text: (tokens, width) of its features, None without.
@@ -36,7 +36,6 @@ class Architecture(NamedTuple):
     qkv_bias: bool = False
     conv: bool = True
     time_mlp: bool = False
-    time_scale: float = 999.0
 
     second_time, token_width, pooled = False, None, None  # what it has not, see `dit_names.Architecture`
 
@@ -59,7 +58,7 @@ class Architecture(NamedTuple):
     @property
     def options(self) -> dict[str, Any]:
         """The options of `uvit.make`."""
-        names = ("depth", "width", "heads", "patch", "mlp_ratio", "qkv_bias", "conv", "time_mlp", "time_scale")
+        names = ("depth", "width", "heads", "patch", "mlp_ratio", "qkv_bias", "conv", "time_mlp")
         return {name: getattr(self, name) for name in names}
 
 

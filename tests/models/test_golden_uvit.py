@@ -13,7 +13,7 @@ from diversedit_jax.api import Conditions, Space
 from diversedit_jax.config import slot
 from diversedit_jax.diffusion import paths
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.models import dit, uvit
+from diversedit_jax.models import uvit
 from diversedit_jax.objectives.flow_matching import ERRORS, regress
 from diversedit_jax.runs import trained
 from diversedit_jax.weights import dit as releases
@@ -39,9 +39,10 @@ def config(name):
     return json.loads((DATA / f"{name}_config.json").read_text())
 
 
-def release(name, file=""):
+def release(name, file="", family="uvit"):
     arrays = load_file(DATA / f"{name}{file}.safetensors")
-    return releases.load(arrays, {key: array.shape for key, array in arrays.items()}, heads=config(name)["num_heads"])
+    shapes = {key: array.shape for key, array in arrays.items()}
+    return releases.load(arrays, shapes, family, heads=config(name)["num_heads"])
 
 
 def condition(gold):
@@ -54,8 +55,8 @@ def space(arch):
 
 
 def network(arch, **options):
-    """Our model of an architecture. Times are given as the vectors have them."""
-    return models.make("uvit", space(arch), **arch.options | {"time_scale": 1.0} | options)
+    """Our model of an architecture."""
+    return models.make("uvit", space(arch), **arch.options, **options)
 
 
 def near(ours, theirs, tolerance):
@@ -98,17 +99,18 @@ def test_every_block_and_every_gradient_equal_the_reference(name, unroll):
 @pytest.mark.parametrize("name", ["uvit_class", *(pytest.param(name, marks=pytest.mark.slow) for name in CASES[1:])])
 def test_the_continuous_form_is_flow_matching_of_the_noise_on_vp(name):
     gold, found = numbers(name), release(name)
-    model = network(found.arch, time_scale=999.0).network(found.params)
-    assert found.model["time_scale"] == 999.0
-    assert found.objective == {"name": "flow_matching", "path": "vp", "prediction": "noise"}
+    model = network(found.arch).network(found.params)
+    assert found.objective == {"name": "flow_matching", "path": "vp", "prediction": "noise", "time_scale": 999.0}
+    steps = release(name, family="uvit_discrete").objective
+    assert steps == {"name": "ddpm", "betas": "scaled_linear", "first_step": 1, "learn_sigma": False}
     given = (gold["x0"], gold["eps"], gold["vp_t"], condition(gold))
-    forward = regress(model, path := paths.make("vp"), *given, ERRORS["noise"])
+    forward = regress(model, path := paths.make("vp"), *given, ERRORS["noise"], time_scale=999.0)
     near(forward.x_t, gold["vp_xt"], 1e-6)
     np.testing.assert_allclose(forward.loss, gold["vp_loss"], rtol=1e-5)
-    predicted, _ = model(gold["vp_xt"], gold["vp_t"], condition(gold))
+    predicted, _ = model(gold["vp_xt"], 999 * gold["vp_t"], condition(gold))
     near(predicted, gold["vp_noise_pred"], 1e-5)
     near(-predicted / path.sigma(gold["vp_t"])[:, None, None, None], gold["vp_score"], 1e-5)
-    near(dit.sinusoids(gold["tokens_t"], found.arch.width), gold["tokens"], 1e-5)
+    near(uvit.sinusoids(gold["tokens_t"], found.arch.width), gold["tokens"], 1e-5)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -140,17 +142,19 @@ def test_what_does_not_fit_is_one_line():
     shapes = {key: array.shape for key, array in arrays.items()}
     for heads, said in ((None, "width 48: give it with --heads=N"), (5, "heads = 5 does not divide the width 48")):
         with pytest.raises(ConfigError, match=said):
-            releases.load(arrays, shapes, heads=heads)
+            releases.load(arrays, shapes, "uvit", heads=heads)
+    with pytest.raises(ConfigError, match="have the same arrays: say --family=uvit or uvit_discrete"):
+        releases.load(arrays, shapes, heads=3)
     for family in ("sit", "mmdit"):
         with pytest.raises(ConfigError, match=f"{family} cannot hold this network: it is a uvit"):
             releases.export(found.params, family, found.arch)
     for sides in ((16, 16), (8, 9)):
         with pytest.raises(ConfigError, match=f"table is for images of 8 x 8, not of {sides[0]} x {sides[1]}"):
-            trained.of_release(DATA / "uvit_class.safetensors", heads=3, sides=sides)
+            trained.of_release(DATA / "uvit_class.safetensors", "uvit", heads=3, sides=sides)
 
 
 def test_analysis_opens_a_release_without_the_option_capture():
-    found = trained.of_release(DATA / "uvit_class.safetensors", heads=3, model={"capture": "merged"})
+    found = trained.of_release(DATA / "uvit_class.safetensors", "uvit", heads=3, model={"capture": "merged"})
     assert "capture" not in found.about["model"]
     assert found.experiment.components.model.skips.pairs == ((2, 4), (1, 5))
 
@@ -160,7 +164,7 @@ def test_the_side_of_the_images_says_how_long_a_text_is(tmp_path):
     arch = names.Architecture(2, 24, 2, 2, 3, grid=(4, 4), num_classes=None, text=(captioned.LENGTH, 16))
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), names.abstract(arch))
     save_file(releases.export(params, "uvit", arch), file := tmp_path / "uvit.safetensors")
-    given = {"heads": 2, "text_encoder": str(captioned.encoder())}
+    given = {"family": "uvit", "heads": 2, "text_encoder": str(captioned.encoder())}
     with pytest.raises(ConfigError, match=r"takes texts of 7 tokens at latents of 10 x 10, and .* have 16"):
         trained.of_release(file, **given)
     source = trained.drawing(trained.of_release(file, sides=8, **given), overrides={"steps": 2, "batch_size": 8})

@@ -18,7 +18,7 @@ TEXT = Conditions({"context": np.zeros((5, 6), np.float32)})
 
 
 def make(conditions=LABELS, read_blocks=(), shape=SHAPE, **options):
-    dims = {"depth": 4, "width": WIDTH, "heads": HEADS, "mlp_ratio": 2.0, "time_scale": 100.0} | options
+    dims = {"depth": 4, "width": WIDTH, "heads": HEADS, "mlp_ratio": 2.0} | options
     return models.make("uvit", Space(shape, conditions), {}, read_blocks, **dims)
 
 
@@ -27,7 +27,7 @@ def inputs(conditions=LABELS, b=BATCH, shape=SHAPE):
     y = jnp.arange(b) % 4 if conditions.classes else jnp.zeros(b, int)
     if conditions is TEXT:
         y = {"context": jax.random.normal(keys[0], (b, 5, 6))}
-    return jax.random.normal(keys[1], (b, *shape)), jnp.linspace(0.2, 0.9, b), y
+    return jax.random.normal(keys[1], (b, *shape)), jnp.linspace(20.0, 90.0, b), y
 
 
 def loop(params, x_t, t, y, *, half):
@@ -48,7 +48,7 @@ def loop(params, x_t, t, y, *, half):
         x = x + linear(p["proj"], out.reshape(x.shape))
         return x + linear(p["fc2"], jax.nn.gelu(linear(p["fc1"], norm(p["norm2"], x)), approximate=False))
 
-    angles = 100.0 * t[:, None] * 10000.0 ** -(np.arange(WIDTH // 2) / (WIDTH // 2))
+    angles = t[:, None] * 10000.0 ** -(np.arange(WIDTH // 2) / (WIDTH // 2))
     time = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1)
     if "time_embed" in params:
         time = linear(params["time_embed"]["fc2"], jax.nn.silu(linear(params["time_embed"]["fc1"], time)))
@@ -199,7 +199,6 @@ def test_it_computes_the_same_on_eight_devices(sizes):
         ({"width": 9, "heads": 3}, "model.width = 9: the sinusoids of the time need an even number"),
         ({"depth": 1}, "model.depth = 1: must be"),
         ({"patch": 3}, "model.patch = 3 does not divide 8 x 4"),
-        ({"time_scale": 0.0}, "model.time_scale = 0.0: must be more than 0"),
         ({"conditions": Conditions(np.zeros(4))}, "model uvit takes labels or features of text"),
         ({"read_blocks": (6,)}, "config.losses: block = 6"),
     ],
