@@ -11,6 +11,7 @@ import math
 import os
 import stat
 import struct
+import threading
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,9 @@ METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of compression in a zip
 # A member of a zip may unpack to INFLATED bytes, a larger one to RATIO times its size. dataset.json has about 10 times.
 INFLATED, RATIO = 1 << 24, 32
 NPY_VERSIONS = ((1, 0), (2, 0), (3, 0))
+# numpy reads headers by Python's parser. In Python 3.11 two threads in it get a SystemError if one of them collects
+# garbage there and runs a callback, such as that of jax.
+PARSER = threading.Lock()
 BLOCK = 1 << 22
 
 
@@ -152,7 +156,8 @@ def npy_header(file: io.BufferedIOBase, nbytes: int) -> tuple[tuple[int, ...], s
             raise ValueError(f"version {version}")
         form = np.lib.format
         header = form.read_array_header_1_0 if version == (1, 0) else form.read_array_header_2_0
-        shape, fortran, dtype = header(file)
+        with PARSER:
+            shape, fortran, dtype = header(file)
     except OSError:
         raise
     except Exception as error:  # Python's parser raises many kinds, also MemoryError for what is nested too deeply

@@ -2,10 +2,13 @@
 
 import ast
 import errno
+import gc
 import io
 import os
+import sys
 import tracemalloc
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -145,3 +148,21 @@ def test_an_error_is_one_line_whatever_it_quotes():
     error = DataError("no image a\nb\x1b[31m\ud800é")
     assert str(error) == r"no image a\nb\x1b[31m\ud800é"
     assert str(error).isprintable()
+
+
+def test_threads_may_read_headers_while_garbage_is_collected():
+    """On Python 3.11 some were refused: jax has such a callback, too."""
+    file = io.BytesIO()
+    np.save(file, np.zeros((8, 4, 4), np.float32))
+    before, interval = gc.get_threshold(), sys.getswitchinterval()
+    gc.callbacks.append(callback := lambda *given: sum(range(50)))
+    gc.set_threshold(5, 2, 2)
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda _: parse_npy(file.getvalue()).shape, range(2_000)))
+    finally:
+        gc.callbacks.remove(callback)
+        gc.set_threshold(*before)
+        sys.setswitchinterval(interval)
+    assert found == [(8, 4, 4)] * 2_000
