@@ -14,16 +14,17 @@ a chip, 1,192 to 3,233 images/s, 0.1 to 0.4 days (tools/benchmark/records/pod_pl
 Expected: FID after 150K steps of 256 images with guidance 2 at all times. Papers say, by Euler with 50 steps (`ODE`)
 and by SDE with 250:
 
-    | variant        | ODE          | SDE          | from                            |
-    |----------------|--------------|--------------|---------------------------------|
-    | coco           | 5.86 to 6.05 | 5.26 to 5.30 | REPA, HASTE, SRA                |
-    | coco,repa      | 4.60 to 4.73 | 4.14 to 4.16 | REPA, HASTE, SRA                |
-    | coco,sra       | 4.74 to 4.85 |              | SRA; its blocks are not published |
-    | coco,diversedit |             |              | nobody has published it         |
+    | variant         | ODE          | SDE          | from                              |
+    |-----------------|--------------|--------------|-----------------------------------|
+    | coco            | 5.86 to 6.05 | 5.26 to 5.30 | REPA, HASTE, SRA                  |
+    | coco,repa       | 4.60 to 4.73 | 4.14 to 4.16 | REPA, HASTE, SRA                  |
+    | coco,sra        | 4.74 to 4.85 |              | SRA; its blocks are not published |
+    | coco,diversedit |              |              | nobody has published it           |
 
-The same row differs between papers by as much as methods differ within one: compare with a baseline of your own. REPA's
-code has torch's initialisation (--config.model.init=torch), here blocks begin as the identity. Its recipe has float16
-and up to 400K steps in the script, 150K in the paper. Images are not mirrored, because captions name left and right.
+HASTE's guidance is 2.25. The same row differs between papers by as much as methods differ within one: compare with a
+baseline of your own. REPA's code has torch's initialisation (--config.model.init=torch), here blocks begin as the
+identity. Its recipe has float16 and up to 400K steps in the script, 150K in the paper. Images are not mirrored, because
+captions name left and right. With `uvit` the text encoder is for prompts alone: training reads the stored features.
 """
 
 from ml_collections import ConfigDict

@@ -41,7 +41,7 @@ CHOSEN = ["diversedit:xl2,512", "dit:", "repa:l2,diversedit", "repa:dinov2@5,mae
 CHOSEN += ["mean_flow:xl2,diversedit", "reg:b2", "photos:", "mmdit:repa,diversedit"]
 OTHERS = ["default:", "digits:", "diversedit:b2,gated", "dit:512", "reg:xl2", "reg:xl2,diversedit", "reg:b2,512"]
 OTHERS += [f"mmdit:coco{method}" for method in ("", ",repa", ",sra", ",disp", ",diversedit", ",sra,disp")]
-OTHERS += ["captioned_digits:"]
+OTHERS += ["captioned_digits:", "mmdit:uvit,repa"]
 OTHERS += [f"{name}:{size},{side}" for name in RECIPES for size in ("b2", "l2", "xl2") for side in (256, 512)]
 OTHERS += [f"{name}:{size},diversedit" for name in RECIPES[2:] for size in ("b2", "l2", "xl2")]
 VARIANTS = CHOSEN + [pytest.param(name, marks=pytest.mark.slow) for name in OTHERS if name not in CHOSEN]
