@@ -18,7 +18,7 @@ class Dataset(NamedTuple):
     transform: (example, np.random.Generator) -> example; None if nothing is random.
     space:     shape and conditions of an example. For stored latents: the shape of the latents.
     scale:     by which the latents must be multiplied; the codec must have the same. None: unknown.
-    text:      of the tokenizer of conditions that are token ids: `sha256` of its files, number of words in its
+    text:      of the tokenizer of conditions that are token ids: `sha256` of their content, number of words in its
                `vocabulary`, `length` of a text. None: conditions are something else.
     """
 

@@ -21,7 +21,7 @@ Every record has `moments`, and either `label` or `tokens`. It may have the othe
 
 latents.json beside them is optional. It says how they were made: `format`, `moments` (mean_std), `shape` [h w c],
 `classes` (names by label; null: none, every label is 0), `vae` with its `scale`, `resolution`, `crop`, checksums of the
-shards. With `tokens` it is required, and its `captions` say what made them: `sha256` of the tokenizer's files, number
+shards. With `tokens` it is required, and its `captions` say what made them: `sha256` of the tokenizer's content, number
 of words in the `vocabulary`, `length` n, ids of the `start` and of the `end`, which also fills the places behind it.
 tools/prepare_latents.py writes it last: a directory with plan.json and without latents.json is unfinished.
 
