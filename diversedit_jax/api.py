@@ -47,10 +47,15 @@ class Conditions(NamedTuple):
 
 
 class Space(NamedTuple):
-    """The space of the examples. shape: (*spatial, channels) of one example."""
+    """The space of the examples.
+
+    shape: (*spatial, channels) of one example.
+    video: the first spatial axis is time.
+    """
 
     shape: tuple[int, ...]
     conditions: Conditions
+    video: bool = False
 
 
 @jax.tree_util.register_pytree_node_class

@@ -21,7 +21,7 @@ def network_space(codec: Codec, stored: Space) -> Space:
     """The network's space for stored examples of a space. Its null condition is only a shape."""
     conditions = stored.conditions
     null = jax.eval_shape(lambda frozen: null_condition(codec, frozen, conditions.null), jax.eval_shape(codec.init))
-    return Space(codec.shape(stored.shape), Conditions(null, conditions.classes))
+    return Space(codec.shape(stored.shape), Conditions(null, conditions.classes), stored.video)
 
 
 def encoded(codec: Codec, frozen: Params, batch: Batch, key: Array) -> Batch:

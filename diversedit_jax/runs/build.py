@@ -352,6 +352,7 @@ def to_json(space: Space) -> dict[str, Any]:
     """A space as plain data, for a checkpoint: sampling then needs no data set."""
     null, classes, names = space.conditions
     stored = {"shape": list(space.shape), "num_classes": classes} | ({"class_names": list(names)} if names else {})
+    stored |= {"video": True} if space.video else {}
     if classes is None:
         arrays = jax.tree.map(np.asarray, null)
         stored["null"] = jax.tree.map(lambda x: [x.dtype.name, list(x.shape), x.ravel().tolist()], arrays)
@@ -365,8 +366,8 @@ def from_json(stored: Mapping[str, Any]) -> Space:
         dtype, shape, values = leaf
         return np.array(values, dtype).reshape(shape)
 
-    shape, classes = tuple(stored["shape"]), stored["num_classes"]
+    shape, classes, video = tuple(stored["shape"]), stored["num_classes"], stored.get("video", False)
     if classes is not None:
-        return Space(shape, Conditions.labels(classes, stored.get("class_names", ())))
+        return Space(shape, Conditions.labels(classes, stored.get("class_names", ())), video)
     null = jax.tree.map(array, stored["null"], is_leaf=lambda node: isinstance(node, list))
-    return Space(shape, Conditions(null))
+    return Space(shape, Conditions(null), video)
