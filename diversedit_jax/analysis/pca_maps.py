@@ -12,7 +12,7 @@ from diversedit_jax.analysis.features import Learned, features
 from diversedit_jax.api import Batch
 from diversedit_jax.codecs import encoded
 from diversedit_jax.runs.build import Experiment
-from diversedit_jax.runtime.pictures import as_pictures
+from diversedit_jax.runtime.pictures import as_pictures, spaced
 
 
 class Maps(NamedTuple):
@@ -57,6 +57,8 @@ def principal(
     maps = as_pictures(_as_levels(scores, axis=(1, 2)).reshape(-1, *grid, 3))
     if images.dtype != np.uint8:  # latents: show the first channels
         images = _as_levels(images[..., :3] if images.shape[-1] >= 3 else images[..., :1])
+    if images.ndim == 5:  # as many frames or slices as the maps have
+        images = images[:, spaced(images.shape[1], grid[0])]
     return Maps(as_pictures(images), maps.reshape(len(scores), -1, *maps.shape[1:]), explained)
 
 
