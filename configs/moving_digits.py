@@ -10,13 +10,13 @@ def get_config() -> ConfigDict:
     """A DiverseDiT on 8 frames of 16 x 16 pixels."""
     config = default.get_config()
     config.total_steps = 2_500
-    config.batch_size = 64
+    config.batch_size = 32
     config.data = slot("data", "moving_digits")
     config.codec = slot("codecs", "pixels")
-    config.model.update({"depth": 4, "width": 96, "heads": 4, "patch": 4, "skip": "release"})
+    config.model.update({"depth": 4, "width": 64, "heads": 4, "patch": 4, "skip": "release"})
     config.objective.time = "logit_normal"
     config.losses.diversity = slot("losses", "diversity", preset="release")
-    config.optim.update({"learning_rate": 3e-3, "decay": "cosine", "warmup_steps": 50})
+    config.optim.update({"learning_rate": 4e-3, "decay": "cosine", "warmup_steps": 50})
     config.ema_decay = 0.995
     config.log_every = 100
     config.checkpoint.update({"every": 500, "keep_every": 0})

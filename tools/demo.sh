@@ -3,13 +3,15 @@ set -euo pipefail
 
 usage() {
   cat <<'USAGE'
-Usage: bash tools/demo.sh [captioned_digits] [options of diversedit_jax.train, such as --config.total_steps=200]
+Usage: bash tools/demo.sh [RECIPE] [options of diversedit_jax.train, such as --config.total_steps=200]
 
 Installs what is needed and trains the default model on handwritten digits, then says where the samples are.
-With captioned_digits: a text-to-image model, on digits by colour, size and place.
+RECIPE:
+  captioned_digits      a text-to-image model, on digits by colour, size and place
+  moving_digits         a model of videos, on digits that move and bounce
 
-  WORKDIR=DIR           where the run is kept (default: runs/digits in the repository, or runs/captioned_digits); a run
-                        found there is resumed
+  WORKDIR=DIR           where the run is kept (default: runs/RECIPE in the repository, or runs/digits); a run found there
+                        is resumed
   PYTHON, DIVERSEDIT_EXTRAS, DIVERSEDIT_LATEST: see tools/environment.sh
 USAGE
 }
@@ -20,10 +22,10 @@ if [[ ${1:-} == --help || ${1:-} == -h ]]; then
 fi
 
 recipe=digits extras=""
-if [[ ${1:-} == captioned_digits ]]; then
-  recipe=$1 extras=text
-  shift
-fi
+case ${1:-} in
+  captioned_digits) recipe=$1 extras=text && shift ;;
+  moving_digits) recipe=$1 && shift ;;
+esac
 
 # shellcheck source-path=SCRIPTDIR source=environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

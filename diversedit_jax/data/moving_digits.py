@@ -1,8 +1,8 @@
 """Handwritten digits that move: videos of 8 frames, 16 x 16 pixels, that need no download.
 
-A digit of `data.digits` moves at constant velocity over a black frame and bounces off its walls. Of each digit there
-are all videos: from every place, at 1 or 2 pixels a frame up or down, and as fast or not left or right. So places and
-speeds are never drawn at random, and a run can resume exactly.
+A digit of `data.digits` moves over a black frame, 2 pixels a frame along both axes, and bounces off its walls. Of each
+digit there are all 64 videos: in every direction, from every place with even row and column. So nothing is drawn at
+random, and a run can resume exactly.
 """
 
 from dataclasses import dataclass
@@ -17,24 +17,22 @@ from diversedit_jax.data import Dataset, digits
 FRAMES, SIDE = 8, 16
 SHAPE = (FRAMES, SIDE, SIDE, 1)
 FREE = SIDE - digits.SHAPE[0]  # the first row or column of a digit is 0 .. FREE
-SPEEDS = (1, 2)  # pixels a frame, along each axis
+SPEED = 2  # pixels a frame, along each axis
 VERTICAL, HORIZONTAL = ("up", "down"), ("left", "right")
 CLASSES = tuple(f"{digit} {row} {column}" for digit in range(10) for row in VERTICAL for column in HORIZONTAL)
 
 
-def path(place: int, velocity: int) -> Int[np.ndarray, "8"]:
-    """The places, 0 .. FREE, of something in each frame. It starts at `place` and turns round at both ends."""
-    there_and_back = (place + velocity * np.arange(FRAMES)) % (2 * FREE)
+def paths(sign: int) -> Int[np.ndarray, "4 8"]:
+    """The places, 0 .. FREE, in each frame along one axis, of all that goes this way, -1 or 1, at first.
+
+    It starts at an even place and turns round at both ends.
+    """
+    starts = np.arange(0, FREE, SPEED) + (SPEED if sign < 0 else 0)
+    there_and_back = (starts[:, None] + sign * SPEED * np.arange(FRAMES)) % (2 * FREE)
     return FREE - np.abs(FREE - there_and_back)
 
 
-def paths(sign: int) -> list[Int[np.ndarray, "8"]]:
-    """All paths that go this way, -1 or 1, from the first frame to the second."""
-    moves = [(place, sign * speed) for speed in SPEEDS for place in range(FREE + 1)]
-    return [path(place, velocity) for place, velocity in moves if 0 <= place + velocity <= FREE]
-
-
-PATHS = np.array([paths(-1), paths(1)])  # [2 15 8], along one axis
+PATHS = np.stack([paths(-1), paths(1)])
 KINDS = (2, 2, PATHS.shape[1], PATHS.shape[1])  # down?, right?, vertical path, horizontal path
 
 
@@ -80,7 +78,7 @@ def examples(split: str, data_dir: str | Path | None = None) -> MovingDigits:
 def make(split: str, *, data_dir: str | None = None) -> Dataset:
     """The moving digits: `x` float32 [8 16 16 1] in [-1, 1], and `y` int32, one of 40 classes such as `3 up left`.
 
-    `train` has 900 videos of each of 1,437 digits, `test` of each of 360 others, in a random order, always the same.
+    `train` has 64 videos of each of 1,437 digits, `test` of each of 360 others, in a random order, always the same.
     data_dir: as in `data.digits`.
     """
     space = Space(SHAPE, Conditions.labels(len(CLASSES), CLASSES), video=True)
