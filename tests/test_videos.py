@@ -107,9 +107,11 @@ def test_maps_of_features_stand_beside_as_many_frames(workdir):
     parts = found.experiment.components
     batch = jax.tree.map(np.asarray, stacked([found.data("test").source[i] for i in range(4)]))
     maps = pca_maps.principal(found.experiment, {"params": found.load(8)}, parts.codec.init(), batch, 0.5, count=2)
-    time, high, wide = parts.model.grid
-    assert maps.maps.shape == (4, 2, high, time * wide, 3)
-    assert maps.images.shape == (2, 16, time * 16, 1)
+    side = 3 * 34 + 2  # 8 frames in three columns and rows, 32 pixels each
+    assert maps.maps.shape == (4, 2, side, side, 3)
+    assert maps.images.shape == (2, side, side, 1)
+    seen = maps.images[:, 2:34:2, 2:34:2]
+    np.testing.assert_array_equal(seen, np.round((batch["x"][:2, 0] + 1) * 127.5).astype(np.uint8))
 
 
 @pytest.mark.slow
