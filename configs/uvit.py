@@ -24,15 +24,15 @@ Expected: FID after the authors' steps (their README). Methods have no published
 The authors sample l2 and l4 with the plain DPM-Solver, which extrapolates the noise; here they have DPM-Solver++, too,
 which extrapolates the data. Their guidance s is 1 + s here. The scores are of pytorch-fid with statistics of their own.
 They train in float16, do not clip gradients (so does this recipe), and keep the best of several checkpoints.
-h2 and h4 learnt on latents of `autoencoder_kl_ema.pth`, the others on those of `autoencoder_kl.pth`.
+h2 and h4 were trained on latents of `autoencoder_kl_ema.pth`, the others on those of `autoencoder_kl.pth`.
 
 `coco` multiplies latents by 0.23010 instead of 0.18215. An autoencoder whose config.json says 0.18215, and latents that
 were made with it, are refused at 0.23010: encode and decode with a bare file such as the authors', or set
 --config.codec.scale=0.18215.
 
-U-ViT has long skip connections of its own, so `diversedit` adds the diversity loss alone; --config.model.skip=paper puts
-DiverseDiT's LayerNorm into them. With them blocks differ from the start, and the adaptive weight switches most of the
-loss off: at initialisation the weight is about 0.4, and 1 on SiT. Watch `diversity/weight`, and compare `diversedit`
+U-ViT has long skip connections of its own, so `diversedit` adds the diversity loss alone; --config.model.skip=paper
+puts DiverseDiT's LayerNorm into them. With them blocks differ from the start, and the adaptive weight switches most of
+the loss off: at initialisation it is 0.3 to 0.5, and 1 on SiT. Watch `diversity/weight`, and compare `diversedit`
 (weight by the released thresholds) with `diversedit_const` (constant weight 0.001).
 """
 

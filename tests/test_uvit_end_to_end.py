@@ -19,6 +19,7 @@ from diversedit_jax.runs import trained
 from diversedit_jax.runtime import cli
 from diversedit_jax.weights import dit as releases
 from tests import ROOT, captioned, test_train, untrained, whole_clip
+from tests.data import test_captioned_latents
 from tests.test_train import assert_same_bits, losses, records
 from tools import convert_checkpoint
 from tools.chaos.processes import Processes
@@ -143,6 +144,9 @@ def test_a_file_of_its_authors_layout_samples_as_the_run_does(kind, straight, re
     latents = theirs.sampler(theirs.params, theirs.frozen, y, 0)
     np.testing.assert_allclose(np.clip(np.round((latents + 1) * 127.5), 0, 255), wanted, atol=1)
     assert wanted.std() > 1
+    if kind == "text":
+        with np.load(sample.run(theirs, prompts=["a red bus", ""], out=tmp_path) / "samples.npz") as file:
+            assert file["arr_0"].shape == (2, 8, 8, 3)
 
 
 @pytest.mark.slow
@@ -155,6 +159,21 @@ def test_a_run_starts_from_a_file_of_its_authors_layout(kind, straight, released
     arrays = releases.export(release.params, release.family, release.arch)
     for name, array in load_file(released).items():
         np.testing.assert_array_equal(arrays[name], array, err_msg=name)
+
+
+@pytest.mark.slow
+def test_the_recipe_trains_on_folders_of_its_authors_scripts(tmp_path):
+    config, given = tiny("text", total_steps=2), recipe.get_config("coco,stored")
+    config.data, config.codec, config.text_encoder = given.data, given.codec, None
+    config.data.update({"data_dir": str(test_captioned_latents.uvit(tmp_path / "set")), "kind": "logvar"})
+    config.model.patch = 3
+    train.run(config, tmp_path / "run")
+    assert all(map(np.isfinite, losses(tmp_path / "run").values()))
+    found = trained.of_run(tmp_path / "run")
+    assert found.experiment.config.codec.scale == 0.2301
+    source = trained.drawing(found)
+    latents = source.sampler(source.params, source.frozen, sample.conditions(source, 4, 0), 0)
+    assert (latents.shape, latents.dtype) == ((4, 3, 6, 4), np.float32)
 
 
 def test_connections_that_no_release_has_are_refused(tmp_path):
