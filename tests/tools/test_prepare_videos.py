@@ -1,6 +1,7 @@
 """Preparing latents of videos: a record for each clip, with the moments of its frames, as for images."""
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,14 @@ import pytest
 from PIL import Image
 
 from diversedit_jax import codecs, data
+from diversedit_jax.codecs.vae import mean_encoder
 from diversedit_jax.data import videos
 from diversedit_jax.errors import ConfigError, DataError
 from diversedit_jax.models import vae
 from diversedit_jax.runtime.files import write_json
 from diversedit_jax.weights import vae as published
 from tests.data.test_videos import folder_of_frames, frames, moving_picture, tar, write
-from tests.tools.test_prepare_latents import ARCH, SIZE, content
+from tests.tools.test_prepare_latents import ARCH, SIZE, content, killed_and_run_again
 from tools import latent_shards, prepare_latents
 from tools.prepare_latents import Options
 
@@ -102,6 +104,13 @@ def test_the_way_back_decodes_each_frame_as_an_image(home, straight):
         np.testing.assert_array_equal(found[:, frame], decode(codec.init(), x[:, frame]))
 
 
+def test_videos_that_are_given_become_latents_frame_by_frame(home, encoded):
+    clips = np.stack([crops(key) for key in ("run/a#0", "run/c#0")])
+    x = mean_encoder(str(home / "vae"), 0.5, 0.25, chunk=2)(clips)
+    wanted = np.stack([(np.split(encoded(clip), 2, axis=-1)[0] - 0.25) * 0.5 for clip in clips])
+    np.testing.assert_allclose(x, wanted, rtol=1e-4, atol=1e-5)  # another order of sums
+
+
 def test_the_report_and_the_picture_show_what_became_of_the_videos(home, straight, capsys):
     report = json.loads((straight / "report.json").read_text())
     assert (report["videos"], report["videos_read"], report["records"]) == (6, 4, 6)
@@ -163,6 +172,17 @@ def test_what_is_done_is_not_done_again(home, straight, tmp_path, monkeypatch):
     assert content(tmp_path) == content(straight)
     with pytest.raises(ConfigError, match=r"holds a set with other settings \(.*interval: 2 there, 1 given"):
         prepare(home, tmp_path, interval=1)
+
+
+def command(home, out):
+    arguments = [home / "videos", out, f"--vae={home / 'vae'}", "--size=16", "--per_shard=1", "--batch_size=3"]
+    flags = [f"--frames={FRAMES}", f"--interval={INTERVAL}", "--windows=all"]
+    return [sys.executable, "-m", "tools.prepare_latents", *map(str, arguments), *flags]
+
+
+@pytest.mark.slow
+def test_killed_it_goes_on_to_the_same_set(home, tmp_path):
+    killed_and_run_again(home, tmp_path, 2, command)
 
 
 def test_a_clip_may_be_longer_than_a_batch(home, straight, tmp_path):
