@@ -300,7 +300,9 @@ def _ffmpeg(file: io.BufferedIOBase) -> Iterator[Frame]:
     if file.seek(0, io.SEEK_END) < _announced(file):
         raise DataError("it is truncated")
     file.seek(0)
-    with _decoding(), _av().open(file, options=CONTAINER, metadata_errors="replace") as container:
+    old = int(_av().__version__.partition(".")[0]) < 19  # it refuses tags that are not UTF-8
+    tags = {"metadata_errors": "replace"} if old else {}
+    with _decoding(), _av().open(file, options=CONTAINER | CODEC, **tags) as container:
         stream = container.streams.best("video")
         if stream is None or stream.codec_context is None:
             raise DataError("it holds no video that can be decoded")

@@ -38,13 +38,14 @@ def middle(video: np.ndarray) -> np.ndarray:
     return video[:, :, 8:40]
 
 
-def write(path, video, codec=None, pixels=None, options=None, **container):
+def write(path, video, codec=None, pixels=None, options=None, title=None, **container):
     """A video file; without loss if no codec is given."""
     av = pytest.importorskip("av")
     if codec is None:
         codec, pixels, options = LOSSLESS[path.suffix]
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", options=container) as file:
+        file.metadata.update({"title": title} if title else {})
         stream = file.add_stream(codec, rate=25, options=options or {})
         (stream.height, stream.width), stream.pix_fmt = video.shape[1:3], pixels
         for one in video:
@@ -265,6 +266,14 @@ def test_what_is_no_video_is_refused_and_no_other_file_is_opened(content, words,
     found = videos.open_videos(tmp_path, unconditional=True)
     with pytest.raises(DataError, match=words):
         videos.clips(found, found.keys.index("list.mp4"), Sampling(1), SIZE)
+
+
+def test_a_title_in_another_alphabet_does_no_harm(tmp_path):
+    path = write(tmp_path / "a.avi", frames(0), title="cafe")
+    content = path.read_bytes()
+    assert content.count(b"cafe") == 1
+    path.write_bytes(content.replace(b"cafe", b"caf\xe9"))
+    np.testing.assert_array_equal(only(tmp_path), [middle(frames(0))])
 
 
 def test_a_file_of_sound_alone_is_refused(tmp_path):
