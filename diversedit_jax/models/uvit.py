@@ -27,6 +27,7 @@ from diversedit_jax.registry import MANY, in_range, one_of
 
 EPS = 1e-5  # of every LayerNorm
 KERNEL = KERNELS["trunc_normal"]  # of every Linear, and of the position table
+FORMS = ("uvit", "paper")  # of the long skip connections, names in `dit.SKIPS`
 
 # As those of `dit`.
 RULES = (
@@ -109,7 +110,7 @@ class UViT(nnx.Module):
     """(x_t, t, y) -> (prediction, features of the patches); see `make` for the options.
 
     classes: of labels; 0 for no label, None for text. text: (tokens, width) of its features, None without.
-    block: builds one Block from `rngs`.
+    block, merge: build one Block and one Merge from `rngs`.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class UViT(nnx.Module):
         conv: bool,
         time_mlp: bool,
         block: Callable[..., Block],
+        merge: Callable[..., Merge],
         stack: Stack,
         dtype,
         stream_dtype,
@@ -144,8 +146,7 @@ class UViT(nnx.Module):
         self.ins = stacked(lambda rngs: block(rngs=rngs), half, rngs)
         self.mid = stacked(lambda rngs: block(rngs=rngs), 1, rngs)
         self.outs = stacked(lambda rngs: block(rngs=rngs), half, rngs)
-        form = SKIPS["uvit"]
-        self.merges = stacked(lambda rngs: Merge(width, form.norm, form.init, dtype, rngs=rngs), half, rngs)
+        self.merges = stacked(lambda rngs: merge(rngs=rngs), half, rngs)
         self.norm = nnx.LayerNorm(width, rngs=rngs)
         self.final = linear(width, numbers)
         self.conv = Conv(axes, channels, rngs=rngs) if conv else None
@@ -228,6 +229,7 @@ def make(
     qkv_bias: bool = False,
     conv: bool | None = None,
     time_mlp: bool = False,
+    skip: str = "uvit",
     dtype: str = "float32",
     stream_dtype: str = "float32",
     remat: str = "named",
@@ -244,6 +246,9 @@ def make(
     qkv_bias: whether queries, keys and values have a bias.
     conv: a convolution over 3 elements along each axis at the end. None: as the size has it.
     time_mlp: an MLP between the sinusoids of the time and their token.
+    skip: how an out block takes the output of its partner. `uvit`: by a Linear over both. `paper`: by DiverseDiT's form
+        (Eq. 8), with a LayerNorm before the Linear, which no published network has. DiverseDiT connects the same pairs
+        of blocks: it adds no connections of its own, and its other forms are refused.
 
     Its times are large: objective flow_matching needs time_scale = 999.0, and ddpm gives the steps.
 
@@ -253,6 +258,7 @@ def make(
     one_of("model.remat", remat, REMAT)
     one_of("model.dtype", dtype, FLOATS)
     one_of("model.stream_dtype", stream_dtype, FLOATS)
+    form = SKIPS[one_of("model.skip", skip, FORMS)]
     changes = {"depth": depth, "width": width, "heads": heads, "conv": conv}
     dims = SIZES[one_of("model.size", size, SIZES)]
     dims = dims._replace(**{name: value for name, value in changes.items() if value is not None})
@@ -271,7 +277,8 @@ def make(
     unroll = sharding.platform() == "tpu" if unroll is None else unroll
     stack = Stack(tuple(sorted(set(read_blocks))), REMAT[remat], unroll)
     block = partial(Block, width, heads, mlp_ratio, qkv_bias, jnp.dtype(dtype), kernel)
-    options = (half, width, sides, conv, time_mlp, block, stack, jnp.dtype(dtype), jnp.dtype(stream_dtype))
+    merge = dit.merging(form, width, jnp.dtype(dtype))
+    options = (half, width, sides, conv, time_mlp, block, merge, stack, jnp.dtype(dtype), jnp.dtype(stream_dtype))
     build = partial(UViT, shape, classes, text, *options)
     model = functional(lambda rngs: build(rngs=rngs))
     return model._replace(blocks=blocks, rules=RULES, skips=dit.skips(2 * half + 1), grid=grid)

@@ -228,7 +228,7 @@ def of_release(
     if data is not None and data["name"] in ("digits", "images", "synthetic"):
         codec = slot("codecs", "pixels", **_given(rounding=rounding))
     else:
-        codec = slot("codecs", "vae", **_given(vae=vae, rounding=rounding))
+        codec = slot("codecs", "vae", scale=release.scale, **_given(vae=vae, rounding=rounding))
     config = ConfigDict({"data": dict(data or {}), "encoders": {}, "losses": {}, "ema_decay": 0.0, "accumulate": 1})
     config.codec, config.objective = codec, slot("objectives", **release.objective)
     config.model = slot("models", **release.model)

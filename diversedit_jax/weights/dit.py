@@ -100,6 +100,11 @@ class Release(NamedTuple):
         width = {} if self.arch.token_width is None else {"width": self.arch.token_width}
         return {"name": FAMILIES[self.family].objective, **FAMILIES[self.family].learns, **width}
 
+    @property
+    def scale(self) -> float:
+        """By which its latents are multiplied. U-ViT has a number of its own for MS-COCO, its only texts."""
+        return 0.23010 if isinstance(self.arch, uvit.Architecture) and self.arch.text else 0.18215
+
     def sized(self, sides: tuple[int, int] | None) -> "Release":
         """The release for examples of this height and width; None: as it stores them. ConfigError if it cannot."""
         if sides is None:
