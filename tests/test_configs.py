@@ -89,9 +89,8 @@ def latents(tmp_path_factory):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_one_step_traces_at_full_size(name, latents):
     config = recipe(name)
-    side = {"digits:": 8, "moving_digits:": 8, "captioned_digits:": 16}.get(
-        name, 64 if re.search("512|[hl]4", name) else 32
-    )
+    fixed = {"digits:": 8, "moving_digits:": 8, "captioned_digits:": 16}
+    side = fixed.get(name, 64 if re.search("512|[hl]4", name) else 32)
     side = 16 if name.startswith("video:") else side  # the frames of a clip
     if config.data.name == "latents":
         config.data.data_dir = latents[side]
