@@ -1,8 +1,8 @@
-"""Handwritten digits that move: videos of 8 frames, 16 x 16 pixels, that need no download.
+"""Handwritten digits that move: videos of 6 frames, 20 x 20 pixels, that need no download.
 
-A digit of `data.digits` moves over a black frame, 2 pixels a frame along both axes, and bounces off its walls. Of each
-digit there are all 64 videos: in every direction, from every place with even row and column. So nothing is drawn at
-random, and a run can resume exactly.
+A digit of `data.digits` moves over a black frame, 4 pixels a frame along both axes, and bounces off its walls. It is
+always at one of 4 x 4 places, so that in patches of 4 x 4 pixels it always looks the same. Of each digit there are all
+36 videos: 9 places to start from for each of 4 directions. So nothing is drawn at random, and a run can resume exactly.
 """
 
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ from jaxtyping import Float, Int
 from diversedit_jax.api import Conditions, Space
 from diversedit_jax.data import Dataset, digits
 
-FRAMES, SIDE = 8, 16
+FRAMES, SIDE = 6, 20
 SHAPE = (FRAMES, SIDE, SIDE, 1)
 FREE = SIDE - digits.SHAPE[0]  # the first row or column of a digit is 0 .. FREE
-SPEED = 2  # pixels a frame, along each axis
+SPEED = 4  # pixels a frame, along each axis
 VERTICAL, HORIZONTAL = ("up", "down"), ("left", "right")
 CLASSES = tuple(f"{digit} {row} {column}" for digit in range(10) for row in VERTICAL for column in HORIZONTAL)
 
 
-def paths(sign: int) -> Int[np.ndarray, "4 8"]:
+def paths(sign: int) -> Int[np.ndarray, "3 6"]:
     """The places, 0 .. FREE, in each frame along one axis, of all that goes this way, -1 or 1, at first.
 
-    It starts at an even place and turns round at both ends.
+    It starts at any place from which it can go there, and turns round at both ends.
     """
     starts = np.arange(0, FREE, SPEED) + (SPEED if sign < 0 else 0)
     there_and_back = (starts[:, None] + sign * SPEED * np.arange(FRAMES)) % (2 * FREE)
@@ -38,7 +38,7 @@ KINDS = (2, 2, PATHS.shape[1], PATHS.shape[1])  # down?, right?, vertical path, 
 
 @dataclass(frozen=True)
 class MovingDigits:
-    """Examples by index: `x` float32 [8 16 16 1] in [-1, 1], and `y`, the digit and its first direction as in CLASSES.
+    """Examples by index: `x` float32 [6 20 20 1] in [-1, 1], and `y`, the digit and its first direction as in CLASSES.
 
     digits: brightness in [0, 1], [k 8 8]. labels: which digits they are.
     order:  numbers of examples, each of a digit, two directions and two paths.
@@ -59,8 +59,8 @@ class MovingDigits:
 
 
 def video(
-    digit: Float[np.ndarray, "8 8"], tops: Int[np.ndarray, "8"], lefts: Int[np.ndarray, "8"]
-) -> Float[np.ndarray, "8 16 16 1"]:
+    digit: Float[np.ndarray, "8 8"], tops: Int[np.ndarray, "6"], lefts: Int[np.ndarray, "6"]
+) -> Float[np.ndarray, "6 20 20 1"]:
     """Draw a digit with its first row and column at these places of the frames, on black, which is 0."""
     frames = np.zeros(SHAPE, np.float32)
     for frame, top, left in zip(frames, tops, lefts, strict=True):
@@ -76,9 +76,9 @@ def examples(split: str, data_dir: str | Path | None = None) -> MovingDigits:
 
 
 def make(split: str, *, data_dir: str | None = None) -> Dataset:
-    """The moving digits: `x` float32 [8 16 16 1] in [-1, 1], and `y` int32, one of 40 classes such as `3 up left`.
+    """The moving digits: `x` float32 [6 20 20 1] in [-1, 1], and `y` int32, one of 40 classes such as `3 up left`.
 
-    `train` has 64 videos of each of 1,437 digits, `test` of each of 360 others, in a random order, always the same.
+    `train` has 36 videos of each of 1,437 digits, `test` of each of 360 others, in a random order, always the same.
     data_dir: as in `data.digits`.
     """
     space = Space(SHAPE, Conditions.labels(len(CLASSES), CLASSES), video=True)

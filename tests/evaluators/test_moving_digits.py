@@ -58,18 +58,19 @@ def test_real_videos_are_what_their_classes_say(right):
     assert all(type(value) is float for value in right.values())
     assert min(right[name] for name in accuracies) > 0.98
     assert min(right[name] for name in ("same", "direction", "motion")) == 1
-    for name in distances[:2]:
-        assert right[name] == pytest.approx(right[f"{name}_floor"], rel=0.3), "as far as other held-out videos"
+    for name in distances[:2]:  # of ten sets of 400 held-out videos, the farthest was at 2.1 times the nearest
+        assert 0.4 < right[name] / right[f"{name}_floor"] < 2.5, "as far as other held-out videos"
 
 
 def test_shuffled_frames_do_not_move_as_in_the_data(judge, real, right):
-    rng = np.random.default_rng(0)
-    found = scores(judge, np.stack([video[rng.permutation(8)] for video in real]))
+    order, known = [2, 0, 5, 1, 4, 3], PATHS.reshape(-1, 6).tolist()
+    assert not any(path in known for path in PATHS.reshape(-1, 6)[:, order].tolist())
+    found = scores(judge, real[:, order])
     assert (found["digit"], found["same"]) == (right["digit"], right["same"])
-    assert found["motion"] < 0.02
-    assert found["direction"] < 0.4  # a quarter, more or less, by chance
+    assert found["motion"] == found["all"] == 0
+    assert found["direction"] < 0.4
     assert found["frechet_frame"] == pytest.approx(right["frechet_frame"], rel=1e-6)
-    assert found["frechet_clip"] > 2 * right["frechet_clip"]
+    assert found["frechet_clip"] > 3 * right["frechet_clip"]
 
 
 def test_the_opposite_direction_is_seen(judge, real, right):
@@ -88,16 +89,16 @@ def test_another_digit_is_seen(judge, real, right):
     assert (found["direction"], found["motion"], found["same"]) == (1, 1, 1)
     half = real.copy()
     moved = np.roll(real, 4, axis=0)
-    half[:, 5:] = moved[:, 5:]
+    half[:, 4:] = moved[:, 4:]
     found = scores(judge, half)
     assert found["digit"] == pytest.approx(right["digit"], abs=0.01)
     assert found["same"] < 0.02
 
 
 def test_a_path_through_a_wall_or_with_a_jump_is_no_motion():
-    path = PATHS[1, 2] + 3.5  # from 4 to 8 and back
-    assert path.tolist() == [7.5, 9.5, 11.5, 9.5, 7.5, 5.5, 3.5, 5.5]
-    jumped, early, slow = path.copy(), np.where(path > 10, 10.5, path), 7.5 + np.arange(8) / 2
+    path = PATHS[1, 1] + 3.5  # from 4 to 12 and back
+    assert path.tolist() == [7.5, 11.5, 15.5, 11.5, 7.5, 3.5]
+    jumped, early, slow = path.copy(), np.minimum(path, 14.5), 7.5 + np.arange(6) / 2
     jumped[3] += 1.5
     far = distance_to_paths(np.stack([path, path + 0.4, path + 1, path + 1.3, jumped, early, slow, path * 0 + 7.5]))
     np.testing.assert_allclose(far[:4], [0, 0, 0, 0.3], atol=1e-9)
@@ -114,7 +115,7 @@ def test_noise_and_darkness_are_nothing(judge):
 
 @pytest.mark.parametrize(("shape", "given"), [(None, "latents"), ((8, 8, 1), r"\(8, 8, 1\)")])
 def test_samples_of_another_kind_are_refused_at_once(shape, given):
-    with pytest.raises(ConfigError, match=rf"the samples are {given}, wanted videos \(8, 16, 16, 1\)"):
+    with pytest.raises(ConfigError, match=rf"the samples are {given}, wanted videos \(6, 20, 20, 1\)"):
         evaluators.make("moving_digits", SampleSpec(shape, 100, None, None, None))
 
 
@@ -138,5 +139,5 @@ def test_the_feature_network_takes_videos_alone(open_split):
     assert pool.shape == (8, 96)
     other = np.asarray(apply(one.init(), videos[:, ::-1]).pool)
     assert np.abs(pool - other).max() > 0.1 * np.abs(pool).max(), "they depend on the order of frames"
-    with pytest.raises(ConfigError, match=r"moving_digits: wanted videos \[b 8 16 16 1\], given \[8, 16, 16, 1\]"):
+    with pytest.raises(ConfigError, match=r"moving_digits: wanted videos \[b 6 20 20 1\], given \[6, 20, 20, 1\]"):
         apply(one.init(), videos[0])
