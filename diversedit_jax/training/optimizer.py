@@ -84,7 +84,9 @@ def grouped(total_steps: int, options: Mapping[str, Any], groups: Mapping[str, M
             made[label] = make(total_steps, **{name: value for name, value in given.items() if name != "of"})
     rates = {label: rate for label, (_, rate) in made.items()}
     if all(given.get("learning_rate") == 0 for given in (options, *groups.values())):
-        raise ConfigError("config.optim.learning_rate = 0.0: it freezes all that is in no group, and nothing would be trained")
+        raise ConfigError(
+            "config.optim.learning_rate = 0.0: it freezes all that is in no group, and nothing would be trained"
+        )
     if not groups:
         return Optimizer(made[MAIN][0], rates)
     patterns = {label: group["of"] for label, group in groups.items()}

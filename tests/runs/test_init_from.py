@@ -73,7 +73,7 @@ def other_classes(file, fresh):
     config, space = tiny(file), Space((8, 8, 1), Conditions.labels(7))
     config.init_from.fresh = fresh
     model = models.make("dit", space, **DIMS)
-    return build.starting_params(config, model, jax.eval_shape(model.init, jax.random.key(0)))
+    return XX
 
 
 def test_parts_for_other_classes_start_anew_if_asked_for(release):
