@@ -33,11 +33,11 @@ class Start(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A trained network to start from, and the objective that trained it, with its slot."""
+    """A trained network to start from. name: of the objective that trained it."""
 
     made: Made
     objective: Objective
-    slot: Mapping[str, Any]
+    name: str
 
 
 def start(experiment: Experiment, wanted: Params) -> Start | None:
@@ -50,14 +50,12 @@ def start(experiment: Experiment, wanted: Params) -> Start | None:
     given = config.init_from
     if given.file is None:
         if given.family is not None:
-            raise ConfigError(
-                f"config.init_from.file is not set: which file of {given.family} does this run start from?"
-            )
+            raise ConfigError(f"config.init_from.file is not set, and config.init_from.family = {given.family!r} is")
         return None
     for part in given.fresh:
         one_of("config.init_from.fresh", part, wanted)
-    now = Made(complete("models", config.model), network_space(parts.codec, experiment.space), wanted)
-    with configs.named("config.init_from", ()):
+    now = Made(complete("models", config.model.to_dict()), network_space(parts.codec, experiment.space), wanted)
+    with configs.named("config.init_from", given.to_dict()):
         source = opened(config, now)
     kept = {part: tree for part, tree in source.made.params.items() if part not in given.fresh}
     params, told = kept, []
@@ -87,9 +85,9 @@ def opened(config: ConfigDict, now: Made) -> Source:
     ours = options["patch"] / now.options.get("patch", options["patch"])
     sides = release.sides or tuple(int(side * ours) for side in now.space.shape[-3:-1])  # not stored: as many patches
     conditions = now.space.conditions if classes is None else Conditions.labels(classes)
-    slot = complete("objectives", release.objective)
-    objective = configs.make("objectives", ConfigDict(slot), "its objective")
-    return Source(Made(options, Space((*sides, release.arch.channels), conditions), release.params), objective, slot)
+    made = Made(options, Space((*sides, release.arch.channels), conditions), release.params)
+    objective = configs.make("objectives", ConfigDict(release.objective), "its objective")
+    return Source(made, objective, release.objective["name"])
 
 
 def of_run(given: ConfigDict, data: ConfigDict) -> Source:
@@ -103,8 +101,8 @@ def of_run(given: ConfigDict, data: ConfigDict) -> Source:
         raise ConfigError(str(error).replace("--trust_workdir", "--config.init_from.trust=True")) from None
     config, parts = found.experiment.config, found.experiment.components
     params = jax.tree.map(on_host, found.load(found.last, given.weights or "ema"))
-    made = Made(complete("models", config.model), network_space(parts.codec, found.space), params)
-    return Source(made, parts.objective, config.objective)
+    made = Made(complete("models", config.model.to_dict()), network_space(parts.codec, found.space), params)
+    return Source(made, parts.objective, config.objective.name)
 
 
 def on_host(array: jax.Array) -> np.ndarray:
@@ -114,7 +112,7 @@ def on_host(array: jax.Array) -> np.ndarray:
 
 def complete(kind: str, slot: Mapping[str, Any]) -> dict[str, Any]:
     """A slot of a config with all options of its factory: a stored one may lack those that came later."""
-    return configs.slot(kind, slot["name"]).to_dict() | ConfigDict(slot).to_dict()
+    return configs.slot(kind, slot["name"]).to_dict() | dict(slot)
 
 
 def check(given: ConfigDict, params: Params, wanted: Params, fresh: Collection[str]) -> None:
@@ -139,5 +137,5 @@ def other_meaning(source: Source, objective: Objective, name: str) -> list[str]:
 
     if meaning(source.objective.predicts) == meaning(objective.predicts):
         return []
-    what = "this run by it, too, but with other options" if source.slot["name"] == name else f"this run by {name}"
-    return [f"it was trained by {source.slot['name']}, {what}: what it predicts means something else here"]
+    what = "this run by it, too, but with other options" if source.name == name else f"this run by {name}"
+    return [f"it was trained by {source.name}, {what}: what it predicts means something else here"]
