@@ -341,7 +341,7 @@ def test_features_start_with_the_embedding():
     params = trained(model)
     x, _, _ = inputs()
     _, features = run(model, params)
-    embedded = patchify(x, 2) @ params["patch_embed"]["kernel"] + params["patch_embed"]["bias"]
+    embedded = patchify(x, (2, 2)) @ params["patch_embed"]["kernel"] + params["patch_embed"]["bias"]
     assert_close(features[0], embedded + position_table(GRID, WIDTH), "features[0]")
     assert {f.shape for f in features} == {(BATCH, 8, WIDTH)}
 
