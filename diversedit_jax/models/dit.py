@@ -19,9 +19,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from diversedit_jax import sharding
-from diversedit_jax.api import Model, Params, Skips, Space
+from diversedit_jax.api import Made, Model, Params, Skips, Space
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.models import Keys, check_inputs, functional
+from diversedit_jax.models import Keys, adapt, check_inputs, functional
 from diversedit_jax.models.attention import ATTENDED, attend, choose, kept
 from diversedit_jax.models.stack import Stack, each, part, stacked
 from diversedit_jax.registry import MANY, in_range, one_of
@@ -296,6 +296,7 @@ class DiT(nnx.Module):
         width: int,
         patch: tuple[int, ...],
         positions: str,
+        base_grid: int | None,
         out_channels: int,
         block: Callable[..., Block],
         merge: Callable[..., Merge | Gate] | None,
@@ -331,7 +332,7 @@ class DiT(nnx.Module):
             self.frame_positions = nnx.Param(jnp.zeros((shape[0] // patch[0], width)))
         self.shape, self.out_shape, self.patch, self.depth = shape, (*shape[:-1], out_channels), patch, depth
         self.inputs, self.skip, self.capture, self.stack = frozenset(inputs), skip, capture, stack
-        self.positions, self.axes, self.pairing = positions, axes, pairing
+        self.positions, self.base_grid, self.axes, self.pairing = positions, base_grid, axes, pairing
         self.dtype, self.stream_dtype = dtype, stream_dtype
 
     def __call__(
@@ -417,7 +418,7 @@ class DiT(nnx.Module):
     def _embed(self, x_t: Float[Array, "b *s c"], token: Float[Array, "b k"] | None) -> Float[Array, "b n d"]:
         """The patches with their positions. A class token comes before them, without a position."""
         h = self.patch_embed(patchify(x_t, self.patch).astype(self.dtype)).astype(jnp.float32)
-        h = h + position_table(places(self.shape, self.patch), h.shape[-1], self.positions)
+        h = h + position_table(places(self.shape, self.patch), h.shape[-1], self.positions, self.base_grid)
         if self.positions == "learned_frames":
             h = h + jnp.repeat(self.frame_positions, h.shape[1] // len(self.frame_positions), axis=0)
         if token is not None:
@@ -463,23 +464,26 @@ def places(shape: tuple[int, ...], patch: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(side // of for side, of in zip(shape[:-1], patch, strict=True))
 
 
-def position_table(grid: tuple[int, ...], width: int, positions: str = "axes") -> np.ndarray:
+def position_table(grid: tuple[int, ...], width: int, positions: str = "axes", base: int | None = None) -> np.ndarray:
     """The fixed sin-cos table [n d] of DiT, for a grid of patches with any number of axes.
 
     positions: one of POSITIONS. `axes`: the channels are divided evenly among the axes, the last axis first: of an
         image, half encode the column, the others the row. The others, for videos: the table of one frame for all, and
         with `frames` one over frames of the full width is added to it, as in Latte (arXiv 2401.03048). It is taken
         relative to the first frame, so a video of one frame has the positions of an image.
+    base: places lie at i base / side along each axis but that of frames: a network that has learned the places of
+        `base` patches keeps their range. None: at i.
     """
     if positions != "axes":
-        frame = np.tile(position_table(grid[1:], width), (grid[0], 1))
+        frame = np.tile(position_table(grid[1:], width, base=base), (grid[0], 1))
         if positions != "frames":
             return frame
         time = position_table(grid[:1], width)
         return frame + np.repeat(time - time[0], math.prod(grid[1:]), axis=0)
     per_axis = width // (2 * len(grid))
     frequencies = 10000.0 ** -(np.arange(per_axis) / per_axis)
-    places = np.meshgrid(*map(np.arange, grid), indexing="ij")
+    steps = [1 if base is None else base / side for side in grid]
+    places = np.meshgrid(*(np.arange(side) * step for side, step in zip(grid, steps, strict=True)), indexing="ij")
     angles = [place.reshape(-1, 1) * frequencies for place in reversed(places)]
     return np.concatenate([f(angle) for angle in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
 
@@ -493,6 +497,7 @@ def make(
     patch: int = 2,
     patch_frames: int = 1,
     positions: str = "auto",
+    base_grid: int | None = None,
     attention_axes: str = "joint",
     depth: int | None = None,
     width: int | None = None,
@@ -522,6 +527,8 @@ def make(
     positions: one of POSITIONS, see `position_table`. `learned_frames`: parameters for each frame, zero at first, so
         that a network of images can be given frames. `space`: frames have no order. `auto`: `frames` for a video, else
         `axes`.
+    base_grid: positions are spread over the range of a grid with so many patches along each axis but that of frames, so
+        that a network trained there keeps its range. None: over the grid itself.
     attention_axes: `joint`: all tokens attend to each other. `factorised`, for videos: as in Latte (arXiv 2401.03048)
         blocks 0, 2, .. attend within a frame, and blocks 1, 3, .. across frames, at one place.
     mlp_ratio: hidden units of a block, in widths.
@@ -558,6 +565,8 @@ def make(
     grid, prefix = grid_of(shape, sides), int("token" in inputs)
     positions = positions_of(space, positions)
     check_table(width, grid if positions == "axes" else grid[1:])
+    if base_grid is not None:
+        in_range("model.base_grid", base_grid, 1, MANY)
     factorised = one_of("model.attention_axes", attention_axes, ("joint", "factorised")) == "factorised"
     if factorised:
         check_factorised(space, depth, prefix)
@@ -577,11 +586,16 @@ def make(
     stack = Stack(tuple(sorted(set(read_blocks))), REMAT[remat], unroll, kinds=max(len(axes), 1))
     block = partial(Block, width, heads, mlp_ratio, "layer" if qk_norm else "none", jnp.dtype(dtype), kernel)
     merge = form and merging(form, width, jnp.dtype(dtype))
-    dims, dtypes = (depth, width, sides, positions, out_channels), (jnp.dtype(dtype), jnp.dtype(stream_dtype))
+    dims, dtypes = (
+        (depth, width, sides, positions, base_grid, out_channels),
+        (jnp.dtype(dtype), jnp.dtype(stream_dtype)),
+    )
     build = partial(DiT, shape, classes, inputs, *dims, block, merge, form, capture, axes, pairing, stack, *dtypes)
     model = functional(lambda rngs: build(rngs=rngs))
     joined = form and skips(depth, pairing)
-    return model._replace(blocks=blocks, rules=RULES, fresh=FRESH, skips=joined, grid=grid, prefix=prefix)
+    return model._replace(
+        blocks=blocks, rules=RULES, fresh=FRESH, skips=joined, grid=grid, prefix=prefix, adapted=adapted
+    )
 
 
 def _dimensions(size: str, **changes: int | None) -> Size:
@@ -689,3 +703,104 @@ def skips(depth: int, pairing: str = "mirror") -> Skips:
         return params | {"merges": merges | {"linear": merges["linear"] | {"kernel": kernel}}}
 
     return Skips(pairs, norms, cut)
+
+
+def adapted(was: Made, now: Made) -> tuple[Params, list[str]]:
+    """The parameters of a DiT, changed to fit another one, see `api.Model`.
+
+    The other may have other classes, another grid, other patches; an image network may become one of videos.
+    """
+    adapt.check_name(was, now)
+    to_video = adapt.kind(was) == "images" and now.space.video
+    if not to_video and adapt.kind(was) != adapt.kind(now):
+        raise ConfigError(
+            f"its network makes {adapt.kind(was)}, that of this run {adapt.kind(now)}: only a network of images can "
+            "become another, one of videos"
+        )
+    check_merges(was, now)
+    params, told = adapt.new_labels(was, now, was.params)
+    old = ((1,) if to_video else ()) + adapt.patch_sides(was)
+    params, resized = adapt.new_patches(params, old, adapt.patch_sides(now), was.space.shape[-1])
+    told += resized + new_places(was, now)
+    factorised = [made.options["attention_axes"] == "factorised" for made in (was, now)]
+    if to_video and factorised[1]:
+        params, more = in_every_frame(params, was, now)
+        told += more
+    elif factorised[0] != factorised[1]:
+        raise ConfigError("config.model.attention_axes: its network attends along other axes")
+    if to_video and positions_of(now.space, now.options["positions"]) == "frames":
+        told.append(
+            "positions of frames are added: only the first frame is at first as it was; with "
+            "--config.model.positions=learned_frames all are"
+        )
+    form = skip_of(now.options["skip"], now.options["skip_init"])
+    if form is not None and "merges" not in params and form.init not in (None, "identity"):
+        told.append(
+            "its long residual connections are new and change what it gives; with "
+            "--config.model.skip_init=identity they change nothing at first"
+        )
+    return params, told
+
+
+def new_places(was: Made, now: Made) -> list[str]:
+    """A line if the fixed positions are others than those that a network knows."""
+    old, new = (adapt.grid(made)[-2:] for made in (was, now))
+    knows, has = (
+        grid if made.options["base_grid"] is None else (made.options["base_grid"],) * len(grid)
+        for made, grid in ((was, old), (now, new))
+    )
+    if (old, knows) == (new, has):
+        return []
+    told = f"its positions are those of {adapt.by(knows)} patches, and this run has {adapt.by(new)}"
+    if knows == has:
+        return [f"{told}: they are spread over them"]
+    told += ", some of which it never saw" if max(has) > max(knows) else ""
+    return [f"{told}; to spread them: --config.model.base_grid={knows[0]}" if len(set(knows)) == 1 else told]
+
+
+def check_merges(was: Made, now: Made) -> None:
+    """Raise ConfigError if the arrays of long residual connections would mean something else than they did."""
+    if "merges" not in was.params:
+        return
+
+    def meaning(made: Made) -> tuple | None:
+        form = skip_of(made.options["skip"], made.options["skip_init"])
+        return form and (form.merge, form.norm, form.init is None, form.norm and form.init == "identity")
+
+    if meaning(was) != meaning(now):
+        old, new = (
+            f"skip = {made.options['skip']!r}, skip_init = {made.options['skip_init']!r}" for made in (was, now)
+        )
+        raise ConfigError(
+            f"its long residual connections have {old}, those of config.model {new}, which does not go on with them; "
+            "to add new ones: --config.init_from.fresh=\"('merges',)\""
+        )
+
+
+def in_every_frame(params: Params, was: Made, now: Made) -> tuple[Params, list[str]]:
+    """An image network in the blocks within frames of a video network; the blocks across frames are new.
+
+    Each of these is the identity at first. A connection between two blocks of the image network stays one.
+    """
+    if missing := {"shallow", "deep"} - params.keys():
+        raise ConfigError(f"config.init_from.fresh: {min(missing)} holds blocks of its network, which is to keep them")
+    stacks = [params["shallow"], params["deep"]]
+    depths = [sum(len(jax.tree.leaves(made.params[name])[0]) for name in ("shallow", "deep")) for made in (was, now)]
+    if depths[1] != 2 * depths[0]:
+        raise ConfigError(
+            f"its depth is {depths[0]}: a factorised network of videos needs config.model.depth = {2 * depths[0]}, "
+            f"given {depths[1]}"
+        )
+    half = depths[0]
+    parts = {"shallow": adapt.interleaved(stacks, 0, half), "deep": adapt.interleaved(stacks, half, half)}
+    told = [f"its {depths[0]} blocks become blocks 0, 2, .., which attend within a frame; blocks 1, 3, .. are new"]
+    if "merges" in params:
+        form = skip_of(now.options["skip"], now.options["skip_init"])
+        if now.options["pairing"] != "same_kind" or form.init not in (None, "identity"):
+            raise ConfigError(
+                "its long residual connections stay between its own blocks, and new ones must change nothing: that "
+                "needs config.model.pairing = 'same_kind' and skip = 'gate', or skip_init = 'identity' there and here; "
+                "to start all anew: --config.init_from.fresh=\"('merges',)\""
+            )
+        parts["merges"] = adapt.interleaved([params["merges"]], 0, half)
+    return {**params, **parts}, told

@@ -17,9 +17,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from diversedit_jax import sharding
-from diversedit_jax.api import Condition, Conditions, Model, Params, Space
+from diversedit_jax.api import Condition, Conditions, Made, Model, Params, Space
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.models import Keys, check_inputs, dit, functional
+from diversedit_jax.models import Keys, adapt, check_inputs, dit, functional
 from diversedit_jax.models.attention import attend, choose
 from diversedit_jax.models.dit import FLOATS, KERNELS, REMAT, SKIPS, Merge, Perceptron
 from diversedit_jax.models.stack import Stack, each, stacked
@@ -281,7 +281,7 @@ def make(
     options = (half, width, sides, conv, time_mlp, block, merge, stack, jnp.dtype(dtype), jnp.dtype(stream_dtype))
     build = partial(UViT, shape, classes, text, *options)
     model = functional(lambda rngs: build(rngs=rngs))
-    return model._replace(blocks=blocks, rules=RULES, skips=dit.skips(2 * half + 1), grid=grid)
+    return model._replace(blocks=blocks, rules=RULES, skips=dit.skips(2 * half + 1), grid=grid, adapted=adapted)
 
 
 def text_of(conditions: Conditions) -> tuple[int, int] | None:
@@ -300,3 +300,25 @@ def text_of(conditions: Conditions) -> tuple[int, int] | None:
 def blocks(params: Params) -> list[Params]:
     """The parameters of each block, in order."""
     return [block for stack in ("ins", "mid", "outs") for block in each(params[stack])]
+
+
+def adapted(was: Made, now: Made) -> tuple[Params, list[str]]:
+    """The parameters of a U-ViT, changed to fit another one with other classes, another grid or other patches.
+
+    See `api.Model`.
+    """
+    adapt.check_name(was, now)
+    if adapt.kind(was) != adapt.kind(now):
+        raise ConfigError(f"its network makes {adapt.kind(was)}, that of this run {adapt.kind(now)}")
+    params, told = adapt.new_labels(was, now, was.params)
+    old, new = (adapt.grid(made) for made in (was, now))
+    if old != new and "positions" in params:
+        extras = len(params["positions"]) - math.prod(old)
+        table = adapt.resized_table(params["positions"][extras:], old, new)
+        params = {**params, "positions": np.concatenate([params["positions"][:extras], table])}
+        told.append(f"its learned positions are resized from {adapt.by(old)} patches to {adapt.by(new)}")
+    sides = [adapt.patch_sides(made) for made in (was, now)]
+    params, resized = adapt.new_patches(params, *sides, was.space.shape[-1])
+    if resized and "conv" in params:
+        resized = [f"{resized[0]}; its last convolution still reaches one element, so what it gives changes at edges"]
+    return params, told + resized
