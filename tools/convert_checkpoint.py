@@ -88,6 +88,10 @@ def of_run(workdir: str | Path, weights: str = "ema", trust: bool = False) -> tu
     skip, init = model.get("skip", forms[0]), model.get("skip_init")
     if skip not in forms or (skip == "release" and init == "identity"):
         raise ConfigError(f"config.model.skip = {skip!r} with skip_init = {init!r}: no release has such skips")
+    if len(found.space.shape) != 3:
+        raise ConfigError(f"its examples have {len(found.space.shape) - 1} axes: no release is of videos or volumes")
+    if (base := model.get("base_grid")) not in (None, *found.experiment.components.model.grid):
+        raise ConfigError(f"config.model.base_grid = {base}: no release has positions that are spread")
     params = jax.device_get(found.load(found.last, weights))
     parts = found.experiment.components
     arch = architecture(model, network_space(parts.codec, found.space))
