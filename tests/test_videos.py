@@ -59,9 +59,9 @@ def test_samples_are_videos_in_every_file(source, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"grid.png", "grid.gif", "samples.npz"}
     with np.load(tmp_path / "samples.npz") as file:
         assert (file["arr_0"].shape, file["arr_0"].dtype) == ((3, *SHAPE), np.uint8)
-    assert frames(tmp_path / "grid.gif") == 6
+    assert frames(tmp_path / "grid.gif") == 8
     with Image.open(tmp_path / "grid.png") as opened:
-        assert opened.height == 3 * 42 + 2, "a row each"
+        assert opened.height == 3 * 34 + 2, "a row each"
 
 
 def test_a_volume_has_no_moving_grid(tmp_path):
@@ -98,7 +98,7 @@ def test_videos_are_scored_by_a_network_of_videos(workdir, source, tmp_path):
 
 def test_a_network_of_images_refuses_videos(workdir):
     spec = SampleSpec.of(build.build(small(), SPACE))
-    with pytest.raises(ConfigError, match=r"digits: wanted images \[b 8 8 1\], given \[1, 6, 20, 20, 1\]"):
+    with pytest.raises(ConfigError, match=r"digits: wanted images \[b 8 8 1\], given \[1, 8, 16, 16, 1\]"):
         scores.make(spec, extractor="digits", num=100)
 
 
@@ -107,9 +107,10 @@ def test_maps_of_features_stand_beside_as_many_frames(workdir):
     parts = found.experiment.components
     batch = jax.tree.map(np.asarray, stacked([found.data("test").source[i] for i in range(4)]))
     maps = pca_maps.principal(found.experiment, {"params": found.load(8)}, parts.codec.init(), batch, 0.5, count=2)
-    assert maps.maps.shape == (4, 2, 2 * 37 + 2, 3 * 37 + 2, 3)  # 6 frames of 5 x 5 tokens, each 7 x 7 pixels
-    assert maps.images.shape == (2, 2 * 42 + 2, 3 * 42 + 2, 1)
-    seen = maps.images[:, 2:42:2, 2:42:2]
+    side = 3 * 34 + 2  # 8 frames in three columns and rows, 32 pixels each
+    assert maps.maps.shape == (4, 2, side, side, 3)
+    assert maps.images.shape == (2, side, side, 1)
+    seen = maps.images[:, 2:34:2, 2:34:2]
     np.testing.assert_array_equal(seen, np.round((batch["x"][:2, 0] + 1) * 127.5).astype(np.uint8))
 
 
@@ -120,7 +121,7 @@ def test_a_run_of_videos_resumes_and_shows_itself(tmp_path):
     whole.evaluators.scores.update({"num": 100, "few": True})
     train.run(whole, tmp_path / "whole")
     for name in ("samples.gif", "samples/0000002.gif", "samples/0000004.gif"):
-        assert frames(tmp_path / "whole" / name) == 6
+        assert frames(tmp_path / "whole" / name) == 8
     assert "data:image/gif" in (tmp_path / "whole" / "report.html").read_text()
     records = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     found = {name: value for record in records for name, value in record.items()}

@@ -23,7 +23,7 @@ NEAR = 0.5  # pixels: farthest that a centre may lie from its path
 LEAST, MOST = 100, 10_000  # samples
 NAMES = ("digit", "same", "direction", "motion")
 
-Sample = Callable[[np.ndarray], np.ndarray]  # int32 labels [n] -> uint8 videos [n 6 20 20 1]
+Sample = Callable[[np.ndarray], np.ndarray]  # int32 labels [n] -> uint8 videos [n 8 16 16 1]
 
 
 class Seen(NamedTuple):
@@ -33,7 +33,7 @@ class Seen(NamedTuple):
     motion:  whether it moves at a constant velocity of the data, and bounces off the walls.
     """
 
-    digits: Int[np.ndarray, "n 6"]
+    digits: Int[np.ndarray, "n 8"]
     down: Bool[np.ndarray, " n"]
     right: Bool[np.ndarray, " n"]
     motion: Bool[np.ndarray, " n"]
@@ -56,7 +56,7 @@ class Seen(NamedTuple):
 
 
 class Judge:
-    """Videos, uint8 [n 6 20 20 1] -> Seen.
+    """Videos, uint8 [n 8 16 16 1] -> Seen.
 
     A support vector machine sees what lies around the centre of brightness of each frame. The centre moves as in the
     data if it is nowhere farther than NEAR from one of PATHS along each axis. All of a path may be moved by OFFSET,
@@ -66,11 +66,11 @@ class Judge:
     def __init__(self, data: MovingDigits):
         """Fit the classifier to the digits of `data`."""
         frames = np.zeros((len(data.digits), SIDE, SIDE), np.float32)
-        frames[:, 6:14, 6:14] = data.digits
+        frames[:, 4:12, 4:12] = data.digits
         light = without_background(frames)
         self.classifier = SVC(C=10).fit(cut_out(light, centres(light)), data.labels)
 
-    def __call__(self, videos: UInt8[np.ndarray, "n 6 20 20 1"]) -> Seen:
+    def __call__(self, videos: UInt8[np.ndarray, "n 8 16 16 1"]) -> Seen:
         """Look at the videos."""
         light = without_background(videos[..., 0].reshape(-1, SIDE, SIDE) / np.float32(255))
         middle = centres(light)
@@ -101,10 +101,10 @@ def cut_out(light: Float[np.ndarray, "n h w"], middle: Float[np.ndarray, "n 2"])
     return 2 * np.einsum("nih,nhw,njw->nij", rows, light, columns, optimize=True).reshape(len(light), -1) - 1
 
 
-def distance_to_paths(middle: Float[np.ndarray, "n 6"]) -> Float[np.ndarray, " n"]:
+def distance_to_paths(middle: Float[np.ndarray, "n 8"]) -> Float[np.ndarray, " n"]:
     """The largest distance of any frame's centre, along one axis, from the nearest path, moved by OFFSET at most."""
     paths = PATHS.reshape(-1, FRAMES) + (digits.SHAPE[0] - 1) / 2
-    apart = middle[:, None] - paths  # [n p 6]
+    apart = middle[:, None] - paths  # [n p 8]
     low, high = apart.min(axis=2), apart.max(axis=2)
     moved = np.clip((low + high) / 2, -OFFSET, OFFSET)
     return np.maximum(high - moved, moved - low).min(axis=1)
@@ -153,7 +153,7 @@ def accuracies(right: Bool[np.ndarray, "n 4"]) -> list[tuple[str, float]]:
     return [(name, float(one.mean())) for name, one in zip((*NAMES, "all"), (*right.T, right.all(axis=1)), strict=True)]
 
 
-def distances(videos: UInt8[np.ndarray, "n 6 20 20 1"], known: list) -> list[tuple[str, float]]:
+def distances(videos: UInt8[np.ndarray, "n 8 16 16 1"], known: list) -> list[tuple[str, float]]:
     """Frechet distances of frames and of whole videos. known: mean and covariance of each kind of features."""
     kinds = {"frechet_frame": of_frames, "frechet_clip": of_clips}
     return [

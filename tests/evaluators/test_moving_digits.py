@@ -63,8 +63,8 @@ def test_real_videos_are_what_their_classes_say(right):
 
 
 def test_shuffled_frames_do_not_move_as_in_the_data(judge, real, right):
-    order, known = [2, 0, 5, 1, 4, 3], PATHS.reshape(-1, 6).tolist()
-    assert not any(path in known for path in PATHS.reshape(-1, 6)[:, order].tolist())
+    order, known = [2, 0, 5, 1, 7, 4, 3, 6], PATHS.reshape(-1, 8).tolist()
+    assert not any(path in known for path in PATHS.reshape(-1, 8)[:, order].tolist())
     found = scores(judge, real[:, order])
     assert (found["digit"], found["same"]) == (right["digit"], right["same"])
     assert found["motion"] == found["all"] == 0
@@ -78,9 +78,7 @@ def test_the_opposite_direction_is_seen(judge, real, right):
     found = scores(judge, real[:, :, ::-1, ::-1])
     assert found["direction"] == found["all"] == 0
     assert (found["motion"], found["same"]) == (1, pytest.approx(1, abs=0.01))
-    backwards = scores(judge, real[:, ::-1])
-    assert backwards["direction"] < 0.5  # it may have turned round
-    assert backwards["digit"] == right["digit"]
+    assert scores(judge, real[:, ::-1])["all"] == right["all"], "backwards, a video is another one of the same class"
 
 
 def test_another_digit_is_seen(judge, real, right):
@@ -89,16 +87,16 @@ def test_another_digit_is_seen(judge, real, right):
     assert (found["direction"], found["motion"], found["same"]) == (1, 1, 1)
     half = real.copy()
     moved = np.roll(real, 4, axis=0)
-    half[:, 4:] = moved[:, 4:]
+    half[:, 5:] = moved[:, 5:]
     found = scores(judge, half)
     assert found["digit"] == pytest.approx(right["digit"], abs=0.01)
     assert found["same"] < 0.02
 
 
 def test_a_path_through_a_wall_or_with_a_jump_is_no_motion():
-    path = PATHS[1, 1] + 3.5  # from 4 to 12 and back
-    assert path.tolist() == [7.5, 11.5, 15.5, 11.5, 7.5, 3.5]
-    jumped, early, slow = path.copy(), np.minimum(path, 14.5), 7.5 + np.arange(6) / 2
+    path = PATHS[1, 1] + 3.5  # from 2 to 8 and back
+    assert path.tolist() == [5.5, 7.5, 9.5, 11.5, 9.5, 7.5, 5.5, 3.5]
+    jumped, early, slow = path.copy(), np.where(path > 11, 10.4, path), 5.5 + np.arange(8) / 2
     jumped[3] += 1.5
     far = distance_to_paths(np.stack([path, path + 0.4, path + 1, path + 1.3, jumped, early, slow, path * 0 + 7.5]))
     np.testing.assert_allclose(far[:4], [0, 0, 0, 0.3], atol=1e-9)
@@ -115,7 +113,7 @@ def test_noise_and_darkness_are_nothing(judge):
 
 @pytest.mark.parametrize(("shape", "given"), [(None, "latents"), ((8, 8, 1), r"\(8, 8, 1\)")])
 def test_samples_of_another_kind_are_refused_at_once(shape, given):
-    with pytest.raises(ConfigError, match=rf"the samples are {given}, wanted videos \(6, 20, 20, 1\)"):
+    with pytest.raises(ConfigError, match=rf"the samples are {given}, wanted videos \(8, 16, 16, 1\)"):
         evaluators.make("moving_digits", SampleSpec(shape, 100, None, None, None))
 
 
@@ -139,5 +137,5 @@ def test_the_feature_network_takes_videos_alone(open_split):
     assert pool.shape == (8, 96)
     other = np.asarray(apply(one.init(), videos[:, ::-1]).pool)
     assert np.abs(pool - other).max() > 0.1 * np.abs(pool).max(), "they depend on the order of frames"
-    with pytest.raises(ConfigError, match=r"moving_digits: wanted videos \[b 6 20 20 1\], given \[6, 20, 20, 1\]"):
+    with pytest.raises(ConfigError, match=r"moving_digits: wanted videos \[b 8 16 16 1\], given \[8, 16, 16, 1\]"):
         apply(one.init(), videos[0])

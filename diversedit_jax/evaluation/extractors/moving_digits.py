@@ -31,10 +31,10 @@ def make(*, data_dir: str | None = None) -> Extractor:
 
     def apply(weights: Params, videos: Array) -> Features:
         if videos.shape[1:] != moving_digits.SHAPE:
-            raise ConfigError(f"moving_digits: wanted videos [b 6 20 20 1], given {list(videos.shape)}")
+            raise ConfigError(f"moving_digits: wanted videos [b 8 16 16 1], given {list(videos.shape)}")
         return Features(pooled(weights, videos))
 
-    def reference() -> UInt8[np.ndarray, "n 6 20 20 1"]:
+    def reference() -> UInt8[np.ndarray, "n 8 16 16 1"]:
         return first(moving_digits.examples("train", data_dir), REFERENCE)
 
     about = {"weights": {"name": "random convolutions", "seed": SEED, "widths": list(WIDTHS)}, "resize": None}
@@ -51,7 +51,7 @@ def of_clips(videos: UInt8[np.ndarray, "n f h w 1"]) -> Float[np.ndarray, "n 96"
     return np.asarray(jax.jit(pooled)(random_convolutions(3), videos))
 
 
-def first(source: Any, count: int) -> UInt8[np.ndarray, "n 6 20 20 1"]:
+def first(source: Any, count: int) -> UInt8[np.ndarray, "n 8 16 16 1"]:
     """The videos of the first examples, with 256 levels as samples have. source: examples by index."""
     return np.stack([np.round((source[i]["x"] + 1) * 127.5).astype(np.uint8) for i in range(count)])
 
@@ -68,6 +68,6 @@ def pooled(weights: Mapping[str, Array], videos: UInt8[Array, "b f h w 1"]) -> F
     x = videos.astype(jnp.float32) / 255  # black is 0 and gives 0, wherever it is
     for kernel in (weights["first"], weights["second"]):
         options = {"dimension_numbers": ("NDHWC", "DHWIO", "NDHWC"), "precision": "highest"}
-        x = jax.nn.relu(jax.lax.conv_general_dilated(x, kernel, (1, 2, 2), "VALID", **options))
+        x = jax.nn.relu(jax.lax.conv_general_dilated(x, kernel, (1, 2, 2), "SAME", **options))
     b, f, h, w, c = x.shape
     return x.reshape(b, f, 2, h // 2, 2, w // 2, c).mean(axis=(1, 3, 5)).reshape(b, 4 * c)
