@@ -16,7 +16,7 @@ from diversedit_jax.configs import default
 def get_config() -> ConfigDict:
     """A DiverseDiT on 8 frames of 16 x 16 pixels."""
     config = default.get_config()
-    config.total_steps = 2_500
+    config.total_steps = 3_000
     config.batch_size = 32
     config.data = slot("data", "moving_digits")
     config.codec = slot("codecs", "pixels")
@@ -28,8 +28,8 @@ def get_config() -> ConfigDict:
     config.log_every = 100
     config.checkpoint.update({"every": 500, "keep_every": 0})
     config.sampler.update({"solver": "heun", "steps": 15, "cfg_scale": 2.0, "batch_size": 128})
-    config.samples.update({"every": 500, "num": 40})
+    config.samples.update({"every": 1_000, "num": 40})
     config.evaluators.moving_digits = slot("evaluators", "moving_digits", num=400)
-    config.evaluators.moving_digits.every = 1_250
+    config.evaluators.moving_digits.every = 1_000
     config.evaluators.scores = slot("evaluators", "scores", extractor="moving_digits", num=400)  # at the end
     return config

@@ -1,8 +1,8 @@
 """Handwritten digits that move: videos of 8 frames, 16 x 16 pixels, that need no download.
 
-A digit of `data.digits` moves over a black frame, 2 pixels a frame along both axes, and bounces off its walls. At first
-it is near the corner that it leaves. Of each digit there are all 16 videos: 2 x 2 places to start from for each of 4
-directions. So nothing is drawn at random, and a run can resume exactly.
+A digit of `data.digits` moves over a black frame, 2 pixels a frame along both axes. It starts in the corner that it
+leaves, and bounces off the walls of the other. Of each digit there are 4 videos, one for each direction. So nothing is
+drawn at random, and a run can resume exactly.
 """
 
 from dataclasses import dataclass
@@ -20,20 +20,8 @@ FREE = SIDE - digits.SHAPE[0]  # the first row or column of a digit is 0 .. FREE
 SPEED = 2  # pixels a frame, along each axis
 VERTICAL, HORIZONTAL = ("up", "down"), ("left", "right")
 CLASSES = tuple(f"{digit} {row} {column}" for digit in range(10) for row in VERTICAL for column in HORIZONTAL)
-
-
-STARTS = (0, 2)  # pixels between a digit and the wall that it leaves
-
-
-def path(start: int) -> Int[np.ndarray, "8"]:
-    """The places, 0 .. FREE, in each frame along one axis, of what moves away from 0 and turns round at both ends."""
-    there_and_back = (start + SPEED * np.arange(FRAMES)) % (2 * FREE)
-    return FREE - np.abs(FREE - there_and_back)
-
-
-AWAY = np.stack([path(start) for start in STARTS])
-PATHS = np.stack([FREE - AWAY, AWAY])  # [2 2 8]: towards 0 at first, or away from it
-KINDS = (2, 2, PATHS.shape[1], PATHS.shape[1])  # down?, right?, vertical path, horizontal path
+AWAY = FREE - np.abs(FREE - SPEED * np.arange(FRAMES))  # the places in each frame, along an axis, of what leaves 0
+PATHS = np.stack([FREE - AWAY, AWAY])  # [2 8]: up or to the left at first, down or to the right
 
 
 @dataclass(frozen=True)
@@ -41,7 +29,7 @@ class MovingDigits:
     """Examples by index: `x` float32 [8 16 16 1] in [-1, 1], and `y`, the digit and its first direction as in CLASSES.
 
     digits: brightness in [0, 1], [k 8 8]. labels: which digits they are.
-    order:  numbers of examples, each of a digit, two directions and two paths.
+    order:  numbers of examples, each of a digit and two directions.
     """
 
     digits: Float[np.ndarray, "k 8 8"]
@@ -52,10 +40,9 @@ class MovingDigits:
         return len(self.order)
 
     def __getitem__(self, index: int) -> dict:
-        row, down, right, *chosen = np.unravel_index(self.order[index], (len(self.digits), *KINDS))
-        tops, lefts = (PATHS[way, number] for way, number in zip((down, right), chosen, strict=True))
+        row, down, right = np.unravel_index(self.order[index], (len(self.digits), 2, 2))
         label = 4 * self.labels[row] + 2 * down + right
-        return {"x": 2 * video(self.digits[row], tops, lefts) - 1, "y": np.int32(label)}
+        return {"x": 2 * video(self.digits[row], PATHS[down], PATHS[right]) - 1, "y": np.int32(label)}
 
 
 def video(
@@ -71,14 +58,14 @@ def video(
 def examples(split: str, data_dir: str | Path | None = None) -> MovingDigits:
     """The examples of a split, see `make`."""
     levels, labels = digits.levels(split, data_dir)
-    order = np.random.default_rng(0).permutation(np.arange(len(labels) * np.prod(KINDS), dtype=np.int32))
+    order = np.random.default_rng(0).permutation(np.arange(4 * len(labels), dtype=np.int32))
     return MovingDigits(levels[..., 0].astype(np.float32) / digits.MAX_LEVEL, labels, order)
 
 
 def make(split: str, *, data_dir: str | None = None) -> Dataset:
     """The moving digits: `x` float32 [8 16 16 1] in [-1, 1], and `y` int32, one of 40 classes such as `3 up left`.
 
-    `train` has 16 videos of each of 1,437 digits, `test` of each of 360 others, in a random order, always the same.
+    `train` has 4 videos of each of 1,437 digits, `test` of each of 360 others, in a random order, always the same.
     data_dir: as in `data.digits`.
     """
     space = Space(SHAPE, Conditions.labels(len(CLASSES), CLASSES), video=True)

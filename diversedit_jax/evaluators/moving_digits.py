@@ -20,7 +20,7 @@ DARK = 0.2  # of 1; what is darker is background
 CUT = 10  # rows and columns around the centre that the classifier sees
 OFFSET = 1.0  # pixels: farthest that the centre of brightness of a digit lies from the centre of its 8 x 8 pixels
 NEAR = 0.5  # pixels: farthest that a centre may lie from its path
-LEAST, MOST = 100, 10_000  # samples
+LEAST, MOST = 100, 1440  # samples: more than features, and no more than held-out videos
 NAMES = ("digit", "same", "direction", "motion")
 
 Sample = Callable[[np.ndarray], np.ndarray]  # int32 labels [n] -> uint8 videos [n 8 16 16 1]
@@ -103,8 +103,7 @@ def cut_out(light: Float[np.ndarray, "n h w"], middle: Float[np.ndarray, "n 2"])
 
 def distance_to_paths(middle: Float[np.ndarray, "n 8"]) -> Float[np.ndarray, " n"]:
     """The largest distance of any frame's centre, along one axis, from the nearest path, moved by OFFSET at most."""
-    paths = PATHS.reshape(-1, FRAMES) + (digits.SHAPE[0] - 1) / 2
-    apart = middle[:, None] - paths  # [n p 8]
+    apart = middle[:, None] - (PATHS + (digits.SHAPE[0] - 1) / 2)  # [n 2 8]
     low, high = apart.min(axis=2), apart.max(axis=2)
     moved = np.clip((low + high) / 2, -OFFSET, OFFSET)
     return np.maximum(high - moved, moved - low).min(axis=1)

