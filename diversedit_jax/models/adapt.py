@@ -12,6 +12,7 @@ from jaxtyping import Float
 from diversedit_jax.api import Made, Params, Rows
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import bicubic
+from diversedit_jax.models.patches import places, sides_of
 
 
 def check_name(was: Made, now: Made) -> None:
@@ -31,13 +32,12 @@ def kind(made: Made) -> str:
 
 def patch_sides(made: Made) -> tuple[int, ...]:
     """The sides of a patch along each spatial axis."""
-    axes, patch = len(made.space.shape) - 1, made.options["patch"]
-    return (made.options.get("patch_frames", 1), *(patch,) * (axes - 1)) if made.space.video else (patch,) * axes
+    return sides_of(made.space, made.options["patch"], made.options.get("patch_frames", 1))
 
 
 def grid(made: Made) -> tuple[int, ...]:
     """Patches along each spatial axis."""
-    return tuple(side // of for side, of in zip(made.space.shape[:-1], patch_sides(made), strict=True))
+    return places(made.space.shape, patch_sides(made))
 
 
 def by(sides: Sequence[int]) -> str:

@@ -7,7 +7,7 @@ volume.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from diversedit_jax.api import Made, Model, Params, Skips, Space
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import Keys, adapt, check_inputs, functional
 from diversedit_jax.models.attention import ATTENDED, attend, choose, kept
+from diversedit_jax.models.patches import Patches, check_table, patches_of, patchify, positions_of, unpatchify
 from diversedit_jax.models.stack import Stack, each, part, stacked
 from diversedit_jax.registry import MANY, in_range, one_of
 
@@ -80,7 +81,6 @@ KERNELS = {
     "identity": lambda key, shape, dtype=jnp.float32: jnp.eye(*shape, dtype=dtype),  # x stays, the skip counts zero
 }
 
-POSITIONS = ("auto", "axes", "frames", "learned_frames", "space")
 FRESH = ("merges", "frame_positions")  # parts that a release to start from may lack
 
 # What the backward pass keeps of a block besides its input. Everything else is computed again.
@@ -289,14 +289,11 @@ class DiT(nnx.Module):
 
     def __init__(
         self,
-        shape: tuple[int, ...],
+        patches: Patches,
         num_classes: int,
         inputs: Mapping[str, tuple[int, ...]],
         depth: int,
         width: int,
-        patch: tuple[int, ...],
-        positions: str,
-        base_grid: int | None,
         out_channels: int,
         block: Callable[..., Block],
         merge: Callable[..., Merge | Gate] | None,
@@ -311,10 +308,10 @@ class DiT(nnx.Module):
         rngs: Keys,
     ):
         half = depth // 2
-        numbers = math.prod(patch)  # elements of a patch, for each channel
+        numbers = math.prod(patches.sides)  # elements of a patch, for each channel
         linear = partial(nnx.Linear, dtype=dtype, kernel_init=KERNELS["xavier"], rngs=rngs)
         zeros = nnx.initializers.zeros
-        self.patch_embed = linear(numbers * shape[-1], width)
+        self.patch_embed = linear(numbers * patches.shape[-1], width)
         self.time_embed = TimeEmbedding(width, rngs=rngs)
         self.span_embed = TimeEmbedding(width, rngs=rngs) if "span" in inputs else None
         self.label_embed = nnx.Embed(num_classes + 1, width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs)
@@ -328,11 +325,11 @@ class DiT(nnx.Module):
             self.token_embed = linear(token_width, width)
             self.token_norm = nnx.LayerNorm(width, epsilon=EPS, dtype=jnp.float32, rngs=rngs)
             self.token_final = linear(width, token_width, kernel_init=zeros)
-        if positions == "learned_frames":
-            self.frame_positions = nnx.Param(jnp.zeros((shape[0] // patch[0], width)))
-        self.shape, self.out_shape, self.patch, self.depth = shape, (*shape[:-1], out_channels), patch, depth
+        if patches.positions == "learned_frames":
+            self.frame_positions = nnx.Param(jnp.zeros((patches.grid[0], width)))
+        self.patches, self.out_shape, self.depth = patches, (*patches.shape[:-1], out_channels), depth
         self.inputs, self.skip, self.capture, self.stack = frozenset(inputs), skip, capture, stack
-        self.positions, self.base_grid, self.axes, self.pairing = positions, base_grid, axes, pairing
+        self.axes, self.pairing = axes, pairing
         self.dtype, self.stream_dtype = dtype, stream_dtype
 
     def __call__(
@@ -408,8 +405,8 @@ class DiT(nnx.Module):
 
     def _check(self, x_t: Array, **inputs: Array | None) -> None:
         """Raise ValueError for an example of another shape, and for an input that is missing or not taken."""
-        if x_t.shape[1:] != self.shape:
-            raise ValueError(f"the network takes examples of shape {self.shape}, given {x_t.shape[1:]}")
+        if x_t.shape[1:] != (shape := self.patches.shape):
+            raise ValueError(f"the network takes examples of shape {shape}, given {x_t.shape[1:]}")
         given = {name for name, value in inputs.items() if value is not None}
         if given != self.inputs:
             takes, found = (", ".join(sorted(names)) or "no further input" for names in (self.inputs, given))
@@ -417,9 +414,9 @@ class DiT(nnx.Module):
 
     def _embed(self, x_t: Float[Array, "b *s c"], token: Float[Array, "b k"] | None) -> Float[Array, "b n d"]:
         """The patches with their positions. A class token comes before them, without a position."""
-        h = self.patch_embed(patchify(x_t, self.patch).astype(self.dtype)).astype(jnp.float32)
-        h = h + position_table(places(self.shape, self.patch), h.shape[-1], self.positions, self.base_grid)
-        if self.positions == "learned_frames":
+        h = self.patch_embed(patchify(x_t, self.patches.sides).astype(self.dtype)).astype(jnp.float32)
+        h = h + self.patches.table(h.shape[-1])
+        if self.patches.positions == "learned_frames":
             h = h + jnp.repeat(self.frame_positions, h.shape[1] // len(self.frame_positions), axis=0)
         if token is not None:
             first = self.token_norm(self.token_embed(token.astype(self.dtype)))
@@ -432,60 +429,13 @@ class DiT(nnx.Module):
         h = modulate(h, shift, scale).astype(self.dtype)
         token = "token" in self.inputs
         out = self.final(h[:, 1:] if token else h).astype(jnp.float32)
-        image = unpatchify(out, self.out_shape, self.patch)
+        image = unpatchify(out, self.out_shape, self.patches.sides)
         return (image, self.token_final(h[:, 0]).astype(jnp.float32)) if token else image
 
 
 def in_pairs(layers: Any) -> Any:
     """Stacked layers, two in each: the leading axis l becomes [l / 2, 2]."""
     return jax.tree.map(lambda leaf: leaf.reshape(-1, 2, *leaf.shape[1:]), layers)
-
-
-def patchify(x: Float[Array, "b *s c"], patch: tuple[int, ...]) -> Float[Array, "b n p"]:
-    """Patches with these sides in row-major order, each flattened as (place in the patch, channel)."""
-    b, *sides, c = x.shape
-    axes, grid = len(sides), places(x.shape[1:], patch)
-    x = x.reshape(b, *(n for pair in zip(grid, patch, strict=True) for n in pair), c)
-    x = x.transpose(0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1)
-    return x.reshape(b, math.prod(grid), math.prod(patch) * c)
-
-
-def unpatchify(x: Float[Array, "b n p"], shape: tuple[int, ...], patch: tuple[int, ...]) -> Float[Array, "b *s c"]:
-    """The inverse of `patchify`, for examples of `shape` (*s, c)."""
-    *sides, c = shape
-    axes = len(sides)
-    x = x.reshape(-1, *places(shape, patch), *patch, c)
-    x = x.transpose(0, *(i for axis in range(axes) for i in (1 + axis, 1 + axes + axis)), 2 * axes + 1)
-    return x.reshape(-1, *shape)
-
-
-def places(shape: tuple[int, ...], patch: tuple[int, ...]) -> tuple[int, ...]:
-    """Patches along each spatial axis of examples of `shape` (*s, c)."""
-    return tuple(side // of for side, of in zip(shape[:-1], patch, strict=True))
-
-
-def position_table(grid: tuple[int, ...], width: int, positions: str = "axes", base: int | None = None) -> np.ndarray:
-    """The fixed sin-cos table [n d] of DiT, for a grid of patches with any number of axes.
-
-    positions: one of POSITIONS. `axes`: the channels are divided evenly among the axes, the last axis first: of an
-        image, half encode the column, the others the row. The others, for videos: the table of one frame for all, and
-        with `frames` one over frames of the full width is added to it, as in Latte (arXiv 2401.03048). It is taken
-        relative to the first frame, so a video of one frame has the positions of an image.
-    base: places lie at i base / side along each axis but that of frames: a network that has learned the places of
-        `base` patches keeps their range. None: at i.
-    """
-    if positions != "axes":
-        frame = np.tile(position_table(grid[1:], width, base=base), (grid[0], 1))
-        if positions != "frames":
-            return frame
-        time = position_table(grid[:1], width)
-        return frame + np.repeat(time - time[0], math.prod(grid[1:]), axis=0)
-    per_axis = width // (2 * len(grid))
-    frequencies = 10000.0 ** -(np.arange(per_axis) / per_axis)
-    steps = [1 if base is None else base / side for side in grid]
-    places = np.meshgrid(*(np.arange(side) * step for side, step in zip(grid, steps, strict=True)), indexing="ij")
-    angles = [place.reshape(-1, 1) * frequencies for place in reversed(places)]
-    return np.concatenate([f(angle) for angle in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
 
 
 def make(
@@ -522,80 +472,70 @@ def make(
     read_blocks: blocks whose features losses read one at a time.
 
     size: `S`, `B`, `L` or `XL`. depth, width, heads: replace single numbers of it.
-    patch: side of a patch along each axis of an image or a volume, and of a frame of a video, in elements of x.
-    patch_frames: frames of a video in a patch.
-    positions: one of POSITIONS, see `position_table`. `learned_frames`: parameters for each frame, zero at first, so
-        that a network of images can be given frames. `space`: frames have no order. `auto`: `frames` for a video, else
-        `axes`.
-    base_grid: positions are spread over the range of a grid with so many patches along each axis but that of frames, so
-        that a network trained there keeps its range. None: over the grid itself.
-    attention_axes: `joint`: all tokens attend to each other. `factorised`, for videos: as in Latte (arXiv 2401.03048)
-        blocks 0, 2, .. attend within a frame, and blocks 1, 3, .. across frames, at one place.
+    patch, patch_frames, positions, base_grid: see `patches.patches_of`.
+    attention_axes, pairing: for videos, see `check_axes`.
     mlp_ratio: hidden units of a block, in widths.
     qk_norm: LayerNorm on queries and on keys, each with its own parameters.
     skip: long residual connections: `none`, `release`, `paper`, `skip_dit`, `uvit` or `gate`; see SKIPS.
     skip_init: of the merging Linear: `xavier`, `torch`, `trunc_normal` or `identity`. None: as `skip` has it.
-    pairing: which blocks they join where two kinds alternate (`factorised`): `mirror`: block i and L - 1 - i, which are
-        of different kinds; `same_kind`: mirror images among the blocks of one kind.
     dtype: of matmuls. Parameters, norms, softmax, embeddings and the output are always float32. So is the time
         embedding, on TPUs too. Other float32 matmuls have jax's default precision, which is bfloat16 on TPUs
         (JAX_DEFAULT_MATMUL_PRECISION=highest changes it). In bfloat16 the gradient of a weight is rounded to bfloat16
         before it is summed over devices.
     stream_dtype: of the residual stream and the features.
-    remat: what the backward pass keeps: `named` (the output of each matmul), `dots`, `full` (nothing), `none` (all).
+    remat, unroll: see `stack_of`.
     capture: take features after the merge (`merged`, as the released loss does) or before it (`block`).
     out_channels: of the prediction. None: as the input. A DiT predicts noise and variance and needs twice as many.
     attention: `xla`, `cudnn` or `splash`, all with a float32 softmax (see `attention`). `auto`: cuDNN's kernel on a
         GPU in half precision where it can run, else `xla`.
+    """
+    check_inputs("dit", inputs, ("span", "token"))
+    if (classes := space.conditions.classes) is None:
+        raise ConfigError("model dit takes labels, and the conditions of these data are not labels: use another model")
+    check_options(dtype, stream_dtype, capture)
+    depth, width, heads = _dimensions(size, depth=depth, width=width, heads=heads)
+    in_range("model.mlp_ratio", mlp_ratio, 1 / width, MANY / width)
+    patches, prefix = patches_of(space, patch, patch_frames, positions, base_grid), int("token" in inputs)
+    check_table(width, patches)
+    check_axes(space, attention_axes, pairing, depth, prefix, skip)
+    out_channels = space.shape[-1] if out_channels is None else in_range("model.out_channels", out_channels, 1, MANY)
+    form, parts = skip_of(skip, skip_init), patches.grid if attention_axes == "joint" else patches.grid[1:]
+    choice = partial(choose, dtype=dtype, forward_mode="span" in inputs, width=width // heads)
+    kernel = choice(attention, tokens=math.prod(parts) + prefix)
+    axes: tuple[Axes, ...] = ()
+    if attention_axes == "factorised":  # frames are few, so attention across them is small: any kernel will do
+        frames = patches.grid[0]
+        axes = Axes(frames, False, kernel), Axes(frames, True, choice("auto", tokens=frames))
+    stack = stack_of(read_blocks, depth, remat, unroll, kinds=max(len(axes), 1))
+    block = partial(Block, width, heads, mlp_ratio, "layer" if qk_norm else "none", jnp.dtype(dtype), kernel)
+    merge = form and merging(form, width, jnp.dtype(dtype))
+    dims, dtypes = (depth, width, out_channels), (jnp.dtype(dtype), jnp.dtype(stream_dtype))
+    build = partial(DiT, patches, classes, inputs, *dims, block, merge, form, capture, axes, pairing, stack, *dtypes)
+    known = {"blocks": blocks, "rules": RULES, "fresh": FRESH, "adapted": adapted, "grid": patches.grid}
+    model = functional(lambda rngs: build(rngs=rngs))
+    return model._replace(**known, skips=form and skips(depth, pairing), prefix=prefix)
+
+
+def check_options(dtype: str, stream_dtype: str, capture: str = "merged") -> None:
+    """Raise ConfigError for a word that no option of `make` has."""
+    one_of("model.dtype", dtype, FLOATS)
+    one_of("model.stream_dtype", stream_dtype, FLOATS)
+    one_of("model.capture", capture, ("merged", "block"))
+
+
+def stack_of(read_blocks: Sequence[int], depth: int, remat: str, unroll: bool | None, kinds: int = 1) -> Stack:
+    """How the blocks of a network of this depth run, for options of a model. ConfigError for a block that it lacks.
+
+    remat: what the backward pass keeps: `named` (the output of each matmul), `dots`, `full` (nothing), `none` (all).
     unroll: True: one block after another in the program. False: two loops over blocks. None: True on TPUs, where the
         stacks that loops fill and read take a quarter of a training step (estimated). Loops compile several times as
         fast. On a CPU they also run faster and need little more than half of the memory.
     """
-    check_inputs("dit", inputs, ("span", "token"))
-    shape, classes = tuple(space.shape), space.conditions.classes
-    if classes is None:
-        raise ConfigError("model dit takes labels, and the conditions of these data are not labels: use another model")
     one_of("model.remat", remat, REMAT)
-    one_of("model.capture", capture, ("merged", "block"))
-    one_of("model.dtype", dtype, FLOATS)
-    one_of("model.stream_dtype", stream_dtype, FLOATS)
-    depth, width, heads = _dimensions(size, depth=depth, width=width, heads=heads)
-    in_range("model.mlp_ratio", mlp_ratio, 1 / width, MANY / width)
-    sides = sides_of(space, patch, patch_frames)
-    grid, prefix = grid_of(shape, sides), int("token" in inputs)
-    positions = positions_of(space, positions)
-    check_table(width, grid if positions == "axes" else grid[1:])
-    if base_grid is not None:
-        in_range("model.base_grid", base_grid, 1, MANY)
-    factorised = one_of("model.attention_axes", attention_axes, ("joint", "factorised")) == "factorised"
-    if factorised:
-        check_factorised(space, depth, prefix)
-    one_of("model.pairing", pairing, ("mirror", "same_kind"))
-    if pairing == "same_kind" and (skip == "none" or not factorised):
-        raise ConfigError("model.pairing = 'same_kind' needs model.skip and model.attention_axes = 'factorised'")
-    out_channels = in_range("model.out_channels", shape[-1] if out_channels is None else out_channels, 1, MANY)
     for block in read_blocks:
         in_range("config.losses: block", block, 0, depth)
-    form = skip_of(skip, skip_init)
-    kernel = choose(attention, dtype, "span" in inputs, math.prod(grid[factorised:]) + prefix, width // heads)
-    axes = ()
-    if factorised:  # frames are few, so their attention is small: any kernel will do
-        across = choose("auto", dtype, "span" in inputs, grid[0], width // heads)
-        axes = Axes(grid[0], False, kernel), Axes(grid[0], True, across)
     unroll = sharding.platform() == "tpu" if unroll is None else unroll
-    stack = Stack(tuple(sorted(set(read_blocks))), REMAT[remat], unroll, kinds=max(len(axes), 1))
-    block = partial(Block, width, heads, mlp_ratio, "layer" if qk_norm else "none", jnp.dtype(dtype), kernel)
-    merge = form and merging(form, width, jnp.dtype(dtype))
-    dims, dtypes = (
-        (depth, width, sides, positions, base_grid, out_channels),
-        (jnp.dtype(dtype), jnp.dtype(stream_dtype)),
-    )
-    build = partial(DiT, shape, classes, inputs, *dims, block, merge, form, capture, axes, pairing, stack, *dtypes)
-    model = functional(lambda rngs: build(rngs=rngs))
-    joined = form and skips(depth, pairing)
-    return model._replace(
-        blocks=blocks, rules=RULES, fresh=FRESH, skips=joined, grid=grid, prefix=prefix, adapted=adapted
-    )
+    return Stack(tuple(sorted(set(read_blocks))), REMAT[remat], unroll, kinds)
 
 
 def _dimensions(size: str, **changes: int | None) -> Size:
@@ -613,51 +553,27 @@ def check_dimensions(dims: Size) -> Size:
     return dims
 
 
-def sides_of(space: Space, patch: int, patch_frames: int = 1) -> tuple[int, ...]:
-    """The sides of a patch along each spatial axis of the examples of `space`."""
-    in_range("model.patch", patch, 1)
-    in_range("model.patch_frames", patch_frames, 1)
-    axes = len(space.shape) - 1
-    if space.video:
-        return patch_frames, *(patch,) * (axes - 1)
-    if patch_frames > 1:
-        raise ConfigError(f"model.patch_frames = {patch_frames} is for videos, and the examples of these data are none")
-    return (patch,) * axes
+def check_axes(space: Space, attention_axes: str, pairing: str, depth: int, prefix: int, skip: str) -> None:
+    """Raise ConfigError for options of videos that do not fit.
 
-
-def grid_of(shape: tuple[int, ...], patch: tuple[int, ...]) -> tuple[int, ...]:
-    """Patches along each spatial axis of examples of `shape` (*s, c). ConfigError if the sides do not divide it."""
-    *sides, _ = shape
-    if not sides or any(side % of for side, of in zip(sides, patch, strict=True)):
-        has, wanted = (" x ".join(map(str, numbers)) for numbers in (sides, patch))
-        raise ConfigError(f"model.patch: patches of {wanted} do not divide examples of {has}")
-    return places(shape, patch)
-
-
-def positions_of(space: Space, positions: str) -> str:
-    """The kind of positions of a network for examples of `space`: `auto` made definite."""
-    if one_of("model.positions", positions, POSITIONS) == "auto":
-        return "frames" if space.video else "axes"
-    if positions != "axes" and not space.video:
-        raise ConfigError(f"model.positions = {positions!r} is for videos, and the examples of these data are none")
-    return positions
-
-
-def check_factorised(space: Space, depth: int, prefix: int) -> None:
-    """Raise ConfigError for a network whose blocks cannot alternate between space and time."""
+    attention_axes: `joint`: all tokens attend to each other. `factorised`, for videos: as in Latte (arXiv 2401.03048)
+        blocks 0, 2, .. attend within a frame, and blocks 1, 3, .. across frames, at one place.
+    pairing: which blocks long residual connections join where two kinds alternate: `mirror`: block i and L - 1 - i,
+        which are of different kinds; `same_kind`: mirror images among the blocks of one kind.
+    """
+    one_of("model.attention_axes", attention_axes, ("joint", "factorised"))
     wanted = "model.attention_axes = 'factorised'"
+    one_of("model.pairing", pairing, ("mirror", "same_kind"))
+    if pairing == "same_kind" and (skip == "none" or attention_axes == "joint"):
+        raise ConfigError(f"model.pairing = 'same_kind' needs model.skip and {wanted}")
+    if attention_axes == "joint":
+        return
     if not space.video:
         raise ConfigError(f"{wanted} is for videos, and the examples of these data are none")
     if depth % 4:
         raise ConfigError(f"{wanted} needs a depth that is a multiple of 4, given {depth}")
     if prefix:
         raise ConfigError(f"{wanted} has no place for a class token (objective reg)")
-
-
-def check_table(width: int, grid: tuple[int, ...]) -> None:
-    """Raise ConfigError for a width that the fixed position table cannot have."""
-    if width % (parts := 2 * len(grid)):
-        raise ConfigError(f"model.width = {width}: the position table needs a multiple of {parts}")
 
 
 def skip_of(skip: str, init: str | None) -> Skip | None:

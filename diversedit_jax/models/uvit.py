@@ -21,7 +21,8 @@ from diversedit_jax.api import Condition, Conditions, Made, Model, Params, Space
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import Keys, adapt, check_inputs, dit, functional
 from diversedit_jax.models.attention import attend, choose
-from diversedit_jax.models.dit import FLOATS, KERNELS, REMAT, SKIPS, Merge, Perceptron
+from diversedit_jax.models.dit import KERNELS, SKIPS, Merge, Perceptron
+from diversedit_jax.models.patches import Patches, patches_of, patchify, unpatchify
 from diversedit_jax.models.stack import Stack, each, stacked
 from diversedit_jax.registry import MANY, in_range, one_of
 
@@ -115,12 +116,11 @@ class UViT(nnx.Module):
 
     def __init__(
         self,
-        shape: tuple[int, ...],
+        patches: Patches,
         classes: int | None,
         text: tuple[int, int] | None,
         half: int,
         width: int,
-        patch: tuple[int, ...],
         conv: bool,
         time_mlp: bool,
         block: Callable[..., Block],
@@ -131,18 +131,17 @@ class UViT(nnx.Module):
         *,
         rngs: Keys,
     ):
-        axes, channels = len(shape) - 1, shape[-1]
-        numbers = math.prod(patch) * channels
+        axes, channels = len(patches.sides), patches.shape[-1]
+        numbers = math.prod(patches.sides) * channels
         linear = partial(nnx.Linear, dtype=dtype, kernel_init=KERNEL, rngs=rngs)
         torch = dit.linear_of("torch", dtype, rngs)  # the first and the last layer are convolutions in U-ViT's code
         extras = 1 + bool(classes) + (text[0] if text else 0)
-        patches = math.prod(dit.places(shape, patch))
         self.patch_embed = torch(numbers, width)
         self.time_embed = TimePerceptron(width, rngs=rngs) if time_mlp else None
         labels = partial(nnx.Embed, embedding_init=nnx.initializers.normal(1.0), rngs=rngs)
         self.label_embed = labels(classes + 1, width) if classes else None
         self.text_embed = linear(text[1], width) if text else None
-        self.positions = nnx.Param(KERNEL(rngs.params(), (extras + patches, width)))
+        self.positions = nnx.Param(KERNEL(rngs.params(), (extras + math.prod(patches.grid), width)))
         self.ins = stacked(lambda rngs: block(rngs=rngs), half, rngs)
         self.mid = stacked(lambda rngs: block(rngs=rngs), 1, rngs)
         self.outs = stacked(lambda rngs: block(rngs=rngs), half, rngs)
@@ -150,7 +149,7 @@ class UViT(nnx.Module):
         self.norm = nnx.LayerNorm(width, rngs=rngs)
         self.final = linear(width, numbers)
         self.conv = Conv(axes, channels, rngs=rngs) if conv else None
-        self.shape, self.text, self.patch, self.half, self.extras = shape, text, patch, half, extras
+        self.patches, self.text, self.half, self.extras = patches, text, half, extras
         self.stack, self.dtype, self.stream_dtype = stack, dtype, stream_dtype
 
     def __call__(
@@ -181,14 +180,14 @@ class UViT(nnx.Module):
 
     def _check(self, x_t: Array, y: Condition) -> None:
         """Raise ValueError for an example or a condition of another shape."""
-        if x_t.shape[1:] != self.shape:
-            raise ValueError(f"the network takes examples of shape {self.shape}, given {x_t.shape[1:]}")
+        if x_t.shape[1:] != (shape := self.patches.shape):
+            raise ValueError(f"the network takes examples of shape {shape}, given {x_t.shape[1:]}")
         if self.text and y["context"].shape[1:] != self.text:
             raise ValueError(f"the network takes text features of shape {self.text}, given {y['context'].shape[1:]}")
 
     def _embed(self, x_t: Float[Array, "b *s c"], t: Float[Array, " b"], y: Condition) -> Float[Array, "b m d"]:
         """The tokens with their positions: label, time, patches; or time, text, patches."""
-        patches = self.patch_embed(dit.patchify(x_t, self.patch).astype(self.dtype))
+        patches = self.patch_embed(patchify(x_t, self.patches.sides).astype(self.dtype))
         time = sinusoids(t, patches.shape[-1])
         tokens = [(time if self.time_embed is None else self.time_embed(time))[:, None]]
         if self.label_embed is not None:
@@ -201,7 +200,7 @@ class UViT(nnx.Module):
     def _output(self, h: Float[Array, "b n d"]) -> Float[Array, "b *s c"]:
         """The prediction: LayerNorm, a Linear, patches put together, the convolution."""
         out = self.final(normed(self.norm, h).astype(self.dtype)).astype(jnp.float32)
-        out = dit.unpatchify(out, self.shape, self.patch)
+        out = unpatchify(out, self.patches.shape, self.patches.sides)
         return out if self.conv is None else self.conv(out)
 
 
@@ -255,9 +254,7 @@ def make(
     The other options: `models.dit.make`.
     """
     check_inputs("uvit", inputs, ())
-    one_of("model.remat", remat, REMAT)
-    one_of("model.dtype", dtype, FLOATS)
-    one_of("model.stream_dtype", stream_dtype, FLOATS)
+    dit.check_options(dtype, stream_dtype)
     form = SKIPS[one_of("model.skip", skip, FORMS)]
     changes = {"depth": depth, "width": width, "heads": heads, "conv": conv}
     dims = SIZES[one_of("model.size", size, SIZES)]
@@ -267,19 +264,16 @@ def make(
     if width % 2:
         raise ConfigError(f"model.width = {width}: the sinusoids of the time need an even number")
     in_range("model.mlp_ratio", mlp_ratio, 1 / width, MANY / width)
-    shape, sides, half = tuple(space.shape), dit.sides_of(space, patch), depth // 2
-    grid = dit.grid_of(shape, sides)
-    for number in read_blocks:
-        in_range("config.losses: block", number, 0, 2 * half + 1)
+    patches, half = patches_of(space, patch, positions="axes"), depth // 2
+    grid = patches.grid
     classes, text = space.conditions.classes, text_of(space.conditions)
     tokens = math.prod(grid) + 1 + bool(classes) + (text[0] if text else 0)
     kernel = choose(attention, dtype, tokens=tokens, width=width // heads)
-    unroll = sharding.platform() == "tpu" if unroll is None else unroll
-    stack = Stack(tuple(sorted(set(read_blocks))), REMAT[remat], unroll)
+    stack = dit.stack_of(read_blocks, 2 * half + 1, remat, unroll)
     block = partial(Block, width, heads, mlp_ratio, qkv_bias, jnp.dtype(dtype), kernel)
     merge = dit.merging(form, width, jnp.dtype(dtype))
-    options = (half, width, sides, conv, time_mlp, block, merge, stack, jnp.dtype(dtype), jnp.dtype(stream_dtype))
-    build = partial(UViT, shape, classes, text, *options)
+    options = (half, width, conv, time_mlp, block, merge, stack, jnp.dtype(dtype), jnp.dtype(stream_dtype))
+    build = partial(UViT, patches, classes, text, *options)
     model = functional(lambda rngs: build(rngs=rngs))
     return model._replace(blocks=blocks, rules=RULES, skips=dit.skips(2 * half + 1), grid=grid, adapted=adapted)
 

@@ -17,6 +17,7 @@ import numpy as np
 from diversedit_jax.api import Conditions, Params, Space
 from diversedit_jax.errors import ConfigError, WeightsError
 from diversedit_jax.models import dit
+from diversedit_jax.models import patches as model_patches
 from diversedit_jax.registry import one_of
 from diversedit_jax.weights import dit_names, hub, mapping, mmdit, uvit
 from diversedit_jax.weights.dit_names import Architecture, Entry
@@ -238,7 +239,7 @@ def load(
 
 def position_table(arch: AnyArchitecture, grid: tuple[int, ...]) -> np.ndarray:
     """The position table that a release stores, [n d]: a row of zeros for a class token, then those of the patches."""
-    return np.pad(dit.position_table(grid, arch.width), ((int(arch.token_width is not None), 0), (0, 0)))
+    return np.pad(model_patches.position_table(grid, arch.width), ((int(arch.token_width is not None), 0), (0, 0)))
 
 
 def sides_of(family: str, table: np.ndarray, arch: AnyArchitecture) -> tuple[int, int]:

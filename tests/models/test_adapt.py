@@ -9,7 +9,7 @@ from diversedit_jax import models, sharding
 from diversedit_jax.api import Conditions, Made, Space
 from diversedit_jax.config import slot
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.models import adapt, dit
+from diversedit_jax.models import adapt, patches
 from diversedit_jax.training.step import started_from
 from tests import untrained
 
@@ -117,11 +117,11 @@ def test_patches_that_are_no_multiple_are_refused():
 
 
 def test_a_base_grid_keeps_the_range_of_positions():
-    table = dit.position_table((4, 4), 16)
-    np.testing.assert_array_equal(dit.position_table((4, 4), 16, base=4), table)
-    spread = dit.position_table((8, 8), 16, base=4).reshape(8, 8, 16)
+    table = patches.position_table((4, 4), 16)
+    np.testing.assert_array_equal(patches.position_table((4, 4), 16, base=4), table)
+    spread = patches.position_table((8, 8), 16, base=4).reshape(8, 8, 16)
     np.testing.assert_allclose(spread[::2, ::2].reshape(-1, 16), table, rtol=1e-6)  # every second is a place it knows
-    between = dit.position_table((8, 1), 16, base=4)[1]  # half a patch down
+    between = patches.position_table((8, 1), 16, base=4)[1]  # half a patch down
     np.testing.assert_allclose(between[8:12], np.sin(0.5 * 10000.0 ** -(np.arange(4) / 4)), rtol=1e-6)
 
 

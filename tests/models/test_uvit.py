@@ -8,7 +8,7 @@ import pytest
 from diversedit_jax import models, sharding
 from diversedit_jax.api import Conditions, Space
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.models import dit
+from diversedit_jax.models import dit, patches
 from diversedit_jax.sharding import by_name
 from tests.models.test_mmdit import assert_close, trained
 
@@ -57,8 +57,8 @@ def loop(params, x_t, t, y, *, half):
         tokens = [params["label_embed"]["embedding"][y][:, None], *tokens]
     if "text_embed" in params:
         tokens += [linear(params["text_embed"], y["context"])]
-    patches = linear(params["patch_embed"], dit.patchify(x_t, (2, 2)))
-    x = jnp.concatenate([*tokens, patches], axis=1) + params["positions"]
+    embedded = linear(params["patch_embed"], patches.patchify(x_t, (2, 2)))
+    x = jnp.concatenate([*tokens, embedded], axis=1) + params["positions"]
     streams = [x]
     for i in range(half):
         streams.append(block("ins", i, streams[-1]))
@@ -68,8 +68,8 @@ def loop(params, x_t, t, y, *, half):
         merge = jax.tree.map(lambda leaf, i=i: leaf[i], params["merges"])
         both = norm(merge["norm"], both, dit.EPS) if "norm" in merge else both
         streams.append(block("outs", i, linear(merge["linear"], both)))
-    features = tuple(stream[:, -patches.shape[1] :] for stream in streams)
-    out = dit.unpatchify(linear(params["final"], norm(params["norm"], features[-1])), x_t.shape[1:], (2, 2))
+    features = tuple(stream[:, -embedded.shape[1] :] for stream in streams)
+    out = patches.unpatchify(linear(params["final"], norm(params["norm"], features[-1])), x_t.shape[1:], (2, 2))
     if "conv" in params:
         padded = jnp.pad(out, ((0, 0), (1, 1), (1, 1), (0, 0)))
         h, w = out.shape[1:3]
