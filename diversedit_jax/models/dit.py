@@ -657,7 +657,7 @@ def adapted(was: Made, now: Made) -> tuple[Params, list[str]]:
 
 def new_places(was: Made, now: Made) -> list[str]:
     """A line if the fixed positions are others than those that a network knows."""
-    old, new = (adapt.grid(made)[-2:] for made in (was, now))
+    old, new = (adapt.grid(made)[int(made.space.video) :] for made in (was, now))  # frames have a table of their own
     knows, has = (
         grid if made.options["base_grid"] is None else (made.options["base_grid"],) * len(grid)
         for made, grid in ((was, old), (now, new))
