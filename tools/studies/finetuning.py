@@ -1,6 +1,6 @@
 """Ask whether a trained SiT gets better when it is given the parts of DiverseDiT, on the digits.
 
-    python -m tools.studies.finetuning --out=tools/studies/records/finetuning.json
+    python -m tools.studies.finetuning --steps=1000 --out=tools/studies/records/finetuning.json
 
 For each seed a plain SiT is trained and written as an official release. From that file it goes on as it is, with long
 residual connections that change nothing at first, with the diversity loss, and with both; all for as many steps, by the
