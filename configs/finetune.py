@@ -8,7 +8,8 @@ default. The official release has the size xl2. With 512, its positions at 256 a
 configs/finetuning.md goes through it, command by command.
 Hardware: as configs/diversedit.py: a TPU v4-32, v5e-16 or larger slice (--config.mesh.fsdp=4), or 8 GPUs.
 Expected: nobody has trained it, and the paper has no such row. Its outputs are those of the release at first, so its
-scores begin there (FID-50K about 8.3: SDE with 250 steps, no guidance). Whether they get better is open.
+scores begin there (FID-50K about 8.3: SDE with 250 steps, no guidance). Whether they get better is open. On the digits
+they did not (tools/studies/README.md).
 """
 
 from ml_collections import ConfigDict

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from diversedit_jax.configs import digits, finetune
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.runs import build, starting, trained
 from diversedit_jax.runs.check import check
+from diversedit_jax.weights import dit as releases
 from tests import ROOT
 
 PAGE = (ROOT / "configs" / "finetuning.md").read_text()
@@ -116,6 +118,24 @@ def test_the_commands_of_the_page_run(folder):
     for name in ("before_blocks", "after_blocks"):
         assert (folder / "runs" / name / "report.html").exists()
     assert trained.of_run(folder / "runs" / "finetuned").last == 3
+
+
+@pytest.mark.slow
+def test_old_parts_are_frozen_and_groups_are_set_on_the_command_line(folder):
+    """They keep the bits of the release, and so does their EMA; the new parts learn."""
+    words = ["python", "-m", "diversedit_jax.train", "--config=small.py:xl2", "--workdir=runs/frozen"]
+    words += ["--config.init_from.file=sit.safetensors", "--config.optim.learning_rate=0.0"]
+    run([*words, "--config.groups.new.learning_rate=3e-2", "--config.groups.new.warmup_steps=0"], folder)
+    found, (release, _) = trained.of_run(folder / "runs" / "frozen"), open_release(folder)
+    for weights in trained.WEIGHTS:
+        params = found.load(3, weights)
+        merges = params.pop("merges")
+        jax.tree.map(np.testing.assert_array_equal, params, release.params)
+    assert np.abs(merges["linear"]["kernel"]).max() > 1e-2
+
+
+def open_release(folder):
+    return releases.open_release(folder / "sit.safetensors", "official_sit", 2)
 
 
 def test_every_command_of_the_page_is_tried():

@@ -644,23 +644,20 @@ def adapted(was: Made, now: Made) -> tuple[Params, list[str]]:
         told += more
     elif factorised[0] != factorised[1]:
         raise ConfigError("config.model.attention_axes: its network attends along other axes")
-    if to_video and positions_of(now.space, now.options["positions"]) == "frames":
+    kinds = [positions_of(made.space, made.options["positions"]) for made in (was, now)]
+    if was.space.video and kinds[0] != kinds[1]:
+        told.append(f"its positions are of the kind {kinds[0]!r}, those of this run {kinds[1]!r}")
+    if to_video and kinds[1] == "frames":
         told.append(
             "positions of frames are added: only the first frame is at first as it was; with "
             "--config.model.positions=learned_frames all are"
         )
-    form = skip_of(now.options["skip"], now.options["skip_init"])
-    if form is not None and "merges" not in params and form.init not in (None, "identity"):
-        told.append(
-            "its long residual connections are new and change what it gives; with "
-            "--config.model.skip_init=identity they change nothing at first"
-        )
-    return params, told
+    return params, told + new_merges(was, now)
 
 
 def new_places(was: Made, now: Made) -> list[str]:
     """A line if the fixed positions are others than those that a network knows."""
-    old, new = (adapt.grid(made)[-2:] for made in (was, now))
+    old, new = (adapt.grid(made)[int(made.space.video) :] for made in (was, now))  # frames have a table of their own
     knows, has = (
         grid if made.options["base_grid"] is None else (made.options["base_grid"],) * len(grid)
         for made, grid in ((was, old), (now, new))
@@ -674,6 +671,17 @@ def new_places(was: Made, now: Made) -> list[str]:
     return [f"{told}; to spread them: --config.model.base_grid={knows[0]}" if len(set(knows)) == 1 else told]
 
 
+def new_merges(was: Made, now: Made) -> list[str]:
+    """A line if long residual connections are new and change what a network gives."""
+    form = skip_of(now.options["skip"], now.options["skip_init"])
+    if form is None or "merges" in was.params or form.init in (None, "identity"):
+        return []
+    return [
+        "its long residual connections are new and change what it gives; with --config.model.skip_init=identity they "
+        "change nothing at first"
+    ]
+
+
 def check_merges(was: Made, now: Made) -> None:
     """Raise ConfigError if the arrays of long residual connections would mean something else than they did."""
     if "merges" not in was.params:
@@ -681,12 +689,12 @@ def check_merges(was: Made, now: Made) -> None:
 
     def meaning(made: Made) -> tuple | None:
         form = skip_of(made.options["skip"], made.options["skip_init"])
-        return form and (form.merge, form.norm, form.init is None, form.norm and form.init == "identity")
+        pairs = made.options["pairing"] if was.space.video else None
+        return form and (form.merge, form.norm, form.init is None, form.norm and form.init == "identity", pairs)
 
     if meaning(was) != meaning(now):
-        old, new = (
-            f"skip = {made.options['skip']!r}, skip_init = {made.options['skip_init']!r}" for made in (was, now)
-        )
+        names = [name for name in ("skip", "skip_init", "pairing") if name in now.options]
+        old, new = (", ".join(f"{name} = {made.options[name]!r}" for name in names) for made in (was, now))
         raise ConfigError(
             f"its long residual connections have {old}, those of config.model {new}, which does not go on with them; "
             "to add new ones: --config.init_from.fresh=\"('merges',)\""

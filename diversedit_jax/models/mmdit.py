@@ -16,9 +16,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from diversedit_jax import sharding
-from diversedit_jax.api import Conditions, Features, Model, Params, Space
+from diversedit_jax.api import Conditions, Features, Made, Model, Params, Space
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.models import Keys, check_inputs, dit, functional
+from diversedit_jax.models import Keys, adapt, check_inputs, dit, functional
 from diversedit_jax.models.attention import attend, choose
 from diversedit_jax.models.dit import QK_NORMS, Block, Gate, Merge, Perceptron, Skip, TimeEmbedding
 from diversedit_jax.models.patches import Patches, check_table, patches_of, patchify, position_table, unpatchify
@@ -299,7 +299,8 @@ def make(
     build = partial(MMDiT, *dims, block, last_text, merge, *options)
     model = functional(lambda rngs: build(rngs=rngs))
     fresh = ("merges", "text_merges")
-    return model._replace(blocks=blocks, rules=RULES, fresh=fresh, skips=form and dit.skips(depth), grid=grid)
+    joined = form and dit.skips(depth)
+    return model._replace(blocks=blocks, rules=RULES, fresh=fresh, skips=joined, grid=grid, adapted=adapted)
 
 
 def text_of(conditions: Conditions) -> tuple[tuple[int, int], int | None]:
@@ -317,3 +318,12 @@ def text_of(conditions: Conditions) -> tuple[tuple[int, int], int | None]:
 def blocks(params: Params) -> list[Params]:
     """The parameters of each block, in order."""
     return [*each(params["shallow"]), *(each(params["deep"]) if "deep" in params else ()), params["last"]]
+
+
+def adapted(was: Made, now: Made) -> tuple[Params, list[str]]:
+    """The parameters of an MMDiT for another one with the same arrays, see `api.Model`."""
+    adapt.check_name(was, now)
+    dit.check_merges(was, now)
+    tables = [made.options["table"] for made in (was, now)]
+    told = f"its position table has a side of {tables[0]}, that of this run {tables[1]}: positions are others"
+    return was.params, ([told] if tables[0] != tables[1] else []) + dit.new_merges(was, now)

@@ -289,6 +289,28 @@ def test_another_model_with_the_same_arrays_is_refused():
         told_by(was, "dit", space(4, 4), out_channels=4)
 
 
+def test_what_an_mmdit_cannot_know_by_its_arrays():
+    where = Space((4, 4, 2), Conditions({"context": np.zeros((3, 8), np.float32)}))
+    _, was = made("mmdit", where, skip="release", table=4)
+    assert told_by(was, "mmdit", where, skip="release", table=4) == []
+    said = "its position table has a side of 4, that of this run 8: positions are others"
+    assert told_by(was, "mmdit", where, skip="release", table=8) == [said]
+    with pytest.raises(ConfigError, match="which does not go on with them"):
+        told_by(was, "mmdit", where, skip="release", skip_init="identity", table=4)
+
+
+def test_videos_go_on_as_videos():
+    own = FACTORISED | {"skip": "gate", "pairing": "same_kind"}
+    _, was = made("dit", VIDEO, **own)
+    assert told_by(was, "dit", VIDEO, **own) == []
+    said = "its positions are of the kind 'frames', those of this run 'space'"
+    assert told_by(was, "dit", VIDEO, **own, positions="space") == [said]
+    with pytest.raises(ConfigError, match="have skip = 'gate', skip_init = None, pairing = 'same_kind', those of"):
+        told_by(was, "dit", VIDEO, **own | {"pairing": "mirror"})
+    with pytest.raises(ConfigError, match="its network makes videos, that of this run images"):
+        told_by(was, "dit", space(4, 4), depth=8)
+
+
 @pytest.mark.parametrize(
     ("skip", "init", "silent"),
     [

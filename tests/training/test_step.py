@@ -12,7 +12,7 @@ import pytest
 
 from diversedit_jax import config as configs
 from diversedit_jax import losses, models, objectives, sharding
-from diversedit_jax.api import AuxLoss, Codec, Conditions, Model, Objective, Space, Term
+from diversedit_jax.api import AuxLoss, Codec, Conditions, Model, Objective, Rows, Space, Term
 from diversedit_jax.diffusion.paths import PATHS
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import dit
@@ -479,6 +479,21 @@ def test_a_rate_of_zero_freezes_to_the_bit_and_needs_no_moments():
         assert np.abs(state[name]["second"] - begin[name]["second"]).max() > 1e-4
     with pytest.raises(ConfigError, match=r"config\.optim\.learning_rate = 0\.0: .* nothing would be trained"):
         optim.grouped(10, {"learning_rate": 0.0}, frozen)
+
+
+def test_a_start_may_give_single_rows_of_arrays_that_are_split():
+    layout = layout_of(2, 4)
+    params = {"a": {"w": jnp.zeros((8, 64, 16))}, "b": {"w": jnp.ones((64, 64))}}
+    placed = jax.tree.map(jax.device_put, params, sharding.shardings(params, layout))
+    rows = Rows((1, 6), np.arange(2 * 64 * 16, dtype=np.float32).reshape(2, 64, 16), 8)
+    found = started_from({"params": placed}, {"a": {"w": rows}})
+    wanted = np.zeros((8, 64, 16))
+    wanted[[1, 6]] = rows.values
+    for entry in ("params", "ema"):
+        np.testing.assert_array_equal(found[entry]["a"]["w"], wanted)
+        np.testing.assert_array_equal(found[entry]["b"]["w"], 1)
+        assert found[entry]["a"]["w"].sharding == placed["a"]["w"].sharding
+    assert rows.shape == (8, 64, 16)
 
 
 @pytest.mark.parametrize(
