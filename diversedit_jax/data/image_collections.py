@@ -102,15 +102,32 @@ def open_images(
         path = _split(path, split)
         kind = _kind(path) if kind == "folder" else kind  # a split may hold tar files
         open_kind = {"folder": _folder, "tar": partial(_tars, texts=texts), "zip": _zip}[kind]
-    images = open_kind(path, labelled=not unconditional)
-    if not images.keys:
-        others = "; ".join(f"{count} x {name}" for name, count in images.ignored.items()) or "nothing else"
-        raise DataError(f"images: {path} holds no images, but {others}")
-    keys = [_printable(key) for key in images.keys]
+    return _named("images", open_kind(path, labelled=not unconditional))
+
+
+def open_folder_of(
+    what: str, path: str | Path, suffixes: tuple[str, ...], split: str | None = None, unconditional: bool = False
+) -> ImageFiles:
+    """Open a folder of other files in the same layout. what: they are, in the plural. suffixes: of their names.
+
+    split, unconditional: as in `open_images`. DataError, in one line, if there are no such files.
+    """
+    path = local_path(what, path)
+    if not path.is_dir():
+        raise DataError(f"{what}: {path} is not a folder")
+    return _named(what, _folder(_split(path, split, what), not unconditional, what, suffixes))
+
+
+def _named(what: str, files: ImageFiles) -> ImageFiles:
+    """A collection with names that can be printed. DataError if there is no file, or if two have the same name."""
+    if not files.keys:
+        others = "; ".join(f"{count} x {name}" for name, count in files.ignored.items()) or "nothing else"
+        raise DataError(f"{what}: {files.path} holds no {what}, but {others}")
+    keys = [_printable(key) for key in files.keys]
     if len(set(keys)) < len(keys):
-        raise DataError(f"images: {path} has several images of the name {Counter(keys).most_common(1)[0][0]}")
-    classes = tuple(map(_printable, images.classes))
-    return replace(images, keys=keys, classes=classes, ignored={_printable(k): n for k, n in images.ignored.items()})
+        raise DataError(f"{what}: {files.path} has several {what} of the name {Counter(keys).most_common(1)[0][0]}")
+    classes = tuple(map(_printable, files.classes))
+    return replace(files, keys=keys, classes=classes, ignored={_printable(k): n for k, n in files.ignored.items()})
 
 
 def _kind(path: Path) -> str:
@@ -123,7 +140,7 @@ def _kind(path: Path) -> str:
     return "tar" if any(path.glob("*.tar")) else "folder"
 
 
-def _split(path: Path, split: str | None) -> Path:
+def _split(path: Path, split: str | None, what: str = "images") -> Path:
     """The folder of a split: `path` itself if it has no splits and none is asked for."""
     below = []
     if path.is_dir():
@@ -131,11 +148,11 @@ def _split(path: Path, split: str | None) -> Path:
     if split in below:
         return path / split
     if split is not None:
-        raise DataError(f"images: {path} has no split {split!r}; its folders: {', '.join(below) or 'none'}")
+        raise DataError(f"{what}: {path} has no split {split!r}; its folders: {', '.join(below) or 'none'}")
     if not below or not all(map(SPLIT.fullmatch, below)):
         return path
     if "train" not in below:
-        raise DataError(f"images: {path} has folders that look like splits, and none named train: {', '.join(below)}")
+        raise DataError(f"{what}: {path} has folders that look like splits, and none named train: {', '.join(below)}")
     return path / "train"
 
 
@@ -150,42 +167,54 @@ def _printable(name: str) -> str:
 
 
 def _numbered(
-    kind: str, path: Path, keys: list[str], labels: dict[str, int], read: Callable[[int], bytes], ignored: Counter[str]
+    kind: str,
+    path: Path,
+    keys: list[str],
+    labels: dict[str, int],
+    read: Callable[[int], bytes],
+    ignored: Counter[str],
+    what: str = "images",
 ) -> ImageFiles:
     """A collection whose classes are numbers. labels: by key, of all images; empty: there are no classes."""
     if labels and (without := [key for key in keys if key not in labels]):
-        raise DataError(f"images: {without[0]} in {path} has no label, but others have one")
+        raise DataError(f"{what}: {without[0]} in {path} has no label, but others have one")
     if alone := len(labels.keys() - set(keys)):
         ignored["label without an image"] += alone
     numbers = np.array([labels.get(key, 0) for key in keys], np.int32)
     if numbers.min(initial=0) < 0:
-        raise DataError(f"images: {keys[numbers.argmin()]} in {path} has the label {numbers.min()}, wanted 0 or more")
+        raise DataError(f"{what}: {keys[numbers.argmin()]} in {path} has the label {numbers.min()}, wanted 0 or more")
     classes = tuple(map(str, range(numbers.max() + 1))) if labels and len(keys) else ()
     return ImageFiles(kind, path, keys, numbers, classes, read, ignored)
 
 
-def _folder(path: Path, labelled: bool) -> ImageFiles:
+def _folder(path: Path, labelled: bool, what: str = "images", suffixes: tuple[str, ...] = SUFFIXES) -> ImageFiles:
     ignored: Counter[str] = Counter()
-    keys = sorted(_walk(path, "", ignored, frozenset()))
+    keys = sorted(_walk(path, "", suffixes, ignored, frozenset()))
     read = partial(read_file, path, keys)
-    listed = _folder_index(path) if labelled else {}
+    listed = _folder_index(path, what) if labelled else {}
     if listed is not None:
         ignored["*.json"] -= 1 if labelled else 0  # the index itself is used
-        return _numbered("folder", path, keys, listed, read, +ignored)
+        return _numbered("folder", path, keys, listed, read, +ignored, what)
     if labelled and (deeper := sorted(path.glob(f"*/{INDEX}"))):
-        raise DataError(f"images: {deeper[0]} lists labels: give {deeper[0].parent}, or set unconditional")
-    return _by_folder("folder", path, keys, read, ignored)
+        raise DataError(f"{what}: {deeper[0]} lists labels: give {deeper[0].parent}, or set unconditional")
+    return _by_folder("folder", path, keys, read, ignored, what=what)
 
 
 def _by_folder(
-    kind: str, path: Path, keys: list[str], read: Callable[[int], bytes], ignored: Counter[str], top: str = ""
+    kind: str,
+    path: Path,
+    keys: list[str],
+    read: Callable[[int], bytes],
+    ignored: Counter[str],
+    top: str = "",
+    what: str = "images",
 ) -> ImageFiles:
     """A collection whose classes are the folders in `top`."""
     tops = [key.removeprefix(top).rpartition("/")[0].partition("/")[0] for key in keys]
     classes = sorted({top for top in tops if top})
     if classes and "" in tops:
         both = f"in folders ({classes[0]}) and beside them ({keys[tops.index('')]})"
-        raise DataError(f"images: {path} has images {both}: give each image a folder, or set unconditional")
+        raise DataError(f"{what}: {path} has {what} {both}: give each a folder, or set unconditional")
     number = {name: label for label, name in enumerate(classes)}
     labels = np.array([number.get(top, 0) for top in tops], np.int32)
     return ImageFiles(kind, path, keys, labels, tuple(classes), read, ignored)
@@ -196,7 +225,7 @@ def index_labels(content: Mapping[str, Any]) -> dict[str, int]:
     return {str(name): whole_label(label) for name, label in content["labels"] or ()}
 
 
-def _folder_index(path: Path) -> dict[str, int] | None:
+def _folder_index(path: Path, what: str) -> dict[str, int] | None:
     """The labels of the dataset.json in a folder; None if there is no such file, or none with `labels`."""
     if not (path / INDEX).exists():
         return None
@@ -205,11 +234,11 @@ def _folder_index(path: Path) -> dict[str, int] | None:
         return index_labels(content) if isinstance(content, dict) and "labels" in content else None
     except (OSError, ValueError, TypeError) as error:
         check_machine(error)
-        raise DataError(f"images: {path / INDEX} cannot be read: {type(error).__name__}: {error}") from error
+        raise DataError(f"{what}: {path / INDEX} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _walk(top: Path, below: str, ignored: Counter, above: frozenset) -> Iterator[str]:
-    """Yield the names of all images below a folder. A link to a folder above is not followed."""
+def _walk(top: Path, below: str, suffixes: tuple[str, ...], ignored: Counter, above: frozenset) -> Iterator[str]:
+    """Yield the names of all files with these suffixes below a folder. A link to a folder above is not followed."""
     here = (top / below).resolve()
     if here in above:
         ignored["link to a folder above"] += 1
@@ -220,8 +249,8 @@ def _walk(top: Path, below: str, ignored: Counter, above: frozenset) -> Iterator
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 ignored["hidden file or folder"] += 1
             elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():  # the link may go in circles
-                yield from _walk(top, name, ignored, above | {here})
-            elif not entry.name.lower().endswith(SUFFIXES):
+                yield from _walk(top, name, suffixes, ignored, above | {here})
+            elif not entry.name.lower().endswith(suffixes):
                 ignored[f"*{Path(entry.name).suffix or entry.name}"] += 1
             elif os.path.exists(entry.path) and not entry.is_file():
                 ignored["pipe or device"] += 1  # reading it might never end
