@@ -1,0 +1,97 @@
+"""The judge of solids: real ones score high, noise, other classes and broken solids do not; other data are refused."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+
+from diversedit_jax import data, evaluators
+from diversedit_jax.data.solids import SHAPE, SIZES, draw, rotation
+from diversedit_jax.errors import ConfigError
+from diversedit_jax.evaluators import SampleSpec
+from diversedit_jax.evaluators.solids import described, real_solids
+
+NAMES = ("accuracy", "frechet", "occupancy", "undecided", "one_piece")
+NUM = 400
+OPEN = partial(data.make, "solids")
+
+
+@pytest.fixture(scope="module")
+def judge():
+    run = evaluators.make("solids", SampleSpec(SHAPE, 100, None, None, OPEN), num=NUM)
+    return lambda volumes: dict(run(lambda labels: volumes))
+
+
+@pytest.fixture(scope="module")
+def real():
+    """Held-out solids that the judge does not know, with labels 0, 1, ..., 7, 0, ..."""
+    return real_solids(OPEN("test").source, 2 * NUM)[0][NUM:]
+
+
+def test_real_solids_are_what_they_shall_be(judge, real):
+    found = judge(real)
+    assert list(found) == [*NAMES, *(f"real/{name}" for name in NAMES)]
+    assert all(type(value) is float for value in found.values())
+    for part in ("", "real/"):
+        assert found[f"{part}accuracy"] > 0.97
+        assert found[f"{part}frechet"] < 0.1
+        assert found[f"{part}one_piece"] == 1
+    assert found["occupancy"] == pytest.approx(real.mean() / 255)
+    assert found["occupancy"] == pytest.approx(found["real/occupancy"], rel=0.05)
+    assert found["undecided"] == pytest.approx(found["real/undecided"], rel=0.05)
+
+
+def test_solids_of_the_next_class_are_wrong(judge, real):
+    found = judge(np.roll(real, 1, axis=0))
+    assert found["accuracy"] < 0.03
+    assert found["frechet"] < 0.1, "the set is as it was"
+
+
+def test_what_is_no_solid_is_far_from_real_ones(judge, real):
+    rng = np.random.default_rng(0)
+    broken = real.copy()
+    broken[:, :, :, 7:9] = 0  # cut in two
+    noise = rng.integers(0, 256, real.shape).astype(np.uint8)
+    for name, volumes in {"noise": noise, "nothing": np.zeros_like(real), "broken": broken}.items():
+        found = judge(volumes)
+        assert found["frechet"] > 100 * found["real/frechet"], name
+        assert found["accuracy"] < 0.7, name
+        assert found["one_piece"] < 1, name
+    assert judge(noise)["undecided"] == pytest.approx(0.8, abs=0.01)
+
+
+def test_one_class_in_all_samples_is_seen(judge, real):
+    found = judge(np.repeat(real[3:4], NUM, axis=0))
+    assert found["accuracy"] == 1 / 8
+    assert found["frechet"] > 100 * found["real/frechet"]
+
+
+def test_a_description_does_not_depend_on_place_and_quarter_turns():
+    occupancy = draw("pyramid", 5.0, turn=rotation(0, 0.4))
+    turned = np.roll(np.rot90(occupancy, axes=(1, 2)), (1, -1), axis=(0, 2))
+    np.testing.assert_allclose(described(turned), described(occupancy), rtol=1e-5, atol=1e-6)
+
+
+def test_the_moments_of_a_box_are_those_of_a_box():
+    occupancy = np.zeros(SHAPE[:3])
+    occupancy[2:12, 3:9, 4:8] = 1  # 10 x 6 x 4
+    found = described(occupancy)
+    np.testing.assert_allclose(found[:3], (np.square([4, 6, 10]) - 1) / 12 / 240 ** (2 / 3))
+    assert found[3] == pytest.approx(0, abs=1e-9)
+    assert found[-1] == pytest.approx(np.cbrt(240))
+
+
+def test_other_data_are_refused():
+    with pytest.raises(ConfigError, match=r"solids: the samples are \(8, 8, 1\), wanted volumes \(16, 16, 16, 1\)"):
+        evaluators.make("solids", SampleSpec((8, 8, 1), 100, None, None, None))
+    with pytest.raises(ConfigError, match="solids: the samples are latents"):
+        evaluators.make("solids", SampleSpec(None, 100, None, None, None))
+    other = partial(data.make, "synthetic")
+    with pytest.raises(ConfigError, match=r"solids: the run has other data: it judges config.data.name = 'solids'"):
+        evaluators.make("solids", SampleSpec(SHAPE, 100, None, None, other))
+
+
+@pytest.mark.parametrize("num", [1, SIZES["test"] + 1])
+def test_the_number_of_samples_has_a_range(num):
+    with pytest.raises(ConfigError, match=f"solids: num = {num}: must be"):
+        evaluators.make("solids", SampleSpec(SHAPE, 100, None, None, None), num=num)
