@@ -524,7 +524,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(straight, tmp
             r"batch_size = 20 is not divisible by 8 \(data x fsdp of config.mesh\); nearest: 16 or 24",
         ),
         ({"accumulate": 3}, r"not divisible by 8 \(.*\) x 3 accumulated parts; nearest: 24"),
-        ({"model__patch": 3}, r"model.patch = 3 does not divide 8 x 8"),
+        ({"model__patch": 3}, r"patches of 3 x 3 do not divide examples of 8 x 8"),
         ({"model__heads": 3}, r"model.heads = 3 does not divide the width 16"),
         ({"model__skip": "relase"}, r"model.skip = 'relase' is unknown; did you mean 'release'"),
         ({"losses__diversity__aligned": 5}, r"diversity: aligned = 5: must be at least 1 and at most 4"),

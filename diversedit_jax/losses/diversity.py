@@ -54,6 +54,7 @@ def select_pairs(
     aligned: int | None = None,
     key: PRNGKeyArray | None = None,
     seed: int = 0,
+    kinds: int = 1,
 ) -> Pairs:
     """The pairs of blocks that are compared, [p 2], blocks counted from 0.
 
@@ -66,12 +67,25 @@ def select_pairs(
     mirror:         block i with block L - 1 - i, the pairs of the long residual connections.
 
     The random rules draw with `key` if given (traced, redrawn at every step), else once from `seed`.
+
+    kinds: of blocks, which alternate: 2 where attention is factorised. The rule then chooses pairs of blocks of the
+        same kind, among those of each kind: neighbours of different kinds are different anyway.
     """
     one_of("diversity: rule", rule, CHOICES["rule"])
     in_range("diversity: number of blocks", num_blocks, 2)
     in_range("diversity: aligned", 1 if aligned is None else aligned, 1, num_blocks)
+    in_range("diversity: kinds", kinds, 1, num_blocks // 2)
     in_range(f"diversity: k of rule {rule!r}", k, 2 if rule == "random_layers" else 1)
     np_or_jnp = np if key is None else jnp  # numpy's draw is known inside jit as well
+
+    if kinds > 1:
+        found = []
+        for kind in range(kinds):
+            count = len(range(kind, num_blocks, kinds))
+            own = None if aligned is None else min((aligned - 1) // kinds + 1, count)
+            draw = {"key": None if key is None else jax.random.fold_in(key, kind), "seed": seed + kind}
+            found.append(kind + kinds * select_pairs(count, rule, k=k, aligned=own, **draw))
+        return np_or_jnp.concatenate(found)
 
     def permuted(n: int) -> np.ndarray | Array:
         return np.random.default_rng(seed).permutation(n) if key is None else jax.random.permutation(key, n)
@@ -257,6 +271,7 @@ class Settings(NamedTuple):
     """One reading of the loss: which features, which pairs, which form of each term, which weight.
 
     rule: which pairs of blocks are compared, see `select_pairs`. k: how many, or among how many blocks.
+    kinds: of blocks: 2 where attention is factorised. Pairs are then of the same kind, chosen among those of each kind.
     redraw: random rules draw new pairs at every step.
     weights: of L_orth, L_MI and L_disp.
     orthogonality, mutual_information: what is minimised of a cosine: `signed`, `abs` or `squared`.
@@ -274,6 +289,7 @@ class Settings(NamedTuple):
 
     rule: str = "release"
     k: int = 10
+    kinds: int = 1
     redraw: bool = False
     weights: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3)
     orthogonality: str = "signed"
@@ -339,12 +355,14 @@ def diversity_loss(
     """
     check_settings(settings, detach)
     blocks = targets(features, settings.target, mask)
-    complete = pairs is None and settings.rule in ("random_layers", "all")  # all pairs of some blocks
+    complete = settings.rule in ("random_layers", "all") and settings.kinds == 1  # all pairs of some blocks
+    complete = complete and pairs is None
     if pairs is None:
         if settings.redraw and settings.rule in RANDOM and key is None:
             raise ConfigError(f"diversity: rule {settings.rule!r} with redraw = True needs a key for each step")
         key = key if settings.redraw else None
-        pairs = select_pairs(len(blocks), settings.rule, k=settings.k, aligned=aligned, key=key, seed=seed)
+        how = {"k": settings.k, "aligned": aligned, "key": key, "seed": seed, "kinds": settings.kinds}
+        pairs = select_pairs(len(blocks), settings.rule, **how)
     pairs = _checked_pairs(pairs, len(blocks))
     compute = partial(_diversity_loss, pairs=pairs, complete=complete, settings=settings, detach=detach)
     if groups == 1:
@@ -401,6 +419,7 @@ def make(
     seed: int = 0,
     rule: str | None = None,
     k: int | None = None,
+    kinds: int | None = None,
     redraw: bool | None = None,
     weights: tuple[float, float, float] | None = None,
     orthogonality: str | None = None,
@@ -457,6 +476,7 @@ def check_settings(settings: Settings, detach: str | None) -> None:
     if len(settings.weights) != 3:
         raise ConfigError(f"diversity: weights = {settings.weights}: wanted three, of L_orth, L_MI and L_disp")
     in_range("diversity: k", settings.k, 1)
+    in_range("diversity: kinds", settings.kinds, 1)
     in_range("diversity: hi", settings.hi, above=0)
     in_range("diversity: lo", settings.lo, 0, below=settings.hi)
 

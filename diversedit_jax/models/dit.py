@@ -9,7 +9,7 @@ volume.
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +80,9 @@ KERNELS = {
     "identity": lambda key, shape, dtype=jnp.float32: jnp.eye(*shape, dtype=dtype),  # x stays, the skip counts zero
 }
 
+POSITIONS = ("auto", "axes", "frames", "learned_frames", "space")
+FRESH = ("merges", "frame_positions")  # parts that a release to start from may lack
+
 # What the backward pass keeps of a block besides its input. Everything else is computed again.
 NAMES = ("ada", "qkv", ATTENDED, "proj", "fc1", "fc2", "moments")
 POLICIES = jax.checkpoint_policies
@@ -135,6 +138,31 @@ def qk_norm_of(name: str, head: int, rngs: Keys) -> nnx.LayerNorm | nnx.RMSNorm 
     return build and build(head, epsilon=EPS, dtype=jnp.float32, rngs=rngs)
 
 
+class Axes(NamedTuple):
+    """Which tokens of a video attend to each other: those of a frame, or (`across`) those at a place in all frames."""
+
+    frames: int
+    across: bool
+    kernel: str
+
+    def __call__(
+        self, q: Float[Array, "b n h k"], k: Float[Array, "b n h k"], v: Float[Array, "b n h k"]
+    ) -> Float[Array, "b n h k"]:
+        """Attention, with the tokens of all frames one after another."""
+        b, n, *head = q.shape
+        video = (b, self.frames, n // self.frames, *head)
+
+        def grouped(x: Array) -> Array:
+            x = x.reshape(video)
+            x = x.swapaxes(1, 2) if self.across else x
+            return x.reshape(-1, *x.shape[2:])
+
+        out = attend(*map(grouped, (q, k, v)), self.kernel)
+        if self.across:
+            return out.reshape(b, video[2], video[1], *head).swapaxes(1, 2).reshape(q.shape)
+        return out.reshape(q.shape)
+
+
 class Block(nnx.Module):
     """A transformer block with adaLN-Zero (DiT, section 3.2)."""
 
@@ -159,9 +187,13 @@ class Block(nnx.Module):
         self.fc2 = linear(hidden, width)
         self.dtype, self.attention = dtype, attention
 
-    def __call__(self, x: Float[Array, "b n d"], c: Float[Array, "b d"]) -> Float[Array, "b n d"]:
+    def __call__(
+        self, x: Float[Array, "b n d"], c: Float[Array, "b d"], axes: Axes | None = None
+    ) -> Float[Array, "b n d"]:
+        """axes: which tokens attend to each other; None: all."""
         ada = self.modulation(c)
-        return self.after(x, attend(*self.heads(x, ada), self.attention), ada)
+        attended = partial(attend, kernel=self.attention) if axes is None else axes
+        return self.after(x, attended(*self.heads(x, ada)), ada)
 
     def modulation(self, c: Float[Array, "b d"]) -> list[Float[Array, "b d"]]:
         """Shift, scale and gate of the attention, then those of the MLP."""
@@ -262,12 +294,15 @@ class DiT(nnx.Module):
         inputs: Mapping[str, tuple[int, ...]],
         depth: int,
         width: int,
-        patch: int,
+        patch: tuple[int, ...],
+        positions: str,
         out_channels: int,
         block: Callable[..., Block],
         merge: Callable[..., Merge | Gate] | None,
         skip: Skip | None,
         capture: str,
+        axes: tuple[Axes, ...],
+        pairing: str,
         stack: Stack,
         dtype,
         stream_dtype,
@@ -275,7 +310,7 @@ class DiT(nnx.Module):
         rngs: Keys,
     ):
         half = depth // 2
-        numbers = patch ** (len(shape) - 1)  # elements of a patch, for each channel
+        numbers = math.prod(patch)  # elements of a patch, for each channel
         linear = partial(nnx.Linear, dtype=dtype, kernel_init=KERNELS["xavier"], rngs=rngs)
         zeros = nnx.initializers.zeros
         self.patch_embed = linear(numbers * shape[-1], width)
@@ -292,8 +327,11 @@ class DiT(nnx.Module):
             self.token_embed = linear(token_width, width)
             self.token_norm = nnx.LayerNorm(width, epsilon=EPS, dtype=jnp.float32, rngs=rngs)
             self.token_final = linear(width, token_width, kernel_init=zeros)
+        if positions == "learned_frames":
+            self.frame_positions = nnx.Param(jnp.zeros((shape[0] // patch[0], width)))
         self.shape, self.out_shape, self.patch, self.depth = shape, (*shape[:-1], out_channels), patch, depth
         self.inputs, self.skip, self.capture, self.stack = frozenset(inputs), skip, capture, stack
+        self.positions, self.axes, self.pairing = positions, axes, pairing
         self.dtype, self.stream_dtype = dtype, stream_dtype
 
     def __call__(
@@ -312,25 +350,31 @@ class DiT(nnx.Module):
         c = self.time_embed(t) + self.label_embed(y)
         c = c if span is None else c + self.span_embed(span)
 
-        def plain(h: Array, layer: tuple[Block]):
+        def plain(h: Array, layer: tuple[Block], axes: Axes | None = None):
             (block,) = layer
-            h = block(h, c)
+            h = block(h, c, axes)
             return h, h
 
-        def merged(h: Array, layer: tuple[Block, Merge | Gate, Array]):
+        def merged(h: Array, layer: tuple[Block, Merge | Gate, Array], axes: Axes | None = None):
             """Deep block j with the output of its partner, block i = L - 1 - j, counted from 0. Eq. 8 of DiverseDiT:
 
             h_j <- Linear(LayerNorm(concatenate[h_j, h_i])), where h_j is what block j gives (`post`) or takes (`pre`).
             """
             block, merge, skip = layer
             if self.skip.merge == "pre":
-                h = block(merge(h, skip), c)
+                h = block(merge(h, skip), c, axes)
                 return h, h
-            before = block(h, c)
+            before = block(h, c, axes)
             h = merge(before, skip)
             return h, before if self.capture == "block" else h
 
-        run, half = self.stack.run, self.depth // 2
+        def run(body: Callable, h: Array, layers: tuple, first: int, separate: bool = False):
+            if not self.axes:
+                return self.stack.run(body, h, layers, first, separate)
+            modules, skips = layers[:2], layers[2:]
+            return self.stack.run(partial(self._alternating, body), h, (*map(in_pairs, modules), *skips), first)
+
+        half = self.depth // 2
         features = [h]
         h, outputs, shallow = run(plain, h, (self.shallow,), 0)
         if self.skip:
@@ -347,6 +391,20 @@ class DiT(nnx.Module):
             features += outputs
         return self._output(h, c), tuple(features)
 
+    def _alternating(self, body: Callable, h: Array, layer: tuple) -> tuple[Array, tuple[Array, ...]]:
+        """A block within frames and one across them. layer: (both blocks, both merges, the outputs of their partners).
+
+        The partners come as they ran. With pairing `mirror` the first of them is the partner of the last block.
+        """
+        (blocks, *merges), skips = layer[:2], layer[2:]
+        outputs = []
+        for kind, axes in enumerate(self.axes):
+            modules = (jax.tree.map(lambda leaf, kind=kind: leaf[kind], module) for module in (blocks, *merges))
+            partner = kind if self.pairing == "same_kind" else ~kind
+            h, output = body(h, (*modules, *(skip[partner] for skip in skips)), axes)
+            outputs.append(output)
+        return h, tuple(outputs)
+
     def _check(self, x_t: Array, **inputs: Array | None) -> None:
         """Raise ValueError for an example of another shape, and for an input that is missing or not taken."""
         if x_t.shape[1:] != self.shape:
@@ -359,7 +417,9 @@ class DiT(nnx.Module):
     def _embed(self, x_t: Float[Array, "b *s c"], token: Float[Array, "b k"] | None) -> Float[Array, "b n d"]:
         """The patches with their positions. A class token comes before them, without a position."""
         h = self.patch_embed(patchify(x_t, self.patch).astype(self.dtype)).astype(jnp.float32)
-        h = h + position_table(tuple(side // self.patch for side in self.shape[:-1]), h.shape[-1])
+        h = h + position_table(places(self.shape, self.patch), h.shape[-1], self.positions)
+        if self.positions == "learned_frames":
+            h = h + jnp.repeat(self.frame_positions, h.shape[1] // len(self.frame_positions), axis=0)
         if token is not None:
             first = self.token_norm(self.token_embed(token.astype(self.dtype)))
             h = jnp.concatenate([first[:, None], h], axis=1)
@@ -375,30 +435,48 @@ class DiT(nnx.Module):
         return (image, self.token_final(h[:, 0]).astype(jnp.float32)) if token else image
 
 
-def patchify(x: Float[Array, "b *s c"], patch: int) -> Float[Array, "b n p"]:
-    """Patches of side `patch` in row-major order, each flattened as (place in the patch, channel)."""
+def in_pairs(layers: Any) -> Any:
+    """Stacked layers, two in each: the leading axis l becomes [l / 2, 2]."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, 2, *leaf.shape[1:]), layers)
+
+
+def patchify(x: Float[Array, "b *s c"], patch: tuple[int, ...]) -> Float[Array, "b n p"]:
+    """Patches with these sides in row-major order, each flattened as (place in the patch, channel)."""
     b, *sides, c = x.shape
-    axes = len(sides)
-    x = x.reshape(b, *(n for side in sides for n in (side // patch, patch)), c)
+    axes, grid = len(sides), places(x.shape[1:], patch)
+    x = x.reshape(b, *(n for pair in zip(grid, patch, strict=True) for n in pair), c)
     x = x.transpose(0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1)
-    return x.reshape(b, math.prod(side // patch for side in sides), patch**axes * c)
+    return x.reshape(b, math.prod(grid), math.prod(patch) * c)
 
 
-def unpatchify(x: Float[Array, "b n p"], shape: tuple[int, ...], patch: int) -> Float[Array, "b *s c"]:
+def unpatchify(x: Float[Array, "b n p"], shape: tuple[int, ...], patch: tuple[int, ...]) -> Float[Array, "b *s c"]:
     """The inverse of `patchify`, for examples of `shape` (*s, c)."""
     *sides, c = shape
     axes = len(sides)
-    x = x.reshape(-1, *(side // patch for side in sides), *(patch,) * axes, c)
+    x = x.reshape(-1, *places(shape, patch), *patch, c)
     x = x.transpose(0, *(i for axis in range(axes) for i in (1 + axis, 1 + axes + axis)), 2 * axes + 1)
     return x.reshape(-1, *shape)
 
 
-def position_table(grid: tuple[int, ...], width: int) -> np.ndarray:
+def places(shape: tuple[int, ...], patch: tuple[int, ...]) -> tuple[int, ...]:
+    """Patches along each spatial axis of examples of `shape` (*s, c)."""
+    return tuple(side // of for side, of in zip(shape[:-1], patch, strict=True))
+
+
+def position_table(grid: tuple[int, ...], width: int, positions: str = "axes") -> np.ndarray:
     """The fixed sin-cos table [n d] of DiT, for a grid of patches with any number of axes.
 
-    The channels are divided evenly among the axes, the last axis first: of an image, half encode the column, the others
-    the row.
+    positions: one of POSITIONS. `axes`: the channels are divided evenly among the axes, the last axis first: of an
+        image, half encode the column, the others the row. The others, for videos: the table of one frame for all, and
+        with `frames` one over frames of the full width is added to it, as in Latte (arXiv 2401.03048). It is taken
+        relative to the first frame, so a video of one frame has the positions of an image.
     """
+    if positions != "axes":
+        frame = np.tile(position_table(grid[1:], width), (grid[0], 1))
+        if positions != "frames":
+            return frame
+        time = position_table(grid[:1], width)
+        return frame + np.repeat(time - time[0], math.prod(grid[1:]), axis=0)
     per_axis = width // (2 * len(grid))
     frequencies = 10000.0 ** -(np.arange(per_axis) / per_axis)
     places = np.meshgrid(*map(np.arange, grid), indexing="ij")
@@ -413,6 +491,9 @@ def make(
     *,
     size: str = "B",
     patch: int = 2,
+    patch_frames: int = 1,
+    positions: str = "auto",
+    attention_axes: str = "joint",
     depth: int | None = None,
     width: int | None = None,
     heads: int | None = None,
@@ -420,6 +501,7 @@ def make(
     qk_norm: bool = False,
     skip: str = "none",
     skip_init: str | None = None,
+    pairing: str = "mirror",
     dtype: str = "float32",
     stream_dtype: str = "float32",
     remat: str = "named",
@@ -435,11 +517,19 @@ def make(
     read_blocks: blocks whose features losses read one at a time.
 
     size: `S`, `B`, `L` or `XL`. depth, width, heads: replace single numbers of it.
-    patch: side of a patch along each spatial axis, in elements of x.
+    patch: side of a patch along each axis of an image or a volume, and of a frame of a video, in elements of x.
+    patch_frames: frames of a video in a patch.
+    positions: one of POSITIONS, see `position_table`. `learned_frames`: parameters for each frame, zero at first, so
+        that a network of images can be given frames. `space`: frames have no order. `auto`: `frames` for a video, else
+        `axes`.
+    attention_axes: `joint`: all tokens attend to each other. `factorised`, for videos: as in Latte (arXiv 2401.03048)
+        blocks 0, 2, .. attend within a frame, and blocks 1, 3, .. across frames, at one place.
     mlp_ratio: hidden units of a block, in widths.
     qk_norm: LayerNorm on queries and on keys, each with its own parameters.
     skip: long residual connections: `none`, `release`, `paper`, `skip_dit`, `uvit` or `gate`; see SKIPS.
     skip_init: of the merging Linear: `xavier`, `torch`, `trunc_normal` or `identity`. None: as `skip` has it.
+    pairing: which blocks they join where two kinds alternate (`factorised`): `mirror`: block i and L - 1 - i, which are
+        of different kinds; `same_kind`: mirror images among the blocks of one kind.
     dtype: of matmuls. Parameters, norms, softmax, embeddings and the output are always float32. So is the time
         embedding, on TPUs too. Other float32 matmuls have jax's default precision, which is bfloat16 on TPUs
         (JAX_DEFAULT_MATMUL_PRECISION=highest changes it). In bfloat16 the gradient of a weight is rounded to bfloat16
@@ -464,23 +554,34 @@ def make(
     one_of("model.stream_dtype", stream_dtype, FLOATS)
     depth, width, heads = _dimensions(size, depth=depth, width=width, heads=heads)
     in_range("model.mlp_ratio", mlp_ratio, 1 / width, MANY / width)
-    grid, prefix = grid_of(shape, patch), int("token" in inputs)
-    check_table(width, grid)
+    sides = sides_of(space, patch, patch_frames)
+    grid, prefix = grid_of(shape, sides), int("token" in inputs)
+    positions = positions_of(space, positions)
+    check_table(width, grid if positions == "axes" else grid[1:])
+    factorised = one_of("model.attention_axes", attention_axes, ("joint", "factorised")) == "factorised"
+    if factorised:
+        check_factorised(space, depth, prefix)
+    one_of("model.pairing", pairing, ("mirror", "same_kind"))
+    if pairing == "same_kind" and (skip == "none" or not factorised):
+        raise ConfigError("model.pairing = 'same_kind' needs model.skip and model.attention_axes = 'factorised'")
     out_channels = in_range("model.out_channels", shape[-1] if out_channels is None else out_channels, 1, MANY)
     for block in read_blocks:
         in_range("config.losses: block", block, 0, depth)
     form = skip_of(skip, skip_init)
-    kernel = choose(attention, dtype, "span" in inputs, math.prod(grid) + prefix, width // heads)
+    kernel = choose(attention, dtype, "span" in inputs, math.prod(grid[factorised:]) + prefix, width // heads)
+    axes = ()
+    if factorised:  # frames are few, so their attention is small: any kernel will do
+        across = choose("auto", dtype, "span" in inputs, grid[0], width // heads)
+        axes = Axes(grid[0], False, kernel), Axes(grid[0], True, across)
     unroll = sharding.platform() == "tpu" if unroll is None else unroll
-    stack = Stack(tuple(sorted(set(read_blocks))), REMAT[remat], unroll)
+    stack = Stack(tuple(sorted(set(read_blocks))), REMAT[remat], unroll, kinds=max(len(axes), 1))
     block = partial(Block, width, heads, mlp_ratio, "layer" if qk_norm else "none", jnp.dtype(dtype), kernel)
     merge = form and merging(form, width, jnp.dtype(dtype))
-    dims, dtypes = (depth, width, patch, out_channels), (jnp.dtype(dtype), jnp.dtype(stream_dtype))
-    build = partial(DiT, shape, classes, inputs, *dims, block, merge, form, capture, stack, *dtypes)
+    dims, dtypes = (depth, width, sides, positions, out_channels), (jnp.dtype(dtype), jnp.dtype(stream_dtype))
+    build = partial(DiT, shape, classes, inputs, *dims, block, merge, form, capture, axes, pairing, stack, *dtypes)
     model = functional(lambda rngs: build(rngs=rngs))
-    return model._replace(
-        blocks=blocks, rules=RULES, fresh=("merges",), skips=form and skips(depth), grid=grid, prefix=prefix
-    )
+    joined = form and skips(depth, pairing)
+    return model._replace(blocks=blocks, rules=RULES, fresh=FRESH, skips=joined, grid=grid, prefix=prefix)
 
 
 def _dimensions(size: str, **changes: int | None) -> Size:
@@ -498,13 +599,45 @@ def check_dimensions(dims: Size) -> Size:
     return dims
 
 
-def grid_of(shape: tuple[int, ...], patch: int) -> tuple[int, ...]:
-    """Patches along each spatial axis of examples of `shape` (*s, c)."""
-    *sides, _ = shape
+def sides_of(space: Space, patch: int, patch_frames: int = 1) -> tuple[int, ...]:
+    """The sides of a patch along each spatial axis of the examples of `space`."""
     in_range("model.patch", patch, 1)
-    if not sides or any(side % patch for side in sides):
-        raise ConfigError(f"model.patch = {patch} does not divide {' x '.join(map(str, sides))}")
-    return tuple(side // patch for side in sides)
+    in_range("model.patch_frames", patch_frames, 1)
+    axes = len(space.shape) - 1
+    if space.video:
+        return patch_frames, *(patch,) * (axes - 1)
+    if patch_frames > 1:
+        raise ConfigError(f"model.patch_frames = {patch_frames} is for videos, and the examples of these data are none")
+    return (patch,) * axes
+
+
+def grid_of(shape: tuple[int, ...], patch: tuple[int, ...]) -> tuple[int, ...]:
+    """Patches along each spatial axis of examples of `shape` (*s, c). ConfigError if the sides do not divide it."""
+    *sides, _ = shape
+    if not sides or any(side % of for side, of in zip(sides, patch, strict=True)):
+        has, wanted = (" x ".join(map(str, numbers)) for numbers in (sides, patch))
+        raise ConfigError(f"model.patch: patches of {wanted} do not divide examples of {has}")
+    return places(shape, patch)
+
+
+def positions_of(space: Space, positions: str) -> str:
+    """The kind of positions of a network for examples of `space`: `auto` made definite."""
+    if one_of("model.positions", positions, POSITIONS) == "auto":
+        return "frames" if space.video else "axes"
+    if positions != "axes" and not space.video:
+        raise ConfigError(f"model.positions = {positions!r} is for videos, and the examples of these data are none")
+    return positions
+
+
+def check_factorised(space: Space, depth: int, prefix: int) -> None:
+    """Raise ConfigError for a network whose blocks cannot alternate between space and time."""
+    wanted = "model.attention_axes = 'factorised'"
+    if not space.video:
+        raise ConfigError(f"{wanted} is for videos, and the examples of these data are none")
+    if depth % 4:
+        raise ConfigError(f"{wanted} needs a depth that is a multiple of 4, given {depth}")
+    if prefix:
+        raise ConfigError(f"{wanted} has no place for a class token (objective reg)")
 
 
 def check_table(width: int, grid: tuple[int, ...]) -> None:
@@ -529,10 +662,12 @@ def blocks(params: Params) -> list[Params]:
     return each(params["shallow"]) + each(params["deep"])
 
 
-def skips(depth: int) -> Skips:
+def skips(depth: int, pairing: str = "mirror") -> Skips:
     """The long residual connections of a network, the innermost first."""
     count = depth // 2
-    pairs = tuple((count - i, depth - count + i + 1) for i in range(count))
+    # two kinds alternate, so the neighbour of a block's mirror image is of the block's own kind
+    partners = [i if pairing == "mirror" else i ^ 1 for i in range(count)]
+    pairs = tuple((count - partner, depth - count + i + 1) for i, partner in enumerate(partners))
 
     def norms(params: Params) -> tuple[Array, Array]:
         """Of the two halves of every Linear, [m 2d d], its inputs scaled as the norm before it does; or of a Gate."""

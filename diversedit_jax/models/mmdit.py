@@ -95,7 +95,7 @@ class MMDiT(nnx.Module):
         pooled: int | None,
         depth: int,
         width: int,
-        patch: int,
+        patch: tuple[int, ...],
         registers: int,
         table: int,
         block: Callable[..., Block],
@@ -112,7 +112,7 @@ class MMDiT(nnx.Module):
         rngs: Keys,
     ):
         half = depth // 2
-        numbers = patch ** (len(shape) - 1)
+        numbers = math.prod(patch)
         linear = dit.linear_of(init, dtype, rngs)
 
         def joint(rngs: Keys) -> JointBlock:
@@ -212,7 +212,7 @@ class MMDiT(nnx.Module):
     def _embed(self, x_t: Float[Array, "b *s c"], context: Float[Array, "b m k"]) -> tuple[Array, Array]:
         """The patches with their positions, and the text behind the registers. CLIP's features know their places."""
         x = self.patch_embed(dit.patchify(x_t, self.patch).astype(self.dtype)).astype(jnp.float32)
-        x = x + positions(tuple(side // self.patch for side in self.shape[:-1]), x.shape[-1], self.table)
+        x = x + positions(dit.places(self.shape, self.patch), x.shape[-1], self.table)
         text = self.text_embed(context.astype(self.dtype))
         if self.registers is not None:
             registers = jnp.broadcast_to(self.registers.astype(text.dtype), (len(text), *self.registers.shape))
@@ -284,7 +284,8 @@ def make(
     dit.check_dimensions(dit.Size(depth, width, heads))
     in_range("model.mlp_ratio", mlp_ratio, 1 / width, MANY / width)
     in_range("model.registers", registers, 0, MANY)
-    shape, grid = tuple(space.shape), dit.grid_of(space.shape, patch)
+    shape, sides = tuple(space.shape), dit.sides_of(space, patch)
+    grid = dit.grid_of(shape, sides)
     dit.check_table(width, grid)
     in_range("model.table", table, max(grid), MANY)
     for number in read_blocks:
@@ -299,7 +300,7 @@ def make(
     block = partial(Block, width, heads, mlp_ratio, qk_norm, compute, kernel, init)
     last_text = partial(LastText, width, heads, qk_norm, compute, init)
     merge = form and dit.merging(form, width, compute)
-    dims = (shape, tokens, pooled, depth, width, patch, registers, table)
+    dims = (shape, tokens, pooled, depth, width, sides, registers, table)
     options = (form, skip_streams == "both", capture, stack, init, compute, jnp.dtype(stream_dtype))
     build = partial(MMDiT, *dims, block, last_text, merge, *options)
     model = functional(lambda rngs: build(rngs=rngs))

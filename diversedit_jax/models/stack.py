@@ -3,6 +3,7 @@
 The parameters of all blocks are one tree. Its arrays have a leading layer axis.
 """
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -22,11 +23,13 @@ class Stack(NamedTuple):
                  one output does not keep all outputs in memory.
     policy:      what the backward pass keeps, for `jax.checkpoint`; None: everything.
     unroll:      one block after another instead of a loop.
+    kinds:       blocks of so many kinds alternate. A layer then holds one of each kind, and its output is a tuple.
     """
 
     read_blocks: tuple[int, ...]
     policy: Callable | None
     unroll: bool
+    kinds: int = 1
 
     def run(
         self, body: Callable, x: Any, layers: tuple, first: int, separate: bool = False
@@ -41,25 +44,31 @@ class Stack(NamedTuple):
         """
         count = len(layers[0]) if isinstance(layers[0], list) else len(jax.tree.leaves(layers[0])[0])
         if not self.unroll:
-            return self._loop(body, x, layers, range(first, first + count), separate)
+            return self._loop(body, x, layers, range(first, first + count * self.kinds), separate)
         step = body if self.policy is None else jax.checkpoint(body, policy=self.policy)
         outputs = []
         for layer in zip(*map(each, layers), strict=True):
             x, output = step(x, layer)
             outputs.append(output)
-        return x, outputs, outputs
+        return x, self._blocks(outputs), outputs
+
+    def _blocks(self, outputs: list[Any]) -> list[Any]:
+        """The output of each block, from that of each layer."""
+        return outputs if self.kinds == 1 else [output for of_layer in outputs for output in of_layer]
 
     def _loop(self, body: Callable, x: Any, layers: tuple, blocks: range, separate: bool):
         """`run` as a scan that is split behind `read_blocks`."""
+        separate = separate or self.kinds > 1
 
         def with_output(carry: tuple[Any, ...], layer: tuple):
             x, output = body(carry[0], layer)
             return ((x, output) if separate else (x,)), output
 
-        ends = [k - blocks.start for k in self.read_blocks if blocks.start < k < blocks.stop]
-        carry = (x, x) if separate else (x,)
+        read = [k - blocks.start for k in self.read_blocks if blocks.start < k <= blocks.stop - self.kinds]
+        ends = sorted({math.ceil(k / self.kinds) for k in read})
+        carry = (x, x if self.kinds == 1 else (x,) * self.kinds) if separate else (x,)
         outputs, stacks = [], []
-        for begin, end in pairwise([0, *ends, len(blocks)]):
+        for begin, end in pairwise([0, *ends, len(blocks) // self.kinds]):
             step = with_output
             if self.policy is not None:  # XLA inlines a loop of one turn, and would then merge the recomputation
                 step = jax.checkpoint(with_output, policy=self.policy, prevent_cse=end - begin == 1)
@@ -69,19 +78,19 @@ class Stack(NamedTuple):
             stacks.append(stack)
         return (
             carry[0],
-            outputs,
+            self._blocks(outputs),
             jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks) if stacks[1:] else stacks[0],
         )
 
     def reverse(self, stack: Any, outputs: list[Any]) -> tuple[Any, list[Any]]:
-        """The outputs of `run` in reverse order, as layers of another `run`; and the outputs in order, for reading.
+        """The outputs of the layers in reverse order, as layers of another `run`; and those of the blocks in order.
 
         A loop keeps the reversed stack for its backward pass anyway. Outputs outside of `read_blocks` are read from it.
         """
         if self.unroll:
             return stack[::-1], outputs
         flipped = jax.tree.map(lambda leaf: jnp.flip(leaf, axis=0), stack)
-        copies = zip(outputs, each(flipped)[::-1], strict=True)
+        copies = zip(outputs, self._blocks(each(flipped)[::-1]), strict=True)
         return flipped, [own if k in self.read_blocks else copy for k, (own, copy) in enumerate(copies, 1)]
 
 

@@ -119,7 +119,7 @@ class UViT(nnx.Module):
         text: tuple[int, int] | None,
         half: int,
         width: int,
-        patch: int,
+        patch: tuple[int, ...],
         conv: bool,
         time_mlp: bool,
         block: Callable[..., Block],
@@ -130,11 +130,11 @@ class UViT(nnx.Module):
         rngs: Keys,
     ):
         axes, channels = len(shape) - 1, shape[-1]
-        numbers = patch**axes * channels
+        numbers = math.prod(patch) * channels
         linear = partial(nnx.Linear, dtype=dtype, kernel_init=KERNEL, rngs=rngs)
         torch = dit.linear_of("torch", dtype, rngs)  # the first and the last layer are convolutions in U-ViT's code
         extras = 1 + bool(classes) + (text[0] if text else 0)
-        patches = math.prod(shape[:-1]) // patch**axes
+        patches = math.prod(dit.places(shape, patch))
         self.patch_embed = torch(numbers, width)
         self.time_embed = TimePerceptron(width, rngs=rngs) if time_mlp else None
         labels = partial(nnx.Embed, embedding_init=nnx.initializers.normal(1.0), rngs=rngs)
@@ -261,7 +261,8 @@ def make(
     if width % 2:
         raise ConfigError(f"model.width = {width}: the sinusoids of the time need an even number")
     in_range("model.mlp_ratio", mlp_ratio, 1 / width, MANY / width)
-    shape, grid, half = tuple(space.shape), dit.grid_of(space.shape, patch), depth // 2
+    shape, sides, half = tuple(space.shape), dit.sides_of(space, patch), depth // 2
+    grid = dit.grid_of(shape, sides)
     for number in read_blocks:
         in_range("config.losses: block", number, 0, 2 * half + 1)
     classes, text = space.conditions.classes, text_of(space.conditions)
@@ -270,7 +271,7 @@ def make(
     unroll = sharding.platform() == "tpu" if unroll is None else unroll
     stack = Stack(tuple(sorted(set(read_blocks))), REMAT[remat], unroll)
     block = partial(Block, width, heads, mlp_ratio, qkv_bias, jnp.dtype(dtype), kernel)
-    options = (half, width, patch, conv, time_mlp, block, stack, jnp.dtype(dtype), jnp.dtype(stream_dtype))
+    options = (half, width, sides, conv, time_mlp, block, stack, jnp.dtype(dtype), jnp.dtype(stream_dtype))
     build = partial(UViT, shape, classes, text, *options)
     model = functional(lambda rngs: build(rngs=rngs))
     return model._replace(blocks=blocks, rules=RULES, skips=dit.skips(2 * half + 1), grid=grid)

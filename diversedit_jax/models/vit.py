@@ -153,7 +153,7 @@ class ViT(nnx.Module):
         if any(side % arch.patch for side in sides):
             raise ConfigError(f"the encoder's patches of {arch.patch} pixels do not divide {sides[0]} x {sides[1]}")
         grid = tuple(side // arch.patch for side in sides)
-        x = self.patch_embed(patchify(images, arch.patch).astype(self.dtype)).astype(jnp.float32)
+        x = self.patch_embed(patchify(images, (arch.patch,) * 2).astype(self.dtype)).astype(jnp.float32)
         x = x + resample(self.position[int(arch.class_token) :], arch.side, grid, *self.resampling)
         prefix = [] if self.class_token is None else [(self.class_token[...] + self.position[0])[None]]
         prefix += [] if self.registers is None else [self.registers[...]]

@@ -188,6 +188,30 @@ def test_every_rule_gives_valid_pairs(rule, blocks):
     assert len(np.unique(pairs, axis=0)) == count, f"{rule}: a pair occurs twice: {pairs.tolist()}"
 
 
+@pytest.mark.parametrize("rule", [rule for rule in CHOICES["rule"] if rule != "all"])
+@pytest.mark.parametrize("keyed", [False, True])
+def test_with_two_kinds_pairs_are_of_one_kind(rule, keyed):
+    key = jax.random.key(0) if keyed else None
+    pairs = np.asarray(select_pairs(12, rule, k=4, aligned=4, key=key, kinds=2))
+    assert (pairs[:, 0] % 2 == pairs[:, 1] % 2).all()
+    assert {0, 1} == set(pairs[:, 0] % 2)
+    assert (pairs[:, 0] != pairs[:, 1]).all()
+    if rule not in ("random_layers", "random_pairs"):  # the rule among the six of each kind
+        own = select_pairs(6, rule, k=4, aligned=2)
+        np.testing.assert_array_equal(pairs, np.concatenate([2 * own, 2 * own + 1]))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_with_two_kinds_the_loss_is_that_of_its_pairs(preset):
+    x, key = jnp.asarray(similar()), jax.random.key(3)
+    settings = PRESETS[preset]._replace(kinds=2, k=3, mutual_information="signed")
+    blocks = len(x) - (settings.target == "updates")
+    pairs = select_pairs(blocks, settings.rule, k=3, key=key if settings.redraw else None, kinds=2)
+    found, _ = diversity_loss(x, settings=settings, key=key)
+    wanted, _ = diversity_loss(x, pairs, settings._replace(kinds=1), key=key)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
 def test_adjacent_and_mirror():
     assert select_pairs(4, "adjacent").tolist() == [[0, 1], [1, 2], [2, 3]]
     assert select_pairs(5, "mirror").tolist() == [[0, 4], [1, 3]]

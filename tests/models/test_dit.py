@@ -111,7 +111,7 @@ def unrolled(params, x_t, t, y, *, depth: int, skip: str):
     def linear(p, x):
         return x @ p["kernel"] + p["bias"]
 
-    x = linear(params["patch_embed"], patchify(x_t, 2)) + position_table(GRID, WIDTH)
+    x = linear(params["patch_embed"], patchify(x_t, (2, 2))) + position_table(GRID, WIDTH)
     angles = t[:, None] * 10000.0 ** -(np.arange(128) / 128)
     waves = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1)  # of t itself, not of 1000 t
     c = linear(params["time_embed"]["fc2"], jax.nn.silu(linear(params["time_embed"]["fc1"], waves)))
@@ -129,7 +129,7 @@ def unrolled(params, x_t, t, y, *, depth: int, skip: str):
         features.append(x)
     shift, scale = jnp.split(linear(params["final_ada"], jax.nn.silu(c)), 2, axis=1)
     out = linear(params["final"], dit.modulate(x, shift, scale))
-    return unpatchify(out, SHAPE, 2), tuple(features)
+    return unpatchify(out, SHAPE, (2, 2)), tuple(features)
 
 
 def first_and_slow(first, every):
@@ -341,7 +341,7 @@ def test_features_start_with_the_embedding():
     params = trained(model)
     x, _, _ = inputs()
     _, features = run(model, params)
-    embedded = patchify(x, 2) @ params["patch_embed"]["kernel"] + params["patch_embed"]["bias"]
+    embedded = patchify(x, (2, 2)) @ params["patch_embed"]["kernel"] + params["patch_embed"]["bias"]
     assert_close(features[0], embedded + position_table(GRID, WIDTH), "features[0]")
     assert {f.shape for f in features} == {(BATCH, 8, WIDTH)}
 
@@ -450,10 +450,10 @@ def test_position_table():
 
 def test_patches():
     x = jax.random.normal(jax.random.key(0), (2, 6, 9, 2))
-    patches = patchify(x, 3)
+    patches = patchify(x, (3, 3))
     assert patches.shape == (2, 6, 18)
     np.testing.assert_array_equal(patches[1, 4].reshape(3, 3, 2), x[1, 3:6, 3:6], err_msg="patch 4 is row 1, column 1")
-    np.testing.assert_array_equal(unpatchify(patches, (6, 9, 2), 3), x)
+    np.testing.assert_array_equal(unpatchify(patches, (6, 9, 2), (3, 3)), x)
 
 
 # --- Precision.
@@ -534,7 +534,7 @@ def test_forward_mode_equals_reverse_mode():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"patch": 3}, r"model.patch = 3 does not divide 4 x 8"),
+        ({"patch": 3}, r"model.patch: patches of 3 x 3 do not divide examples of 4 x 8"),
         ({"patch": 0}, r"model.patch = 0: must be at least 1"),
         ({"heads": 3}, r"model.heads = 3 does not divide the width 16"),
         ({"heads": 0}, r"model.heads = 0: must be at least 1"),

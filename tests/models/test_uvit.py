@@ -57,7 +57,7 @@ def loop(params, x_t, t, y, *, half):
         tokens = [params["label_embed"]["embedding"][y][:, None], *tokens]
     if "text_embed" in params:
         tokens += [linear(params["text_embed"], y["context"])]
-    patches = linear(params["patch_embed"], dit.patchify(x_t, 2))
+    patches = linear(params["patch_embed"], dit.patchify(x_t, (2, 2)))
     x = jnp.concatenate([*tokens, patches], axis=1) + params["positions"]
     streams = [x]
     for i in range(half):
@@ -69,7 +69,7 @@ def loop(params, x_t, t, y, *, half):
             block("outs", i, linear(jax.tree.map(lambda leaf, i=i: leaf[i], params["merges"]["linear"]), both))
         )
     features = tuple(stream[:, -patches.shape[1] :] for stream in streams)
-    out = dit.unpatchify(linear(params["final"], norm(params["norm"], features[-1])), x_t.shape[1:], 2)
+    out = dit.unpatchify(linear(params["final"], norm(params["norm"], features[-1])), x_t.shape[1:], (2, 2))
     if "conv" in params:
         padded = jnp.pad(out, ((0, 0), (1, 1), (1, 1), (0, 0)))
         h, w = out.shape[1:3]
@@ -198,7 +198,7 @@ def test_it_computes_the_same_on_eight_devices(sizes):
         ({"heads": 5}, "model.heads = 5 does not divide the width 12"),
         ({"width": 9, "heads": 3}, "model.width = 9: the sinusoids of the time need an even number"),
         ({"depth": 1}, "model.depth = 1: must be"),
-        ({"patch": 3}, "model.patch = 3 does not divide 8 x 4"),
+        ({"patch": 3}, "model.patch: patches of 3 x 3 do not divide examples of 8 x 4"),
         ({"conditions": Conditions(np.zeros(4))}, "model uvit takes labels or features of text"),
         ({"read_blocks": (6,)}, "config.losses: block = 6"),
     ],

@@ -1,13 +1,17 @@
-"""Compare the methods, alone and together, on the digits: one table, over several seeds.
+"""Compare the methods, alone and together, on a small example: one table, over several seeds.
 
     python -m tools.studies.methods --out=tools/benchmark/records/methods_digits.json
+    python -m tools.studies.methods --example=moving_digits --steps=600 --out=tools/studies/records/moving_digits.json
 
-Each row is configs/digits.py with another method. REPA and REG align to a small vision transformer that is trained
-first, see digits_encoder.py. All rows of a seed train in turn, some steps at a time, so that their rates can be
-compared. The same command goes on after the seeds that OUT holds. Writes OUT (.json) and the table beside it (.md).
+Each row is the recipe of the example with another method: digits (all methods), moving_digits (videos) or solids
+(volumes; the parts of DiverseDiT). REPA and REG align to a small vision transformer that is trained first, see
+digits_encoder.py. All rows of a seed train in turn, some steps at a time, so that their rates can be compared. The same
+command goes on after the seeds that OUT holds. Writes OUT (.json) and the table beside it (.md).
 """
 
+import importlib
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -18,7 +22,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -27,8 +30,7 @@ from diversedit_jax import sharding
 from diversedit_jax.analysis.features import features
 from diversedit_jax.api import Batch
 from diversedit_jax.config import slot
-from diversedit_jax.configs import digits as digits_config
-from diversedit_jax.data import digits, pipeline
+from diversedit_jax.data import pipeline
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.evaluators import SampleSpec
 from diversedit_jax.metrics.similarity import cka, off_diagonal_mean
@@ -42,10 +44,12 @@ from diversedit_jax.sampling.sampler import Sampler
 from diversedit_jax.training.step import initializer, train_step
 from tools.studies import digits_encoder
 
+EXAMPLE = flags.DEFINE_string("example", "digits", "The recipe: digits, moving_digits or solids.")
 STEPS = flags.DEFINE_integer("steps", 1500, "Training steps of every run.")
 BATCH = flags.DEFINE_integer("batch_size", 32, "Examples of a step.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds.")
 NUM = flags.DEFINE_integer("num", 1000, "Samples that are scored.")
+RATE = flags.DEFINE_float("learning_rate", None, "Of every run; by default that of the recipe.")
 CHUNK = flags.DEFINE_integer("chunk", 50, "Steps that a row trains before the next row's turn.")
 ONLY = flags.DEFINE_list("only", None, "Rows to run, by name; by default all.")
 OUT = flags.DEFINE_string("out", None, "JSON file to write, and to continue.", required=True)
@@ -59,6 +63,14 @@ def residuals(config: ConfigDict) -> None:
 def diversity(config: ConfigDict) -> None:
     """Add the diversity loss, as released."""
     config.losses.diversity = slot("losses", "diversity", preset="release")
+
+
+def same_kind(config: ConfigDict) -> None:
+    """Join and compare blocks that attend along the same axis."""
+    if config.model.skip != "none":
+        config.model.pairing = "same_kind"
+    for loss in config.losses.values():
+        loss.kinds = 2
 
 
 def repa(config: ConfigDict) -> None:
@@ -91,11 +103,18 @@ def mean_flow(config: ConfigDict) -> None:
 
 
 DIVERSEDIT = (residuals, diversity)
-ROWS = {
+PARTS = {
     "SiT": (),
     "+ long residuals": (residuals,),
     "+ diversity loss": (diversity,),
     "DiverseDiT (both)": DIVERSEDIT,
+}
+KINDS = {
+    "+ long residuals, same kind": (residuals, same_kind),
+    "+ diversity loss, same kind": (diversity, same_kind),
+    "DiverseDiT, same kind": (*DIVERSEDIT, same_kind),
+}
+METHODS = PARTS | {
     "REPA": (repa,),
     "REPA + DiverseDiT": (repa, *DIVERSEDIT),
     "SRA": (sra,),
@@ -110,13 +129,38 @@ ROWS = {
 }
 ONCE = {"xla_backend_optimization_level": 0}  # compiler options of programs that run once a seed
 ENCODER: dict[str, str] = {}  # {"file": path}, once it is trained
-COLUMNS = {  # of the table: (title, decimal places)
-    "loss": ("velocity error", 3),
-    "accuracy": ("accuracy, %", 1),
-    "frechet": ("Fréchet distance", 2),
-    "similarity": ("similarity of blocks", 3),
-    "rate": ("steps/s", 1),
+
+
+class Example(NamedTuple):
+    """A recipe whose evaluator of the same name judges samples.
+
+    rows: label -> changes to the recipe without long residuals and losses.
+    shares, distances: scores of the evaluator, name -> title of the column. Shares are shown in percent.
+    """
+
+    rows: dict[str, tuple[Callable[[ConfigDict], None], ...]]
+    shares: dict[str, str]
+    distances: dict[str, str]
+
+    @property
+    def columns(self) -> dict[str, tuple[str, int]]:
+        """Of the table: (title, decimal places)."""
+        return {
+            "loss": ("error", 3),
+            **{name: (f"{title}, %", 1) for name, title in self.shares.items()},
+            **{name: (title, 2) for name, title in self.distances.items()},
+            "similarity": ("CKA of blocks", 3),
+            "rate": ("steps/s", 1),
+        }
+
+
+FRAMES = {"frechet_frame": "Fréchet distance of frames", "frechet_clip": "of videos"}
+EXAMPLES = {
+    "digits": Example(METHODS, {"accuracy": "accuracy"}, {"frechet": "Fréchet distance"}),
+    "moving_digits": Example(PARTS | KINDS, {"all": "all right", "digit": "digit", "motion": "motion"}, FRAMES),
+    "solids": Example(PARTS, {"accuracy": "accuracy", "one_piece": "one piece"}, {"frechet": "Fréchet distance"}),
 }
+COMPARED = 1024  # most tokens for the similarity of blocks: CKA has a matrix of tokens x tokens
 
 
 class Method(NamedTuple):
@@ -131,18 +175,21 @@ class Method(NamedTuple):
 
 
 def prepare(changes: tuple[Callable[[ConfigDict], None], ...]) -> Method:
-    """Build and compile a row: a plain SiT on the digits, with changes to its config."""
-    config = digits_config.get_config()
+    """Build and compile a row: a plain SiT on the example's data, with changes to its config."""
+    config = importlib.import_module(f"diversedit_jax.configs.{EXAMPLE.value}").get_config()
     config.model.skip = "none"
     config.losses = ConfigDict()
     config.total_steps, config.batch_size = STEPS.value, BATCH.value
+    config.optim.learning_rate = RATE.value or config.optim.learning_rate
     for change in changes:
         change(config)
     built = build.build(config, build.open_data(config).space)
     batch = next(batches(config, 0))
     init = jax.jit(initializer(built.components, batch), compiler_options=ONCE)
     step = jax.jit(partial(train_step, built.components), donate_argnums=0)
-    judge = configs.make("evaluators", config.evaluators.digits, "config.evaluators.digits", SampleSpec.of(built))
+    judge = config.evaluators[EXAMPLE.value]
+    judge.num = NUM.value
+    judge = configs.make("evaluators", judge, f"config.evaluators.{EXAMPLE.value}", SampleSpec.of(built))
     frozen = build.frozen_weights(built.components.codec, built.layout)
     return Method(built, built.sampler(), frozen, init, step, judge)
 
@@ -154,17 +201,18 @@ def batches(config: ConfigDict, seed: int) -> Iterator[Batch]:
         yield jax.device_put(batch, over_batch)
 
 
-def velocity_error(metrics: dict[str, jax.Array]) -> float:
-    """Return the mean squared error of the velocity per element. Objectives report it under different names."""
+def error_of(metrics: dict[str, jax.Array], elements: int) -> float:
+    """Return the mean squared error per element, of the velocity or the data. Objectives name it differently."""
     if "v_loss" in metrics:
-        return float(metrics["v_loss"]) / np.prod(digits.SHAPE)
+        return float(metrics["v_loss"]) / elements
     return float(metrics.get("image", metrics["loss/objective"]))
 
 
 def similarity(method: Method, params: Any) -> float:
-    """Return the mean linear CKA of two different blocks, for tokens of 64 held-out digits at t = 1/4, 1/2 and 3/4."""
+    """Return the mean linear CKA of two different blocks, for tokens of held-out examples at t = 1/4, 1/2 and 3/4."""
     test = build.open_data(method.built.config, "test")
-    batch = pipeline.stacked([test.source[i] for i in range(64)])
+    count = COMPARED // math.prod(method.built.components.model.grid)
+    batch = pipeline.stacked([test.source[i] for i in range(count)])
     key = jax.random.key(0)
 
     @partial(jax.jit, compiler_options=ONCE)
@@ -194,30 +242,32 @@ def train(methods: dict[str, Method], seed: int) -> dict[str, dict[str, float]]:
             jax.block_until_ready(states[name])
             if begin:  # the first steps compile
                 seconds[name].append((time.perf_counter() - started) / count)
-            errors[name] += map(velocity_error, metrics)
+            elements = math.prod(method.built.space.shape)
+            errors[name] += [error_of(found, elements) for found in metrics]
         print(f"seed {seed}: step {begin + count} of {STEPS.value}", flush=True)
-    results = {}
+    results, example = {}, EXAMPLES[EXAMPLE.value]
     for name, method in methods.items():
         ema = states[name]["ema"]
         scores = dict(method.judge(partial(method.sampler, ema, method.frozen, seed=seed)))
         results[name] = {
             "loss": statistics.mean(errors[name][-100:]),
-            "accuracy": 100 * scores["accuracy"],
-            "frechet": scores["frechet"],
+            **{score: 100 * scores[score] for score in example.shares},
+            **{score: scores[score] for score in example.distances},
             "similarity": similarity(method, ema),
             "rate": 1 / statistics.median(seconds[name]) if seconds[name] else float("nan"),
         }
-        print(f"{name:<32}" + "".join(f"{results[name][c]:>10.{COLUMNS[c][1]}f}" for c in COLUMNS), flush=True)
+        shown = (f"{results[name][column]:>10.{places}f}" for column, (_, places) in example.columns.items())
+        print(f"{name:<32}" + "".join(shown), flush=True)
     return results
 
 
 def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     """Write means over seeds ± standard deviations as a Markdown table."""
-    seeds = list(results.values())
-    lines = [f"| | {' | '.join(title for title, _ in COLUMNS.values())} |", f"|---|{'---|' * len(COLUMNS)}"]
+    seeds, columns = list(results.values()), EXAMPLES[EXAMPLE.value].columns
+    lines = [f"| | {' | '.join(title for title, _ in columns.values())} |", f"|---|{'---|' * len(columns)}"]
     for name in seeds[0]:
         cells = []
-        for column, (_, places) in COLUMNS.items():
+        for column, (_, places) in columns.items():
             values = [seed[name][column] for seed in seeds]
             spread = f" ± {statistics.stdev(values):.{places}f}" if len(values) > 1 and column != "rate" else ""
             cells.append(f"{statistics.mean(values):.{places}f}{spread}")
@@ -229,16 +279,19 @@ def main() -> None:
     """Train the seeds that --out does not hold yet."""
     silence()
     out = Path(OUT.value)
-    names = ONLY.value or list(ROWS)
+    rows = EXAMPLES[one_of("--example", EXAMPLE.value, EXAMPLES)].rows
+    names = ONLY.value or list(rows)
     asked = {"steps": STEPS.value, "batch_size": BATCH.value, "num": NUM.value, "rows": names}
+    if EXAMPLE.value != "digits" or RATE.value:
+        asked |= {"example": EXAMPLE.value, "learning_rate": RATE.value}
     stored = json.loads(out.read_text()) if out.exists() else {"flags": asked, "seeds": {}}
     if stored["flags"] != asked:
         raise ConfigError(f"{out} holds another comparison ({stored['flags']}): remove it, or give its flags")
-    changes = {name: ROWS[one_of("--only", name, ROWS)] for name in names}
+    changes = {name: rows[one_of("--only", name, rows)] for name in names}
     todo = [seed for seed in range(SEEDS.value) if str(seed) not in stored["seeds"]]
     with tempfile.TemporaryDirectory() as folder:
         ENCODER["file"] = f"{folder}/encoder.safetensors"
-        if todo:
+        if todo and EXAMPLE.value == "digits":
             print(f"the encoder recognises {digits_encoder.train(ENCODER['file']):.1%} of the held-out digits")
         methods = {name: prepare(change) for name, change in changes.items()} if todo else {}
         for seed in todo:

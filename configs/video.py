@@ -1,0 +1,41 @@
+"""Videos by class: a SiT whose blocks attend within a frame and across frames in turn, as in Latte (arXiv 2401.03048).
+
+    python -m tools.prepare_latents VIDEOS LATENTS --vae=sd-vae-ft-ema --frames=16 --interval=3
+    python -m diversedit_jax.train --config=configs/video.py:xl2,diversedit --workdir=DIR --config.data.data_dir=LATENTS
+
+Variant: a size (b2, l2, xl2), a resolution (256, 512), `joint` (all tokens of all frames attend to each other) and
+`diversedit`; b2 and 256 by default. Clips have 16 frames; for others set --config.data.shape.
+Hardware: a TPU v5e-16 or larger slice, or 8 GPUs.
+Expected: nothing is published for DiverseDiT on videos, and nobody has trained this recipe. The network is Latte's but
+for two things: the positions of frames are added to the embedding, and not behind the first block, and relative to the
+first frame. The objective is SiT's; Latte has DDPM, and clips gradients at 0.1 from step 20,000 on.
+
+With `diversedit` the long residuals join blocks of the same kind, and the loss compares blocks of the same kind
+(`pairing`, `kinds`): blocks that attend along different axes are different anyway.
+"""
+
+from ml_collections import ConfigDict
+
+from diversedit_jax.configs import diversedit, sit, variants
+
+FRAMES = 16
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """SiT's recipe on clips of 16 frames."""
+    size, resolution, added = variants.read(variant, "joint", "diversedit")
+    config = sit.get_config(f"{size},{resolution}")
+    config.total_steps = 1_000_000
+    config.batch_size = 64
+    config.data.shape = (FRAMES, *config.data.shape)
+    if "joint" not in added:
+        config.model.attention_axes = "factorised"
+    if "diversedit" in added:
+        diversedit.diversify(config)
+        config.losses.diversity.groups = 1
+    if set(added) == {"diversedit"}:
+        config.model.pairing = "same_kind"
+        config.losses.diversity.kinds = 2
+    config.sampler.batch_size = 16
+    config.samples.num = 16
+    return config
