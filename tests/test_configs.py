@@ -41,7 +41,7 @@ CHOSEN = ["diversedit:xl2,512", "dit:", "repa:l2,diversedit", "repa:dinov2@5,mae
 CHOSEN += ["mean_flow:xl2,diversedit", "reg:b2", "photos:", "mmdit:repa,diversedit"]
 OTHERS = ["default:", "digits:", "diversedit:b2,gated", "dit:512", "reg:xl2", "reg:xl2,diversedit", "reg:b2,512"]
 OTHERS += [f"mmdit:coco{method}" for method in ("", ",repa", ",sra", ",disp", ",diversedit", ",sra,disp")]
-OTHERS += ["captioned_digits:", "mmdit:uvit,repa"]
+OTHERS += ["captioned_digits:", "solids:", "mmdit:uvit,repa"]
 OTHERS += [f"{name}:{size},{side}" for name in RECIPES for size in ("b2", "l2", "xl2") for side in (256, 512)]
 OTHERS += [f"{name}:{size},diversedit" for name in RECIPES[2:] for size in ("b2", "l2", "xl2")]
 VARIANTS = CHOSEN + [pytest.param(name, marks=pytest.mark.slow) for name in OTHERS if name not in CHOSEN]
@@ -79,7 +79,7 @@ def latents(tmp_path_factory):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_one_step_traces_at_full_size(name, latents):
     config = recipe(name)
-    side = {"digits:": 8, "captioned_digits:": 16}.get(name, 64 if "512" in name else 32)
+    side = {"digits:": 8, "captioned_digits:": 16, "solids:": 16}.get(name, 64 if "512" in name else 32)
     if config.data.name == "latents":
         config.data.data_dir = latents[side]
     for encoder in config.encoders.values():  # a small DINOv2 stands for any, which has the file's names
@@ -113,7 +113,7 @@ def test_one_step_traces_at_full_size(name, latents):
     assert [leaf.shape for leaf in jax.tree.leaves(after)] == [leaf.shape for leaf in jax.tree.leaves(state)]
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves((state["params"], state["ema"])))
     assert {"loss/total", "loss/objective", "grad_norm"} <= metrics.keys()
-    assert ("loss/diversity" in metrics) == ("diversedit" in name or name.endswith(("digits:", "photos:")))
+    assert ("loss/diversity" in metrics) == ("diversedit" in name or name.endswith(("digits:", "photos:", "solids:")))
     words = name.replace("reg:", "repa:").replace(":", ",").split(",")
     for word, loss in {"repa": "repa", "sra": "sra", "disp": "dispersive"}.items():
         assert any(key.startswith(f"loss/{loss}") for key in metrics) == (word in words)

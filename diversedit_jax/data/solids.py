@@ -121,7 +121,7 @@ class Solids:
         y = index % len(NAMES)
         radius = rng.uniform(*RADII)
         centre = rng.uniform(-1, 1, 3) * ((SIDE - 1) / 2 - radius)
-        turn = rotation(rng.integers(3), rng.uniform(0, 2 * np.pi))
+        turn = rotation(int(rng.integers(3)), rng.uniform(0, 2 * np.pi))
         occupancy = draw(NAMES[y], radius, centre, turn)
         return {"x": 2 * occupancy[..., None] - 1, "y": np.int32(y)}
 

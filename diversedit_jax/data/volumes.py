@@ -70,7 +70,7 @@ def scaled(volume: np.ndarray, limits: tuple[float, float] | None) -> np.ndarray
     if low is None:
         raise ValueError(f"it holds {volume.dtype} from {least} to {most}: give low and high, which become -1 and 1")
     if limits is None and (least < low or most > high or occupancy):
-        raise ValueError(f"its values reach from {least} to {most}, not {low} to {high}: give low and high")
+        raise ValueError(f"its values reach from {least} to {most}, not {low:g} to {high:g}: give low and high")
     middle, half = (low + high) / 2, (high - low) / 2
     return np.clip((volume.astype(np.float64) - middle) / half, -1, 1).astype(np.float32)
 

@@ -9,8 +9,7 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
-from scipy.ndimage import label as connected
+from jaxtyping import Bool, Float, Int, UInt8
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
@@ -24,7 +23,6 @@ from diversedit_jax.registry import in_range
 FITTED = 2048  # training solids that the judge knows
 PLACES = np.indices(SHAPE[:3]).reshape(3, -1).T.astype(float)  # of all voxels
 BINS, FARTHEST = 10, 1.0  # of the distances from the centre, in cube roots of the volume
-TOUCHING = np.ones((3, 3, 3))  # voxels that share a face, an edge or a corner are connected
 CERTAIN = 0.1, 0.9  # a voxel between them is neither empty nor full
 
 Sample = Callable[[np.ndarray], np.ndarray]  # int32 labels [n] -> uint8 volumes [n 16 16 16 1]
@@ -60,7 +58,20 @@ def statistics(volumes: UInt8[np.ndarray, "n 16 16 16 1"]) -> Iterable[tuple[str
     low, high = CERTAIN
     yield "occupancy", float(occupancy.mean())
     yield "undecided", float(((occupancy > low) & (occupancy < high)).mean())
-    yield "one_piece", float(np.mean([connected(volume > 0.5, TOUCHING)[1] == 1 for volume in occupancy]))
+    yield "one_piece", float(np.mean([in_one_piece(volume > 0.5) for volume in occupancy]))
+
+
+def in_one_piece(full: Bool[np.ndarray, "d h w"]) -> bool:
+    """Whether there are full voxels and all are connected: by faces, edges or corners."""
+    full = np.pad(full, 1)  # so that rolling never leaves the grid
+    reached, grown = np.zeros_like(full), np.zeros_like(full)
+    grown.flat[full.argmax()] = full.any()
+    while (grown != reached).any():
+        reached = grown
+        for axis in range(3):
+            grown = grown | np.roll(grown, 1, axis) | np.roll(grown, -1, axis)
+        grown &= full
+    return bool(reached.any() and (reached == full).all())
 
 
 class Judge(NamedTuple):

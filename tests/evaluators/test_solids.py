@@ -9,7 +9,7 @@ from diversedit_jax import data, evaluators
 from diversedit_jax.data.solids import SHAPE, SIZES, draw, rotation
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.evaluators import SampleSpec
-from diversedit_jax.evaluators.solids import described, real_solids
+from diversedit_jax.evaluators.solids import described, in_one_piece, real_solids
 
 NAMES = ("accuracy", "frechet", "occupancy", "undecided", "one_piece")
 NUM = 400
@@ -79,6 +79,34 @@ def test_the_moments_of_a_box_are_those_of_a_box():
     np.testing.assert_allclose(found[:3], (np.square([4, 6, 10]) - 1) / 12 / 240 ** (2 / 3))
     assert found[3] == pytest.approx(0, abs=1e-9)
     assert found[-1] == pytest.approx(np.cbrt(240))
+
+
+@pytest.mark.parametrize(
+    ("voxels", "whole"),
+    [
+        ([], False),
+        ([(0, 0, 0)], True),
+        ([(0, 0, 0), (1, 1, 1), (1, 2, 1)], True),
+        ([(0, 0, 0), (0, 0, 2)], False),
+        ([(0, 0, 0), (0, 0, 4)], False),  # the walls are not connected
+        ([(1, 1, 1), (4, 4, 4), (1, 2, 1)], False),
+    ],
+)
+def test_pieces_are_connected_by_faces_edges_or_corners(voxels, whole):
+    full = np.zeros((5, 5, 5), bool)
+    for voxel in voxels:
+        full[voxel] = True
+    assert in_one_piece(full) == whole
+    assert in_one_piece(full[::-1, ::-1, ::-1]) == whole
+
+
+def test_a_piece_may_be_a_long_way():
+    full = np.zeros((9, 9, 9), bool)
+    full[::2] = True
+    full[1::4, 0, 0] = full[3::4, 8, 8] = True
+    assert in_one_piece(full)
+    full[3, 8, 8] = False
+    assert not in_one_piece(full)
 
 
 def test_other_data_are_refused():
