@@ -70,11 +70,13 @@ setup(
         "cuda": ["jax[cuda13]"],
         "cuda12": ["jax[cuda12]"],  # for drivers older than CUDA 13
         "text": ["tokenizers>=0.21"],  # CLIP's byte pairs, for captions and prompts
+        "video": ["av>=18"],  # PyAV: FFmpeg's decoders, for video files in tools/prepare_latents.py --frames
         "hub": ["huggingface_hub>=1.0"],  # weights by name, hf:owner/name, see diversedit_jax/weights/hub.py
         "plan": ["libtpu==0.0.42.*"],  # tools/pod_plan.py: the TPU compiler that jax 0.10.2 is for, 205 MB, own terms
         "wandb": ["wandb>=0.31"],  # config.loggers: metrics go to Weights & Biases, too
         "mlflow": ["mlflow-skinny>=3.17"],  # config.loggers: metrics go to MLflow, too; sqlite needs all of mlflow
         "test": [
+            "av>=18",  # see the extra video
             "beartype>=0.21",  # checks the shapes in signatures at run time
             "build>=1.2",  # builds the wheel that a test looks into
             "equinox>=0.13",  # losses are tested on its models too

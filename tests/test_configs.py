@@ -3,11 +3,13 @@
 import contextlib
 import importlib
 import inspect
+import json
 import math
 import re
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,7 @@ from diversedit_jax import config as configs
 from diversedit_jax.api import Conditions, Space
 from diversedit_jax.configs import default
 from diversedit_jax.data import pipeline
+from diversedit_jax.data.latents import FORMAT, MOMENTS
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.runs import build
 from diversedit_jax.runs.check import KEYS, check
@@ -38,15 +41,16 @@ NAMES = sorted({path.stem for path in (ROOT / "configs").glob("*.py")} - {"__ini
 RECIPES = ("sit", "diversedit", "repa", "sra", "disp", "mean_flow")  # in all sizes
 # By default the largest of each kind; the others differ in a size or lack a loss. Tracing takes seconds.
 CHOSEN = ["diversedit:xl2,512", "dit:", "repa:l2,diversedit", "repa:dinov2@5,mae@10", "disp:b2,diversedit,sra"]
-CHOSEN += ["mean_flow:xl2,diversedit", "reg:b2", "photos:", "mmdit:repa,diversedit"]
+CHOSEN += ["mean_flow:xl2,diversedit", "reg:b2", "photos:", "mmdit:repa,diversedit", "video:xl2,diversedit"]
 OTHERS = ["default:", "digits:", "diversedit:b2,gated", "dit:512", "reg:xl2", "reg:xl2,diversedit", "reg:b2,512"]
 OTHERS += [f"mmdit:coco{method}" for method in ("", ",repa", ",sra", ",disp", ",diversedit", ",sra,disp")]
-OTHERS += ["captioned_digits:", "solids:", "mmdit:uvit,repa"]
+OTHERS += ["captioned_digits:", "solids:", "mmdit:uvit,repa", "video:l2,joint", "video:b2,joint,diversedit"]
 OTHERS += [f"{name}:{size},{side}" for name in RECIPES for size in ("b2", "l2", "xl2") for side in (256, 512)]
 OTHERS += [f"{name}:{size},diversedit" for name in RECIPES[2:] for size in ("b2", "l2", "xl2")]
 VARIANTS = CHOSEN + [pytest.param(name, marks=pytest.mark.slow) for name in OTHERS if name not in CHOSEN]
 MILLIONS = {"sit:b2": 130.30, "sit:l2": 457.82, "sit:xl2": 674.82}
 MILLIONS["mmdit:coco"] = 505.07
+MILLIONS |= {"video:xl2,diversedit": 712.06, "video:l2,joint": 457.82}  # attention over frames has no parameters
 MILLIONS["dit:"] = 674.83  # its authors count the position table too: 675.13
 MILLIONS |= {"diversedit:b2": 137.40, "diversedit:l2": 483.05, "diversedit:xl2": 712.06}
 MILLIONS |= {"mean_flow:xl2": 676.44, "mean_flow:xl2,diversedit": 713.68}
@@ -70,16 +74,20 @@ def latents(tmp_path_factory):
         return {"image": (feature, lambda index: np.zeros(shape, np.uint8))}
 
     label = tfds.features.ClassLabel(num_classes=1000)
-    return {
+    made = {
         side: write(tmp_path_factory.mktemp(f"l{side}"), 4, (2, side, side, 8), label=label, more=image(side))
         for side in (32, 64)
     }
+    videos = write(tmp_path_factory.mktemp("videos"), 2, (2, 16, 32, 32, 8), label=label)
+    (Path(videos) / "latents.json").write_text(json.dumps({"format": FORMAT, "moments": MOMENTS, "video": True}))
+    return made | {16: videos}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_one_step_traces_at_full_size(name, latents):
     config = recipe(name)
     side = {"digits:": 8, "captioned_digits:": 16, "solids:": 16}.get(name, 64 if "512" in name else 32)
+    side = 16 if name.startswith("video:") else side  # the frames of a clip
     if config.data.name == "latents":
         config.data.data_dir = latents[side]
     for encoder in config.encoders.values():  # a small DINOv2 stands for any, which has the file's names

@@ -1,4 +1,4 @@
-"""From photographs to decoded samples, by the programs and in small: prepare, verify, train, sample."""
+"""From photographs and videos to decoded samples, by the programs and in small: prepare, verify, train, sample."""
 
 import json
 
@@ -73,6 +73,28 @@ def test_the_whole_chain_ends_in_pictures(latents, tmp_path):
     config.codec.update({"scale": 1.0, "vae": None})
     with pytest.raises(ConfigError, match=r"codec.scale = 1.0, but the autoencoder of these latents has 0.18215"):
         train.run(config, tmp_path)
+
+
+@pytest.mark.slow
+def test_videos_end_in_videos(latents, tmp_path):
+    """Clips of a moving window on photographs, whose autoencoder is that of single images."""
+    for kind in ("cat", "coffee"):
+        for number, crop in enumerate(photographs.crops(kind, 32, 8)):
+            moving = [Image.fromarray(np.roll(crop, 2 * frame, axis=1)[:16, :16]) for frame in range(9)]
+            (tmp_path / "videos" / kind).mkdir(parents=True, exist_ok=True)
+            moving[0].save(
+                tmp_path / "videos" / kind / f"{number}.webp", save_all=True, append_images=moving[1:], lossless=True
+            )
+    options = prepare_latents.Options(str(latents / "vae"), size=16, frames=4, interval=2)
+    prepare_latents.prepare(tmp_path / "videos", tmp_path / "latents", options)
+    config = config_of(latents)
+    config.data.data_dir = str(tmp_path / "latents")
+    config.samples.num = 2
+    train.run(config, tmp_path / "run")
+    run = trained.of_run(tmp_path / "run")
+    assert run.space.video
+    with np.load(sample.run(trained.drawing(run), num=2) / "samples.npz") as found:
+        assert (found["arr_0"].shape, found["arr_0"].dtype) == ((2, 4, 16, 16, 3), np.uint8)
 
 
 def test_crops_are_the_same_every_time():

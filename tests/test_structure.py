@@ -60,6 +60,7 @@ EXCEPTIONS = {
     "diversedit_jax.diffusion.solvers": {"diffrax"},
     "diversedit_jax.weights.hub": {"huggingface_hub"},
     "diversedit_jax.data.clip_tokenizer": {"tokenizers"},
+    "diversedit_jax.data.videos": {"av"},
     "diversedit_jax.weights.formats.orbax_folder": {"orbax", "tensorstore"},
     "diversedit_jax.weights.formats.tf_graph": {"google"},
     "diversedit_jax.data.lightningdit": {"safetensors"},
@@ -223,7 +224,7 @@ def distribution(requirement: str) -> str:
 
 def test_what_the_package_imports_is_declared():
     extras = setup_argument("extras_require")  # asked for where they are missing
-    optional = extras["hub"] + extras["text"]
+    optional = extras["hub"] + extras["text"] + extras["video"]
     declared = set(map(distribution, setup_argument("install_requires") + optional))
     imported = set.union(*map(third_party, MODULES))
     missing = {name for name in imported if distribution(DISTRIBUTIONS.get(name, name)) not in declared}

@@ -1,10 +1,10 @@
 """A set of latents on disk: shards, their checksums, the metadata, and the check of a finished set.
 
-Shard s holds the readable images s * per_shard .. (s + 1) * per_shard - 1 of the collection, whichever process writes
-it. It appears whole or not at all. Then its note is written, `notes/00003.json`: checksum, number of records, skipped
-images and why. A shard without a note is written anew. When all shards have notes, the metadata of tfds follow. The
-last file is `latents.json`: a set without it is not finished. If two processes write one shard by mistake, the first
-one ends with an error, and the shard is that of the other.
+Shard s holds the readable images s * per_shard .. (s + 1) * per_shard - 1 of the collection, or all clips of these
+videos, whichever process writes it. It appears whole or not at all. Then its note is written, `notes/00003.json`:
+checksum, number of records, skipped images and why. A shard without a note is written anew. When all shards have notes,
+the metadata of tfds follow. The last file is `latents.json`: a set without it is not finished. If two processes write
+one shard by mistake, the first one ends with an error, and the shard is that of the other.
 """
 
 import contextlib
@@ -34,8 +34,9 @@ class Plan(NamedTuple):
 
     about: dict[str, Any]  # for latents.json
     features: tfds.features.FeaturesDict
-    count: int  # of images
-    per_shard: int  # images
+    count: int  # of images, or of videos
+    per_shard: int  # images or videos
+    what: str = "images"  # or videos, each of which gives any number of records
 
     @property
     def shards(self) -> int:
@@ -45,10 +46,10 @@ class Plan(NamedTuple):
     @property
     def content(self) -> dict[str, Any]:
         """The plan as JSON."""
-        return self.about | {"images": self.count, "per_shard": self.per_shard, "features": sorted(self.features)}
+        return self.about | {self.what: self.count, "per_shard": self.per_shard, "features": sorted(self.features)}
 
     def images(self, shard: int) -> range:
-        """The images of a shard, by their number in the collection."""
+        """The images or videos of a shard, by their number in the collection."""
         return range(shard * self.per_shard, min((shard + 1) * self.per_shard, self.count))
 
     def file(self, shard: int) -> str:
@@ -57,7 +58,7 @@ class Plan(NamedTuple):
 
 
 def features(
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     size: int,
     image: str | None,
     cached: dict[str, tuple],
@@ -66,15 +67,15 @@ def features(
 ) -> tfds.features.FeaturesDict:
     """The features of a set: those of `diversedit_jax.data.latents`, and `key`, the name of the image.
 
-    shape: of the latents [h w c]. image: encoding of the crops of `size` pixels, or None. cached: shapes of the
-    features of encoders by name. length: tokens of a caption; None: the set has labels.
+    shape: of the latents [h w c] or [f h w c]. image: encoding of the crops of `size` pixels, or None. cached: shapes
+    of the features of encoders by name. length: tokens of a caption; None: the set has labels.
     """
-    h, w, c = shape
+    *sides, channels = shape
 
     def both(*shape: int) -> tfds.features.Tensor:  # of the image and its mirror image
         return tfds.features.Tensor(shape=(2, *shape), dtype=np.float16, encoding="bytes")
 
-    found = {"moments": both(h, w, 2 * c), "key": tfds.features.Text()}
+    found = {"moments": both(*sides, 2 * channels), "key": tfds.features.Text()}
     if length is not None:
         found["tokens"] = tfds.features.Tensor(shape=(None, length), dtype=np.int32, encoding="bytes")
         found["text"] = tfds.features.Sequence(tfds.features.Text())
@@ -142,8 +143,9 @@ def write_shard(
 ) -> None:
     """Write a shard, whole or not at all, then its note. DataError if the disk refuses it.
 
-    records: the examples, in order. skipped: missing image -> why, complete when `records` ends. counts: what else was
-    counted, complete then too.
+    records: the examples, in order. skipped: missing image or video -> why, complete when `records` ends. counts: what
+    else was counted, complete then too; `videos_read`: the videos that gave
+    records.
     ConfigError if the folder has another plan: of two that claimed it at the same moment, the last one has it.
     """
     claim(folder, plan)
@@ -161,8 +163,9 @@ def write_shard(
                 count, size = count + 1, size + len(content)
         finally:
             writer.close()
-        if count + len(skipped) != len(plan.images(shard)):
-            raise DataError(f"{place}: {count} records and {len(skipped)} skipped of {len(plan.images(shard))} images")
+        done = count if plan.what == "images" else counts["videos_read"]
+        if done + len(skipped) != (wanted := len(plan.images(shard))):
+            raise DataError(f"{place}: {done} done and {len(skipped)} skipped of {wanted} {plan.what}")
     found = {"records": count, "bytes": size, "sha256": checksum.hexdigest(), "skipped": skipped}
     found["counts"] = dict(counts or {})
     write_json(folder / NOTES / f"{shard:05d}.json", found)
@@ -184,7 +187,7 @@ def finish(folder: Path, plan: Plan) -> dict[str, Any]:
     notes = [note(folder, shard) for shard in range(plan.shards)]
     lengths = [found["records"] for found in notes]
     if not sum(lengths):
-        raise DataError(f"{folder}: none of {plan.count} images could be read; see report.json")
+        raise DataError(f"{folder}: none of {plan.count} {plan.what} could be read; see report.json")
     template = tfds.core.ShardedFileTemplate(
         str(folder), dataset_name=NAME, split=SPLIT, filetype_suffix="array_record"
     )
@@ -246,7 +249,7 @@ def verify(folder: Path) -> Iterator[int]:
     """Read a finished set; yields the number of records of each good shard. DataError names a fault and its place."""
     about = whole(folder)
     try:
-        h, w, c = map(int, about["shape"])
+        *sides, channels = map(int, about["shape"])
         classes, captions = len(about["classes"] or [0]), about.get("captions")
         if captions is not None:
             captions = {name: int(captions[name]) for name in ("vocabulary", "length", "start", "end")}
@@ -258,7 +261,7 @@ def verify(folder: Path) -> Iterator[int]:
         try:
             for count, record in enumerate(records(file), 1):
                 checksum.update(record)
-                if wrong := fault(record, (2, h, w, 2 * c), classes, captions):
+                if wrong := fault(record, (2, *sides, 2 * channels), classes, captions):
                     raise DataError(f"{file}, record {count - 1}: {wrong}")
         except DataError:
             raise

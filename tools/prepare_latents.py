@@ -1,4 +1,4 @@
-"""Turn images into latents to train on: python -m tools.prepare_latents IMAGES OUT --vae=VAE [--size=256]
+"""Turn images or videos into latents to train on: python -m tools.prepare_latents IMAGES OUT --vae=VAE [--size=256]
 
 IMAGES is a folder of class folders, a folder of images without classes, WebDataset .tar files, a .zip with
 dataset.json, or a tfds dataset in array_record files such as imagenet2012. VAE is an autoencoder of Stable Diffusion's
@@ -10,6 +10,12 @@ With --tokenizer=FOLDER the images have captions instead of classes: those of MS
 metadata.csv or metadata.jsonl, of .tar files with .txt or .json, or of a .txt beside each image. --captions=FILE names
 a table that lies elsewhere. Records then hold the captions of the image and their token ids. Do not train on mirror
 images then: captions name left and right. An image without a caption is skipped like one that cannot be read.
+
+With --frames=16 --interval=3 the collection holds videos: a folder of class folders, or WebDataset .tar files, of video
+files or of folders of frames. Every third frame is used, 16 make a clip, and each clip becomes a record: the moments of
+its frames [f h w 2c], each encoded as an image is. All clips of a video are taken that do not overlap; with
+--windows=first only the first one. A video without one whole clip is skipped. The mirror images of all frames belong
+together. See diversedit_jax/data/videos.py; video files need the extra `video`.
 
 After a kill, run the same command again: it goes on, and the records are those of an undisturbed run. Several processes
 may share the work, on one machine or on several that see OUT: --process_index=0 .. n-1 --process_count=n. Images that
@@ -33,7 +39,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,10 +53,11 @@ from PIL import Image
 from diversedit_jax import __version__, encoders, sharding
 from diversedit_jax.codecs import pixels
 from diversedit_jax.codecs.vae import moments
-from diversedit_jax.data import Dataset, clip_tokenizer, image_collections, latents, local_path
+from diversedit_jax.data import Dataset, clip_tokenizer, image_collections, latents, local_path, videos
 from diversedit_jax.data.captions import Captioned, open_captioned
 from diversedit_jax.data.clip_tokenizer import Tokenizer, open_tokenizer
 from diversedit_jax.data.image_collections import ImageFiles
+from diversedit_jax.data.videos import Sampling
 from diversedit_jax.errors import ConfigError, DataError, MachineError
 from diversedit_jax.models import PRECISIONS
 from diversedit_jax.models import vae as vae_model
@@ -86,19 +93,34 @@ class Options(NamedTuple):
     captions: str | None = None
     crop: str = "adm"
     precision: str = "highest"
+    frames: int = 0
+    interval: int = 1
+    windows: str = "all"
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """How clips are taken from videos; None: the collection holds images."""
+        return Sampling(self.frames, self.interval, self.windows) if self.frames else None
+
+    @property
+    def workers(self) -> int:
+        """Threads that decode and crop."""
+        return self.threads or 2 * (os.cpu_count() or 1)
 
 
 JPEG_QUALITY = 95
 SHOWN = 8  # images in the mosaic, and lines of skipped ones
+FRAMES_SHOWN = 4  # of a clip in the mosaic
 
 
 def prepare(source: str | Path, out: str | Path, options: Options) -> None:
     """Prepare a set, or the rest of one that was begun."""
     started = time.monotonic()
+    check(options)
     images, captions = opened(source, options)
     folder = local_path("OUT", out).absolute()
     release = vae_files.open_vae(local_path("--vae", options.vae))
-    check(options, release.arch.factor)
+    check_size(options, release.arch.factor)
     chosen = cli.named_files("encoder", options.encoder, required=True)
     encode, shapes = encoder(release, chosen, options)
     plan = planned(images, captions, release, chosen, shapes, options)
@@ -115,7 +137,7 @@ def prepare(source: str | Path, out: str | Path, options: Options) -> None:
     todo = [shard for shard in latent_shards.missing(folder, plan) if shard in mine]
     total, left = (sum(len(plan.images(shard)) for shard in shards) for shards in (mine, todo))
     with (
-        ThreadPoolExecutor(options.threads or 2 * (os.cpu_count() or 1)) as pool,
+        ThreadPoolExecutor(options.workers) as pool,
         Ticker(total, total - left) as ticker,
     ):
         for shard in todo:
@@ -123,7 +145,7 @@ def prepare(source: str | Path, out: str | Path, options: Options) -> None:
             counts: Counter[str] = Counter()
             readable = described(images, captions, plan.images(shard), skipped)
             ticker.update(len(skipped))
-            crops = cropped(images, readable, pool, skipped, ticker, options)
+            crops = cropped(images, readable, pool, skipped, counts, ticker, options)
             records = encoded(images, captions, crops, encode, counts, options)
             latent_shards.write_shard(folder, plan, shard, records, skipped, counts)
 
@@ -168,7 +190,9 @@ class Captions(NamedTuple):
 
 
 def opened(source: str | Path, options: Options) -> tuple[ImageFiles, Captions | None]:
-    """The images, and their captions if there is a tokenizer for them."""
+    """The images or videos, and the captions of images if there is a tokenizer for them."""
+    if options.sampling:
+        return videos.open_videos(source, options.kind, options.split, options.unconditional), None
     if options.tokenizer is None:
         if options.captions is not None:
             raise ConfigError("--captions needs --tokenizer: a folder with vocab.json and merges.txt")
@@ -181,11 +205,22 @@ def opened(source: str | Path, options: Options) -> tuple[ImageFiles, Captions |
     return found.images, Captions(found, tokenizer)
 
 
-def check(options: Options, factor: int) -> None:
-    """Raise ConfigError for options that cannot work. factor: image pixels per latent pixel, along a side."""
+def check(options: Options) -> None:
+    """Raise ConfigError for options that cannot work."""
     in_range("--batch_size", options.batch_size, 1)
     in_range("--per_shard", options.per_shard, 1)
     in_range("--process_index", options.process_index, 0, options.process_count - 1)
+    for name in ("image", "encoder", "tokenizer", "captions") if options.frames else ():
+        if getattr(options, name):
+            raise ConfigError(f"--{name} is for images, and --frames for videos: give one of them")
+    if options.sampling:
+        options.sampling.check()
+    elif (options.interval, options.windows) != (1, "all"):
+        raise ConfigError("--interval and --windows are for videos: give --frames, the number of frames of a clip")
+
+
+def check_size(options: Options, factor: int) -> None:
+    """Raise ConfigError for crops without whole latents. factor: image pixels per latent pixel, along a side."""
     if options.size < 1 or options.size % factor:
         raise ConfigError(f"--size = {options.size}: must be a positive multiple of {factor}, the pixels of a latent")
 
@@ -201,6 +236,7 @@ def planned(
     """The plan of the set. chosen: options of the encoders by name. shapes: of their features."""
     factor, size = release.arch.factor, options.size
     shape = (size // factor, size // factor, release.arch.latent_channels)
+    shape = (options.frames, *shape) if options.sampling else shape
     about = {
         "format": latents.FORMAT,
         "moments": latents.MOMENTS,
@@ -219,12 +255,14 @@ def planned(
         "collection": {"kind": images.kind, "sha256": latent_shards.collection_digest(images.keys, images.labels)},
         "tool": f"diversedit_jax {__version__}",
     }
+    if options.sampling:
+        about |= {"video": True, "interval": options.interval, "windows": options.windows}
     length = None
     if captions is not None:
         about["captions"], length = captions.about, captions.tokenizer.length
         about["collection"]["captions"] = captions.digest
     features = latent_shards.features(shape, size, options.image, shapes, images.classes, length)
-    return Plan(about, features, len(images), options.per_shard)
+    return Plan(about, features, len(images), options.per_shard, images.what)
 
 
 Encode = Callable[[np.ndarray], dict[str, np.ndarray]]
@@ -286,23 +324,47 @@ def described(images: ImageFiles, captions: Captions | None, indices: range, ski
     return [index for index in indices if images.keys[index] not in missing]
 
 
+class Crop(NamedTuple):
+    """What becomes a record: an image of the collection or a clip of a video, cropped.
+
+    index: of the image or video. key: of the record. pixels: uint8 [size size 3], or [f size size 3].
+    """
+
+    index: int
+    key: str
+    pixels: np.ndarray
+
+
+def crops_of(images: ImageFiles, options: Options, index: int) -> list[Crop]:
+    """The crop of an image, or the clips of a video. Errors as of `image_collections.crop`."""
+    key = images.keys[index]
+    if options.sampling is None:
+        return [Crop(index, key, image_collections.crop(images, index, options.size, options.crop))]
+    found = videos.clips(images, index, options.sampling, options.size, options.crop)
+    return [Crop(index, f"{key}#{number}", clip) for number, clip in enumerate(found)]
+
+
 def cropped(
     images: ImageFiles,
     indices: Sequence[int],
     pool: ThreadPoolExecutor,
     skipped: dict[str, str],
+    counts: Counter[str],
     ticker: Ticker,
     options: Options,
-) -> Iterator[tuple[int, np.ndarray]]:
-    """The readable images in order, decoded ahead by threads; the others go to `skipped`.
+) -> Iterator[Crop]:
+    """The crops of the readable images or videos in order, decoded ahead by threads; the others go to `skipped`.
 
-    DataError if the machine fails (a lost mount, too little memory), which is no fault of an image.
+    counts: gets how many videos were read. DataError if the machine fails (a lost mount, too little memory), which is
+    no fault of an image.
     """
-    ahead = image_collections.crops_ahead(images, indices, options.size, pool, 2 * options.batch_size, options.crop)
+    at_once = options.workers if options.sampling else 2 * options.batch_size  # clips of a video may fill gigabytes
+    ahead = image_collections.computed_ahead(partial(crops_of, images, options), indices, pool, at_once)
     with contextlib.closing(ahead):
         for index, future in ahead:
             try:
-                yield index, future.result()
+                yield from future.result()
+                counts.update({"videos_read": 1} if options.sampling else {})
             except DataError as error:
                 if options.strict:
                     raise
@@ -316,22 +378,33 @@ def cropped(
 def encoded(
     images: ImageFiles,
     captions: Captions | None,
-    crops: Iterator[tuple[int, np.ndarray]],
+    crops: Iterator[Crop],
     encode: Encode,
     counts: Counter[str],
     options: Options,
 ) -> Iterator[dict[str, Any]]:
     """The records of these crops. counts: as in `Captions.record`."""
-    while batch := list(islice(crops, sharding.filled(options.batch_size))):
-        found = encode(np.stack([crop for _, crop in batch]))
-        for row, (index, crop) in enumerate(batch):
+    size = sharding.filled(options.batch_size)
+    while batch := list(islice(crops, max(1, size // (options.frames or 1)))):
+        found = by_frame(encode, np.stack([one.pixels for one in batch]), size)
+        for row, (index, key, crop) in enumerate(batch):
             example = {name: values[row] for name, values in found.items()}
             for name, values in example.items():
                 if not np.isfinite(values).all():
-                    raise DataError(f"{images.keys[index]}: its {name} are not finite in float16")
-            example["key"] = images.keys[index]
+                    raise DataError(f"{key}: its {name} are not finite in float16")
+            example["key"] = key
             example |= captions.record(index, counts) if captions else {"label": int(images.labels[index])}
             yield example | ({"image": compressed(crop, options.image)} if options.image else {})
+
+
+def by_frame(encode: Encode, crops: np.ndarray, size: int) -> dict[str, np.ndarray]:
+    """`encode` for images [b H W 3], or for clips [b f H W 3], which gives arrays [b 2 f ...]. size: of its batches."""
+    if crops.ndim == 4:
+        return encode(crops)
+    frames = crops.reshape(-1, *crops.shape[2:])
+    parts = [encode(frames[first : first + size]) for first in range(0, len(frames), size)]
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return {name: np.moveaxis(x.reshape(*crops.shape[:2], *x.shape[1:]), 2, 1) for name, x in joined.items()}
 
 
 def compressed(crop: np.ndarray, kind: str) -> bytes:
@@ -343,14 +416,14 @@ def compressed(crop: np.ndarray, kind: str) -> bytes:
 
 
 def summary(folder: Path, plan: Plan, images: ImageFiles, captions: Captions | None) -> dict[str, Any]:
-    """The content of report.json: counts, and why images were skipped."""
+    """The content of report.json: counts, and why images or videos were skipped."""
     notes = [latent_shards.note(folder, shard) for shard in range(plan.shards)]
     skipped = {key: why for found in notes for key, why in found["skipped"].items()}
     lost = Counter(int(label) for key, label in zip(images.keys, images.labels, strict=True) if key in skipped)
     counts = Counter(images.labels.tolist())
     texts = latent_shards.counted(notes) | ({} if captions is None else {"left_out": dict(captions.found.left_out)})
     return {
-        "images": plan.count,
+        plan.what: plan.count,
         "records": sum(found["records"] for found in notes),
         "bytes": sum(found["bytes"] for found in notes),
         "per_class": {name: counts[i] - lost[i] for i, name in enumerate(images.classes or ("all",))},
@@ -362,11 +435,13 @@ def summary(folder: Path, plan: Plan, images: ImageFiles, captions: Captions | N
 
 def show(report: dict[str, Any], plan: Plan, seconds: float, folder: Path) -> None:
     """Print the report."""
-    print(f"{report['records']} of {report['images']} images in {plan.shards} shards, {duration(seconds)}")
+    of_videos = f"clips of {report['videos_read']} of " if plan.what == "videos" else "of "
+    print(f"{report['records']} {of_videos}{plan.count} {plan.what} in {plan.shards} shards, {duration(seconds)}")
     print(f"  {report['bytes'] / 2**20:.1f} MiB before compression")
     if plan.about["classes"]:
         counts = sorted(report["per_class"].values())
-        print(f"  {len(counts)} classes of {counts[0]} to {counts[-1]} images, median {counts[len(counts) // 2]}")
+        most = f"{counts[-1]} {plan.what}"
+        print(f"  {len(counts)} classes of {counts[0]} to {most}, median {counts[len(counts) // 2]}")
     if "captions" in plan.about:
         left_out = "".join(f", {count} {why} ones left out" for why, count in report["left_out"].items())
         length = plan.about["captions"]["length"]
@@ -378,25 +453,37 @@ def show(report: dict[str, Any], plan: Plan, seconds: float, folder: Path) -> No
 
 
 def mosaic(folder: Path, images: ImageFiles, release: vae_files.Release, options: Options) -> None:
-    """Write mosaic.png: a few images above the reconstructions from the means of their latents."""
+    """Write mosaic.png: a few images or frames above the reconstructions from the means of their latents."""
     dataset = latents.make("train", data_dir=str(folder))
     place = {key: index for index, key in enumerate(images.keys)}
-    records = [latents.parsed(dataset.source.records[row]) for row in some(dataset)]
-    keys = [record["key"].bytes_list.value[0].decode() for record in records]
-    originals = np.stack([image_collections.crop(images, place[key], options.size, options.crop) for key in keys])
-    compare(originals, reconstructed(dataset, release, options.precision), folder / "mosaic.png")
+    originals = []
+    for row, frames in some(dataset).items():
+        key = latents.parsed(dataset.source.records[row])["key"].bytes_list.value[0].decode()
+        found = crops_of(images, options, place[key.rpartition("#")[0] if options.sampling else key])
+        whole = next(crop.pixels for crop in found if crop.key == key)
+        originals += [whole[frame] for frame in frames]
+    compare(np.stack(originals), reconstructed(dataset, release, options.precision), folder / "mosaic.png")
 
 
-def some(dataset: Dataset) -> list[int]:
-    """The numbers of a few records, evenly spread over the set."""
-    return np.unique(np.linspace(0, len(dataset.source) - 1, SHOWN).astype(int)).tolist()
+def some(dataset: Dataset) -> dict[int, list]:
+    """The numbers of a few records, evenly spread over the set -> what is shown of each: frames, or all of an image."""
+    records, frames = SHOWN, [...]
+    if dataset.space.video:
+        records, frames = SHOWN // FRAMES_SHOWN, spread(dataset.space.shape[0], FRAMES_SHOWN)
+    return dict.fromkeys(spread(len(dataset.source), records), frames)
+
+
+def spread(count: int, most: int) -> list[int]:
+    """A few of the numbers below `count`, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, most).astype(int)).tolist()
 
 
 def reconstructed(dataset: Dataset, release: vae_files.Release, precision: str) -> np.ndarray:
     """The decoded means of a few records, uint8 [n size size 3]."""
     network, params = vae_model.network(release.arch, precision), release.read(("decoder",))
     decode = jax.jit(lambda params, z: pixels.decode({}, network.decode(params, z)))
-    means = [dataset.source[row]["moments"][..., : dataset.space.shape[-1]].astype(np.float32) for row in some(dataset)]
+    moments = [dataset.source[row]["moments"][frame] for row, frames in some(dataset).items() for frame in frames]
+    means = [one[..., : dataset.space.shape[-1]].astype(np.float32) for one in moments]
     return np.concatenate([decode(params, jnp.asarray(mean[None])) for mean in means])
 
 
@@ -429,10 +516,12 @@ def verify(out: str | Path, vae: str | Path | None, precision: str) -> None:
         print("  give --vae=VAE as well to decode a few of them")
         return
     decoded = reconstructed(dataset, release, precision)
-    crops = [dataset.source[row].get("image", image) for row, image in zip(some(dataset), decoded, strict=True)]
+    crops = decoded
     if about["image"] is None:
         print("  the crops are not stored: the upper row of the picture is the lower one")
-    compare(np.stack(crops), decoded, folder / "verified.png")
+    else:
+        crops = np.stack([dataset.source[row]["image"] for row in some(dataset)])
+    compare(crops, decoded, folder / "verified.png")
 
 
 if __name__ == "__main__":
@@ -445,8 +534,8 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string(
         "encoder", [], "Also store features: NAME=FILE[,OPTION=VALUE...], such as dinov2=FILE. Large."
     )
-    flags.DEFINE_integer("batch_size", 32, "Images that all devices encode at a time; then their mirror images.")
-    flags.DEFINE_integer("per_shard", 4096, "Images of a shard: at 256 pixels 4,096 are 128 MiB.")
+    flags.DEFINE_integer("batch_size", 32, "Images or frames that all devices encode at a time; then their mirrors.")
+    flags.DEFINE_integer("per_shard", 4096, "Images or videos of a shard: at 256 pixels 4,096 images are 128 MiB.")
     flags.DEFINE_integer("threads", 0, "Threads that decode and crop; 0: two for each core.")
     flags.DEFINE_integer("process_index", 0, "Which of the processes this is.")
     flags.DEFINE_integer("process_count", 1, "Processes that share the work.")
@@ -455,6 +544,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("captions", None, "Table of the captions, if it does not lie where the layout has it.")
     flags.DEFINE_enum("crop", "adm", list(image_collections.CROPS), "As ADM does, or a square and Lanczos (MS-COCO).")
     flags.DEFINE_enum("precision", "highest", list(PRECISIONS), "Of the autoencoder's products.")
+    flags.DEFINE_integer("frames", 0, "Of a clip: the collection holds videos. 0: it holds images.")
+    flags.DEFINE_integer("interval", 1, "Of videos, use every frame of this number: 3 is every third.")
+    flags.DEFINE_enum("windows", "all", list(videos.WINDOWS), "Of a video: all clips without overlap, or the first.")
     flags.DEFINE_bool("verify", False, "Check the finished set in OUT, and do nothing else.")
 
     def main(arguments: list[str]) -> None:

@@ -1,6 +1,7 @@
 """Latents of a variational autoencoder: images to moments, moments to latents, latents to images.
 
 `tools/prepare_latents.py` stores the moments of every image once. Training draws new latents from them at each step.
+The frames of a video [f H W k] are images: each is encoded and decoded alone, and its noise is its own.
 Latent diffusion (arXiv 2112.10752) scales its latents by 0.18215, to about unit variance.
 """
 
@@ -21,26 +22,35 @@ from diversedit_jax.registry import in_range, one_of
 from diversedit_jax.weights.vae import open_vae
 
 
+def by_frame(function: Callable[[Array], Array], x: Float[Array, "b *f h w c"] | UInt8[Array, "b *f h w c"]) -> Array:
+    """`function` of images [n h w c], for images or for the frames of videos [b f h w c]."""
+    found = function(x.reshape(-1, *x.shape[-3:]))
+    return found.reshape(*x.shape[:-3], *found.shape[1:])
+
+
 def moments(vae: VAE, params: Params, images: UInt8[Array, "b H W k"]) -> Float[Array, "b h w c2"]:
     """The moments of images: c means, then c standard deviations, before scaling."""
     return vae.encode(params, images.astype(jnp.float32) / 127.5 - 1)
 
 
-def draw(key: Array, moments: Float[Array, "b h w c2"], scale: float, bias: float) -> Float32[Array, "b h w c"]:
-    """(mean + std * noise - bias) * scale, with mean and std from `moments`."""
+def draw(key: Array, moments: Float[Array, "b *s c2"], scale: float, bias: float) -> Float32[Array, "b *s c"]:
+    """(mean + std * noise - bias) * scale, with mean and std from `moments`. Frames have independent noise."""
     mean, std = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
     return (mean + std * jax.random.normal(key, mean.shape) - bias) * scale
 
 
 def mean_encoder(vae: str, scale: float, bias: float, precision: str = "highest", chunk: int = 8) -> Callable:
-    """A function of uint8 images [b H W k] that gives the means of their latents, scaled: x [b h w c]. See `make`."""
+    """A function of uint8 images [b H W k] that gives the means of their latents, scaled: x [b h w c]. See `make`.
+
+    Videos [b f H W k] give x [b f h w c].
+    """
     release = open_vae(vae)
     params, encoder = release.read(("encoder",)), network(release.arch, precision)
 
     def latents(images: UInt8[Array, "n H W k"]) -> Float[Array, "n h w c"]:
         return (jnp.split(moments(encoder, params, images), 2, axis=-1)[0] - bias) * scale
 
-    return jax.jit(lambda images: sharding.in_chunks(latents, images, chunk, 1))
+    return jax.jit(lambda images: by_frame(lambda frames: sharding.in_chunks(latents, frames, chunk, 1), images))
 
 
 def make(
@@ -52,15 +62,15 @@ def make(
     rounding: str = pixels.ROUNDING,
     chunk: int = 8,
 ) -> Codec:
-    """The codec from `moments` [b h w 2c] to `x` float32 [b h w c].
+    """The codec from `moments` [b h w 2c] to `x` float32 [b h w c], or of videos from [b f h w 2c] to [b f h w c].
 
     scale, bias: x = (latent - bias) * scale, by default as in latent diffusion, DiT and SiT.
     vae: the autoencoder that made the latents, a folder or file for `weights.vae.open_vae`. Its decoder turns samples
         into images. None: samples stay latents.
     precision: of the decoder's products, see `models.vae`.
     rounding: of images to 256 levels, see `codecs.pixels`.
-    chunk: the number of images that a device decodes at a time. Each needs 224 MiB of activations at 256 x 256 pixels
-        (as XLA plans it on a CPU).
+    chunk: the number of images or frames that a device decodes at a time. Each needs 224 MiB of activations at
+        256 x 256 pixels (as XLA plans it on a CPU).
     """
     in_range("codec.scale", scale, above=0)
     in_range("codec.chunk", chunk, 1)
@@ -82,10 +92,10 @@ def make(
             raise ConfigError(f"codec.{option} = {given}, but the autoencoder {vae} was trained with {wanted}")
     decoder = network(release.arch, precision)
 
-    def decode(frozen: Params, x: Float[Array, "b h w c"]) -> UInt8[Array, "b H W k"]:
+    def decode(frozen: Params, x: Float[Array, "b *f h w c"]) -> UInt8[Array, "b *f H W k"]:
         def images(part: Float[Array, "n h w c"]) -> UInt8[Array, "n H W k"]:
             return pixels.decode({}, decoder.decode(frozen, part / scale + bias), rounding)
 
-        return sharding.in_chunks(images, x, chunk)
+        return by_frame(lambda frames: sharding.in_chunks(images, frames, chunk), x)
 
     return Codec(cache(lambda: release.read(("decoder",))), encode, decode, reads=("moments",))

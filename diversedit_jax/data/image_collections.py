@@ -13,6 +13,7 @@ A folder of splits holds folders named train, val, test or the like, and no othe
 Images are sorted by name. Bytes of a name that are not UTF-8 become backslashes. Without labels there are no classes.
 """
 
+import contextlib
 import errno
 import io
 import math
@@ -49,16 +50,20 @@ MAX_PIXELS = 2**27  # of an image: a larger one could exhaust the memory. Pillow
 INDEX = "dataset.json"
 SPLIT = re.compile(r"(train|training|val|valid|validation|dev|eval|test|testing)[-_]?\d*", re.IGNORECASE)
 MAX_BESIDE = 1 << 20  # bytes of a file that holds the label or the caption of one image
+ONE = {"images": "an image", "videos": "a video", "volumes": "a volume"}
 Place = tuple[Path, int, int]  # a tar file, and offset and size of an image in it
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """A collection. Many threads may read it, and it can be sent to other processes.
+    """A collection of images, of videos as `data.videos` opens them, or of volumes as `data.volumes` does.
+
+    Many threads may read it, and it can be sent to other processes.
 
     path: where it lies, with the split if that is a folder. keys: unique names of the images.
     labels: int32 [n], all 0 without classes. classes: their names, or ().
-    read: index -> the encoded image. ignored: kind of other file -> how many there are.
+    read: index -> the encoded image or volume, or the frames of a video.
+    ignored: kind of other file -> how many there are. what: `images`, `videos` or `volumes`.
     """
 
     kind: str
@@ -66,15 +71,16 @@ class ImageFiles:
     keys: Sequence[str]
     labels: np.ndarray
     classes: tuple[str, ...]
-    read: Callable[[int], bytes]
+    read: Callable[[int], Any]
     ignored: Mapping[str, int]
+    what: str = "images"
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __str__(self) -> str:
         classes = {0: "no classes", 1: "1 class"}.get(len(self.classes), f"{len(self.classes)} classes")
-        return f"{len(self)} images, {classes}: {self.path}"
+        return f"{len(self)} {self.what}, {classes}: {self.path}"
 
 
 def open_images(
@@ -99,35 +105,23 @@ def open_images(
     if kind == "tfds":
         open_kind = partial(_tfds, split=split or "train")
     else:
-        path = _split(path, split)
+        path = split_of(path, split)
         kind = _kind(path) if kind == "folder" else kind  # a split may hold tar files
         open_kind = {"folder": _folder, "tar": partial(_tars, texts=texts), "zip": _zip}[kind]
-    return _named("images", open_kind(path, labelled=not unconditional))
+    return checked(open_kind(path, labelled=not unconditional))
 
 
-def open_folder_of(
-    what: str, path: str | Path, suffixes: tuple[str, ...], split: str | None = None, unconditional: bool = False
-) -> ImageFiles:
-    """Open a folder of other files in the same layout. what: they are, in the plural. suffixes: of their names.
-
-    split, unconditional: as in `open_images`. DataError, in one line, if there are no such files.
-    """
-    path = local_path(what, path)
-    if not path.is_dir():
-        raise DataError(f"{what}: {path} is not a folder")
-    return _named(what, _folder(_split(path, split, what), not unconditional, what, suffixes))
-
-
-def _named(what: str, files: ImageFiles) -> ImageFiles:
-    """A collection with names that can be printed. DataError if there is no file, or if two have the same name."""
-    if not files.keys:
-        others = "; ".join(f"{count} x {name}" for name, count in files.ignored.items()) or "nothing else"
-        raise DataError(f"{what}: {files.path} holds no {what}, but {others}")
-    keys = [_printable(key) for key in files.keys]
+def checked(images: ImageFiles) -> ImageFiles:
+    """The collection with names that can be printed. DataError if it is empty, or has two images of one name."""
+    what, path = images.what, images.path
+    if not images.keys:
+        others = "; ".join(f"{count} x {name}" for name, count in images.ignored.items()) or "nothing else"
+        raise DataError(f"{what}: {path} holds no {what}, but {others}")
+    keys = [_printable(key) for key in images.keys]
     if len(set(keys)) < len(keys):
-        raise DataError(f"{what}: {files.path} has several {what} of the name {Counter(keys).most_common(1)[0][0]}")
-    classes = tuple(map(_printable, files.classes))
-    return replace(files, keys=keys, classes=classes, ignored={_printable(k): n for k, n in files.ignored.items()})
+        raise DataError(f"{what}: {path} has several {what} of the name {Counter(keys).most_common(1)[0][0]}")
+    classes = tuple(map(_printable, images.classes))
+    return replace(images, keys=keys, classes=classes, ignored={_printable(k): n for k, n in images.ignored.items()})
 
 
 def _kind(path: Path) -> str:
@@ -140,8 +134,8 @@ def _kind(path: Path) -> str:
     return "tar" if any(path.glob("*.tar")) else "folder"
 
 
-def _split(path: Path, split: str | None, what: str = "images") -> Path:
-    """The folder of a split: `path` itself if it has no splits and none is asked for."""
+def split_of(path: Path, split: str | None, what: str = "images") -> Path:
+    """The folder of a split: `path` itself if it has no splits and none is asked for. what: as in `ImageFiles`."""
     below = []
     if path.is_dir():
         below = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not _is_hidden(entry.name))
@@ -166,12 +160,12 @@ def _printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def _numbered(
+def numbered(
     kind: str,
     path: Path,
     keys: list[str],
     labels: dict[str, int],
-    read: Callable[[int], bytes],
+    read: Callable[[int], Any],
     ignored: Counter[str],
     what: str = "images",
 ) -> ImageFiles:
@@ -179,32 +173,32 @@ def _numbered(
     if labels and (without := [key for key in keys if key not in labels]):
         raise DataError(f"{what}: {without[0]} in {path} has no label, but others have one")
     if alone := len(labels.keys() - set(keys)):
-        ignored["label without an image"] += alone
+        ignored[f"label without {ONE[what]}"] += alone
     numbers = np.array([labels.get(key, 0) for key in keys], np.int32)
     if numbers.min(initial=0) < 0:
         raise DataError(f"{what}: {keys[numbers.argmin()]} in {path} has the label {numbers.min()}, wanted 0 or more")
     classes = tuple(map(str, range(numbers.max() + 1))) if labels and len(keys) else ()
-    return ImageFiles(kind, path, keys, numbers, classes, read, ignored)
+    return ImageFiles(kind, path, keys, numbers, classes, read, ignored, what)
 
 
-def _folder(path: Path, labelled: bool, what: str = "images", suffixes: tuple[str, ...] = SUFFIXES) -> ImageFiles:
+def _folder(path: Path, labelled: bool) -> ImageFiles:
     ignored: Counter[str] = Counter()
-    keys = sorted(_walk(path, "", suffixes, ignored, frozenset()))
+    keys = sorted(walk(path, "", SUFFIXES, ignored))
     read = partial(read_file, path, keys)
-    listed = _folder_index(path, what) if labelled else {}
+    listed = _folder_index(path) if labelled else {}
     if listed is not None:
         ignored["*.json"] -= 1 if labelled else 0  # the index itself is used
-        return _numbered("folder", path, keys, listed, read, +ignored, what)
+        return numbered("folder", path, keys, listed, read, +ignored)
     if labelled and (deeper := sorted(path.glob(f"*/{INDEX}"))):
-        raise DataError(f"{what}: {deeper[0]} lists labels: give {deeper[0].parent}, or set unconditional")
-    return _by_folder("folder", path, keys, read, ignored, what=what)
+        raise DataError(f"images: {deeper[0]} lists labels: give {deeper[0].parent}, or set unconditional")
+    return by_folder("folder", path, keys, read, ignored)
 
 
-def _by_folder(
+def by_folder(
     kind: str,
     path: Path,
     keys: list[str],
-    read: Callable[[int], bytes],
+    read: Callable[[int], Any],
     ignored: Counter[str],
     top: str = "",
     what: str = "images",
@@ -214,10 +208,10 @@ def _by_folder(
     classes = sorted({top for top in tops if top})
     if classes and "" in tops:
         both = f"in folders ({classes[0]}) and beside them ({keys[tops.index('')]})"
-        raise DataError(f"{what}: {path} has {what} {both}: give each a folder, or set unconditional")
+        raise DataError(f"{what}: {path} has {what} {both}: give each {what[:-1]} a folder, or set unconditional")
     number = {name: label for label, name in enumerate(classes)}
     labels = np.array([number.get(top, 0) for top in tops], np.int32)
-    return ImageFiles(kind, path, keys, labels, tuple(classes), read, ignored)
+    return ImageFiles(kind, path, keys, labels, tuple(classes), read, ignored, what)
 
 
 def index_labels(content: Mapping[str, Any]) -> dict[str, int]:
@@ -225,7 +219,7 @@ def index_labels(content: Mapping[str, Any]) -> dict[str, int]:
     return {str(name): whole_label(label) for name, label in content["labels"] or ()}
 
 
-def _folder_index(path: Path, what: str) -> dict[str, int] | None:
+def _folder_index(path: Path) -> dict[str, int] | None:
     """The labels of the dataset.json in a folder; None if there is no such file, or none with `labels`."""
     if not (path / INDEX).exists():
         return None
@@ -234,10 +228,12 @@ def _folder_index(path: Path, what: str) -> dict[str, int] | None:
         return index_labels(content) if isinstance(content, dict) and "labels" in content else None
     except (OSError, ValueError, TypeError) as error:
         check_machine(error)
-        raise DataError(f"{what}: {path / INDEX} cannot be read: {type(error).__name__}: {error}") from error
+        raise DataError(f"images: {path / INDEX} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _walk(top: Path, below: str, suffixes: tuple[str, ...], ignored: Counter, above: frozenset) -> Iterator[str]:
+def walk(
+    top: Path, below: str, suffixes: tuple[str, ...], ignored: Counter[str], above: frozenset[Path] = frozenset()
+) -> Iterator[str]:
     """Yield the names of all files with these suffixes below a folder. A link to a folder above is not followed."""
     here = (top / below).resolve()
     if here in above:
@@ -249,7 +245,7 @@ def _walk(top: Path, below: str, suffixes: tuple[str, ...], ignored: Counter, ab
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 ignored["hidden file or folder"] += 1
             elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():  # the link may go in circles
-                yield from _walk(top, name, suffixes, ignored, above | {here})
+                yield from walk(top, name, suffixes, ignored, above | {here})
             elif not entry.name.lower().endswith(suffixes):
                 ignored[f"*{Path(entry.name).suffix or entry.name}"] += 1
             elif os.path.exists(entry.path) and not entry.is_file():
@@ -259,9 +255,16 @@ def _walk(top: Path, below: str, suffixes: tuple[str, ...], ignored: Counter, ab
 
 
 def read_file(folder: Path, keys: Sequence[str], index: int) -> bytes:
+    with opened(folder, keys[index]) as file:
+        return file.read()
+
+
+@contextlib.contextmanager
+def opened(folder: Path, name: str) -> Iterator[RegularFile]:
+    """A file of a collection, open. DataError if this file cannot be read, OSError if the disk is gone."""
     try:
-        with RegularFile(folder / keys[index]) as file:
-            return file.read()
+        with RegularFile(folder / name) as file:
+            yield file
     except OSError as error:
         check_machine(error)
         if not folder.is_dir() or error.errno in (errno.EIO, errno.ESTALE):  # the disk is gone, not this image alone
@@ -275,7 +278,7 @@ def _tars(path: Path, labelled: bool, texts: dict[str, tuple[str, bytes]] | None
     labels: dict[str, int] = {}
 
     def label(key: str, suffix: str, name: str, content: bytes) -> None:
-        if (found := _label(content, name)) is not None:
+        if (found := label_in(content, name)) is not None:
             labels[key] = found
 
     def text(key: str, suffix: str, name: str, content: bytes) -> None:
@@ -284,15 +287,42 @@ def _tars(path: Path, labelled: bool, texts: dict[str, tuple[str, bytes]] | None
 
     beside = dict.fromkeys(("txt", "json"), text) if texts is not None else {"cls": label, "json": label}
     beside = beside if labelled or texts is not None else dict.fromkeys(beside)
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if file.suffix == ".tar":
-            _scan_tar(file, beside, places, ignored)
-        else:
-            ignored["folder beside the .tar files" if file.is_dir() else f"*{file.suffix or file.name}"] += 1
+    for file in tar_files(path, ignored):
+        _scan_tar(file, beside, places, ignored)
     for key in labels.keys() - places.keys():
         ignored["label without an image"] += 1
         del labels[key]
-    return _numbered("tar", path, list(places), labels, partial(_read_range, list(places.values())), ignored)
+    return numbered("tar", path, list(places), labels, partial(_read_range, list(places.values())), ignored)
+
+
+def tar_files(path: Path, ignored: Counter[str]) -> Iterator[Path]:
+    """The tar files in a folder, in the order of their names, or this one."""
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.suffix == ".tar":
+            yield file
+        else:
+            ignored["folder beside the .tar files" if file.is_dir() else f"*{file.suffix or file.name}"] += 1
+
+
+def tar_members(file: Path, ignored: Counter[str]) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """The visible files in a tar file, in one pass over its headers."""
+    end = 0
+    with RegularFile(file) as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
+        for member in tar:
+            if member.size < 0 or member.offset < end:  # tarfile would go round in circles
+                raise tarfile.ReadError("it has a member of a negative size")
+            end = member.offset_data
+            if member.isdir():
+                continue
+            if not member.isfile() or member.issparse():
+                ignored["link or device"] += 1
+            elif _is_hidden(member.name):
+                ignored["hidden file or folder"] += 1
+            else:
+                yield tar, member
+        opened.seek(tar.offset)  # tarfile does not notice if a file was cut between two members
+        if opened.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("it is truncated: it has no end mark")
 
 
 def _scan_tar(file: Path, beside: Mapping[str, Callable | None], places: dict[str, Place], ignored: Counter) -> None:
@@ -301,33 +331,19 @@ def _scan_tar(file: Path, beside: Mapping[str, Callable | None], places: dict[st
     beside: ending of such a file -> what takes its key, its ending, its name and its content; None: do not read it.
     """
     images: dict[str, dict[str, Place]] = {}  # key -> suffix -> place
-    end = 0
     try:
-        with RegularFile(file) as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
-            for member in tar:
-                if member.size < 0 or member.offset < end:  # tarfile would go round in circles
-                    raise tarfile.ReadError("it has a member of a negative size")
-                end = member.offset_data
-                folder, _, name = member.name.rpartition("/")
-                stem, _, suffix = name.partition(".")
-                key = f"{file.name}/{folder}/{stem}" if folder else f"{file.name}/{stem}"
-                if member.isdir():
-                    continue
-                if not member.isfile() or member.issparse():
-                    ignored["link or device"] += 1
-                elif _is_hidden(member.name):
-                    ignored["hidden file or folder"] += 1
-                elif f".{suffix}".lower().endswith(SUFFIXES):
-                    if suffix in images.setdefault(key, {}):
-                        raise ValueError(f"it has two images of the name {member.name}")
-                    images[key][suffix] = (file, member.offset_data, member.size)
-                elif suffix not in beside:
-                    ignored[f"*.{suffix}"] += 1
-                elif (note := beside[suffix]) is not None:
-                    note(key, suffix, member.name, tar.extractfile(member).read(MAX_BESIDE))
-            opened.seek(tar.offset)  # tarfile does not notice if a file was cut between two members
-            if opened.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError("it is truncated: it has no end mark")
+        for tar, member in tar_members(file, ignored):
+            folder, _, name = member.name.rpartition("/")
+            stem, _, suffix = name.partition(".")
+            key = f"{file.name}/{folder}/{stem}" if folder else f"{file.name}/{stem}"
+            if f".{suffix}".lower().endswith(SUFFIXES):
+                if suffix in images.setdefault(key, {}):
+                    raise ValueError(f"it has two images of the name {member.name}")
+                images[key][suffix] = (file, member.offset_data, member.size)
+            elif suffix not in beside:
+                ignored[f"*.{suffix}"] += 1
+            elif (note := beside[suffix]) is not None:
+                note(key, suffix, member.name, tar.extractfile(member).read(MAX_BESIDE))
         places |= {key: _plain(key, found, ignored) for key, found in images.items()}
     except (tarfile.TarError, OSError, ValueError) as error:
         check_machine(error)
@@ -344,7 +360,8 @@ def _plain(key: str, images: Mapping[str, Place], ignored: Counter[str]) -> Plac
     return images[plain[0]]
 
 
-def _label(content: bytes, name: str) -> int | None:
+def label_in(content: bytes, name: str) -> int | None:
+    """The label in KEY.cls or KEY.json of this name; None if a .json has none."""
     try:
         value = parse_json(content) if name.endswith("json") else content
         value = value.get("label") if isinstance(value, dict) else value
@@ -354,7 +371,12 @@ def _label(content: bytes, name: str) -> int | None:
 
 
 def _read_range(places: Sequence[Place], index: int) -> bytes:
-    file, offset, size = places[index]
+    return read_place(places[index])
+
+
+def read_place(place: Place) -> bytes:
+    """A file in a tar file."""
+    file, offset, size = place
     with RegularFile(file) as opened:
         opened.seek(offset)
         content = opened.read(size)
@@ -422,8 +444,8 @@ def _zip(path: Path, labelled: bool) -> ImageFiles:
     ignored = Counter(f"*{Path(name).suffix}" for name in others)
     ignored += Counter({"hidden file or folder": len(names) - len(visible)})
     if listed is None and labelled:
-        return _by_folder("zip", path, keys, ZipReader(path, keys), ignored, _wrapper(keys))
-    return _numbered("zip", path, keys, listed if labelled else {}, ZipReader(path, keys), ignored)
+        return by_folder("zip", path, keys, ZipReader(path, keys), ignored, _wrapper(keys))
+    return numbered("zip", path, keys, listed if labelled else {}, ZipReader(path, keys), ignored)
 
 
 def _wrapper(keys: Sequence[str]) -> str:
@@ -533,16 +555,23 @@ CROPS = {"adm": center_crop, "lanczos": lanczos_crop}
 def crops_ahead(
     images: ImageFiles, indices: Iterable[int], size: int, pool: Executor, ahead: int, how: str = "adm"
 ) -> Iterator[tuple[int, Future]]:
-    """Yield (index, future of its `crop`) in order. `pool` works on at most `ahead` crops at a time.
+    """Yield (index, future of its `crop`) in order, see `computed_ahead`."""
+    return computed_ahead(partial(crop, images, size=size, how=how), indices, pool, ahead)
 
-    Closing the generator cancels the crops that have not begun.
+
+def computed_ahead(
+    function: Callable[[int], Any], indices: Iterable[int], pool: Executor, ahead: int
+) -> Iterator[tuple[int, Future]]:
+    """Yield (index, future of `function`) in order. `pool` works on at most `ahead` of them at a time.
+
+    Closing the generator cancels those that have not begun.
     """
     waiting: deque[tuple[int, Future]] = deque()
     rest = iter(indices)
     try:
         while True:
             for index in islice(rest, ahead - len(waiting)):
-                waiting.append((index, pool.submit(crop, images, index, size, how)))
+                waiting.append((index, pool.submit(function, index)))
             if not waiting:
                 return
             yield waiting.popleft()
@@ -561,12 +590,19 @@ def image_of(images: ImageFiles, index: int, changed: Callable[[Image.Image], An
 
     Raises DataError with its name if the image is bad. MachineError and OSError mean that the machine fails.
     """
-    try:
+    with named(images.keys[index]):
         return changed(decode(images.read(index)))
+
+
+@contextlib.contextmanager
+def named(key: str) -> Iterator[None]:
+    """Name the image or video of this key in errors, except MachineError and OSError: the machine fails."""
+    try:
+        yield
     except OSError as error:
         check_machine(error)
         raise
     except Exception as error:
         check_machine(error)
         text = str(error) if isinstance(error, DataError) else f"cannot be read: {error}"
-        raise DataError(f"{images.keys[index]}: {text}") from error
+        raise DataError(f"{key}: {text}") from error

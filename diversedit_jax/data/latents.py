@@ -1,4 +1,4 @@
-"""Image latents on disk, as tools/prepare_latents.py computes them with the Stable Diffusion VAE.
+"""Latents of images or videos on disk, as tools/prepare_latents.py computes them with the Stable Diffusion VAE.
 
 A directory is a tfds data set in array_record files, read without TensorFlow:
 
@@ -8,7 +8,8 @@ A directory is a tfds data set in array_record files, read without TensorFlow:
 Every record has `moments`, and either `label` or `tokens`. It may have the others:
 
     moments   Tensor(shape=(2, h, w, 2c), dtype=float16, encoding='bytes'). Axis 0: the image, its mirror image.
-              Last axis: c means, then c standard deviations, of the latent distribution before scaling.
+              Last axis: c means, then c standard deviations, of the latent distribution before scaling. Of a clip
+              of f frames: shape (2, f, h, w, 2c).
     label     Scalar of an integer type, or ClassLabel: 0 .. num_classes - 1.
     tokens    Tensor(shape=(None, n), dtype=int32, encoding='bytes'): token ids of the captions of the image.
     text      Sequence(Text): these captions. Training does not read them.
@@ -21,7 +22,8 @@ Every record has `moments`, and either `label` or `tokens`. It may have the othe
 
 latents.json beside them is optional. It says how they were made: `format`, `moments` (mean_std), `shape` [h w c],
 `classes` (names by label; null: none, every label is 0), `vae` with its `scale`, `resolution`, `crop`, checksums of the
-shards. With `tokens` it is required, and its `captions` say what made them: `sha256` of the tokenizer's content, number
+shards. `video` (true) says that the first axis of `shape` [f h w c] is time; without it, it is the depth of a volume.
+With `tokens` the file is required, and its `captions` say what made them: `sha256` of the tokenizer's content, number
 of words in the `vocabulary`, `length` n, ids of the `start` and of the `end`, which also fills the places behind it.
 tools/prepare_latents.py writes it last: a directory with plan.json and without latents.json is unfinished.
 
@@ -91,7 +93,7 @@ def about(data_dir: Path) -> dict[str, Any]:
 
 def check(
     features: Mapping[str, Any],
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     condition: tuple[str, tuple, type],
     image: bool,
     cached: tuple[str, ...],
@@ -100,8 +102,8 @@ def check(
 
     condition: name, shape and type of the feature. In a wanted shape, None is any fixed size, and ... one that varies.
     """
-    h, w, c = shape
-    wanted = {"moments": ((2, h, w, 2 * c), np.float16), condition[0]: condition[1:]}
+    *sides, channels = shape
+    wanted = {"moments": ((2, *sides, 2 * channels), np.float16), condition[0]: condition[1:]}
     wanted |= {"image": ((None, None, None), np.uint8)} if image else {}
     wanted |= {name: ((2, *[None] * (CACHED[name.partition("/")[0]] - 1)), np.float16) for name in cached}
     for name, (wanted_shape, wanted_dtype) in wanted.items():
@@ -134,7 +136,7 @@ def decoded(feature: Any, value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Moments:
-    """Examples by index: `moments` float16 [h w 2c], `y`, and the other features that are read.
+    """Examples by index: `moments` float16 [*s 2c], `y`, and the other features that are read.
 
     `y` is a label, or the token ids of the first caption. If there are several, `captions` int32 [m n] are all of them.
 
@@ -238,7 +240,7 @@ def make(
     split: str,
     *,
     data_dir: str,
-    shape: tuple[int, int, int] | None = None,
+    shape: tuple[int, ...] | None = None,
     num_classes: int | None = None,
     mirror: bool = False,
     image: bool = False,
@@ -246,10 +248,12 @@ def make(
 ) -> Dataset:
     """The latents in `data_dir`: `moments` float16 [h w 2c] and `y` int32, a label or the token ids [n] of a caption.
 
+    Those of a video are [f h w 2c].
+
     Each draw takes one of the captions of an image. Captions name left and right, so do not set `mirror` with them.
 
     data_dir: what tools.prepare_latents has written.
-    shape: of the latents, h w c; by default as stored.
+    shape: of the latents, h w c or f h w c; by default as stored.
     num_classes: by default the number of stored class names; needed if the data have none. Not for captions.
     mirror: each draw takes the mirror image with probability 1/2, in every feature.
     image: also read `image`, uint8 [H W k], which encoders run on.
@@ -266,10 +270,10 @@ def make(
     try:
         features = dict(info.features.items())
         if shape is None:
-            if len(getattr(features.get("moments"), "shape", ())) != 4:
+            if len(getattr(features.get("moments"), "shape", ())) not in (4, 5):
                 raise DataError(f"latents: no feature 'moments' [2 h w 2c], given: {', '.join(sorted(features))}")
-            _, h, w, channels = features["moments"].shape
-            shape = h, w, channels // 2
+            _, *sides, channels = features["moments"].shape
+            shape = *sides, channels // 2
         text = texts(folder, says, num_classes) if "tokens" in features else None
         if text is None:
             conditions, limit = labels(folder, says, features.get("label"), num_classes)
@@ -286,7 +290,10 @@ def make(
         if scale is not None and not 0 < float(scale) < np.inf:
             raise ValueError(f"the scale of the autoencoder is {scale}")
         transform = (flip if mirror else None) if text is None else flip_and_draw if mirror else draw
-        return Dataset(source, transform, Space(tuple(shape), conditions), scale, text)
+        video = says.get("video", False)
+        if type(video) is not bool or (video and len(shape) != 4):
+            raise ValueError(f"{ABOUT} says video = {video!r:.40} of latents {list(shape)}")
+        return Dataset(source, transform, Space(tuple(shape), conditions, video), scale, text)
     except (ConfigError, DataError):
         raise
     except Exception as error:  # tfds has metadata of many kinds

@@ -2,18 +2,29 @@
 
     CLASS/NAME.npy         numbers [d h w] or [d h w c]; all volumes have one shape
 
-Folders of classes, a dataset.json with labels and folders of splits are read as in `image_collections`.
+Every folder at the top is a class, in the order of the names; volumes may lie deeper. A folder of splits is one as for
+images, see `image_collections`.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from diversedit_jax.api import Conditions, Space
-from diversedit_jax.data import Dataset, image_collections
-from diversedit_jax.data.image_collections import ImageFiles
+from diversedit_jax.data import Dataset, local_path
+from diversedit_jax.data.image_collections import (
+    ImageFiles,
+    by_folder,
+    checked,
+    numbered,
+    read_file,
+    split_of,
+    walk,
+)
 from diversedit_jax.errors import ConfigError, DataError, check_machine
 from diversedit_jax.reading import parse_npy
 from diversedit_jax.registry import in_range
@@ -54,6 +65,20 @@ class Volumes:
         except Exception as error:
             check_machine(error)
             raise DataError(f"{self.files.path / self.files.keys[index]}: {error}") from error
+
+
+def open_volumes(path: str | Path, split: str | None = None, unconditional: bool = False) -> ImageFiles:
+    """Open the folder at `path`. split, unconditional: as in `image_collections.open_images`. DataError without any."""
+    path = local_path("volumes", path)
+    if not path.is_dir():
+        raise DataError(f"volumes: {path} is not a folder")
+    path = split_of(path, split, "volumes")
+    ignored: Counter[str] = Counter()
+    keys = sorted(walk(path, "", (".npy",), ignored))
+    read = partial(read_file, path, keys)
+    if unconditional:
+        return checked(numbered("folder", path, keys, {}, read, ignored, "volumes"))
+    return checked(by_folder("folder", path, keys, read, ignored, what="volumes"))
 
 
 def scaled(volume: np.ndarray, limits: tuple[float, float] | None) -> np.ndarray:
@@ -104,9 +129,7 @@ def make(
     limits = None if low is None else (low, in_range("volumes: high", high, above=low))
     if len(set(mirror)) < len(mirror) or not set(mirror) <= set(range(AXES)):
         raise ConfigError(f"volumes: mirror = {tuple(mirror)}: wanted different axes of 0, 1, 2")
-    files = image_collections.open_folder_of(
-        "volumes", data_dir, (".npy",), None if split == "train" else split, unconditional
-    )
+    files = open_volumes(data_dir, None if split == "train" else split, unconditional)
     shape = Volumes(files, limits)[0]["x"].shape
     space = Space(shape, Conditions.labels(len(files.classes), files.classes))
     return Dataset(Volumes(files, limits, shape), partial(mirrored, axes=mirror) if mirror else None, space)

@@ -1,6 +1,5 @@
 """Volumes in .npy files: values, classes, splits, mirrors; and files that are damaged or do not fit are named."""
 
-import json
 import os
 
 import jax.numpy as jnp
@@ -84,19 +83,13 @@ def test_values_beyond_the_limits_that_are_given_are_cut_off(tmp_path):
     np.testing.assert_allclose(x, np.clip((volume(0) - 150.0) / 50, -1, 1), atol=1e-6)
 
 
-def test_folders_of_splits_and_listed_labels(tmp_path):
+def test_folders_of_splits(tmp_path):
     write(tmp_path / "train")
     save(tmp_path / "test" / "ant" / "z.npy", volume(9))
     assert len(opened(tmp_path).source) == 4
     assert len(opened(tmp_path, "test").source) == 1
     with pytest.raises(DataError, match=r"volumes: .* has no split 'val'; its folders: test, train"):
         opened(tmp_path, "val")
-    listed = [[f"{name}.npy", number] for name, number in ITEMS.items()]
-    (tmp_path / "train" / "dataset.json").write_text(json.dumps({"labels": listed}))
-    assert opened(tmp_path).space.conditions.classes == 4
-    (tmp_path / "train" / "dataset.json").write_text(json.dumps({"labels": listed[1:]}))
-    with pytest.raises(DataError, match=r"volumes: ant/a.npy in .* has no label"):
-        opened(tmp_path)
 
 
 def test_mirror_images_are_drawn_along_the_axes_that_are_named(tmp_path):
@@ -122,6 +115,10 @@ def test_options_that_mean_nothing_are_refused(tmp_path):
             opened(tmp_path, **options)
     with pytest.raises(DataError, match=r"volumes: .*nowhere is not a folder"):
         opened(tmp_path / "nowhere")
+    save(tmp_path / "z.npy", volume(0))
+    with pytest.raises(DataError, match=r"volumes and beside them \(z.npy\): give each volume a folder"):
+        opened(tmp_path)
+    assert len(opened(tmp_path, unconditional=True).source) == 5
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,13 @@ def images(path: Path) -> Any:
     return {key: (int(found.labels[i]), image_collections.crop(found, i, 8)) for i, key in enumerate(found.keys)}
 
 
+def videos(path: Path) -> Any:
+    from diversedit_jax.data import videos
+
+    found, sampling = videos.open_videos(path), videos.Sampling(2, 2)
+    return {key: (int(found.labels[i]), videos.clips(found, i, sampling, 8)) for i, key in enumerate(found.keys)}
+
+
 def captions(path: Path) -> Any:
     from diversedit_jax.data.captions import open_captioned
 
@@ -79,6 +86,12 @@ def verified(path: Path) -> Any:
     from tools import latent_shards
 
     return list(latent_shards.verify(path)), latents("latents", image=True, mirror=True)(path)[1]
+
+
+def verified_videos(path: Path) -> Any:
+    from tools import latent_shards
+
+    return list(latent_shards.verify(path)), latents("latents", mirror=True)(path)
 
 
 def weights(path: Path) -> Any:
@@ -175,6 +188,8 @@ READERS = {
     "images tar": Reader(images, mib=1536),
     "images tar json": Reader(images, mib=1536),
     "images tfds": Reader(images, mib=1536),
+    "videos": Reader(videos, mib=1536),
+    "videos tar": Reader(videos, mib=1536),
     "captions coco": Reader(captions),
     "captions csv": Reader(captions),
     "captions jsonl": Reader(captions),
@@ -185,6 +200,7 @@ READERS = {
         latents("latents", image=True, mirror=True, cached=("features/dinov2", "token/dinov2")), mib=1536
     ),
     "latents verified": Reader(verified, sealed=True, mib=1536),
+    "latents of videos": Reader(verified_videos, sealed=True, mib=1536),
     "latents with captions": Reader(verified, sealed=True, mib=1536),
     "uvit": Reader(latents("uvit", kind="logvar", image=True), mib=1536),
     "repa": Reader(latents("repa", image=True), mib=1536),

@@ -25,6 +25,7 @@ from tests.data import (
     test_image_collections,
     test_in_memory,
     test_latents,
+    test_videos,
     test_volumes,
 )
 from tests.evaluation import test_feature_cache, test_image_files, test_reference_statistics
@@ -80,6 +81,37 @@ def shards(path):
             for i in plan.images(shard)
         ]
         latent_shards.write_shard(path, plan, shard, records, {})
+    latent_shards.finish(path, plan)
+
+
+def clips(path):
+    """A video of each format, and one of frames."""
+    path = path / "class"
+    for number, suffix in enumerate(test_videos.LOSSLESS):
+        test_videos.write(path / f"{number}{suffix}", test_videos.frames(0, 6))
+    for suffix in test_videos.videos.PICTURES:
+        test_videos.moving_picture(path / f"a{suffix}", test_videos.frames(0, 6))
+    test_videos.folder_of_frames(path / "b", test_videos.frames(0, 6))
+
+
+def clips_in_tar(path):
+    members = {f"c/{number}.png": test_videos.png(frame) for number, frame in enumerate(test_videos.frames(0, 6))}
+    members |= {"a.mp4": test_videos.write(path.parent / "made" / "a.mp4", test_videos.frames(0, 6)).read_bytes()}
+    shutil.rmtree(path.parent / "made")
+    test_videos.tar(path / "0.tar", members | {"a.cls": b"1", "c.json": b'{"label": 0}'})
+
+
+def video_shards(path):
+    """As tools.prepare_latents writes them: a video of two clips, and one of one clip."""
+    about = {"format": 1, "moments": "mean_std", "shape": [3, 4, 6, 2], "classes": ["a"], "image": None, "video": True}
+    about |= {"vae": {"name": "vae", "sha256": "0" * 64, "scale": 0.18}}
+    plan = latent_shards.Plan(about, latent_shards.features((3, 4, 6, 2), 8, None, {}, ("a",)), 2, 2, "videos")
+    latent_shards.claim(path, plan)
+    keys = ("a#0", "a#1", "b#0")
+    records = [
+        {"moments": np.full((2, 3, 4, 6, 4), i + 1, np.float16), "key": k, "label": 0} for i, k in enumerate(keys)
+    ]
+    latent_shards.write_shard(path, plan, 0, records, {}, {"videos_read": 2})
     latent_shards.finish(path, plan)
 
 
@@ -158,6 +190,8 @@ MAKERS = {
     "images tar": test_image_collections.tar,
     "images tar json": lambda path: test_image_collections.tar(path, "json"),
     "images tfds": test_image_collections.imagenet,
+    "videos": clips,
+    "videos tar": clips_in_tar,
     "captions coco": test_captions.coco,
     "captions csv": test_captions.table,
     "captions jsonl": test_captions.jsonl,
@@ -166,6 +200,7 @@ MAKERS = {
     "tokenizer": copied(DATA / "clip_tokenizer"),
     "latents": latents,
     "latents verified": shards,
+    "latents of videos": video_shards,
     "latents with captions": test_captioned_latents.shards,
     "uvit": test_captioned_latents.uvit,
     **{name: layouts[name][0] for name in ("repa", "repa-zip", "meanflow_lmdb", "meanflow_pt", "lightningdit")},

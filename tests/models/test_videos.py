@@ -34,9 +34,9 @@ def drawn(shape: tuple[int, ...] = SHAPE) -> jax.Array:
 
 
 def trained(model: Model):
-    """Parameters none of which is zero, small enough that rounding does not grow from block to block."""
+    """Parameters none of which is zero. A product keeps the length of a token, so that rounding does not grow."""
     abstract, rng = jax.eval_shape(model.init, jax.random.key(0)), np.random.default_rng(0)
-    return jax.tree.map(lambda p: jnp.asarray(0.3 * rng.standard_normal(p.shape), p.dtype), abstract)
+    return jax.tree.map(lambda p: jnp.asarray(WIDTH**-0.5 * rng.standard_normal(p.shape), p.dtype), abstract)
 
 
 def run(model: Model, params, x, t=TIMES, y=LABELS):

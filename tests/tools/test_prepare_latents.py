@@ -413,7 +413,7 @@ def undisturbed(command):
     return run
 
 
-def killed_and_run_again(home, tmp_path, kills: int):
+def killed_and_run_again(home, tmp_path, kills: int, command=command):
     undisturbed(command(home, tmp_path / "straight"))
     rng, out, died = random.Random(0), tmp_path / "killed", 0
     while died < kills:

@@ -42,7 +42,8 @@ def space(config: ConfigDict) -> Space:
     shape = tuple(config.data.get("shape") or (32, 32, 4))
     if config.text_encoder is not None:
         return Space(shape, Conditions(np.zeros(TEXT.places, np.int32)))
-    return Space(shape, Conditions.labels(config.data.get("num_classes") or 1000))
+    video = len(shape) == 4 and config.codec.name == "vae"  # frames are encoded as images
+    return Space(shape, Conditions.labels(config.data.get("num_classes") or 1000), video)
 
 
 def stored(config: ConfigDict, space: Space) -> dict[str, Any]:
