@@ -116,7 +116,7 @@ def test_options_that_mean_nothing_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"volumes: .*nowhere is not a folder"):
         opened(tmp_path / "nowhere")
     save(tmp_path / "z.npy", volume(0))
-    with pytest.raises(DataError, match=r"volumes and beside them \(z.npy\): give each volume a folder"):
+    with pytest.raises(DataError, match=r"volumes in folders \(ant\) and beside them \(z.npy\): give each volume"):
         opened(tmp_path)
     assert len(opened(tmp_path, unconditional=True).source) == 5
 
