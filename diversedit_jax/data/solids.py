@@ -1,10 +1,10 @@
 """Solids in a grid of 16 x 16 x 16 voxels, in eight classes: volumes that need no download.
 
-Each solid has a random size, place and rotation. Voxels hold occupancy, from -1 (empty) to 1 (full). An example is
-computed from its number whenever it is read.
+Each solid stands upright and has a random size, place and rotation about the vertical. Voxels hold occupancy, from -1
+(empty) to 1 (full). An example is computed from its number whenever it is read.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from diversedit_jax.registry import one_of
 SIDE = 16  # voxels
 SHAPE = (SIDE, SIDE, SIDE, 1)
 SIZES = {"train": 65_536, "test": 8_192}
-RADII = 5.0, 7.0  # of the sphere around a solid, in voxels
+RADII = 5.5, 7.0  # of the sphere around a solid, in voxels
 EDGE = 1.5  # width of the zone between full and empty, in voxels
 
 Axis = Float[np.ndarray, "d h w"]  # coordinates of all voxels along one axis
@@ -83,27 +83,19 @@ SOLIDS: dict[str, Distance] = {
 NAMES = tuple(SOLIDS)
 
 
-def rotation(axis: int, angle: float) -> Float[np.ndarray, "3 3"]:
-    """The matrix that rotates by an angle, in radians, about axis 0, 1 or 2."""
-    matrix = np.eye(3)
-    i, j = (axis + 1) % 3, (axis + 2) % 3
-    matrix[[i, i, j, j], [i, j, i, j]] = np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)
-    return matrix
-
-
 def draw(
-    name: str,
-    radius: float,
-    centre: Float[np.ndarray, "3"] = np.zeros(3),  # noqa: B008 (never changed)
-    turn: Float[np.ndarray, "3 3"] = np.eye(3),  # noqa: B008 (never changed)
+    name: str, radius: float, centre: Sequence[float] | np.ndarray = (0, 0, 0), angle: float = 0.0
 ) -> Float[np.ndarray, "16 16 16"]:
     """The occupancy of each voxel, float32 in [0, 1].
 
-    name:   of a solid of SOLIDS. radius: of the sphere around it, in voxels.
-    centre: of the sphere, in voxels from the middle of the grid. turn: a rotation matrix.
+    name:   of a solid of SOLIDS. It stands upright: slice 0 of the grid is the top.
+    radius: of the sphere around it, in voxels. centre: of the sphere, in voxels from the middle of the grid.
+    angle:  by which it is rotated about its axis z, in radians.
     """
-    places = np.moveaxis(np.indices(SHAPE[:3]), 0, -1) - (SIDE - 1) / 2 - centre
-    distance = radius * SOLIDS[name](*np.moveaxis(places @ turn / radius, -1, 0))
+    middle = (SIDE - 1) / 2
+    d, h, w = ((axis - middle - place) / radius for axis, place in zip(np.indices(SHAPE[:3]), centre, strict=True))
+    x, y = np.cos(angle) * h + np.sin(angle) * w, np.cos(angle) * w - np.sin(angle) * h
+    distance = radius * SOLIDS[name](x, y, -d)  # the first row of an image is its top, too
     return np.clip(0.5 - distance / EDGE, 0, 1).astype(np.float32)
 
 
@@ -121,16 +113,15 @@ class Solids:
         y = index % len(NAMES)
         radius = rng.uniform(*RADII)
         centre = rng.uniform(-1, 1, 3) * ((SIDE - 1) / 2 - radius)
-        turn = rotation(int(rng.integers(3)), rng.uniform(0, 2 * np.pi))
-        occupancy = draw(NAMES[y], radius, centre, turn)
+        occupancy = draw(NAMES[y], radius, centre, rng.uniform(0, 2 * np.pi))
         return {"x": 2 * occupancy[..., None] - 1, "y": np.int32(y)}
 
 
 def make(split: str) -> Dataset:
     """The solids: `x` float32 [16 16 16 1] in [-1, 1] and `y` int32; 65,536 to train on, and 8,192 others as `test`.
 
-    The sphere around a solid has a radius of 5 to 7 voxels and lies inside the grid. The solid is rotated by any angle
-    about one of the three axes. All of these are uniform.
+    The sphere around a solid has a radius of 5.5 to 7 voxels and lies inside the grid. It stands upright and
+    is rotated by any angle about the vertical. All of these are uniform.
     """
     one_of("solids: split", split, SIZES)
     return Dataset(Solids(split), None, Space(SHAPE, Conditions.labels(len(NAMES), NAMES)))

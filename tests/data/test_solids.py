@@ -8,7 +8,7 @@ import pytest
 
 from diversedit_jax import data
 from diversedit_jax.data import solids
-from diversedit_jax.data.solids import EDGE, NAMES, RADII, SHAPE, SIDE, SIZES, draw, rotation
+from diversedit_jax.data.solids import EDGE, NAMES, RADII, SHAPE, SIDE, SIZES, draw
 from diversedit_jax.errors import ConfigError
 
 # In a sphere of radius 1, by the formulas of schoolbooks.
@@ -33,12 +33,11 @@ def source():
 def test_a_solid_has_its_volume_wherever_it_lies(name):
     rng = np.random.default_rng(0)
     volumes = []
-    for _ in range(50):
+    for _ in range(600):
         radius = rng.uniform(*RADII)
-        centre, angles = rng.uniform(-0.5, 0.5, 3), rng.uniform(0, 6, 2)
-        turn = rotation(2, angles[0]) @ rotation(0, angles[1])
-        volumes.append(np.count_nonzero(draw(name, radius, centre, turn) > 0.5) / radius**3)
-    assert np.mean(volumes) == pytest.approx(VOLUMES[name], rel=0.02)
+        full = draw(name, radius, rng.uniform(-0.5, 0.5, 3), rng.uniform(0, 6)) > 0.5
+        volumes.append(np.count_nonzero(full) / radius**3)
+    assert np.mean(volumes) == pytest.approx(VOLUMES[name], rel=0.03)  # thin bars: 15% each, 0.6% of the mean
 
 
 def test_a_ball_lies_where_it_is_put_and_its_edge_is_soft():
@@ -49,28 +48,20 @@ def test_a_ball_lies_where_it_is_put_and_its_edge_is_soft():
     np.testing.assert_allclose(middle, np.array([9, 7.5, 5.5]), atol=1e-4)
 
 
-def test_a_rotation_by_a_quarter_turns_the_grid():
-    cone = draw("cone", 7.0)
-    for axis in range(3):
-        plane = [(axis + 1) % 3, (axis + 2) % 3]
-        np.testing.assert_allclose(
-            draw("cone", 7.0, turn=rotation(axis, math.pi / 2)), np.rot90(cone, 1, plane), atol=1e-5
-        )
-    matrix = rotation(1, 0.7)
-    np.testing.assert_allclose(matrix @ matrix.T, np.eye(3), atol=1e-12)
+def test_solids_are_rotated_about_the_vertical():
+    for name in ("pyramid", "cross"):
+        still = draw(name, 7.0, (0.5, -0.3, 0.2))
+        turned = draw(name, 7.0, (0.5, 0.2, 0.3), math.pi / 2)
+        np.testing.assert_allclose(turned, np.rot90(still, -1, (1, 2)), atol=1e-5)
+        assert abs(draw(name, 7.0, angle=math.pi / 4) - draw(name, 7.0)).max() > 0.5
+    for name in ("ball", "cylinder", "cone", "torus"):
+        np.testing.assert_allclose(draw(name, 7.0, angle=0.6), draw(name, 7.0), atol=1e-5)
 
 
-def test_a_cone_points_along_its_axis_and_is_round():
-    cone = draw("cone", 7.0)
-    slices = cone.sum(axis=(0, 1))
-    assert (np.diff(slices[5:15]) < 0).all(), "it narrows towards larger z"
-    np.testing.assert_allclose(cone, cone.swapaxes(0, 1), atol=1e-6)
-    apart = {
-        name: abs(draw(name, 7.0) - draw(name, 7.0, turn=rotation(2, math.pi / 4))).max()
-        for name in ("cone", "pyramid")
-    }
-    assert apart["cone"] < 1e-5
-    assert apart["pyramid"] > 0.5
+def test_a_cone_stands_on_its_base():
+    slices = draw("cone", 7.0).sum(axis=(1, 2))
+    assert (np.diff(slices[1:11]) > 0).all(), "slice 0 is the top"
+    assert slices[12:].sum() == 0
 
 
 def test_examples_lie_inside_the_grid_and_are_balanced(source):
@@ -85,7 +76,7 @@ def test_examples_lie_inside_the_grid_and_are_balanced(source):
     labels = np.array([example["y"] for example in examples])
     assert np.bincount(labels).tolist() == [50] * len(NAMES)
     balls = occupancy[labels == 0].sum(axis=(1, 2, 3)) / VOLUMES["ball"]
-    smallest, small, large, largest = (r**3 + r * EDGE**2 / 4 for r in (RADII[0], 5.2, 6.8, RADII[1]))
+    smallest, small, large, largest = (r**3 + r * EDGE**2 / 4 for r in (RADII[0], 5.7, 6.8, RADII[1]))
     assert smallest * 0.998 < balls.min() < small
     assert large < balls.max() < largest * 1.002
     for label, name in enumerate(NAMES):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diversedit_jax import data, evaluators
-from diversedit_jax.data.solids import SHAPE, SIZES, draw, rotation
+from diversedit_jax.data.solids import SHAPE, SIZES, draw
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.evaluators import SampleSpec
 from diversedit_jax.evaluators.solids import described, in_one_piece, real_solids
@@ -67,7 +67,7 @@ def test_one_class_in_all_samples_is_seen(judge, real):
 
 
 def test_a_description_does_not_depend_on_place_and_quarter_turns():
-    occupancy = draw("pyramid", 5.0, turn=rotation(0, 0.4))
+    occupancy = draw("pyramid", 5.0, angle=0.4)
     turned = np.roll(np.rot90(occupancy, axes=(1, 2)), (1, -1), axis=(0, 2))
     np.testing.assert_allclose(described(turned), described(occupancy), rtol=1e-5, atol=1e-6)
 
