@@ -1,7 +1,7 @@
 """Solids in a grid of 16 x 16 x 16 voxels, in eight classes: volumes that need no download.
 
-Each solid stands upright and has a random size, place and rotation about the vertical. Voxels hold occupancy, from -1
-(empty) to 1 (full). An example is computed from its number whenever it is read.
+Each solid stands upright, a little rotated about the vertical, and has a random size and place. Voxels hold occupancy,
+from -1 (empty) to 1 (full). An example is computed from its number whenever it is read.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +18,7 @@ SIDE = 16  # voxels
 SHAPE = (SIDE, SIDE, SIDE, 1)
 SIZES = {"train": 65_536, "test": 8_192}
 RADII = 5.5, 7.0  # of the sphere around a solid, in voxels
+TURN = np.pi / 9  # the largest rotation about the vertical: 20 degrees
 EDGE = 1.5  # width of the zone between full and empty, in voxels
 
 Axis = Float[np.ndarray, "d h w"]  # coordinates of all voxels along one axis
@@ -113,15 +114,15 @@ class Solids:
         y = index % len(NAMES)
         radius = rng.uniform(*RADII)
         centre = rng.uniform(-1, 1, 3) * ((SIDE - 1) / 2 - radius)
-        occupancy = draw(NAMES[y], radius, centre, rng.uniform(0, 2 * np.pi))
+        occupancy = draw(NAMES[y], radius, centre, rng.uniform(-TURN, TURN))
         return {"x": 2 * occupancy[..., None] - 1, "y": np.int32(y)}
 
 
 def make(split: str) -> Dataset:
     """The solids: `x` float32 [16 16 16 1] in [-1, 1] and `y` int32; 65,536 to train on, and 8,192 others as `test`.
 
-    The sphere around a solid has a radius of 5.5 to 7 voxels and lies inside the grid. It stands upright and
-    is rotated by any angle about the vertical. All of these are uniform.
+    The sphere around a solid has a radius of 5.5 to 7 voxels and lies inside the grid. The solid stands upright and is
+    rotated by at most 20 degrees about the vertical. All of these are uniform.
     """
     one_of("solids: split", split, SIZES)
     return Dataset(Solids(split), None, Space(SHAPE, Conditions.labels(len(NAMES), NAMES)))

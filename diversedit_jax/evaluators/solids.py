@@ -36,10 +36,11 @@ def features(volumes: UInt8[np.ndarray, "n 16 16 16 1"]) -> Float[np.ndarray, "n
 def described(occupancy: Float[np.ndarray, "16 16 16"]) -> Float[np.ndarray, " 16"]:
     """Numbers that depend on shape and size, not on place and rotation, except by the grid.
 
-    Lengths are in cube roots of the volume: the three variances along the principal axes, the third moment, the shares
-    of the volume within 10 distances from the centre, the surface; then the cube root of the volume, in voxels.
+    A voxel less than a quarter full counts as empty, one more than three quarters full as full. Lengths are in cube
+    roots of the volume: the three variances along the principal axes, the third moment, the shares of the volume within
+    10 distances from the centre, the surface; then the cube root of the volume, in voxels.
     """
-    occupancy = np.where(occupancy < CERTAIN[0], 0, occupancy)  # faint noise everywhere would weigh as much as a solid
+    occupancy = np.clip(2 * occupancy - 0.5, 0, 1)  # faint noise in all voxels would weigh as much as a solid
     volume = max(occupancy.sum(), 1.0)  # nothing at all has a description, too
     length = np.cbrt(volume)
     weights = occupancy.ravel() / volume

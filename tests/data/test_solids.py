@@ -35,9 +35,9 @@ def test_a_solid_has_its_volume_wherever_it_lies(name):
     volumes = []
     for _ in range(600):
         radius = rng.uniform(*RADII)
-        full = draw(name, radius, rng.uniform(-0.5, 0.5, 3), rng.uniform(0, 6)) > 0.5
+        full = draw(name, radius, rng.uniform(-0.5, 0.5, 3), rng.uniform(-1, 1)) > 0.5
         volumes.append(np.count_nonzero(full) / radius**3)
-    assert np.mean(volumes) == pytest.approx(VOLUMES[name], rel=0.03)  # thin bars: 15% each, 0.6% of the mean
+    assert np.mean(volumes) == pytest.approx(VOLUMES[name], rel=0.03)  # one cross: up to 20%, the mean of 600: 0.8%
 
 
 def test_a_ball_lies_where_it_is_put_and_its_edge_is_soft():
