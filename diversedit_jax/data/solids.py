@@ -85,7 +85,7 @@ NAMES = tuple(SOLIDS)
 
 
 def draw(
-    name: str, radius: float, centre: Sequence[float] | np.ndarray = (0, 0, 0), angle: float = 0.0
+    name: str, radius: float, centre: Sequence[float] | np.ndarray = (0.0, 0.0, 0.0), angle: float = 0.0
 ) -> Float[np.ndarray, "16 16 16"]:
     """The occupancy of each voxel, float32 in [0, 1].
 

@@ -1,7 +1,7 @@
-"""Scores of generated solids: is the class right, and are size, surface and pieces as those of real ones?
+"""Scores of generated solids: is the class right, and are shapes, occupancy and pieces as those of real ones?
 
-The judge knows nothing of the network. It describes a solid by 16 numbers that no rotation changes, and its classifier
-is a support vector machine.
+The judge knows nothing of the network: the class of a solid is that of the most similar one among 2,048 training
+solids, after both have been moved to the middle.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,47 +10,35 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
-from sklearn.svm import SVC
+from sklearn.decomposition import PCA
+from sklearn.neighbors import KNeighborsClassifier
 
-from diversedit_jax.data.solids import NAMES, SHAPE, SIZES, Solids
+from diversedit_jax.data.solids import NAMES, SHAPE, SIDE, SIZES, Solids
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.evaluators import SampleSpec
 from diversedit_jax.metrics.frechet import frechet_distance, moments
 from diversedit_jax.registry import in_range
 
 FITTED = 2048  # training solids that the judge knows
-PLACES = np.indices(SHAPE[:3]).reshape(3, -1).T.astype(float)  # of all voxels
-BINS, FARTHEST = 10, 1.0  # of the distances from the centre, in cube roots of the volume
+COMPONENTS = 32  # of the principal components of voxels, in which solids are compared
 CERTAIN = 0.1, 0.9  # a voxel between them is neither empty nor full
 
 Sample = Callable[[np.ndarray], np.ndarray]  # int32 labels [n] -> uint8 volumes [n 16 16 16 1]
 
 
-def features(volumes: UInt8[np.ndarray, "n 16 16 16 1"]) -> Float[np.ndarray, "n 16"]:
-    """The description of each volume, see `described`."""
-    return np.stack([described(volume[..., 0] / 255) for volume in volumes])
+def centred(volumes: UInt8[np.ndarray, "n 16 16 16 1"]) -> Float[np.ndarray, "n 4096"]:
+    """The occupancy of all voxels, after each solid has been moved by whole voxels so that its centre is in the middle.
 
-
-def described(occupancy: Float[np.ndarray, "16 16 16"]) -> Float[np.ndarray, " 16"]:
-    """Numbers that depend on shape and size, not on place and rotation, except by the grid.
-
-    A voxel less than a quarter full counts as empty, one more than three quarters full as full. Lengths are in cube
-    roots of the volume: the three variances along the principal axes, the third moment, the shares of the volume within
-    10 distances from the centre, the surface; then the cube root of the volume, in voxels.
+    The centre is that of its voxels that are more than half full.
     """
-    occupancy = np.clip(2 * occupancy - 0.5, 0, 1)  # faint noise in all voxels would weigh as much as a solid
-    volume = max(occupancy.sum(), 1.0)  # nothing at all has a description, too
-    length = np.cbrt(volume)
-    weights = occupancy.ravel() / volume
-    offsets = (PLACES - weights @ PLACES) / length
-    squares = (offsets**2).sum(axis=1)
-    variances = np.linalg.eigvalsh((weights * offsets.T) @ offsets)
-    third = np.linalg.norm((weights * squares) @ offsets)
-    within = np.histogram(np.sqrt(squares), BINS, (0, FARTHEST), weights=weights)[0].cumsum()
-    surface = np.sqrt(sum(slope**2 for slope in np.gradient(occupancy))).sum() / length**2
-    return np.array([*variances, third, *within, surface, length])
+    occupancy = volumes[..., 0] / np.float32(255)
+    return np.stack([np.roll(one, moved(one > 0.5), (0, 1, 2)).ravel() for one in occupancy])
+
+
+def moved(full: Bool[np.ndarray, "16 16 16"]) -> tuple[int, ...]:
+    """By how many voxels a solid must be moved along each axis."""
+    places = np.argwhere(full)
+    return tuple(np.round((SIDE - 1) / 2 - places.mean(axis=0)).astype(int).tolist()) if len(places) else (0, 0, 0)
 
 
 def statistics(volumes: UInt8[np.ndarray, "n 16 16 16 1"]) -> Iterable[tuple[str, float]]:
@@ -76,25 +64,26 @@ def in_one_piece(full: Bool[np.ndarray, "d h w"]) -> bool:
 
 
 class Judge(NamedTuple):
-    """A classifier of features, and the Gaussian of standardised features of real solids."""
+    """The principal components of centred solids, a classifier of them, and their Gaussian among real solids."""
 
-    classifier: Pipeline
+    components: PCA
+    classifier: KNeighborsClassifier
     real: tuple[np.ndarray, np.ndarray]
 
     @classmethod
     def fitted(cls, volumes: UInt8[np.ndarray, "n 16 16 16 1"], labels: Int[np.ndarray, " n"]) -> "Judge":
         """A judge that knows these solids."""
-        known = features(volumes)
-        classifier = make_pipeline(StandardScaler(), SVC(C=10)).fit(known, labels)
-        return cls(classifier, moments(classifier[0].transform(known)).gaussian)
+        components = PCA(COMPONENTS, random_state=0)
+        known = components.fit_transform(centred(volumes))
+        return cls(components, KNeighborsClassifier(1).fit(known, labels), moments(known).gaussian)
 
     def __call__(
         self, volumes: UInt8[np.ndarray, "n 16 16 16 1"], labels: Int[np.ndarray, " n"]
     ) -> Iterable[tuple[str, float]]:
         """All scores of volumes that shall have these labels, see `make`."""
-        given = features(volumes)
+        given = self.components.transform(centred(volumes))
         yield "accuracy", float(self.classifier.score(given, labels))
-        yield "frechet", frechet_distance(*moments(self.classifier[0].transform(given)).gaussian, *self.real)
+        yield "frechet", frechet_distance(*moments(given).gaussian, *self.real)
         yield from statistics(volumes)
 
 
@@ -110,7 +99,8 @@ def make(spec: SampleSpec, *, num: int = 512) -> Callable[[Sample], Iterable[tup
 
     num: of samples.
     accuracy: of the classifier on the samples.
-    frechet: Frechet distance between samples and 2,048 training solids, of standardised features; lower is better.
+    frechet: Frechet distance between samples and 2,048 training solids, of 32 principal components of occupancy after
+        they have been moved to the middle; lower is better.
     occupancy: of a voxel, mean. undecided: share of voxels that are neither empty nor full, occupancy 0.1 to 0.9.
     one_piece: share of samples whose voxels above 0.5 all touch each other, by faces, edges or corners.
     real/NAME: each of these, of `num` held-out solids instead of samples.

@@ -9,7 +9,7 @@ from diversedit_jax import data, evaluators
 from diversedit_jax.data.solids import SHAPE, SIZES, draw
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.evaluators import SampleSpec
-from diversedit_jax.evaluators.solids import described, in_one_piece, real_solids
+from diversedit_jax.evaluators.solids import centred, in_one_piece, real_solids
 
 NAMES = ("accuracy", "frechet", "occupancy", "undecided", "one_piece")
 NUM = 400
@@ -34,8 +34,8 @@ def test_real_solids_are_what_they_shall_be(judge, real):
     assert all(type(value) is float for value in found.values())
     for part in ("", "real/"):
         assert found[f"{part}accuracy"] > 0.97
-        assert found[f"{part}frechet"] < 0.1
         assert found[f"{part}one_piece"] == 1
+    assert found["frechet"] < 2 * found["real/frechet"]
     assert found["occupancy"] == pytest.approx(real.mean() / 255)
     assert found["occupancy"] == pytest.approx(found["real/occupancy"], rel=0.05)
     assert found["undecided"] == pytest.approx(found["real/undecided"], rel=0.05)
@@ -44,7 +44,7 @@ def test_real_solids_are_what_they_shall_be(judge, real):
 def test_solids_of_the_next_class_are_wrong(judge, real):
     found = judge(np.roll(real, 1, axis=0))
     assert found["accuracy"] < 0.03
-    assert found["frechet"] < 0.1, "the set is as it was"
+    assert found["frechet"] < 2 * found["real/frechet"], "the set is as it was"
 
 
 def test_what_is_no_solid_is_far_from_real_ones(judge, real):
@@ -54,31 +54,24 @@ def test_what_is_no_solid_is_far_from_real_ones(judge, real):
     noise = rng.integers(0, 256, real.shape).astype(np.uint8)
     for name, volumes in {"noise": noise, "nothing": np.zeros_like(real), "broken": broken}.items():
         found = judge(volumes)
-        assert found["frechet"] > 100 * found["real/frechet"], name
-        assert found["accuracy"] < 0.7, name
-        assert found["one_piece"] < 1, name
+        assert found["frechet"] > 20 * found["real/frechet"], name
+        assert found["accuracy"] == pytest.approx(0.125, abs=0.06) or name == "broken", name
+        assert found["one_piece"] < 0.05 or name == "noise", name
     assert judge(noise)["undecided"] == pytest.approx(0.8, abs=0.01)
 
 
 def test_one_class_in_all_samples_is_seen(judge, real):
     found = judge(np.repeat(real[3:4], NUM, axis=0))
     assert found["accuracy"] == 1 / 8
-    assert found["frechet"] > 100 * found["real/frechet"]
+    assert found["frechet"] > 20 * found["real/frechet"]
 
 
-def test_a_description_does_not_depend_on_place_and_quarter_turns():
-    occupancy = draw("pyramid", 5.5)
-    turned = np.roll(np.rot90(occupancy, axes=(1, 2)), (-1, 1), axis=(0, 2))
-    np.testing.assert_allclose(described(turned), described(occupancy), rtol=1e-5, atol=1e-6)
-
-
-def test_the_moments_of_a_box_are_those_of_a_box():
-    occupancy = np.zeros(SHAPE[:3])
-    occupancy[2:12, 3:9, 4:8] = 1  # 10 x 6 x 4
-    found = described(occupancy)
-    np.testing.assert_allclose(found[:3], (np.square([4, 6, 10]) - 1) / 12 / 240 ** (2 / 3))
-    assert found[3] == pytest.approx(0, abs=1e-9)
-    assert found[-1] == pytest.approx(np.cbrt(240))
+def test_solids_are_compared_in_the_middle(real):
+    for moved in (draw("pyramid", 5.5, (1.0, -2.0, 0.0)), draw("pyramid", 5.5, (-1.0, 2.0, 2.0))):
+        volumes = np.round(255 * np.stack([moved, draw("pyramid", 5.5)])[..., None]).astype(np.uint8)
+        there, middle = centred(volumes)
+        np.testing.assert_array_equal(there, middle)
+    assert not centred(np.zeros_like(real[:1])).any()
 
 
 @pytest.mark.parametrize(
