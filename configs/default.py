@@ -28,13 +28,14 @@ def get_config() -> ConfigDict:
     config.encoders = ConfigDict()  # frozen, for losses that align to them: label -> slot("encoders", name, file=...)
     config.model = slot("models", "dit", size="B", patch=2)
     config.objective = slot("objectives", "flow_matching")
-    config.init_from = ConfigDict(  # a release to start from, of an architecture that config.model describes
+    config.init_from = ConfigDict(  # a trained network to start from; see configs/finetuning.md
         {
-            "file": placeholder(str),  # .safetensors, .pt, ..., or a folder of orbax; skips it lacks are added freshly
-            "family": placeholder(str),  # where its arrays do not tell; see tools/convert_checkpoint.py
-            "weights": placeholder(str),  # entry of a training file: by default its EMA
-            "heads": placeholder(int),  # of a width that no published size has
-            "fresh": (),  # parts that start anew, such as label_embed for other classes
+            "file": placeholder(str),  # of a release, or the folder of a run; long residuals that it lacks are new
+            "family": placeholder(str),  # of a release whose arrays do not tell; see tools/convert_checkpoint.py
+            "weights": placeholder(str),  # entry of a training file, or ema or online of a run: by default the EMA
+            "heads": placeholder(int),  # of a release with a width that no published size has
+            "fresh": (),  # parts that start anew, such as label_embed for other classes that are as many
+            "trust": False,  # run code outside this package that the config of that run names
         }
     )
     config.losses = ConfigDict()  # auxiliary losses, label -> slot("losses", name)

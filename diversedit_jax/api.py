@@ -5,6 +5,7 @@ Time runs from t = 0 (data) to t = 1 (noise).
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -100,6 +101,33 @@ class Skips(NamedTuple):
     cut: Callable[[Params, Array], Params]
 
 
+class Made(NamedTuple):
+    """A network as it was made, for another that starts from it.
+
+    options: the name and all options of its model, as a slot of a config has them.
+    space:   of its examples, as the network takes them.
+    params:  its parameters, or their shapes.
+    """
+
+    options: Mapping[str, Any]
+    space: Space
+    params: Params
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a parameter [count ...] that are given: values[i] is row at[i]. The others keep their new values."""
+
+    at: tuple[int, ...]
+    values: np.ndarray
+    count: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole parameter."""
+        return (self.count, *self.values.shape[1:])
+
+
 class Model(NamedTuple):
     """A network as functions of its parameters, and what the package must know about its inside.
 
@@ -111,6 +139,8 @@ class Model(NamedTuple):
     skips:  its skip connections. None: it has none.
     grid:   tokens along each spatial axis. None: tokens have no places.
     prefix: the number of tokens in the features before those of x.
+    adapted: (what a run starts from, this network) -> (its parameters, changed to fit, and a line for each change).
+            A leaf may be `Rows`. ConfigError if they cannot fit. None: they are taken as they are.
     """
 
     init: Callable[[Array], Params]
@@ -121,6 +151,7 @@ class Model(NamedTuple):
     skips: Skips | None = None
     grid: tuple[int, ...] | None = None
     prefix: int = 0
+    adapted: Callable[[Made, Made], tuple[Params, Sequence[str]]] | None = None
 
     def network(self, params: Params) -> Network:
         """The network with its parameters bound."""

@@ -28,7 +28,7 @@ RESERVED = ("name", "every")  # keys of a slot that are not options of its facto
 DEEPEST = 16  # dicts and lists inside of each other, in a stored config
 # Keys that runs of older versions lack, and their values there.
 LATER = {
-    "init_from": {"fresh": []},
+    "init_from": {"fresh": [], "trust": False},
     "input": {"resident": False},
     "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "rules": []},
     "loggers": "",

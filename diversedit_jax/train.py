@@ -40,7 +40,7 @@ from diversedit_jax.data import Dataset, pipeline
 from diversedit_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from diversedit_jax.evaluators import Current, SampleSpec
 from diversedit_jax.registry import suggestion
-from diversedit_jax.runs import build, explain
+from diversedit_jax.runs import build, explain, starting
 from diversedit_jax.runs.check import check
 from diversedit_jax.runs.dry_run import Planned, report, with_data
 from diversedit_jax.runtime import cli, files, flops, loggers, pictures, processes, profiler, versions, workdir_lock
@@ -141,7 +141,7 @@ class Trainer(Plan):
 
         # 3. The state: initialised on its devices, or restored.
         shardings = sharding.shardings(abstract, layout)
-        given = None if self.begin else build.starting_params(config, components.model, abstract["params"])
+        given = None if self.begin else starting.start(self.experiment, abstract["params"])
         notes = processes.first_alone(lambda: configs.claim(workdir, config, self.before.get("config"))) or []
         self.frozen, self.skipped = build.frozen_weights(components.codec, layout), 0
         if self.begin:
@@ -158,9 +158,8 @@ class Trainer(Plan):
             self.state = jax.jit(self.init, out_shardings=shardings)(self.key_init)
             notes.append(f"starting a new run in {workdir}")
         if given is not None:
-            self.state = started_from(self.state, given)
-            fresh = ", ".join(sorted(abstract["params"].keys() - given.keys()))
-            notes.append(f"starting from {config.init_from.file}" + (f"; new: {fresh}" if fresh else ""))
+            self.state = started_from(self.state, given.params)
+            notes += given.told
 
         # 4. Reports.
         stack.callback(self.checkpoints.close)
@@ -465,8 +464,7 @@ def dry_run(config: ConfigDict, workdir: str | Path | None = None) -> None:
     place = Path(tempfile.gettempdir(), uuid.uuid4().hex) if workdir is None else Path(workdir).expanduser().absolute()
     with contextlib.ExitStack() as stack:
         plan = Plan(config, place, stack)
-        if not plan.begin:
-            build.starting_params(config, plan.experiment.components.model, plan.abstract["params"])  # raises if unfit
+        given = None if plan.begin else starting.start(plan.experiment, plan.abstract["params"])  # raises if unfit
         planned = Planned(
             experiment=plan.experiment,
             examples=len(plan.dataset.source),
@@ -477,7 +475,7 @@ def dry_run(config: ConfigDict, workdir: str | Path | None = None) -> None:
             work=plan.flops,
             begin=plan.begin,
         )
-        for line in itertools.chain([assumed] if assumed else [], report(planned)):
+        for line in itertools.chain([assumed] if assumed else [], given.told if given else [], report(planned)):
             if jax.process_index() == 0:
                 print(line, flush=True)
 

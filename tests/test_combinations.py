@@ -1,6 +1,6 @@
 """Every objective trains with every choice of up to three auxiliary losses, on eight devices, with a sharded state.
 
-So do the text-to-image network and U-ViT, with the objective that they are trained with.
+So do the text-to-image network and U-ViT, with the objectives that they are trained with.
 """
 
 from itertools import combinations
@@ -14,13 +14,15 @@ from diversedit_jax import losses, models, objectives, registry, sharding
 from diversedit_jax.api import Codec, Conditions, Space
 from diversedit_jax.training import optimizer
 from diversedit_jax.training.step import Components, initializer, train_step
+from diversedit_jax.weights.dit import STEPS as DISCRETE
+from diversedit_jax.weights.dit import VP_NOISE
 
 SHAPE, CLASSES, BATCH, TOKENS, WIDTH, STEPS = (4, 4, 2), 5, 16, 4, 6, 20
 CONTEXT = (3, 8)  # tokens of a text, and their width
 
 # What an objective, the model for it, and a loss with it need beside their defaults.
-OBJECTIVE = {"reg": {"width": WIDTH}}
-MODEL = {"ddpm": {"out_channels": 4}}
+OBJECTIVE = {("reg", "dit"): {"width": WIDTH}, ("ddpm", "uvit"): DISCRETE, ("flow_matching", "uvit"): VP_NOISE}
+MODEL = {("ddpm", "dit"): {"out_channels": 4}}
 LOSS = {
     "repa": {"block": 2, "width": 16},
     "sra": {"block": 2, "teacher_block": 2},
@@ -37,8 +39,8 @@ CASES = [
     for chosen in CHOICES
 ]
 CASES += [
-    pytest.param("flow_matching", chosen, network, id="-".join((network, *chosen)))
-    for network in ("mmdit", "uvit")
+    pytest.param(objective, chosen, network, id="-".join((network, objective, *chosen)))
+    for network, objective in (("mmdit", "flow_matching"), ("uvit", "flow_matching"), ("uvit", "ddpm"))
     for chosen in CHOICES
 ]
 
@@ -55,12 +57,13 @@ def stored(network: str) -> dict[str, jax.Array]:
 
 def run_of(objective: str, chosen: tuple[str, ...], network: str) -> Components:
     made = {name: losses.make(name, **LOSS.get(name, {}), **BOTH.get((objective, name), {})) for name in chosen}
-    trained, conditions = objectives.make(objective, **OBJECTIVE.get(objective, {})), Conditions.labels(CLASSES)
+    trained = objectives.make(objective, **OBJECTIVE.get((objective, network), {}))
+    conditions = Conditions.labels(CLASSES)
     if network == "mmdit":
         conditions = Conditions({"context": np.zeros(CONTEXT, np.float32)})
     cuts = [block for loss in made.values() for block in loss.blocks]
     dims = {"depth": 4, "width": 32, "heads": 2, "mlp_ratio": 2.0, "remat": "none"}
-    dims |= MODEL.get(objective, {})
+    dims |= MODEL.get((objective, network), {})
     dims |= {} if network == "uvit" else {"skip": "release"}  # U-ViT has its own skips
     model = models.make(network, Space(SHAPE, conditions), trained.inputs, cuts, **dims)
     transform, _ = optimizer.make(STEPS, learning_rate=1e-3)

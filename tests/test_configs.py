@@ -42,15 +42,18 @@ RECIPES = ("sit", "diversedit", "repa", "sra", "disp", "mean_flow")  # in all si
 # By default the largest of each kind; the others differ in a size or lack a loss. Tracing takes seconds.
 CHOSEN = ["diversedit:xl2,512", "dit:", "repa:l2,diversedit", "repa:dinov2@5,mae@10", "disp:b2,diversedit,sra"]
 CHOSEN += ["mean_flow:xl2,diversedit", "reg:b2", "photos:", "mmdit:repa,diversedit", "video:xl2,diversedit"]
+CHOSEN += ["uvit:l4,sra,disp,diversedit_const"]
 OTHERS = ["default:", "digits:", "diversedit:b2,gated", "dit:512", "reg:xl2", "reg:xl2,diversedit", "reg:b2,512"]
 OTHERS += [f"mmdit:coco{method}" for method in ("", ",repa", ",sra", ",disp", ",diversedit", ",sra,disp")]
 OTHERS += ["captioned_digits:", "solids:", "mmdit:uvit,repa", "video:l2,joint", "video:b2,joint,diversedit"]
+OTHERS += ["uvit:h2", "uvit:l2", "uvit:coco,stored", "uvit:coco,repa,sra,disp,diversedit", "uvit:h4,repa,diversedit"]
 OTHERS += [f"{name}:{size},{side}" for name in RECIPES for size in ("b2", "l2", "xl2") for side in (256, 512)]
 OTHERS += [f"{name}:{size},diversedit" for name in RECIPES[2:] for size in ("b2", "l2", "xl2")]
 VARIANTS = CHOSEN + [pytest.param(name, marks=pytest.mark.slow) for name in OTHERS if name not in CHOSEN]
 MILLIONS = {"sit:b2": 130.30, "sit:l2": 457.82, "sit:xl2": 674.82}
 MILLIONS["mmdit:coco"] = 505.07
 MILLIONS |= {"video:xl2,diversedit": 712.06, "video:l2,joint": 457.82}  # attention over frames has no parameters
+MILLIONS |= {"uvit:h2": 500.83, "uvit:l2": 286.76}  # its authors: 501 and 287
 MILLIONS["dit:"] = 674.83  # its authors count the position table too: 675.13
 MILLIONS |= {"diversedit:b2": 137.40, "diversedit:l2": 483.05, "diversedit:xl2": 712.06}
 MILLIONS |= {"mean_flow:xl2": 676.44, "mean_flow:xl2,diversedit": 713.68}
@@ -86,7 +89,8 @@ def latents(tmp_path_factory):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_one_step_traces_at_full_size(name, latents):
     config = recipe(name)
-    side = {"digits:": 8, "captioned_digits:": 16, "solids:": 16}.get(name, 64 if "512" in name else 32)
+    small = {"digits:": 8, "captioned_digits:": 16, "solids:": 16}
+    side = small.get(name, 64 if re.search("512|[hl]4", name) else 32)
     side = 16 if name.startswith("video:") else side  # the frames of a clip
     if config.data.name == "latents":
         config.data.data_dir = latents[side]
@@ -151,7 +155,7 @@ def test_a_config_says_its_command_hardware_and_expected_numbers(name):
     recipe(f"{command[1]}:{command[2]}")
     for row in re.findall(r"^    \|(.*)\|$", text, re.MULTILINE):  # each variant in a table is one
         for cell in (cell.strip() for cell in row.split("|")):
-            if re.fullmatch(r"(b2|l2|xl2|\w+@\d+)(,\S+)*", cell):
+            if re.fullmatch(r"(b2|l2|xl2|[hl][24]|coco|\w+@\d+)(,\S+)*", cell):
                 recipe(f"{name}:{cell}")
 
 
@@ -272,6 +276,9 @@ def test_with_repa_the_diversity_loss_knows_the_aligned_block(size, block):
         ("dit:b2", "variant = 'b2' is unknown; "),
         ("repa:b2,256,xl2", "variant 'b2,256,xl2': give one of b2, xl2"),
         ("sra:256,512", "variant '256,512': give one of 256, 512"),
+        ("uvit:h2,l4", "variant 'h2,l4': give one of h2, l4"),
+        ("uvit:stored", "variant 'stored': only coco has stored text features"),
+        ("uvit:diversedit,diversedit_const", "give one of diversedit, diversedit_const"),
         ("repa:dinov2@x", "variant 'dinov2@x': an alignment is encoder@block, such as dinov2@5"),
     ],
 )

@@ -15,7 +15,7 @@ from diversedit_jax.metrics.inception_score import inception_score
 from diversedit_jax.metrics.kernel_distance import kernel_distance
 from diversedit_jax.metrics.linear_probe import linear_probe
 from diversedit_jax.metrics.precision_recall import precision_recall
-from diversedit_jax.models import dit
+from diversedit_jax.models import dit, uvit
 from diversedit_jax.objectives import ddpm, flow_matching, mean_flow, reg
 from diversedit_jax.runtime.files import flat
 from diversedit_jax.sampling import sampler
@@ -25,6 +25,7 @@ from diversedit_jax.training import optimizer
 SIT, DIT = "SiT, arXiv 2401.08740", "DiT, arXiv 2212.09748"
 REPA, REG = "REPA, arXiv 2410.06940", "REG, arXiv 2507.01467"
 DISPERSIVE, SRA = "Dispersive Loss, arXiv 2506.09027", "SRA, arXiv 2505.02831"
+U_VIT = "U-ViT, arXiv 2209.12152"
 MEAN_FLOW, DIVERSEDIT = "MeanFlow, arXiv 2505.13447", "DiverseDiT, arXiv 2603.04239"
 
 INFONCE = {"form": "infonce_l2", "tau": 0.5, "diagonal": True, "per_element": True}
@@ -127,7 +128,11 @@ DEFAULTS = [
     (dit.SKIPS, f"{DIVERSEDIT}, first code", {"release": ("post", True, "xavier")}),
     (dit.SKIPS, f"{DIVERSEDIT}, Eq. 8; the kernel as in the first code", {"paper": ("pre", True, "xavier")}),
     (dit.SKIPS, "Skip-DiT, arXiv 2411.17616, code", {"skip_dit": ("pre", True, "torch")}),
-    (dit.SKIPS, "U-ViT, arXiv 2209.12152, code", {"uvit": ("pre", False, "trunc_normal")}),
+    (dit.SKIPS, f"{U_VIT}, code", {"uvit": ("pre", False, "trunc_normal")}),
+    (uvit.make, f"{U_VIT}, code: configs", {"mlp_ratio": 4.0, "qkv_bias": False, "time_mlp": False, "skip": "uvit"}),
+    (uvit.SIZES, f"{U_VIT}, Table 1 and code: configs", {"L": (20, 1024, 16, True), "H": (28, 1152, 16, False)}),
+    (uvit.SIZES, f"{U_VIT}, Table 1 and code: configs", {"S": (12, 512, 8, True), "S_deep": (16, 512, 8, True)}),
+    (uvit.SIZES, f"{U_VIT}, Table 1 and code: configs", {"M": (16, 768, 12, True)}),
     # --- Training.
     (optimizer.make, f"{DIVERSEDIT}, Table A1", {"learning_rate": 1e-4, "decay": "constant", "warmup_steps": 0}),
     (optimizer.make, f"{DIVERSEDIT}, Table A1", {"b1": 0.9, "b2": 0.999, "weight_decay": 0.0}),
@@ -210,6 +215,41 @@ RECIPES = [
             },
         )
         for size, until in (("l2", 0.8), ("xl2", 0.75))
+    ),
+]
+U_VIT_TRAINS = {
+    "optim.learning_rate": 2e-4,
+    "optim.weight_decay": 0.03,
+    "optim.warmup_steps": 5000,
+    "optim.clip": None,
+    "ema_decay": 0.9999,
+    "sampler.steps": 50,
+}
+U_VIT_STEPS = {"objective.betas": "scaled_linear", "objective.first_step": 1, "objective.learn_sigma": False}
+U_VIT_VP = {"objective.path": "vp", "objective.prediction": "noise", "objective.time_scale": 999.0}
+
+
+def imagenet(size: str, patch: int, steps: int, drop: float, guidance: float) -> dict[str, Any]:
+    """What U-ViT's configs say of one of its networks for ImageNet."""
+    betas = {"batch_size": 1024, "optim.b1": 0.99, "optim.b2": 0.99, "data.mirror": True, "codec.scale": 0.18215}
+    network = {"model.size": size, "model.patch": patch, "objective.condition_drop": drop}
+    return U_VIT_TRAINS | betas | network | {"total_steps": steps, "sampler.cfg_scale": guidance}
+
+
+RECIPES += [
+    ("uvit:h2", f"{U_VIT}, code: imagenet256_uvit_huge.py", U_VIT_STEPS | imagenet("H", 2, 500_000, 0.1, 1.4)),
+    ("uvit:l2", f"{U_VIT}, code: imagenet256_uvit_large.py", U_VIT_VP | imagenet("L", 2, 300_000, 0.15, 1.4)),
+    ("uvit:h4", f"{U_VIT}, code: imagenet512_uvit_huge.py", U_VIT_STEPS | imagenet("H", 4, 500_000, 0.1, 1.7)),
+    ("uvit:l4", f"{U_VIT}, code: imagenet512_uvit_large.py", U_VIT_VP | imagenet("L", 4, 500_000, 0.15, 1.7)),
+    ("uvit:h2", f"{U_VIT}, code: dpm_solver_pp.py", {"sampler.solver": "dpm_solver_pp"}),
+    (
+        "uvit:coco,stored",
+        f"{U_VIT}, code: mscoco_uvit_small.py",
+        {"batch_size": 256, "total_steps": 1_000_000, "optim.b1": 0.9, "optim.b2": 0.9, "model.size": "S_deep"}
+        | {"codec.scale": 0.23010, "data.scale": 0.23010, "objective.condition_drop": 0.1, "sampler.cfg_scale": 2.0}
+        | {"model.patch": 2}
+        | U_VIT_STEPS
+        | U_VIT_TRAINS,
     ),
 ]
 

@@ -14,7 +14,7 @@ from tests import ROOT
 
 PAGES = {
     page: (ROOT / page).read_text()
-    for page in ["README.md"]
+    for page in ["README.md", "configs/finetuning.md"]
     + [
         f"{room}/README.md"
         for room in ("diversedit_jax", "diversedit_jax/weights", "configs", "launch", "tools", "tests")

@@ -84,11 +84,14 @@ def of_run(workdir: str | Path, weights: str = "ema", trust: bool = False) -> tu
     """
     found = trained.of_run(workdir, trust=trust)
     model, inputs = found.experiment.config.model, found.experiment.components.objective.inputs
-    skip = model.get("skip", "none")
-    if skip not in ("none", "release") or (skip == "release" and model.skip_init == "identity"):
-        raise ConfigError(
-            f"config.model.skip = {skip!r} with skip_init = {model.skip_init!r}: no release has such skips"
-        )
+    forms = ("uvit",) if model.name == "uvit" else ("none", "release")
+    skip, init = model.get("skip", forms[0]), model.get("skip_init")
+    if skip not in forms or (skip == "release" and init == "identity"):
+        raise ConfigError(f"config.model.skip = {skip!r} with skip_init = {init!r}: no release has such skips")
+    if len(found.space.shape) != 3:
+        raise ConfigError(f"its examples have {len(found.space.shape) - 1} axes: no release is of videos or volumes")
+    if (base := model.get("base_grid")) not in (None, *found.experiment.components.model.grid):
+        raise ConfigError(f"config.model.base_grid = {base}: no release has positions that are spread")
     params = jax.device_get(found.load(found.last, weights))
     parts = found.experiment.components
     arch = architecture(model, network_space(parts.codec, found.space))

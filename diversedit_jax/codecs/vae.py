@@ -89,7 +89,10 @@ def make(
     release = open_vae(vae)
     for option, given, wanted in (("scale", scale, release.scale), ("bias", bias, release.shift)):
         if wanted not in (None, given):
-            raise ConfigError(f"codec.{option} = {given}, but the autoencoder {vae} was trained with {wanted}")
+            raise ConfigError(
+                f"codec.{option} = {given}, but the autoencoder {vae} was trained with {wanted}, as its config.json "
+                "says; a file of weights without one takes any"
+            )
     decoder = network(release.arch, precision)
 
     def decode(frozen: Params, x: Float[Array, "b *f h w c"]) -> UInt8[Array, "b *f H W k"]:

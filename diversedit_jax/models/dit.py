@@ -7,7 +7,7 @@ volume.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,10 +19,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from diversedit_jax import sharding
-from diversedit_jax.api import Model, Params, Skips, Space
+from diversedit_jax.api import Made, Model, Params, Skips, Space
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.models import Keys, check_inputs, functional
+from diversedit_jax.models import Keys, adapt, check_inputs, functional
 from diversedit_jax.models.attention import ATTENDED, attend, choose, kept
+from diversedit_jax.models.patches import Patches, check_table, patches_of, patchify, positions_of, unpatchify
 from diversedit_jax.models.stack import Stack, each, part, stacked
 from diversedit_jax.registry import MANY, in_range, one_of
 
@@ -80,7 +81,6 @@ KERNELS = {
     "identity": lambda key, shape, dtype=jnp.float32: jnp.eye(*shape, dtype=dtype),  # x stays, the skip counts zero
 }
 
-POSITIONS = ("auto", "axes", "frames", "learned_frames", "space")
 FRESH = ("merges", "frame_positions")  # parts that a release to start from may lack
 
 # What the backward pass keeps of a block besides its input. Everything else is computed again.
@@ -289,13 +289,11 @@ class DiT(nnx.Module):
 
     def __init__(
         self,
-        shape: tuple[int, ...],
+        patches: Patches,
         num_classes: int,
         inputs: Mapping[str, tuple[int, ...]],
         depth: int,
         width: int,
-        patch: tuple[int, ...],
-        positions: str,
         out_channels: int,
         block: Callable[..., Block],
         merge: Callable[..., Merge | Gate] | None,
@@ -310,10 +308,10 @@ class DiT(nnx.Module):
         rngs: Keys,
     ):
         half = depth // 2
-        numbers = math.prod(patch)  # elements of a patch, for each channel
+        numbers = math.prod(patches.sides)  # elements of a patch, for each channel
         linear = partial(nnx.Linear, dtype=dtype, kernel_init=KERNELS["xavier"], rngs=rngs)
         zeros = nnx.initializers.zeros
-        self.patch_embed = linear(numbers * shape[-1], width)
+        self.patch_embed = linear(numbers * patches.shape[-1], width)
         self.time_embed = TimeEmbedding(width, rngs=rngs)
         self.span_embed = TimeEmbedding(width, rngs=rngs) if "span" in inputs else None
         self.label_embed = nnx.Embed(num_classes + 1, width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs)
@@ -327,11 +325,11 @@ class DiT(nnx.Module):
             self.token_embed = linear(token_width, width)
             self.token_norm = nnx.LayerNorm(width, epsilon=EPS, dtype=jnp.float32, rngs=rngs)
             self.token_final = linear(width, token_width, kernel_init=zeros)
-        if positions == "learned_frames":
-            self.frame_positions = nnx.Param(jnp.zeros((shape[0] // patch[0], width)))
-        self.shape, self.out_shape, self.patch, self.depth = shape, (*shape[:-1], out_channels), patch, depth
+        if patches.positions == "learned_frames":
+            self.frame_positions = nnx.Param(jnp.zeros((patches.grid[0], width)))
+        self.patches, self.out_shape, self.depth = patches, (*patches.shape[:-1], out_channels), depth
         self.inputs, self.skip, self.capture, self.stack = frozenset(inputs), skip, capture, stack
-        self.positions, self.axes, self.pairing = positions, axes, pairing
+        self.axes, self.pairing = axes, pairing
         self.dtype, self.stream_dtype = dtype, stream_dtype
 
     def __call__(
@@ -407,8 +405,8 @@ class DiT(nnx.Module):
 
     def _check(self, x_t: Array, **inputs: Array | None) -> None:
         """Raise ValueError for an example of another shape, and for an input that is missing or not taken."""
-        if x_t.shape[1:] != self.shape:
-            raise ValueError(f"the network takes examples of shape {self.shape}, given {x_t.shape[1:]}")
+        if x_t.shape[1:] != (shape := self.patches.shape):
+            raise ValueError(f"the network takes examples of shape {shape}, given {x_t.shape[1:]}")
         given = {name for name, value in inputs.items() if value is not None}
         if given != self.inputs:
             takes, found = (", ".join(sorted(names)) or "no further input" for names in (self.inputs, given))
@@ -416,9 +414,9 @@ class DiT(nnx.Module):
 
     def _embed(self, x_t: Float[Array, "b *s c"], token: Float[Array, "b k"] | None) -> Float[Array, "b n d"]:
         """The patches with their positions. A class token comes before them, without a position."""
-        h = self.patch_embed(patchify(x_t, self.patch).astype(self.dtype)).astype(jnp.float32)
-        h = h + position_table(places(self.shape, self.patch), h.shape[-1], self.positions)
-        if self.positions == "learned_frames":
+        h = self.patch_embed(patchify(x_t, self.patches.sides).astype(self.dtype)).astype(jnp.float32)
+        h = h + self.patches.table(h.shape[-1])
+        if self.patches.positions == "learned_frames":
             h = h + jnp.repeat(self.frame_positions, h.shape[1] // len(self.frame_positions), axis=0)
         if token is not None:
             first = self.token_norm(self.token_embed(token.astype(self.dtype)))
@@ -431,57 +429,13 @@ class DiT(nnx.Module):
         h = modulate(h, shift, scale).astype(self.dtype)
         token = "token" in self.inputs
         out = self.final(h[:, 1:] if token else h).astype(jnp.float32)
-        image = unpatchify(out, self.out_shape, self.patch)
+        image = unpatchify(out, self.out_shape, self.patches.sides)
         return (image, self.token_final(h[:, 0]).astype(jnp.float32)) if token else image
 
 
 def in_pairs(layers: Any) -> Any:
     """Stacked layers, two in each: the leading axis l becomes [l / 2, 2]."""
     return jax.tree.map(lambda leaf: leaf.reshape(-1, 2, *leaf.shape[1:]), layers)
-
-
-def patchify(x: Float[Array, "b *s c"], patch: tuple[int, ...]) -> Float[Array, "b n p"]:
-    """Patches with these sides in row-major order, each flattened as (place in the patch, channel)."""
-    b, *sides, c = x.shape
-    axes, grid = len(sides), places(x.shape[1:], patch)
-    x = x.reshape(b, *(n for pair in zip(grid, patch, strict=True) for n in pair), c)
-    x = x.transpose(0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1)
-    return x.reshape(b, math.prod(grid), math.prod(patch) * c)
-
-
-def unpatchify(x: Float[Array, "b n p"], shape: tuple[int, ...], patch: tuple[int, ...]) -> Float[Array, "b *s c"]:
-    """The inverse of `patchify`, for examples of `shape` (*s, c)."""
-    *sides, c = shape
-    axes = len(sides)
-    x = x.reshape(-1, *places(shape, patch), *patch, c)
-    x = x.transpose(0, *(i for axis in range(axes) for i in (1 + axis, 1 + axes + axis)), 2 * axes + 1)
-    return x.reshape(-1, *shape)
-
-
-def places(shape: tuple[int, ...], patch: tuple[int, ...]) -> tuple[int, ...]:
-    """Patches along each spatial axis of examples of `shape` (*s, c)."""
-    return tuple(side // of for side, of in zip(shape[:-1], patch, strict=True))
-
-
-def position_table(grid: tuple[int, ...], width: int, positions: str = "axes") -> np.ndarray:
-    """The fixed sin-cos table [n d] of DiT, for a grid of patches with any number of axes.
-
-    positions: one of POSITIONS. `axes`: the channels are divided evenly among the axes, the last axis first: of an
-        image, half encode the column, the others the row. The others, for videos: the table of one frame for all, and
-        with `frames` one over frames of the full width is added to it, as in Latte (arXiv 2401.03048). It is taken
-        relative to the first frame, so a video of one frame has the positions of an image.
-    """
-    if positions != "axes":
-        frame = np.tile(position_table(grid[1:], width), (grid[0], 1))
-        if positions != "frames":
-            return frame
-        time = position_table(grid[:1], width)
-        return frame + np.repeat(time - time[0], math.prod(grid[1:]), axis=0)
-    per_axis = width // (2 * len(grid))
-    frequencies = 10000.0 ** -(np.arange(per_axis) / per_axis)
-    places = np.meshgrid(*map(np.arange, grid), indexing="ij")
-    angles = [place.reshape(-1, 1) * frequencies for place in reversed(places)]
-    return np.concatenate([f(angle) for angle in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
 
 
 def make(
@@ -493,6 +447,7 @@ def make(
     patch: int = 2,
     patch_frames: int = 1,
     positions: str = "auto",
+    base_grid: int | None = None,
     attention_axes: str = "joint",
     depth: int | None = None,
     width: int | None = None,
@@ -517,71 +472,70 @@ def make(
     read_blocks: blocks whose features losses read one at a time.
 
     size: `S`, `B`, `L` or `XL`. depth, width, heads: replace single numbers of it.
-    patch: side of a patch along each axis of an image or a volume, and of a frame of a video, in elements of x.
-    patch_frames: frames of a video in a patch.
-    positions: one of POSITIONS, see `position_table`. `learned_frames`: parameters for each frame, zero at first, so
-        that a network of images can be given frames. `space`: frames have no order. `auto`: `frames` for a video, else
-        `axes`.
-    attention_axes: `joint`: all tokens attend to each other. `factorised`, for videos: as in Latte (arXiv 2401.03048)
-        blocks 0, 2, .. attend within a frame, and blocks 1, 3, .. across frames, at one place.
+    patch, patch_frames, positions, base_grid: see `patches.patches_of`.
+    attention_axes, pairing: for videos, see `check_axes`.
     mlp_ratio: hidden units of a block, in widths.
     qk_norm: LayerNorm on queries and on keys, each with its own parameters.
     skip: long residual connections: `none`, `release`, `paper`, `skip_dit`, `uvit` or `gate`; see SKIPS.
     skip_init: of the merging Linear: `xavier`, `torch`, `trunc_normal` or `identity`. None: as `skip` has it.
-    pairing: which blocks they join where two kinds alternate (`factorised`): `mirror`: block i and L - 1 - i, which are
-        of different kinds; `same_kind`: mirror images among the blocks of one kind.
     dtype: of matmuls. Parameters, norms, softmax, embeddings and the output are always float32. So is the time
         embedding, on TPUs too. Other float32 matmuls have jax's default precision, which is bfloat16 on TPUs
         (JAX_DEFAULT_MATMUL_PRECISION=highest changes it). In bfloat16 the gradient of a weight is rounded to bfloat16
         before it is summed over devices.
     stream_dtype: of the residual stream and the features.
-    remat: what the backward pass keeps: `named` (the output of each matmul), `dots`, `full` (nothing), `none` (all).
+    remat, unroll: see `stack_of`.
     capture: take features after the merge (`merged`, as the released loss does) or before it (`block`).
     out_channels: of the prediction. None: as the input. A DiT predicts noise and variance and needs twice as many.
     attention: `xla`, `cudnn` or `splash`, all with a float32 softmax (see `attention`). `auto`: cuDNN's kernel on a
         GPU in half precision where it can run, else `xla`.
+    """
+    check_inputs("dit", inputs, ("span", "token"))
+    if (classes := space.conditions.classes) is None:
+        raise ConfigError("model dit takes labels, and the conditions of these data are not labels: use another model")
+    check_options(dtype, stream_dtype, capture)
+    depth, width, heads = _dimensions(size, depth=depth, width=width, heads=heads)
+    in_range("model.mlp_ratio", mlp_ratio, 1 / width, MANY / width)
+    patches, prefix = patches_of(space, patch, patch_frames, positions, base_grid), int("token" in inputs)
+    check_table(width, patches)
+    check_axes(space, attention_axes, pairing, depth, prefix, skip)
+    out_channels = space.shape[-1] if out_channels is None else in_range("model.out_channels", out_channels, 1, MANY)
+    form, parts = skip_of(skip, skip_init), patches.grid if attention_axes == "joint" else patches.grid[1:]
+    choice = partial(choose, dtype=dtype, forward_mode="span" in inputs, width=width // heads)
+    kernel = choice(attention, tokens=math.prod(parts) + prefix)
+    axes: tuple[Axes, ...] = ()
+    if attention_axes == "factorised":  # frames are few, so attention across them is small: any kernel will do
+        frames = patches.grid[0]
+        axes = Axes(frames, False, kernel), Axes(frames, True, choice("auto", tokens=frames))
+    stack = stack_of(read_blocks, depth, remat, unroll, kinds=max(len(axes), 1))
+    block = partial(Block, width, heads, mlp_ratio, "layer" if qk_norm else "none", jnp.dtype(dtype), kernel)
+    merge = form and merging(form, width, jnp.dtype(dtype))
+    dims, dtypes = (depth, width, out_channels), (jnp.dtype(dtype), jnp.dtype(stream_dtype))
+    build = partial(DiT, patches, classes, inputs, *dims, block, merge, form, capture, axes, pairing, stack, *dtypes)
+    known = {"blocks": blocks, "rules": RULES, "fresh": FRESH, "adapted": adapted, "grid": patches.grid}
+    model = functional(lambda rngs: build(rngs=rngs))
+    return model._replace(**known, skips=form and skips(depth, pairing), prefix=prefix)
+
+
+def check_options(dtype: str, stream_dtype: str, capture: str = "merged") -> None:
+    """Raise ConfigError for a word that no option of `make` has."""
+    one_of("model.dtype", dtype, FLOATS)
+    one_of("model.stream_dtype", stream_dtype, FLOATS)
+    one_of("model.capture", capture, ("merged", "block"))
+
+
+def stack_of(read_blocks: Sequence[int], depth: int, remat: str, unroll: bool | None, kinds: int = 1) -> Stack:
+    """How the blocks of a network of this depth run, for options of a model. ConfigError for a block that it lacks.
+
+    remat: what the backward pass keeps: `named` (the output of each matmul), `dots`, `full` (nothing), `none` (all).
     unroll: True: one block after another in the program. False: two loops over blocks. None: True on TPUs, where the
         stacks that loops fill and read take a quarter of a training step (estimated). Loops compile several times as
         fast. On a CPU they also run faster and need little more than half of the memory.
     """
-    check_inputs("dit", inputs, ("span", "token"))
-    shape, classes = tuple(space.shape), space.conditions.classes
-    if classes is None:
-        raise ConfigError("model dit takes labels, and the conditions of these data are not labels: use another model")
     one_of("model.remat", remat, REMAT)
-    one_of("model.capture", capture, ("merged", "block"))
-    one_of("model.dtype", dtype, FLOATS)
-    one_of("model.stream_dtype", stream_dtype, FLOATS)
-    depth, width, heads = _dimensions(size, depth=depth, width=width, heads=heads)
-    in_range("model.mlp_ratio", mlp_ratio, 1 / width, MANY / width)
-    sides = sides_of(space, patch, patch_frames)
-    grid, prefix = grid_of(shape, sides), int("token" in inputs)
-    positions = positions_of(space, positions)
-    check_table(width, grid if positions == "axes" else grid[1:])
-    factorised = one_of("model.attention_axes", attention_axes, ("joint", "factorised")) == "factorised"
-    if factorised:
-        check_factorised(space, depth, prefix)
-    one_of("model.pairing", pairing, ("mirror", "same_kind"))
-    if pairing == "same_kind" and (skip == "none" or not factorised):
-        raise ConfigError("model.pairing = 'same_kind' needs model.skip and model.attention_axes = 'factorised'")
-    out_channels = in_range("model.out_channels", shape[-1] if out_channels is None else out_channels, 1, MANY)
     for block in read_blocks:
         in_range("config.losses: block", block, 0, depth)
-    form = skip_of(skip, skip_init)
-    kernel = choose(attention, dtype, "span" in inputs, math.prod(grid[factorised:]) + prefix, width // heads)
-    axes = ()
-    if factorised:  # frames are few, so their attention is small: any kernel will do
-        across = choose("auto", dtype, "span" in inputs, grid[0], width // heads)
-        axes = Axes(grid[0], False, kernel), Axes(grid[0], True, across)
     unroll = sharding.platform() == "tpu" if unroll is None else unroll
-    stack = Stack(tuple(sorted(set(read_blocks))), REMAT[remat], unroll, kinds=max(len(axes), 1))
-    block = partial(Block, width, heads, mlp_ratio, "layer" if qk_norm else "none", jnp.dtype(dtype), kernel)
-    merge = form and merging(form, width, jnp.dtype(dtype))
-    dims, dtypes = (depth, width, sides, positions, out_channels), (jnp.dtype(dtype), jnp.dtype(stream_dtype))
-    build = partial(DiT, shape, classes, inputs, *dims, block, merge, form, capture, axes, pairing, stack, *dtypes)
-    model = functional(lambda rngs: build(rngs=rngs))
-    joined = form and skips(depth, pairing)
-    return model._replace(blocks=blocks, rules=RULES, fresh=FRESH, skips=joined, grid=grid, prefix=prefix)
+    return Stack(tuple(sorted(set(read_blocks))), REMAT[remat], unroll, kinds)
 
 
 def _dimensions(size: str, **changes: int | None) -> Size:
@@ -599,51 +553,27 @@ def check_dimensions(dims: Size) -> Size:
     return dims
 
 
-def sides_of(space: Space, patch: int, patch_frames: int = 1) -> tuple[int, ...]:
-    """The sides of a patch along each spatial axis of the examples of `space`."""
-    in_range("model.patch", patch, 1)
-    in_range("model.patch_frames", patch_frames, 1)
-    axes = len(space.shape) - 1
-    if space.video:
-        return patch_frames, *(patch,) * (axes - 1)
-    if patch_frames > 1:
-        raise ConfigError(f"model.patch_frames = {patch_frames} is for videos, and the examples of these data are none")
-    return (patch,) * axes
+def check_axes(space: Space, attention_axes: str, pairing: str, depth: int, prefix: int, skip: str) -> None:
+    """Raise ConfigError for options of videos that do not fit.
 
-
-def grid_of(shape: tuple[int, ...], patch: tuple[int, ...]) -> tuple[int, ...]:
-    """Patches along each spatial axis of examples of `shape` (*s, c). ConfigError if the sides do not divide it."""
-    *sides, _ = shape
-    if not sides or any(side % of for side, of in zip(sides, patch, strict=True)):
-        has, wanted = (" x ".join(map(str, numbers)) for numbers in (sides, patch))
-        raise ConfigError(f"model.patch: patches of {wanted} do not divide examples of {has}")
-    return places(shape, patch)
-
-
-def positions_of(space: Space, positions: str) -> str:
-    """The kind of positions of a network for examples of `space`: `auto` made definite."""
-    if one_of("model.positions", positions, POSITIONS) == "auto":
-        return "frames" if space.video else "axes"
-    if positions != "axes" and not space.video:
-        raise ConfigError(f"model.positions = {positions!r} is for videos, and the examples of these data are none")
-    return positions
-
-
-def check_factorised(space: Space, depth: int, prefix: int) -> None:
-    """Raise ConfigError for a network whose blocks cannot alternate between space and time."""
+    attention_axes: `joint`: all tokens attend to each other. `factorised`, for videos: as in Latte (arXiv 2401.03048)
+        blocks 0, 2, .. attend within a frame, and blocks 1, 3, .. across frames, at one place.
+    pairing: which blocks long residual connections join where two kinds alternate: `mirror`: block i and L - 1 - i,
+        which are of different kinds; `same_kind`: mirror images among the blocks of one kind.
+    """
+    one_of("model.attention_axes", attention_axes, ("joint", "factorised"))
     wanted = "model.attention_axes = 'factorised'"
+    one_of("model.pairing", pairing, ("mirror", "same_kind"))
+    if pairing == "same_kind" and (skip == "none" or attention_axes == "joint"):
+        raise ConfigError(f"model.pairing = 'same_kind' needs model.skip and {wanted}")
+    if attention_axes == "joint":
+        return
     if not space.video:
         raise ConfigError(f"{wanted} is for videos, and the examples of these data are none")
     if depth % 4:
         raise ConfigError(f"{wanted} needs a depth that is a multiple of 4, given {depth}")
     if prefix:
         raise ConfigError(f"{wanted} has no place for a class token (objective reg)")
-
-
-def check_table(width: int, grid: tuple[int, ...]) -> None:
-    """Raise ConfigError for a width that the fixed position table cannot have."""
-    if width % (parts := 2 * len(grid)):
-        raise ConfigError(f"model.width = {width}: the position table needs a multiple of {parts}")
 
 
 def skip_of(skip: str, init: str | None) -> Skip | None:
@@ -689,3 +619,112 @@ def skips(depth: int, pairing: str = "mirror") -> Skips:
         return params | {"merges": merges | {"linear": merges["linear"] | {"kernel": kernel}}}
 
     return Skips(pairs, norms, cut)
+
+
+def adapted(was: Made, now: Made) -> tuple[Params, list[str]]:
+    """The parameters of a DiT, changed to fit another one, see `api.Model`.
+
+    The other may have other classes, another grid, other patches; an image network may become one of videos.
+    """
+    adapt.check_name(was, now)
+    to_video = adapt.kind(was) == "images" and now.space.video
+    if not to_video and adapt.kind(was) != adapt.kind(now):
+        raise ConfigError(
+            f"its network makes {adapt.kind(was)}, that of this run {adapt.kind(now)}: only a network of images can "
+            "become another, one of videos"
+        )
+    check_merges(was, now)
+    params, told = adapt.new_labels(was, now, was.params)
+    old = ((1,) if to_video else ()) + adapt.patch_sides(was)
+    params, resized = adapt.new_patches(params, old, adapt.patch_sides(now), was.space.shape[-1])
+    told += resized + new_places(was, now)
+    factorised = [made.options["attention_axes"] == "factorised" for made in (was, now)]
+    if to_video and factorised[1]:
+        params, more = in_every_frame(params, was, now)
+        told += more
+    elif factorised[0] != factorised[1]:
+        raise ConfigError("config.model.attention_axes: its network attends along other axes")
+    kinds = [positions_of(made.space, made.options["positions"]) for made in (was, now)]
+    if was.space.video and kinds[0] != kinds[1]:
+        told.append(f"its positions are of the kind {kinds[0]!r}, those of this run {kinds[1]!r}")
+    if to_video and kinds[1] == "frames":
+        told.append(
+            "positions of frames are added: only the first frame is at first as it was; with "
+            "--config.model.positions=learned_frames all are"
+        )
+    return params, told + new_merges(was, now)
+
+
+def new_places(was: Made, now: Made) -> list[str]:
+    """A line if the fixed positions are others than those that a network knows."""
+    old, new = (adapt.grid(made)[int(made.space.video) :] for made in (was, now))  # frames have a table of their own
+    knows, has = (
+        grid if made.options["base_grid"] is None else (made.options["base_grid"],) * len(grid)
+        for made, grid in ((was, old), (now, new))
+    )
+    if (old, knows) == (new, has):
+        return []
+    told = f"its positions are those of {adapt.by(knows)} patches, and this run has {adapt.by(new)}"
+    if knows == has:
+        return [f"{told}: they are spread over them"]
+    told += ", some of which it never saw" if max(has) > max(knows) else ""
+    return [f"{told}; to spread them: --config.model.base_grid={knows[0]}" if len(set(knows)) == 1 else told]
+
+
+def new_merges(was: Made, now: Made) -> list[str]:
+    """A line if long residual connections are new and change what a network gives."""
+    form = skip_of(now.options["skip"], now.options["skip_init"])
+    if form is None or "merges" in was.params or form.init in (None, "identity"):
+        return []
+    return [
+        "its long residual connections are new and change what it gives; with --config.model.skip_init=identity they "
+        "change nothing at first"
+    ]
+
+
+def check_merges(was: Made, now: Made) -> None:
+    """Raise ConfigError if the arrays of long residual connections would mean something else than they did."""
+    if "merges" not in was.params:
+        return
+
+    def meaning(made: Made) -> tuple | None:
+        form = skip_of(made.options["skip"], made.options["skip_init"])
+        pairs = made.options["pairing"] if was.space.video else None
+        return form and (form.merge, form.norm, form.init is None, form.norm and form.init == "identity", pairs)
+
+    if meaning(was) != meaning(now):
+        names = [name for name in ("skip", "skip_init", "pairing") if name in now.options]
+        old, new = (", ".join(f"{name} = {made.options[name]!r}" for name in names) for made in (was, now))
+        raise ConfigError(
+            f"its long residual connections have {old}, those of config.model {new}, which does not go on with them; "
+            "to add new ones: --config.init_from.fresh=\"('merges',)\""
+        )
+
+
+def in_every_frame(params: Params, was: Made, now: Made) -> tuple[Params, list[str]]:
+    """An image network in the blocks within frames of a video network; the blocks across frames are new.
+
+    Each of these is the identity at first. A connection between two blocks of the image network stays one.
+    """
+    if missing := {"shallow", "deep"} - params.keys():
+        raise ConfigError(f"config.init_from.fresh: {min(missing)} holds blocks of its network, which is to keep them")
+    stacks = [params["shallow"], params["deep"]]
+    depths = [sum(len(jax.tree.leaves(made.params[name])[0]) for name in ("shallow", "deep")) for made in (was, now)]
+    if depths[1] != 2 * depths[0]:
+        raise ConfigError(
+            f"its depth is {depths[0]}: a factorised network of videos needs config.model.depth = {2 * depths[0]}, "
+            f"given {depths[1]}"
+        )
+    half = depths[0]
+    parts = {"shallow": adapt.interleaved(stacks, 0, half), "deep": adapt.interleaved(stacks, half, half)}
+    told = [f"its {depths[0]} blocks become blocks 0, 2, .., which attend within a frame; blocks 1, 3, .. are new"]
+    if "merges" in params:
+        form = skip_of(now.options["skip"], now.options["skip_init"])
+        if now.options["pairing"] != "same_kind" or form.init not in (None, "identity"):
+            raise ConfigError(
+                "its long residual connections stay between its own blocks, and new ones must change nothing: that "
+                "needs config.model.pairing = 'same_kind' and skip = 'gate', or skip_init = 'identity' there and here; "
+                "to start all anew: --config.init_from.fresh=\"('merges',)\""
+            )
+        parts["merges"] = adapt.interleaved([params["merges"]], 0, half)
+    return {**params, **parts}, told

@@ -16,11 +16,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from diversedit_jax import sharding
-from diversedit_jax.api import Conditions, Features, Model, Params, Space
+from diversedit_jax.api import Conditions, Features, Made, Model, Params, Space
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.models import Keys, check_inputs, dit, functional
+from diversedit_jax.models import Keys, adapt, check_inputs, dit, functional
 from diversedit_jax.models.attention import attend, choose
-from diversedit_jax.models.dit import FLOATS, QK_NORMS, REMAT, Block, Gate, Merge, Perceptron, Skip, TimeEmbedding
+from diversedit_jax.models.dit import QK_NORMS, Block, Gate, Merge, Perceptron, Skip, TimeEmbedding
+from diversedit_jax.models.patches import Patches, check_table, patches_of, patchify, position_table, unpatchify
 from diversedit_jax.models.stack import Stack, each, part, stacked
 from diversedit_jax.registry import MANY, in_range, one_of
 
@@ -90,12 +91,11 @@ class MMDiT(nnx.Module):
 
     def __init__(
         self,
-        shape: tuple[int, ...],
+        patches: Patches,
         tokens: tuple[int, int],
         pooled: int | None,
         depth: int,
         width: int,
-        patch: tuple[int, ...],
         registers: int,
         table: int,
         block: Callable[..., Block],
@@ -112,7 +112,7 @@ class MMDiT(nnx.Module):
         rngs: Keys,
     ):
         half = depth // 2
-        numbers = math.prod(patch)
+        numbers = math.prod(patches.sides)
         linear = dit.linear_of(init, dtype, rngs)
 
         def joint(rngs: Keys) -> JointBlock:
@@ -121,7 +121,7 @@ class MMDiT(nnx.Module):
         def merges(count: int) -> Merge | Gate | None:
             return stacked(lambda rngs: merge(rngs=rngs), count, rngs) if count else None
 
-        self.patch_embed = linear(numbers * shape[-1], width)
+        self.patch_embed = linear(numbers * patches.shape[-1], width)
         self.text_embed = linear(tokens[1], width)
         self.time_embed = TimeEmbedding(width, init=init, rngs=rngs)
         self.pooled_embed = None if pooled is None else Perceptron(pooled, width, init, rngs=rngs)
@@ -132,8 +132,8 @@ class MMDiT(nnx.Module):
         self.merges = merges(half) if skip else None
         self.text_merges = merges(half - (skip.merge == "post")) if skip and both else None
         self.final_ada = linear(width, 2 * width, zero=True)
-        self.final = linear(width, numbers * shape[-1], zero=True)
-        self.shape, self.patch, self.depth = shape, patch, depth
+        self.final = linear(width, numbers * patches.shape[-1], zero=True)
+        self.patches, self.depth = patches, depth
         self.tokens, self.pooled, self.table = tokens, pooled, table
         self.skip, self.capture, self.stack = skip, capture, stack
         self.dtype, self.stream_dtype = dtype, stream_dtype
@@ -204,15 +204,15 @@ class MMDiT(nnx.Module):
 
     def _check(self, x_t: Array, y: Mapping[str, Array]) -> None:
         """Raise ValueError for an example or a condition of another shape."""
-        if x_t.shape[1:] != self.shape:
-            raise ValueError(f"the network takes examples of shape {self.shape}, given {x_t.shape[1:]}")
+        if x_t.shape[1:] != (shape := self.patches.shape):
+            raise ValueError(f"the network takes examples of shape {shape}, given {x_t.shape[1:]}")
         if y["context"].shape[2] != self.tokens[1]:
             raise ValueError(f"the network takes text features {self.tokens[1]} wide, given {y['context'].shape[1:]}")
 
     def _embed(self, x_t: Float[Array, "b *s c"], context: Float[Array, "b m k"]) -> tuple[Array, Array]:
         """The patches with their positions, and the text behind the registers. CLIP's features know their places."""
-        x = self.patch_embed(dit.patchify(x_t, self.patch).astype(self.dtype)).astype(jnp.float32)
-        x = x + positions(dit.places(self.shape, self.patch), x.shape[-1], self.table)
+        x = self.patch_embed(patchify(x_t, self.patches.sides).astype(self.dtype)).astype(jnp.float32)
+        x = x + positions(self.patches.grid, x.shape[-1], self.table)
         text = self.text_embed(context.astype(self.dtype))
         if self.registers is not None:
             registers = jnp.broadcast_to(self.registers.astype(text.dtype), (len(text), *self.registers.shape))
@@ -223,12 +223,12 @@ class MMDiT(nnx.Module):
         """The prediction: adaLN, a Linear, patches put together."""
         shift, scale = jnp.split(self.final_ada(jax.nn.silu(c)).astype(jnp.float32), 2, axis=-1)
         out = self.final(dit.modulate(x, shift, scale).astype(self.dtype)).astype(jnp.float32)
-        return dit.unpatchify(out, self.shape, self.patch)
+        return unpatchify(out, self.patches.shape, self.patches.sides)
 
 
 def positions(grid: tuple[int, ...], width: int, side: int) -> np.ndarray:
     """The centre of the fixed table of `side` patches along each axis, [n d]: places of a grid of patches."""
-    table = dit.position_table((side,) * len(grid), width).reshape(*(side,) * len(grid), width)
+    table = position_table((side,) * len(grid), width).reshape(*(side,) * len(grid), width)
     return table[tuple(slice((side - n) // 2, (side - n) // 2 + n) for n in grid)].reshape(-1, width)
 
 
@@ -277,35 +277,30 @@ def make(
     one_of("model.init", init, INITS)
     one_of("model.qk_norm", qk_norm, QK_NORMS)
     one_of("model.skip_streams", skip_streams, STREAMS)
-    one_of("model.remat", remat, REMAT)
-    one_of("model.capture", capture, ("merged", "block"))
-    one_of("model.dtype", dtype, FLOATS)
-    one_of("model.stream_dtype", stream_dtype, FLOATS)
+    dit.check_options(dtype, stream_dtype, capture)
     dit.check_dimensions(dit.Size(depth, width, heads))
     in_range("model.mlp_ratio", mlp_ratio, 1 / width, MANY / width)
     in_range("model.registers", registers, 0, MANY)
-    shape, sides = tuple(space.shape), dit.sides_of(space, patch)
-    grid = dit.grid_of(shape, sides)
-    dit.check_table(width, grid)
+    patches = patches_of(space, patch, positions="axes")
+    grid = patches.grid
+    check_table(width, patches)
     in_range("model.table", table, max(grid), MANY)
-    for number in read_blocks:
-        in_range("config.losses: block", number, 0, depth)
     form = dit.skip_of(skip, skip_init)
     if skip_streams == "both" and form is None:
         raise ConfigError("model.skip_streams = 'both' has no effect while model.skip is 'none'")
     tokens, pooled = text_of(space.conditions)
     kernel = choose(attention, dtype, tokens=math.prod(grid) + tokens[0] + registers, width=width // heads)
-    unroll = sharding.platform() == "tpu" if unroll is None else unroll
-    stack, compute = Stack(tuple(sorted(set(read_blocks))), REMAT[remat], unroll), jnp.dtype(dtype)
+    stack, compute = dit.stack_of(read_blocks, depth, remat, unroll), jnp.dtype(dtype)
     block = partial(Block, width, heads, mlp_ratio, qk_norm, compute, kernel, init)
     last_text = partial(LastText, width, heads, qk_norm, compute, init)
     merge = form and dit.merging(form, width, compute)
-    dims = (shape, tokens, pooled, depth, width, sides, registers, table)
+    dims = (patches, tokens, pooled, depth, width, registers, table)
     options = (form, skip_streams == "both", capture, stack, init, compute, jnp.dtype(stream_dtype))
     build = partial(MMDiT, *dims, block, last_text, merge, *options)
     model = functional(lambda rngs: build(rngs=rngs))
     fresh = ("merges", "text_merges")
-    return model._replace(blocks=blocks, rules=RULES, fresh=fresh, skips=form and dit.skips(depth), grid=grid)
+    joined = form and dit.skips(depth)
+    return model._replace(blocks=blocks, rules=RULES, fresh=fresh, skips=joined, grid=grid, adapted=adapted)
 
 
 def text_of(conditions: Conditions) -> tuple[tuple[int, int], int | None]:
@@ -323,3 +318,12 @@ def text_of(conditions: Conditions) -> tuple[tuple[int, int], int | None]:
 def blocks(params: Params) -> list[Params]:
     """The parameters of each block, in order."""
     return [*each(params["shallow"]), *(each(params["deep"]) if "deep" in params else ()), params["last"]]
+
+
+def adapted(was: Made, now: Made) -> tuple[Params, list[str]]:
+    """The parameters of an MMDiT for another one with the same arrays, see `api.Model`."""
+    adapt.check_name(was, now)
+    dit.check_merges(was, now)
+    tables = [made.options["table"] for made in (was, now)]
+    told = f"its position table has a side of {tables[0]}, that of this run {tables[1]}: positions are others"
+    return was.params, ([told] if tables[0] != tables[1] else []) + dit.new_merges(was, now)

@@ -17,16 +17,18 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from diversedit_jax import sharding
-from diversedit_jax.api import Condition, Conditions, Model, Params, Space
+from diversedit_jax.api import Condition, Conditions, Made, Model, Params, Space
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.models import Keys, check_inputs, dit, functional
+from diversedit_jax.models import Keys, adapt, check_inputs, dit, functional
 from diversedit_jax.models.attention import attend, choose
-from diversedit_jax.models.dit import FLOATS, KERNELS, REMAT, SKIPS, Merge, Perceptron
+from diversedit_jax.models.dit import KERNELS, SKIPS, Merge, Perceptron
+from diversedit_jax.models.patches import Patches, patches_of, patchify, unpatchify
 from diversedit_jax.models.stack import Stack, each, stacked
 from diversedit_jax.registry import MANY, in_range, one_of
 
 EPS = 1e-5  # of every LayerNorm
 KERNEL = KERNELS["trunc_normal"]  # of every Linear, and of the position table
+FORMS = ("uvit", "paper")  # of the long skip connections, names in `dit.SKIPS`
 
 # As those of `dit`.
 RULES = (
@@ -109,47 +111,45 @@ class UViT(nnx.Module):
     """(x_t, t, y) -> (prediction, features of the patches); see `make` for the options.
 
     classes: of labels; 0 for no label, None for text. text: (tokens, width) of its features, None without.
-    block: builds one Block from `rngs`.
+    block, merge: build one Block and one Merge from `rngs`.
     """
 
     def __init__(
         self,
-        shape: tuple[int, ...],
+        patches: Patches,
         classes: int | None,
         text: tuple[int, int] | None,
         half: int,
         width: int,
-        patch: tuple[int, ...],
         conv: bool,
         time_mlp: bool,
         block: Callable[..., Block],
+        merge: Callable[..., Merge],
         stack: Stack,
         dtype,
         stream_dtype,
         *,
         rngs: Keys,
     ):
-        axes, channels = len(shape) - 1, shape[-1]
-        numbers = math.prod(patch) * channels
+        axes, channels = len(patches.sides), patches.shape[-1]
+        numbers = math.prod(patches.sides) * channels
         linear = partial(nnx.Linear, dtype=dtype, kernel_init=KERNEL, rngs=rngs)
         torch = dit.linear_of("torch", dtype, rngs)  # the first and the last layer are convolutions in U-ViT's code
         extras = 1 + bool(classes) + (text[0] if text else 0)
-        patches = math.prod(dit.places(shape, patch))
         self.patch_embed = torch(numbers, width)
         self.time_embed = TimePerceptron(width, rngs=rngs) if time_mlp else None
         labels = partial(nnx.Embed, embedding_init=nnx.initializers.normal(1.0), rngs=rngs)
         self.label_embed = labels(classes + 1, width) if classes else None
         self.text_embed = linear(text[1], width) if text else None
-        self.positions = nnx.Param(KERNEL(rngs.params(), (extras + patches, width)))
+        self.positions = nnx.Param(KERNEL(rngs.params(), (extras + math.prod(patches.grid), width)))
         self.ins = stacked(lambda rngs: block(rngs=rngs), half, rngs)
         self.mid = stacked(lambda rngs: block(rngs=rngs), 1, rngs)
         self.outs = stacked(lambda rngs: block(rngs=rngs), half, rngs)
-        form = SKIPS["uvit"]
-        self.merges = stacked(lambda rngs: Merge(width, form.norm, form.init, dtype, rngs=rngs), half, rngs)
+        self.merges = stacked(lambda rngs: merge(rngs=rngs), half, rngs)
         self.norm = nnx.LayerNorm(width, rngs=rngs)
         self.final = linear(width, numbers)
         self.conv = Conv(axes, channels, rngs=rngs) if conv else None
-        self.shape, self.text, self.patch, self.half, self.extras = shape, text, patch, half, extras
+        self.patches, self.text, self.half, self.extras = patches, text, half, extras
         self.stack, self.dtype, self.stream_dtype = stack, dtype, stream_dtype
 
     def __call__(
@@ -180,14 +180,14 @@ class UViT(nnx.Module):
 
     def _check(self, x_t: Array, y: Condition) -> None:
         """Raise ValueError for an example or a condition of another shape."""
-        if x_t.shape[1:] != self.shape:
-            raise ValueError(f"the network takes examples of shape {self.shape}, given {x_t.shape[1:]}")
+        if x_t.shape[1:] != (shape := self.patches.shape):
+            raise ValueError(f"the network takes examples of shape {shape}, given {x_t.shape[1:]}")
         if self.text and y["context"].shape[1:] != self.text:
             raise ValueError(f"the network takes text features of shape {self.text}, given {y['context'].shape[1:]}")
 
     def _embed(self, x_t: Float[Array, "b *s c"], t: Float[Array, " b"], y: Condition) -> Float[Array, "b m d"]:
         """The tokens with their positions: label, time, patches; or time, text, patches."""
-        patches = self.patch_embed(dit.patchify(x_t, self.patch).astype(self.dtype))
+        patches = self.patch_embed(patchify(x_t, self.patches.sides).astype(self.dtype))
         time = sinusoids(t, patches.shape[-1])
         tokens = [(time if self.time_embed is None else self.time_embed(time))[:, None]]
         if self.label_embed is not None:
@@ -200,7 +200,7 @@ class UViT(nnx.Module):
     def _output(self, h: Float[Array, "b n d"]) -> Float[Array, "b *s c"]:
         """The prediction: LayerNorm, a Linear, patches put together, the convolution."""
         out = self.final(normed(self.norm, h).astype(self.dtype)).astype(jnp.float32)
-        out = dit.unpatchify(out, self.shape, self.patch)
+        out = unpatchify(out, self.patches.shape, self.patches.sides)
         return out if self.conv is None else self.conv(out)
 
 
@@ -228,6 +228,7 @@ def make(
     qkv_bias: bool = False,
     conv: bool | None = None,
     time_mlp: bool = False,
+    skip: str = "uvit",
     dtype: str = "float32",
     stream_dtype: str = "float32",
     remat: str = "named",
@@ -244,15 +245,17 @@ def make(
     qkv_bias: whether queries, keys and values have a bias.
     conv: a convolution over 3 elements along each axis at the end. None: as the size has it.
     time_mlp: an MLP between the sinusoids of the time and their token.
+    skip: how an out block takes the output of its partner. `uvit`: by a Linear over both. `paper`: by DiverseDiT's form
+        (Eq. 8), with a LayerNorm before the Linear, which no published network has. DiverseDiT connects the same pairs
+        of blocks: it adds no connections of its own, and its other forms are refused.
 
     Its times are large: objective flow_matching needs time_scale = 999.0, and ddpm gives the steps.
 
     The other options: `models.dit.make`.
     """
     check_inputs("uvit", inputs, ())
-    one_of("model.remat", remat, REMAT)
-    one_of("model.dtype", dtype, FLOATS)
-    one_of("model.stream_dtype", stream_dtype, FLOATS)
+    dit.check_options(dtype, stream_dtype)
+    form = SKIPS[one_of("model.skip", skip, FORMS)]
     changes = {"depth": depth, "width": width, "heads": heads, "conv": conv}
     dims = SIZES[one_of("model.size", size, SIZES)]
     dims = dims._replace(**{name: value for name, value in changes.items() if value is not None})
@@ -261,20 +264,18 @@ def make(
     if width % 2:
         raise ConfigError(f"model.width = {width}: the sinusoids of the time need an even number")
     in_range("model.mlp_ratio", mlp_ratio, 1 / width, MANY / width)
-    shape, sides, half = tuple(space.shape), dit.sides_of(space, patch), depth // 2
-    grid = dit.grid_of(shape, sides)
-    for number in read_blocks:
-        in_range("config.losses: block", number, 0, 2 * half + 1)
+    patches, half = patches_of(space, patch, positions="axes"), depth // 2
+    grid = patches.grid
     classes, text = space.conditions.classes, text_of(space.conditions)
     tokens = math.prod(grid) + 1 + bool(classes) + (text[0] if text else 0)
     kernel = choose(attention, dtype, tokens=tokens, width=width // heads)
-    unroll = sharding.platform() == "tpu" if unroll is None else unroll
-    stack = Stack(tuple(sorted(set(read_blocks))), REMAT[remat], unroll)
+    stack = dit.stack_of(read_blocks, 2 * half + 1, remat, unroll)
     block = partial(Block, width, heads, mlp_ratio, qkv_bias, jnp.dtype(dtype), kernel)
-    options = (half, width, sides, conv, time_mlp, block, stack, jnp.dtype(dtype), jnp.dtype(stream_dtype))
-    build = partial(UViT, shape, classes, text, *options)
+    merge = dit.merging(form, width, jnp.dtype(dtype))
+    options = (half, width, conv, time_mlp, block, merge, stack, jnp.dtype(dtype), jnp.dtype(stream_dtype))
+    build = partial(UViT, patches, classes, text, *options)
     model = functional(lambda rngs: build(rngs=rngs))
-    return model._replace(blocks=blocks, rules=RULES, skips=dit.skips(2 * half + 1), grid=grid)
+    return model._replace(blocks=blocks, rules=RULES, skips=dit.skips(2 * half + 1), grid=grid, adapted=adapted)
 
 
 def text_of(conditions: Conditions) -> tuple[int, int] | None:
@@ -293,3 +294,25 @@ def text_of(conditions: Conditions) -> tuple[int, int] | None:
 def blocks(params: Params) -> list[Params]:
     """The parameters of each block, in order."""
     return [block for stack in ("ins", "mid", "outs") for block in each(params[stack])]
+
+
+def adapted(was: Made, now: Made) -> tuple[Params, list[str]]:
+    """The parameters of a U-ViT, changed to fit another one with other classes, another grid or other patches.
+
+    See `api.Model`.
+    """
+    adapt.check_name(was, now)
+    if adapt.kind(was) != adapt.kind(now):
+        raise ConfigError(f"its network makes {adapt.kind(was)}, that of this run {adapt.kind(now)}")
+    params, told = adapt.new_labels(was, now, was.params)
+    old, new = (adapt.grid(made) for made in (was, now))
+    if old != new and "positions" in params:
+        extras = len(params["positions"]) - math.prod(old)
+        table = adapt.resized_table(params["positions"][extras:], old, new)
+        params = {**params, "positions": np.concatenate([params["positions"][:extras], table])}
+        told.append(f"its learned positions are resized from {adapt.by(old)} patches to {adapt.by(new)}")
+    sides = [adapt.patch_sides(made) for made in (was, now)]
+    params, resized = adapt.new_patches(params, *sides, was.space.shape[-1])
+    if resized and "conv" in params:
+        resized = [f"{resized[0]}; its last convolution still reaches one element, so what it gives changes at edges"]
+    return params, told + resized

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import Keys, Model, bicubic, functional
 from diversedit_jax.models.attention import attend, choose
-from diversedit_jax.models.dit import patchify
+from diversedit_jax.models.patches import patchify
 from diversedit_jax.models.stack import stacked
 from diversedit_jax.registry import one_of
 

@@ -22,7 +22,6 @@ from diversedit_jax.data.levels import numbered
 from diversedit_jax.data.pipeline import generator, read, stacked
 from diversedit_jax.encoders import TextEncoder
 from diversedit_jax.errors import ConfigError, DataError, RunError, WeightsError
-from diversedit_jax.registry import one_of
 from diversedit_jax.runs.check import check
 from diversedit_jax.runtime import flops
 from diversedit_jax.runtime.files import flat
@@ -30,7 +29,6 @@ from diversedit_jax.runtime.progress import say
 from diversedit_jax.sampling import sampler
 from diversedit_jax.training import optimizer
 from diversedit_jax.training.step import Components, train_step
-from diversedit_jax.weights import dit as releases
 from diversedit_jax.weights import hub
 from diversedit_jax.weights.formats import weights_folder
 
@@ -294,33 +292,6 @@ def frozen_weights(codec: Codec, layout: sharding.Layout) -> Any:
     """The frozen weights of a codec, on the devices. They are not made under jit: the program would hold a file."""
     frozen = jax.tree.map(np.asarray, codec.init())
     return sharding.put(frozen, sharding.shardings(frozen, layout))
-
-
-def starting_params(config: ConfigDict, model: Model, wanted: Params) -> Params | None:
-    """The parameters of the release in `config.init_from`; None without one.
-
-    wanted: the shapes of the model's parameters. The release may lack those in `model.fresh`, and no others. The parts
-        in `config.init_from.fresh` are not taken from it.
-    """
-    source = config.init_from
-    if source.file is None:
-        return None
-    for part in source.fresh:
-        one_of("config.init_from.fresh", part, wanted)
-    with configs.named("config.init_from", ()):
-        release, _ = releases.open_release(source.file, source.family, source.heads, source.weights)
-    params = {part: tree for part, tree in release.params.items() if part not in source.fresh}
-    given, needed = (sharding.by_name(tree) for tree in (params, wanted))
-    for name in sorted(given.keys() | needed.keys()):
-        has, needs = (list(leaves[name].shape) if name in leaves else None for leaves in (given, needed))
-        part = name.partition("/")[0]
-        if has != needs and (has is not None or part not in (*model.fresh, *source.fresh)):
-            anew = f"; to start this part anew: --config.init_from.fresh=\"('{part}',)\"" if needs else ""
-            raise ConfigError(
-                f"config.init_from: {source.file} does not fit config.model: {name} is {has or 'missing'} there, "
-                f"{needs or 'unknown'} here{anew}"
-            )
-    return params
 
 
 def sample_shape(codec: Codec, shape: tuple[int, ...]) -> tuple[int, ...] | None:

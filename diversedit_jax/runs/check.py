@@ -31,6 +31,7 @@ KEYS: dict[str, tuple[Any, dict[str, int | float]]] = {
     "checkpoint.lower": (bool, {}),
     "init_from.heads": (int | None, {"low": 1}),
     "init_from.fresh": (tuple[str, ...], {}),
+    "init_from.trust": (bool, {}),
 }
 KEYS |= {key: (int, {"low": 1}) for key in ("total_steps", "log_every", "checkpoint.keep")}
 KEYS |= {key: (int, {"low": 1, "high": MANY}) for key in ("batch_size", "accumulate")}

@@ -216,11 +216,7 @@ def of_release(
     name, place = str(file) if hub.on_hub(file) else Path(file).name, hub.place(file)
     file = hub.local(file).absolute()
     release, _ = releases.open_release(file, family, heads, weights)
-    if release.arch.num_classes == IMAGENET - 1:
-        raise ConfigError(
-            f"{file}: its table of labels has {IMAGENET} rows, the classes of ImageNet without a null label. It was "
-            f"trained without dropped labels, wanted {IMAGENET + 1} rows"
-        )
+    check_null_label(file, release)
     release = release.sized(tuple(np.resize(sides, 2).tolist()) if sides else None)
     sides = release.sides
     if sides is None:
@@ -228,7 +224,7 @@ def of_release(
     if data is not None and data["name"] in ("digits", "images", "synthetic"):
         codec = slot("codecs", "pixels", **_given(rounding=rounding))
     else:
-        codec = slot("codecs", "vae", **_given(vae=vae, rounding=rounding))
+        codec = slot("codecs", "vae", scale=release.scale, **_given(vae=vae, rounding=rounding))
     config = ConfigDict({"data": dict(data or {}), "encoders": {}, "losses": {}, "ema_decay": 0.0, "accumulate": 1})
     config.codec, config.objective = codec, slot("objectives", **release.objective)
     config.model = slot("models", **release.model)
@@ -265,6 +261,15 @@ def of_release(
         return fitting(build.open_data(config, split), config.data.name, space)
 
     return Trained(name, experiment, (0,), load, lambda step: {}, opened, None, place, about)
+
+
+def check_null_label(file: str | Path, release: releases.Release) -> None:
+    """Raise ConfigError for a release without a null label, whose last row would be taken for it."""
+    if release.arch.num_classes == IMAGENET - 1:
+        raise ConfigError(
+            f"{file}: its table of labels has {IMAGENET} rows, the classes of ImageNet without a null label. It was "
+            f"trained without dropped labels, wanted {IMAGENET + 1} rows"
+        )
 
 
 class Source(NamedTuple):

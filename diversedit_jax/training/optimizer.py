@@ -37,7 +37,7 @@ def make(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """AdamW and its learning rate at each step. The defaults are those of REPA and DiverseDiT; SiT does not clip.
 
-    learning_rate: after the warm-up.
+    learning_rate: after the warm-up. 0: the parameters are frozen, and have no moments in memory.
     decay: `constant`, or `cosine` down to 0 at `total_steps`; both after a linear warm-up of `warmup_steps`.
     warmup_steps: the rate grows linearly from 0 over so many steps.
     b1, b2: decay of the averages of the gradient and of its square. eps: is added to the root of the second.
@@ -47,10 +47,12 @@ def make(
     in_range("b1", b1, 0, below=1)
     in_range("b2", b2, 0, below=1)
     in_range("weight_decay", weight_decay, 0)
-    in_range("learning_rate", learning_rate, above=0)
+    in_range("learning_rate", learning_rate, 0)
     in_range("eps", eps, above=0)
     in_range("warmup_steps", warmup_steps, 0)
     rate = optax.constant_schedule(learning_rate)
+    if learning_rate == 0:
+        return optax.set_to_zero(), rate
     if one_of("decay", decay, ("constant", "cosine")) == "cosine":
         rate = optax.cosine_decay_schedule(learning_rate, max(total_steps - warmup_steps, 1))
     if warmup_steps > 0:
@@ -81,6 +83,10 @@ def grouped(total_steps: int, options: Mapping[str, Any], groups: Mapping[str, M
         with configs.named("config.optim" if label == MAIN else f"config.groups.{label}", given):
             made[label] = make(total_steps, **{name: value for name, value in given.items() if name != "of"})
     rates = {label: rate for label, (_, rate) in made.items()}
+    if all(given.get("learning_rate") == 0 for given in (options, *groups.values())):
+        raise ConfigError(
+            "config.optim.learning_rate = 0.0: it freezes all that is in no group, and nothing would be trained"
+        )
     if not groups:
         return Optimizer(made[MAIN][0], rates)
     patterns = {label: group["of"] for label, group in groups.items()}

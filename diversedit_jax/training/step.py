@@ -16,11 +16,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array
 
 from diversedit_jax import sharding
-from diversedit_jax.api import AuxLoss, Batch, Codec, Condition, Context, Forward, Metrics, Model, Objective, Params
+from diversedit_jax.api import (
+    AuxLoss,
+    Batch,
+    Codec,
+    Condition,
+    Context,
+    Forward,
+    Metrics,
+    Model,
+    Objective,
+    Params,
+    Rows,
+)
 from diversedit_jax.codecs import encoded, null_condition
 from diversedit_jax.errors import ConfigError
 
@@ -91,9 +104,19 @@ def initializer(components: Components, batch: Batch) -> Callable[[Array], State
 
 
 def started_from(state: State, given: Params) -> State:
-    """The state with these top-level entries of the parameters; the others stay. The EMA is a copy."""
-    places = jax.tree.map(lambda leaf: leaf.sharding, state["params"])
-    params = state["params"] | {name: sharding.put(value, places[name]) for name, value in given.items()}
+    """The state with these top-level entries of the parameters; the others stay. The EMA is a copy.
+
+    given: arrays on the host. Of a parameter that has only `Rows` there, the other rows stay.
+    """
+
+    def leaf(value: np.ndarray | Rows, own: Array) -> Array:
+        if not isinstance(value, Rows):
+            return sharding.put(value, own.sharding)
+        put = jax.jit(lambda own, rows: own.at[np.array(value.at)].set(rows), out_shardings=own.sharding)
+        return put(own, value.values)
+
+    params = state["params"]
+    params = params | {name: jax.tree.map(leaf, tree, params[name]) for name, tree in given.items()}
     return state | {"params": params, "ema": jax.tree.map(jnp.copy, params)}
 
 
@@ -167,10 +190,13 @@ def train_step(
 
 
 def _averaged(new: Any, old: Any, decay: float) -> Any:
-    """The moving average of a pytree of floating-point arrays. Integers are taken as they are: they count."""
+    """The moving average of a pytree of floating-point arrays. Integers are taken as they are: they count.
+
+    In this form an array that does not change is its own average, to the bit.
+    """
 
     def leaf(new: Array, old: Array) -> Array:
-        return optax.incremental_update(new, old, 1 - decay) if jnp.issubdtype(new.dtype, jnp.inexact) else new
+        return old + (1 - decay) * (new - old) if jnp.issubdtype(new.dtype, jnp.inexact) else new
 
     return jax.tree.map(leaf, new, old)
 

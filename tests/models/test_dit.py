@@ -12,7 +12,8 @@ from diversedit_jax import models, sharding
 from diversedit_jax.api import Conditions, Model, Space
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import Keys, dit
-from diversedit_jax.models.dit import REMAT, SIZES, SKIPS, Block, Merge, patchify, position_table, unpatchify
+from diversedit_jax.models.dit import REMAT, SIZES, SKIPS, Block, Merge
+from diversedit_jax.models.patches import patchify, position_table, unpatchify
 from tests.jaxprs import equations
 
 SHAPE, CLASSES, WIDTH, HEADS, BATCH = (4, 8, 3), 5, 16, 2, 3  # not square: height and width cannot be confused

@@ -121,6 +121,7 @@ def test_weights_go_out_as_they_came_in(name):
     assert (arch.depth, arch.width) == (2 * (given["depth"] // 2), given["embed_dim"])
     assert (arch.qkv_bias, arch.conv, arch.time_mlp) == (given["qkv_bias"], given["conv"], given["mlp_time_embed"])
     assert arch.text == ((given["num_clip_token"], given["clip_dim"]) if "clip_dim" in given else None)
+    assert found.scale == (0.2301 if arch.text else 0.18215)
     assert arch.num_classes == (None if arch.text else max(given["num_classes"] - 1, 0))
     assert convert_checkpoint.architecture(slot("models", "uvit", **arch.options), space(arch)) == arch
     out = releases.export(found.params, "uvit", arch)

@@ -11,7 +11,7 @@ import pytest
 from diversedit_jax import models, sharding
 from diversedit_jax.api import Conditions, Features, Space
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.models import dit
+from diversedit_jax.models import patches
 from diversedit_jax.models.dit import SKIPS
 from diversedit_jax.sharding import by_name
 from tests.models.test_dit import first_and_slow
@@ -83,8 +83,8 @@ def loop(params, x_t, t, y, *, depth: int, skip: str, both: bool, capture: str =
         both = norm(both) * p["norm"]["scale"] + p["norm"]["bias"] if form.norm else both
         return linear(p["linear"], both)
 
-    x = linear(params["patch_embed"], dit.patchify(x_t, (2, 2)))
-    table = dit.position_table((6, 6), WIDTH).reshape(6, 6, WIDTH)[1:5, 2:4].reshape(-1, WIDTH)
+    x = linear(params["patch_embed"], patches.patchify(x_t, (2, 2)))
+    table = patches.position_table((6, 6), WIDTH).reshape(6, 6, WIDTH)[1:5, 2:4].reshape(-1, WIDTH)
     x, text = x + table, linear(params["text_embed"], y["context"])
     angles = t[:, None] * 10000.0 ** -(np.arange(128) / 128)
     waves = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1)
@@ -109,7 +109,7 @@ def loop(params, x_t, t, y, *, depth: int, skip: str, both: bool, capture: str =
         streams.append(after)
         seen.append(before if capture == "block" else after)
     shift, scale = jnp.split(linear(params["final_ada"], jax.nn.silu(c))[:, None], 2, axis=-1)
-    out = dit.unpatchify(linear(params["final"], norm(streams[-1][0]) * (1 + scale) + shift), SHAPE, (2, 2))
+    out = patches.unpatchify(linear(params["final"], norm(streams[-1][0]) * (1 + scale) + shift), SHAPE, (2, 2))
     return out, Features([x for x, _ in seen], [text for _, text in seen[:-1]])
 
 

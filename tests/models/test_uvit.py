@@ -8,7 +8,7 @@ import pytest
 from diversedit_jax import models, sharding
 from diversedit_jax.api import Conditions, Space
 from diversedit_jax.errors import ConfigError
-from diversedit_jax.models import dit
+from diversedit_jax.models import dit, patches
 from diversedit_jax.sharding import by_name
 from tests.models.test_mmdit import assert_close, trained
 
@@ -36,9 +36,9 @@ def loop(params, x_t, t, y, *, half):
     def linear(p, x):
         return jnp.tensordot(x, p["kernel"], 1) + p.get("bias", 0)
 
-    def norm(p, x):
+    def norm(p, x, eps=1e-5):
         x = x - x.mean(axis=-1, keepdims=True)
-        return x / jnp.sqrt((x * x).mean(axis=-1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
+        return x / jnp.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * p["scale"] + p["bias"]
 
     def block(stack, i, x):
         p = jax.tree.map(lambda leaf: leaf[i], params[stack])
@@ -57,19 +57,19 @@ def loop(params, x_t, t, y, *, half):
         tokens = [params["label_embed"]["embedding"][y][:, None], *tokens]
     if "text_embed" in params:
         tokens += [linear(params["text_embed"], y["context"])]
-    patches = linear(params["patch_embed"], dit.patchify(x_t, (2, 2)))
-    x = jnp.concatenate([*tokens, patches], axis=1) + params["positions"]
+    embedded = linear(params["patch_embed"], patches.patchify(x_t, (2, 2)))
+    x = jnp.concatenate([*tokens, embedded], axis=1) + params["positions"]
     streams = [x]
     for i in range(half):
         streams.append(block("ins", i, streams[-1]))
     streams.append(block("mid", 0, streams[-1]))
     for i in range(half):
         both = jnp.concatenate([streams[-1], streams[half - i]], axis=-1)
-        streams.append(
-            block("outs", i, linear(jax.tree.map(lambda leaf, i=i: leaf[i], params["merges"]["linear"]), both))
-        )
-    features = tuple(stream[:, -patches.shape[1] :] for stream in streams)
-    out = dit.unpatchify(linear(params["final"], norm(params["norm"], features[-1])), x_t.shape[1:], (2, 2))
+        merge = jax.tree.map(lambda leaf, i=i: leaf[i], params["merges"])
+        both = norm(merge["norm"], both, dit.EPS) if "norm" in merge else both
+        streams.append(block("outs", i, linear(merge["linear"], both)))
+    features = tuple(stream[:, -embedded.shape[1] :] for stream in streams)
+    out = patches.unpatchify(linear(params["final"], norm(params["norm"], features[-1])), x_t.shape[1:], (2, 2))
     if "conv" in params:
         padded = jnp.pad(out, ((0, 0), (1, 1), (1, 1), (0, 0)))
         h, w = out.shape[1:3]
@@ -87,6 +87,7 @@ def objective(apply, conditions=LABELS):
 
 
 CASES = [(LABELS, {}), (NOTHING, {"depth": 3, "time_mlp": True, "qkv_bias": True}), (TEXT, {"depth": 6, "conv": False})]
+CASES += [(LABELS, {"skip": "paper"})]
 
 
 @pytest.mark.slow  # the golden vectors show the same
@@ -198,6 +199,7 @@ def test_it_computes_the_same_on_eight_devices(sizes):
         ({"heads": 5}, "model.heads = 5 does not divide the width 12"),
         ({"width": 9, "heads": 3}, "model.width = 9: the sinusoids of the time need an even number"),
         ({"depth": 1}, "model.depth = 1: must be"),
+        ({"skip": "release"}, "model.skip = 'release' is unknown; known: uvit, paper"),
         ({"patch": 3}, "model.patch: patches of 3 x 3 do not divide examples of 8 x 4"),
         ({"conditions": Conditions(np.zeros(4))}, "model uvit takes labels or features of text"),
         ({"read_blocks": (6,)}, "config.losses: block = 6"),

@@ -13,7 +13,8 @@ from diversedit_jax import models, sharding
 from diversedit_jax.api import Conditions, Model, Space
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import Keys, dit
-from diversedit_jax.models.dit import SKIPS, Block, patchify, position_table, unpatchify
+from diversedit_jax.models.dit import SKIPS, Block
+from diversedit_jax.models.patches import patchify, position_table, unpatchify
 from tests.models.test_dit import assert_close
 
 FRAMES, SHAPE, CLASSES, WIDTH, HEADS, BATCH = 3, (3, 4, 8, 2), 5, 24, 2, 2

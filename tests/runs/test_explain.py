@@ -51,7 +51,7 @@ def test_a_config_is_explained():
     for line in (
         "config.losses.diversity = diversity: The diversity loss for the trainer:",
         "  lo = 0.2    (default None)\n      a number or None. Limits of the adaptive weight:",
-        "  learning_rate = 0.002    (default 0.0001)\n      a number, more than 0. After the warm-up.",
+        "  learning_rate = 0.002    (default 0.0001)\n      a number, at least 0. After the warm-up.",
         "  keep = 3\n      a whole number, at least 1. The newest so many",
         "  remat = 'named'\n      one of named, dots, full, none. What the backward pass keeps:",
         "  every = 500\n      Interval in steps; 0: only at the end of the run.",

@@ -87,7 +87,7 @@ def test_data_may_move_and_what_they_hold_may_not(copied, tmp_path, capfd):
 )
 def test_what_may_change_on_resume(key, old, new, allowed, tmp_path):
     def config(value):
-        tree = {"data": {}, "model": {}, "objective": {}, "init_from": {"fresh": []}, "loggers": ""}
+        tree = {"data": {}, "model": {}, "objective": {}, "init_from": {"fresh": [], "trust": False}, "loggers": ""}
         *path, leaf = key.split(".")
         place = tree
         for name in path:

@@ -12,7 +12,7 @@ import pytest
 
 from diversedit_jax import config as configs
 from diversedit_jax import losses, models, objectives, sharding
-from diversedit_jax.api import AuxLoss, Codec, Conditions, Model, Objective, Space, Term
+from diversedit_jax.api import AuxLoss, Codec, Conditions, Model, Objective, Rows, Space, Term
 from diversedit_jax.diffusion.paths import PATHS
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.models import dit
@@ -465,12 +465,43 @@ def test_groups_have_optimizers_of_their_own():
         late.transform.init(trained)
 
 
+def test_a_rate_of_zero_freezes_to_the_bit_and_needs_no_moments():
+    """The EMA stays, too: the usual form of an average would move it by a rounding at every step."""
+    frozen = {"old": {"of": "^params/first", "learning_rate": 0.0}}
+    made = parts(optimizer=optim.grouped(10, {"learning_rate": 0.1}, frozen).transform, ema_decay=0.9999)
+    state, step = start(made), step_of(made)
+    begin = jax.device_get(state)
+    assert not [name for name in sharding.by_name(state["opt"]) if "first" in name]
+    for _ in range(20):
+        state, _ = step(state, made.codec.init(), batch(), RUN_KEY)
+    for name in ("params", "ema"):
+        np.testing.assert_array_equal(state[name]["first"], begin[name]["first"])
+        assert np.abs(state[name]["second"] - begin[name]["second"]).max() > 1e-4
+    with pytest.raises(ConfigError, match=r"config\.optim\.learning_rate = 0\.0: .* nothing would be trained"):
+        optim.grouped(10, {"learning_rate": 0.0}, frozen)
+
+
+def test_a_start_may_give_single_rows_of_arrays_that_are_split():
+    layout = layout_of(2, 4)
+    params = {"a": {"w": jnp.zeros((8, 64, 16))}, "b": {"w": jnp.ones((64, 64))}}
+    placed = jax.tree.map(jax.device_put, params, sharding.shardings(params, layout))
+    rows = Rows((1, 6), np.arange(2 * 64 * 16, dtype=np.float32).reshape(2, 64, 16), 8)
+    found = started_from({"params": placed}, {"a": {"w": rows}})
+    wanted = np.zeros((8, 64, 16))
+    wanted[[1, 6]] = rows.values
+    for entry in ("params", "ema"):
+        np.testing.assert_array_equal(found[entry]["a"]["w"], wanted)
+        np.testing.assert_array_equal(found[entry]["b"]["w"], 1)
+        assert found[entry]["a"]["w"].sharding == placed["a"]["w"].sharding
+    assert rows.shape == (8, 64, 16)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"decay": "cosin"}, r"decay = 'cosin' is unknown; did you mean 'cosine'"),
-        ({"learning_rate": 0.0}, r"learning_rate = 0.0: must be more than 0"),
-        ({"learning_rate": float("nan")}, r"learning_rate = nan: must be more than 0"),
+        ({"learning_rate": -1.0}, r"learning_rate = -1.0: must be at least 0"),
+        ({"learning_rate": float("nan")}, r"learning_rate = nan: must be at least 0"),
         ({"eps": 0.0}, r"eps = 0.0: must be more than 0"),
         ({"clip": 0.0}, r"clip = 0.0: must be more than 0"),
         ({"b1": 1.0}, r"b1 = 1.0: must be at least 0 and less than 1"),

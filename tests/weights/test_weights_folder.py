@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 from diversedit_jax import config as configs
 from diversedit_jax.encoders import dinov2
 from diversedit_jax.errors import ConfigError, WeightsError
-from diversedit_jax.models import dit
+from diversedit_jax.models import patches
 from diversedit_jax.weights import dit as releases
 from diversedit_jax.weights import vae, vit
 from diversedit_jax.weights.formats import weights_folder
@@ -150,7 +150,7 @@ def test_a_position_table_tells_height_and_width(tmp_path):
     out = releases.export(release.params, "sit", release.arch, (4, 16))
     again = releases.load(out, {name: array.shape for name, array in out.items()}, heads=4)
     assert again.sides == (4, 16)
-    np.testing.assert_array_equal(out["pos_embed"][0], dit.position_table((2, 8), release.arch.width))
+    np.testing.assert_array_equal(out["pos_embed"][0], patches.position_table((2, 8), release.arch.width))
     assert again.space(again.sides).shape == (4, 16, 4)
 
 

@@ -29,7 +29,7 @@ from diversedit_jax.diffusion import solvers
 from diversedit_jax.diffusion.paths import PATHS
 from diversedit_jax.errors import ConfigError, RunError
 from diversedit_jax.losses import diversity
-from diversedit_jax.models import dit
+from diversedit_jax.models import patches
 from diversedit_jax.registry import one_of
 from diversedit_jax.runs.build import Experiment
 from diversedit_jax.weights import dit as releases
@@ -173,7 +173,7 @@ def job_of(
         "compile": compile,
         "dtype": config.model.dtype,
         "network": arch._asdict() | {"grid": grid, "stream_dtype": config.model.stream_dtype},
-        "positions": dit.position_table(grid, arch.width),
+        "positions": patches.position_table(grid, arch.width),
         "params": releases.export(jax.device_get(params), "sit", arch),
         "batch": {name: np.asarray(batch[name]) for name in ("moments", "x", "y") if name in batch},
     }
