@@ -3,12 +3,13 @@ set -euo pipefail
 
 usage() {
   cat <<'USAGE'
-Usage: bash tools/demo.sh [captioned_digits] [options of diversedit_jax.train, such as --config.total_steps=200]
+Usage: bash tools/demo.sh [captioned_digits | solids] [options of diversedit_jax.train, such as --config.total_steps=200]
 
 Installs what is needed and trains the default model on handwritten digits, then says where the samples are.
 With captioned_digits: a text-to-image model, on digits by colour, size and place.
+With solids: a model of volumes, on solids in a grid of voxels.
 
-  WORKDIR=DIR           where the run is kept (default: runs/digits in the repository, or runs/captioned_digits); a run
+  WORKDIR=DIR           where the run is kept (default: runs/digits in the repository, or runs/NAME of the example); a run
                         found there is resumed
   PYTHON, DIVERSEDIT_EXTRAS, DIVERSEDIT_LATEST: see tools/environment.sh
 USAGE
@@ -22,6 +23,9 @@ fi
 recipe=digits extras=""
 if [[ ${1:-} == captioned_digits ]]; then
   recipe=$1 extras=text
+  shift
+elif [[ ${1:-} == solids ]]; then
+  recipe=$1
   shift
 fi
 
