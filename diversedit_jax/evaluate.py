@@ -7,12 +7,12 @@
     python -m diversedit_jax.evaluate --samples=samples.npz --reference=... --extractor=...
 
 If the program is killed, the same command goes on and ends in the same scores: image i depends only on the seed, on i
-and on its label. It writes scores.json, with everything that can change a score, and grid.png to a folder of the run
-(or --out). A sweep also writes sweep.csv and sweep.png.
+and on its label. It writes scores.json, with everything that can change a score, and grid.png (videos: also grid.gif)
+to a folder of the run (or --out). A sweep also writes sweep.csv and sweep.png.
 
 --reference: an .npz of ADM, torch-fidelity, MeanFlow, MAR or tools.reference_stats, a .pkl of EDM2, or images.
---extractor: inception, dinov2 or digits, with the file of its weights; or clip, for the CLIP score of images that are
-    drawn for captions, which needs no reference.
+--extractor: inception, dinov2 or digits, with the file of its weights; moving_digits for videos of them; or clip, for
+    the CLIP score of images that are drawn for captions, which needs no reference.
 A run needs neither if its config has evaluators of the kind `scores`: those are used.
 """
 
@@ -45,9 +45,8 @@ from diversedit_jax.registry import INT32, UINT32, in_range
 from diversedit_jax.runs import flags as run_flags
 from diversedit_jax.runs.check import check
 from diversedit_jax.runs.trained import Source
-from diversedit_jax.runtime import cli, processes, workdir_lock
+from diversedit_jax.runtime import cli, pictures, processes, workdir_lock
 from diversedit_jax.runtime.files import check_same, writable_folder, write_json
-from diversedit_jax.runtime.pictures import image_grid, save_png
 from diversedit_jax.runtime.progress import Ticker, done, say
 from diversedit_jax.runtime.versions import versions
 from diversedit_jax.sampling import sampler
@@ -61,16 +60,17 @@ GUIDANCE = ("cfg_scale", "guidance_interval")  # one compiled sampler serves all
 
 
 class Images(NamedTuple):
-    """Images to score. shape: (h, w, c) of one. read: (first, count) -> uint8 [count h w c].
+    """Images to score, or videos. shape: (h, w, c) of one, or (f, h, w, c). read: (first, count) -> uint8 [count *s c].
 
     labels: [num]; None if they are unknown or conditions are not labels.
     about: where the images come from, for the record. name: the same for people.
     conditions: stored conditions y [num ...] of the images; None if they are unknown.
     named: conditions -> what they say, or None. preset: the protocol that was asked for.
+    video: the first spatial axis is time.
     """
 
     num: int
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     batch: int
     read: Callable[[int, int], np.ndarray]
     labels: np.ndarray | None
@@ -79,6 +79,7 @@ class Images(NamedTuple):
     conditions: Condition = None
     named: Callable[[Condition], list[str] | None] = lambda conditions: None
     preset: str | None = None
+    video: bool = False
 
 
 class Judges(NamedTuple):
@@ -90,13 +91,14 @@ class Judges(NamedTuple):
 
 
 def of_file(path: str | Path, num: int | None) -> Images:
-    """The first `num` images of a file or folder; by default all."""
+    """The first `num` images of a file or folder; by default all. What has three axes is shown as a video."""
     found = image_files.open_samples(path)
     count = found.count if num is None else num
     if count > found.count:
         raise ConfigError(f"--num={num}: {path} has {found.count} images")
     about = {"kind": "file", "name": Path(path).name, "of": found.count, "sha256": found.digest()}
-    return Images(count, found.shape, FILE_BATCH, found.read, None, about, f"{count} images of {found.path}")
+    name, video = f"{count} images of {found.path}", len(found.shape) == 4
+    return Images(count, found.shape, FILE_BATCH, found.read, None, about, name, video=video)
 
 
 def of_source(source: Source, varied: Point, draw: Sampler, num: int, rule: str | None, seed: int) -> Images:
@@ -124,7 +126,8 @@ def of_source(source: Source, varied: Point, draw: Sampler, num: int, rule: str 
     if rule in conditioning.HELD_OUT:
         about["conditions"] = digest(conditions)
     labels, name = conditions if labelled else None, f"{num} samples of {source.name}"
-    return Images(num, source.shape, batch, read, labels, about, name, conditions, source.named)
+    shown = {"conditions": conditions, "named": source.named, "video": source.space.video}
+    return Images(num, source.shape, batch, read, labels, about, name, **shown)
 
 
 def digest(conditions: Condition) -> str:
@@ -209,8 +212,8 @@ def evaluate(
                 shown = feature_cache.shown(parts, firsts)
                 numbers = [number for row in rows for number in row]
                 names = images.named(jax.tree.map(lambda leaf: leaf[np.array(numbers)], images.conditions))
-                grid = image_grid(np.stack([shown[number] for number in numbers]), columns=len(rows[0]), names=names)
-                save_png(folder / "grid.png", grid)
+                samples = np.stack([shown[number] for number in numbers])
+                pictures.save(folder / "grid.png", pictures.picture(samples, names, images.video, len(rows[0])))
             if keep_samples:
                 feature_cache.join_images(parts, firsts, images.num, images.labels, folder / SAMPLES)
             write_json(folder / SCORES, record)
@@ -321,7 +324,8 @@ def run(
         if swept:
             for suffix in (".png", ".svg"):
                 tables.plot_sweep(folder / f"sweep{suffix}", rows, opened[0].name)
-        names = {"table": "sweep.csv", "picture": "sweep.png"} if swept else {"scores": SCORES, "grid": "grid.png"}
+        names = {"scores": SCORES, "grid": "grid.png", "moving": "grid.gif"}
+        names = {"table": "sweep.csv", "picture": "sweep.png"} if swept else names
         places = {what: folder / name for what, name in names.items()}
         done(time.monotonic() - begin, {what: place for what, place in places.items() if place.exists()})
     return rows
@@ -330,7 +334,8 @@ def run(
 if __name__ == "__main__":
     run_flags.define_flags()
     flags.adopt_module_key_flags(run_flags)
-    flags.DEFINE_string("samples", None, "Images to score instead: an .npz with `arr_0`, uint8 [n h w 3], or a folder.")
+    of_file = "Images to score instead: an .npz with `arr_0`, uint8 [n h w 3] (videos: [n f h w 3]), or a folder."
+    flags.DEFINE_string("samples", None, of_file)
     flags.DEFINE_multi_string("reference", [], "Statistics or images to compare with, see above; may be repeated.")
     flags.DEFINE_multi_string("extractor", [], "NAME=FILE or NAME=FILE,OPTION=VALUE; may be repeated.")
     about = "; ".join(f"{name}: {protocol.about}" for name, protocol in presets.PROTOCOLS.items())

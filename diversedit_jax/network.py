@@ -7,6 +7,7 @@ scores = model.evaluate(num=1000)                 # {"fd_digits": ..., ...}
 model.analyze()                                   # in a notebook it shows the figures
 """
 
+import base64
 import html
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -41,22 +42,33 @@ from diversedit_jax.weights import hub
 
 
 class Samples(np.ndarray):
-    """Samples [n ...] on the host, uint8 images or float32 latents. A notebook shows them as a grid.
+    """Samples [n ...] on the host, uint8 images or float32 latents. A notebook shows them as a grid; videos move in it.
 
     labels: the condition of each. names: of their classes. Parts and copies have neither: their order may be another.
+    video:  they are videos [n f h w c], and so are parts with as many axes.
     """
 
     labels: Any = None
     names: list[str] | None = None
+    video: bool = False
+
+    def __array_finalize__(self, source: Any) -> None:
+        self.video = getattr(source, "video", False)
 
     def __repr__(self) -> str:
         return f"<Samples {self.dtype} {list(self.shape)}>" if self.ndim else super().__repr__()
 
     def _repr_png_(self) -> bytes | None:
-        if self.dtype != np.uint8 or self.ndim < 4:
+        return pictures.png(self._picture().still) if self.dtype == np.uint8 and self.ndim >= 4 else None
+
+    def _repr_html_(self) -> str | None:  # every notebook shows it, but not every one a GIF by itself
+        if self.dtype != np.uint8 or self.ndim != 5 or not self.video:
             return None
-        shown = pictures.as_pictures(np.asarray(self[:256]))
-        return pictures.png(pictures.image_grid(shown, names=self.names and self.names[:256]))
+        moving = base64.b64encode(self._picture().moving).decode()
+        return f'<img alt="{html.escape(repr(self))}" src="data:image/gif;base64,{moving}">'
+
+    def _picture(self) -> pictures.Picture:
+        return pictures.picture(np.asarray(self[:256]), self.names and self.names[:256], self.video)
 
 
 class Report:
@@ -105,7 +117,7 @@ class Network:
         negative_prompt: str | None = None,
         **options: Any,
     ) -> Samples:
-        """Draw samples: uint8 images [n h w c], or float32 latents if there is no decoder.
+        """Draw samples: uint8 images [n h w c], videos [n f h w c], ..., or float32 latents if there is no decoder.
 
         labels:  taken in turn. None: every class in turn, or the conditions of held-out data.
         num:     how many; by default one for each label or prompt given, else 16.
@@ -126,7 +138,7 @@ class Network:
             negative=negative,
             **{name: value for name, value in options.items() if name in evaluate.GUIDANCE},
         ).view(Samples)
-        found.labels, found.names = y, self._source.named(y)
+        found.labels, found.names, found.video = y, self._source.named(y), self._source.space.video
         return found
 
     def _sampler(self, options: Mapping[str, Any]) -> sampler.Sampler:
@@ -145,7 +157,7 @@ class Network:
     ) -> Float[Array, "l b n d"]:
         """Compute the output of every block, without prefix tokens.
 
-        images: uint8 [b h w c], or float in the network's space [b *s c]: pixels in [-1, 1], or scaled latents.
+        images: uint8 [b *s c], or float in the network's space [b *s c]: pixels in [-1, 1], or scaled latents.
         t:      time in [0, 1]: 0 is data, 1 is noise. seed: of the noise.
         y:      condition of each, such as labels [b]. None: the null condition.
         """

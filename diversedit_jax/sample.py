@@ -5,9 +5,9 @@
     python -m diversedit_jax.sample --checkpoint=SiT-XL-2-256.pt --family=official_sit --vae=sd-vae-ft-ema --num=8
 
 Samples use the EMA weights. By default a run uses its own sampler, and a release that of its paper (SDE or DDPM, 250
-steps; MeanFlow, 1 step). Files in DIR/samples_STEP, or in --out: grid.png, and samples.npz with `labels` and `arr_0`,
-uint8 images [n h w c], as the ADM evaluator reads them; for texts `prompts` and `condition`. --vae, or config.codec.vae
-of the run, decodes latents; without it they stay float32.
+steps; MeanFlow, 1 step). Files in DIR/samples_STEP, or in --out: grid.png, for videos also grid.gif, and samples.npz
+with `labels` and `arr_0`, uint8 images [n h w c], as the ADM evaluator reads them, or videos [n f h w c]; for texts
+`prompts` and `condition`. --vae, or config.codec.vae of the run, decodes latents; without it they stay float32.
 """
 
 import time
@@ -74,9 +74,8 @@ def run(
     files.write_npz(folder / "samples.npz", {"arr_0": images, **stored})
     places = {"samples": folder / "samples.npz"}
     if images.dtype == np.uint8:
-        grid = pictures.image_grid(pictures.as_pictures(images[:256]), names=names and names[:256])
-        pictures.save_png(folder / "grid.png", grid)
-        places["grid"] = folder / "grid.png"
+        grid = pictures.picture(images[:256], names and names[:256], source.space.video)
+        places |= zip(("grid", "moving"), pictures.save(folder / "grid.png", grid), strict=False)
     else:
         say("the samples are latents, float32: --vae=FILE decodes them")
     done(time.monotonic() - begin, places, f"{num} samples of {source.name}")

@@ -8,8 +8,8 @@
 --explain says what they mean, --dry_run what a run would do.
 The same command resumes a stopped run at its last checkpoint, with the same results to the bit. Ctrl-C and SIGTERM save
 and exit with code 42. Files in DIR: config.json, versions.json, parameters.txt, metrics.jsonl, TensorBoard events,
-samples.png, samples/, checkpoints/. When it ends or stops it draws curves.png, and report.html: one page with samples,
-curves, scores, config and the next commands.
+samples.png (videos: also samples.gif), samples/, checkpoints/. When it ends or stops it draws curves.png, and
+report.html: one page with samples, curves, scores, config and the next commands.
 """
 
 import contextlib
@@ -341,18 +341,20 @@ class Trainer(Plan):
             raise cli.Interrupted
 
     def show(self, step: int, last: bool) -> None:
-        """Draw samples, and write a grid of them, at the end also as samples.png."""
+        """Draw samples, and write a grid of them, at the end also as samples.png. Of videos also as GIF."""
         config, path = self.config, self.picture(step)
         y = self.experiment.conditions(None, config.samples.num, config.seed)
         drawn = self.draw(y)
         self.check_lock()
         if self.writer is None:
             return
-        grid = pictures.image_grid(pictures.as_pictures(drawn), names=self.experiment.named(y))
-        self.writer.write_images(step, {"samples": grid})
+        grid = pictures.picture(drawn, self.experiment.named(y), self.experiment.space.video)
+        self.writer.write_images(step, {"samples": grid.still})
+        if grid.moving is not None:
+            self.writer.write_moving(step, {"samples_moving": grid.moving})
         path.parent.mkdir(exist_ok=True)
         for place in [self.workdir / "samples.png"] * last + [path]:  # `path` shows that the step is done
-            pictures.save_png(place, grid)
+            pictures.save(place, grid)
 
     def evaluate(self, step: int, label: str) -> None:
         """Run an evaluator, and write its results."""
@@ -441,6 +443,7 @@ def results(workdir: Path, checkpoints: Checkpoints) -> dict[str, Any]:
     """Where the results of a run are."""
     places = {
         "samples": workdir / "samples.png",
+        "moving": workdir / "samples.gif",
         "curves": workdir / "curves.png",
         "report": workdir / "report.html",
         "metrics": workdir / "metrics.jsonl",

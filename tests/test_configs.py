@@ -45,7 +45,8 @@ CHOSEN += ["mean_flow:xl2,diversedit", "reg:b2", "photos:", "mmdit:repa,diversed
 CHOSEN += ["uvit:l4,sra,disp,diversedit_const"]
 OTHERS = ["default:", "digits:", "diversedit:b2,gated", "dit:512", "reg:xl2", "reg:xl2,diversedit", "reg:b2,512"]
 OTHERS += [f"mmdit:coco{method}" for method in ("", ",repa", ",sra", ",disp", ",diversedit", ",sra,disp")]
-OTHERS += ["captioned_digits:", "solids:", "mmdit:uvit,repa", "video:l2,joint", "video:b2,joint,diversedit"]
+OTHERS += ["captioned_digits:", "moving_digits:", "solids:", "mmdit:uvit,repa"]
+OTHERS += ["video:l2,joint", "video:b2,joint,diversedit"]
 OTHERS += ["uvit:h2", "uvit:l2", "uvit:coco,stored", "uvit:coco,repa,sra,disp,diversedit", "uvit:h4,repa,diversedit"]
 OTHERS += [f"{name}:{size},{side}" for name in RECIPES for size in ("b2", "l2", "xl2") for side in (256, 512)]
 OTHERS += [f"{name}:{size},diversedit" for name in RECIPES[2:] for size in ("b2", "l2", "xl2")]
@@ -89,7 +90,7 @@ def latents(tmp_path_factory):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_one_step_traces_at_full_size(name, latents):
     config = recipe(name)
-    small = {"digits:": 8, "captioned_digits:": 16, "solids:": 16}
+    small = {"digits:": 8, "moving_digits:": 8, "captioned_digits:": 16, "solids:": 16}
     side = small.get(name, 64 if re.search("512|[hl]4", name) else 32)
     side = 16 if name.startswith("video:") else side  # the frames of a clip
     if config.data.name == "latents":

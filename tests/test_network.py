@@ -1,7 +1,9 @@
 """Trained networks from Python: open, sample, look inside, score, analyze."""
 
+import base64
 import copy
 import io
+import re
 
 import numpy as np
 import pytest
@@ -68,6 +70,22 @@ def test_samples_show_themselves_as_a_grid():
     samples.names = ["1", "2", "3", "4"]
     assert Image.open(io.BytesIO(samples._repr_png_()), formats=("PNG",)).size == (70, 102)
     assert float(samples.mean()) == 0
+
+
+def test_videos_show_themselves_moving():
+    samples = np.random.default_rng(0).integers(0, 256, (4, 3, 8, 8, 1), dtype=np.uint8).view(Samples)
+    assert samples._repr_html_() is None, "a volume does not move"
+    assert samples._repr_png_().startswith(b"\x89PNG")
+    samples.video = True
+    (content,) = re.findall(r'src="data:image/gif;base64,([^"]+)"', samples._repr_html_())
+    with Image.open(io.BytesIO(base64.b64decode(content)), formats=("GIF",)) as shown:
+        assert (shown.size, shown.n_frames) == ((70, 70), 3)
+    assert samples[:2].video
+    assert samples[0]._repr_html_() is None
+    assert samples.astype(np.float32)._repr_html_() is None
+    samples.names = ["1", "2", "3", "4"]
+    with Image.open(io.BytesIO(samples._repr_png_()), formats=("PNG",)) as shown:
+        assert shown.size[1] == 4 * 34 + 2, "a row each"
 
 
 def test_features_are_those_of_an_analysis(model):

@@ -3,14 +3,16 @@ set -euo pipefail
 
 usage() {
   cat <<'USAGE'
-Usage: bash tools/demo.sh [captioned_digits | solids] [options of diversedit_jax.train, such as --config.total_steps=200]
+Usage: bash tools/demo.sh [RECIPE] [options of diversedit_jax.train, such as --config.total_steps=200]
 
 Installs what is needed and trains the default model on handwritten digits, then says where the samples are.
-With captioned_digits: a text-to-image model, on digits by colour, size and place.
-With solids: a model of volumes, on solids in a grid of voxels.
+RECIPE:
+  captioned_digits      a text-to-image model, on digits by colour, size and place
+  moving_digits         a model of videos, on digits that move and bounce
+  solids                a model of volumes, on solids in a grid of voxels
 
-  WORKDIR=DIR           where the run is kept (default: runs/digits in the repository, or runs/NAME of the example); a run
-                        found there is resumed
+  WORKDIR=DIR           where the run is kept (default: runs/RECIPE in the repository, or runs/digits); a run found there
+                        is resumed
   PYTHON, DIVERSEDIT_EXTRAS, DIVERSEDIT_LATEST: see tools/environment.sh
 USAGE
 }
@@ -21,13 +23,10 @@ if [[ ${1:-} == --help || ${1:-} == -h ]]; then
 fi
 
 recipe=digits extras=""
-if [[ ${1:-} == captioned_digits ]]; then
-  recipe=$1 extras=text
-  shift
-elif [[ ${1:-} == solids ]]; then
-  recipe=$1
-  shift
-fi
+case ${1:-} in
+  captioned_digits) recipe=$1 extras=text && shift ;;
+  moving_digits | solids) recipe=$1 && shift ;;
+esac
 
 # shellcheck source-path=SCRIPTDIR source=environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

@@ -14,7 +14,7 @@ from diversedit_jax.runtime.files import flat, write_text
 from diversedit_jax.runtime.versions import parameter_count, versions
 from diversedit_jax.weights import hub
 
-GRID = "samples.png"
+GRID, MOVING = "samples.png", "samples.gif"
 LIBRARIES = ("diversedit_jax", "jax", "flax", "python")
 CARD = """---
 license: unknown  # say which before you publish
@@ -46,11 +46,12 @@ python -m diversedit_jax.sample --checkpoint=hf:OWNER/NAME {flags}
 from diversedit_jax.network import load
 
 model = load("hf:OWNER/NAME")
-images = model.sample({arguments})  # uint8 [n h w c], or latents
+images = model.sample({arguments})  # uint8 [n *s c], or latents
 ```
 
 {own}config.json is the config of the run. model.safetensors has the parameters by their names in the network.
 """
+WITHOUT = "It was published without samples."
 OWN = """The config names code outside of the package: {}. Get it. If you trust it, add `--trust_workdir`, or
 `trust_workdir=True` to `load`.
 
@@ -58,7 +59,7 @@ OWN = """The config names code outside of the package: {}. Get it. If you trust 
 
 
 def write(folder: Path, found: Trained, params: Params, weights: str) -> None:
-    """Write README.md, and the run's grid of samples beside it.
+    """Write README.md, and the run's grid of samples beside it, of videos also the one that moves.
 
     folder: of the published run. weights: which of `trained.WEIGHTS` the parameters are.
     """
@@ -66,6 +67,8 @@ def write(folder: Path, found: Trained, params: Params, weights: str) -> None:
     grids = [found.workdir / "samples" / f"{step:07d}.png", found.workdir / GRID]
     if (grid := next(filter(Path.is_file, grids), None)) is not None and grid != folder / GRID:
         shutil.copyfile(grid, folder / GRID)
+        if grid.with_suffix(".gif").is_file():
+            shutil.copyfile(grid.with_suffix(".gif"), folder / MOVING)
     config = configs.stored(found.workdir).to_dict()
     scores = {name: f"{value:.6g}" for name, value in known_scores.found(found.workdir).get(step, {}).items()}
     kinds = [config["model"]["name"], config["objective"]["name"], *(one["name"] for one in config["losses"].values())]
@@ -91,7 +94,7 @@ def write(folder: Path, found: Trained, params: Params, weights: str) -> None:
     card = CARD.format(
         tags="\n".join(f"- {tag}" for tag in dict.fromkeys(tags)),
         title=folder.absolute().name,
-        grid=f"![samples]({GRID})" if (folder / GRID).is_file() else "It was published without samples.",
+        grid=next((f"![samples]({name})" for name in (MOVING, GRID) if (folder / name).is_file()), WITHOUT),
         facts=table(facts),
         scores=table(scores) if scores else "None are known.",
         own=OWN.format(", ".join(dict.fromkeys(own))) if own else "",

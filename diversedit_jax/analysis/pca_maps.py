@@ -12,11 +12,14 @@ from diversedit_jax.analysis.features import Learned, features
 from diversedit_jax.api import Batch
 from diversedit_jax.codecs import encoded
 from diversedit_jax.runs.build import Experiment
-from diversedit_jax.runtime.pictures import as_pictures
+from diversedit_jax.runtime.pictures import as_pictures, image_grid, spaced
 
 
 class Maps(NamedTuple):
-    """Pictures of k examples for l blocks. explained: the share of the variance that the components explain."""
+    """Pictures of k examples for l blocks. Frames of a video, or slices of a volume, are a grid in each.
+
+    explained: the share of the variance that the components explain.
+    """
 
     images: UInt8[np.ndarray, "k h w c"]
     maps: UInt8[np.ndarray, "l k gh gw 3"]
@@ -54,10 +57,17 @@ def principal(
     for i in range(1, len(scores)):
         agree = np.einsum("knc,knc->c", scores[i], scores[i - 1])
         scores[i] *= np.where(agree < 0, -1, 1)
-    maps = as_pictures(_as_levels(scores, axis=(1, 2)).reshape(-1, *grid, 3))
+    maps = _in_the_plane(_as_levels(scores, axis=(1, 2)).reshape(-1, *grid, 3))
     if images.dtype != np.uint8:  # latents: show the first channels
         images = _as_levels(images[..., :3] if images.shape[-1] >= 3 else images[..., :1])
-    return Maps(as_pictures(images), maps.reshape(len(scores), -1, *maps.shape[1:]), explained)
+    if images.ndim == 5:  # as many frames or slices as the maps have
+        images = images[:, spaced(images.shape[1], grid[0])]
+    return Maps(_in_the_plane(images), maps.reshape(len(scores), -1, *maps.shape[1:]), explained)
+
+
+def _in_the_plane(pictures: UInt8[np.ndarray, "k *s c"]) -> UInt8[np.ndarray, "k h w c"]:
+    """Pictures, of a video or a volume a grid of its frames or slices."""
+    return np.stack([image_grid(as_pictures(one)) for one in pictures]) if pictures.ndim == 5 else as_pictures(pictures)
 
 
 def _as_levels(x: np.ndarray, axis: tuple[int, ...] | None = None) -> UInt8[np.ndarray, "..."]:

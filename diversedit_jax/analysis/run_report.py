@@ -231,18 +231,21 @@ def shown(value: Any) -> str:
 
 
 def samples(folder: Path) -> str:
-    """Show the grids of samples at some steps in order, small, and the last one large."""
+    """Show the grids of samples at some steps in order, small, and the last one large. Grids of videos move."""
     grids = sorted((path for path in folder.glob("*.png") if path.stem.isdigit()), key=lambda path: int(path.stem))
-    few = drawing.spaced(grids, 7) if grids else []
+    few = [moving if (moving := path.with_suffix(".gif")).exists() else path for path in drawing.spaced(grids, 7)]
     shown = [figure(path, LARGE if path is few[-1] else SMALL) for path in few]
     return f'<div class="row">{"".join(shown)}</div>' if shown else ""
 
 
 def figure(path: Path, width: int) -> str:
-    """Show a grid of samples with its step below. Twice the width in pixels is enough for any screen."""
-    with Image.open(path, formats=("PNG",)) as image:
-        wide, kind, content = image.width, "png", path.read_bytes()
-        if wide > 2 * width:
+    """Show a grid of samples with its step below. Twice the width in pixels is enough for any screen.
+
+    Of a small grid that moves and has more pixels, it is the first frame.
+    """
+    with Image.open(path, formats=("PNG", "GIF")) as image:
+        wide, kind, content = image.width, path.suffix[1:], path.read_bytes()
+        if wide > 2 * width and (kind == "png" or width == SMALL):
             with io.BytesIO() as file:
                 image.convert("RGB").resize((2 * width, round(image.height * 2 * width / wide))).save(
                     file, format="jpeg", quality=88

@@ -1,4 +1,7 @@
-"""Finished images in the files that evaluators exchange: an .npz with `arr_0`, or a folder of images of one size."""
+"""Finished images in the files that evaluators exchange: an .npz with `arr_0`, or a folder of images of one size.
+
+An array may have videos or volumes, too.
+"""
 
 import hashlib
 import zipfile
@@ -19,16 +22,16 @@ ARRAY = "arr_0"
 
 
 class SampleFiles(NamedTuple):
-    """Images on disk, in the order of the file or of the names. shape: (h, w, c) of each.
+    """Images on disk, in the order of the file or of the names. shape: (*s, c) of each.
 
     path: of the file or folder that holds them, with the split if that is a folder.
-    read: (first, count) -> uint8 [count h w c].
+    read: (first, count) -> uint8 [count *s c].
     digest: () -> sha256 in hex: of the content of a file, or of the names, sizes and times in a folder.
     """
 
     path: Path
     count: int
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     read: Callable[[int, int], np.ndarray]
     digest: Callable[[], str]
 
@@ -46,8 +49,8 @@ def open_samples(path: str | Path) -> SampleFiles:
 
 
 def of_array(path: Path, images: np.ndarray) -> SampleFiles:
-    """The images of an array. DataError if it is not uint8 [n h w 1 or 3]. path: of its file."""
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:
+    """The images of an array. DataError if it is not uint8 [n h w 1 or 3], or [n f h w 1 or 3]. path: of its file."""
+    if images.dtype != np.uint8 or images.ndim not in (4, 5) or images.shape[-1] not in (1, 3) or not images.size:
         swapped = images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] not in (1, 3)
         given = f"{images.dtype} {list(images.shape)}"
         raise DataError(f"{path}: {ARRAY} is {given}: wanted {'the channels last, ' * swapped}uint8 [n h w 3]")

@@ -33,7 +33,7 @@ Extract = Callable[..., ExtractedFeatures]  # (images, their conditions=None) ->
 
 
 def extraction(extractors: Iterable[Extractor], layout: sharding.Layout, batch: int) -> Extract:
-    """A function from uint8 images [b h w c], b at most `batch`, to the features of each extractor.
+    """A function from uint8 samples [b *s c], b at most `batch`, to the features of each extractor.
 
     It may also get the stored conditions y [b ...] of the images, for extractors with `match`.
     Every batch is padded to one size, so one compiled program serves a whole evaluation. A device always takes
@@ -81,7 +81,7 @@ def matched(one: Extractor, weights: Any, given: tuple[jax.Array, Condition]) ->
 def compared(
     extractors: Iterable[Extractor],
     references: Iterable[Reference],
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     num: int,
     few: bool = False,
     y: Condition = None,
@@ -107,16 +107,14 @@ def compared(
     return found
 
 
-def features_of(extractors: Iterable[Extractor], shape: tuple[int, int, int]) -> dict[str, Features]:
-    """The shapes of the features of one image [h w c]. ConfigError if an extractor does not take such images."""
+def features_of(extractors: Iterable[Extractor], shape: tuple[int, ...]) -> dict[str, Features]:
+    """The shapes of the features of one sample [*s c]. ConfigError if an extractor does not take such samples."""
     image = jax.ShapeDtypeStruct((1, *shape), np.uint8)
     return {one.name: jax.eval_shape(one.apply, one.init(), image) for one in extractors}
 
 
-def check_reference(
-    extractors: Iterable[Extractor], references: Iterable[Reference], shape: tuple[int, int, int]
-) -> None:
-    """Raise ConfigError for references that do not fit these networks, or images [h w c] of this shape."""
+def check_reference(extractors: Iterable[Extractor], references: Iterable[Reference], shape: tuple[int, ...]) -> None:
+    """Raise ConfigError for references that do not fit these networks, or samples [*s c] of this shape."""
     extractors, references = list(extractors), list(references)
     features = features_of(extractors, shape)
     with_images = [reference for reference in references if reference.images is not None]
@@ -139,10 +137,10 @@ def check_reference(
             many = f"the reference has {images.count} images, more than {MOST_IMAGES}"
             raise ConfigError(f"{many}: make statistics of them once, with tools.reference_stats")
         if images is not None and images.shape != shape:
-            theirs, ours = (f"{h} x {w} pixels and {c} channels" for h, w, c in (images.shape, shape))
+            theirs, ours = (f"{' x '.join(map(str, s))} pixels and {c} channels" for *s, c in (images.shape, shape))
             raise ConfigError(f"samples have {ours}, the reference's images {theirs}")
-        if made is not None and tuple(made) != shape[:2]:
-            theirs, ours = (f"{h} x {w} pixels" for h, w in (made, shape[:2]))
+        if made is not None and tuple(made) != shape[:-1]:
+            theirs, ours = (f"{' x '.join(map(str, sides))} pixels" for sides in (made, shape[:-1]))
             raise ConfigError(f"samples have {ours}, the reference is of {theirs}")
 
 
@@ -163,11 +161,9 @@ def _check_statistics(one: Extractor, reference: Reference, features: Features) 
 
 
 def check_images(what: str, shape: tuple[int, ...] | None) -> None:
-    """Raise ConfigError for samples that are not images. shape: of a decoded sample, None for latents."""
+    """Raise ConfigError for samples that are latents. shape: of a decoded sample, None for latents."""
     if shape is None:
         raise ConfigError(f"{what} samples latents, wanted images: give the decoder (config.codec.vae or --vae=FILE)")
-    if len(shape) != 3:
-        raise ConfigError(f"{what} has samples of shape {shape}, wanted images [h w c]")
 
 
 def check_count(num: int, features: Mapping[str, Features], few: bool) -> None:

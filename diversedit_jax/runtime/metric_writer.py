@@ -1,6 +1,7 @@
 """Metrics of a run, as JSON lines and as TensorBoard events."""
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -11,9 +12,11 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from diversedit_jax.runtime.cli import silence
 from diversedit_jax.runtime.files import write_text
@@ -69,6 +72,14 @@ class MetricWriter(contextlib.AbstractContextManager):
             self._event(step, summary=summary.image(name, image, dataformats="HWC"))
         if self._loggers is not None and images:
             self._loggers.write_images(step, images)
+
+    def write_moving(self, step: int, moving: Mapping[str, bytes]) -> None:
+        """Pictures that move, as GIF files, to TensorBoard alone."""
+        for name, content in moving.items():
+            with Image.open(io.BytesIO(content), formats=("GIF",)) as opened:
+                width, height = opened.size
+            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content)
+            self._event(step, summary=Summary(value=[Summary.Value(tag=name, image=image)]))
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         """The settings of the run. Everything except numbers, bools and strings is written as text."""

@@ -1,10 +1,11 @@
-"""Images as bytes: grids, PNG files."""
+"""Samples as pictures: grids of images, of frames of videos, of views of volumes; PNG and GIF files."""
 
 import io
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -16,6 +17,78 @@ from diversedit_jax.runtime.files import replacing
 Pixels = np.ndarray | jax.Array
 SIZE, LINE = 12, 16  # of names in a grid: height of the font and of a line, in pixels
 LINES = 4  # most lines of a name
+STILL, MOVING = 4096, 1024  # pixels: about the largest side of a grid of frames or views, and of one that moves
+STRIP = 16  # most frames of a video, or slices of a volume, side by side
+FRAME = 120  # milliseconds: a GIF counts in hundredths of a second
+
+
+class Picture(NamedTuple):
+    """Samples in one picture. moving: a GIF of videos that all play at once; None for other samples."""
+
+    still: UInt8[np.ndarray, "H W c"]
+    moving: bytes | None = None
+
+
+def picture(
+    samples: UInt8[Pixels, "n *s c"],
+    names: Sequence[str] | None = None,
+    video: bool = False,
+    columns: int | None = None,
+) -> Picture:
+    """The grid of samples of any shape, see `image_grid`. Of very many videos or volumes it has the first.
+
+    Each video or volume has a row, with its name beside it: up to STRIP frames of a video; of a volume its views and
+    slices, see `views`. Names and columns stand in the moving grid as in a grid of images.
+
+    video: the first spatial axis is time.
+    """
+    samples = coloured(np.asarray(samples))
+    if samples.ndim != 5:
+        return Picture(image_grid(as_pictures(samples), columns, names))
+    shown = samples[: max(1, STILL // (max(32, *samples.shape[1:3]) + 2))]
+    strips = shown[:, spaced(shown.shape[1], STRIP)] if video else views(shown)
+    n, k = strips.shape[:2]
+    beside = names and [name for name in names[:n] for _ in range(k)]
+    still = image_grid(strips.reshape(n * k, *strips.shape[2:]), k, beside)
+    return Picture(still, _moving(samples, names, columns) if video else None)
+
+
+def _moving(videos: UInt8[np.ndarray, "n f h w c"], names: Sequence[str] | None, columns: int | None) -> bytes:
+    """A GIF of a grid of videos, without an end."""
+    most = max(1, MOVING // (max(32, videos.shape[2]) + 2)) ** 2
+    shown = videos[: max(columns, most - most % columns) if columns else most]
+    grids = [image_grid(frame, columns, names and names[: len(shown)]) for frame in np.moveaxis(shown, 1, 0)]
+    first, *others = (Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid) for grid in grids)
+    file = io.BytesIO()
+    first.save(file, format="gif", save_all=True, append_images=others, duration=FRAME, loop=0)
+    return file.getvalue()
+
+
+def views(volumes: UInt8[np.ndarray, "n d h w c"]) -> UInt8[np.ndarray, "n k H W c"]:
+    """Pictures of volumes: three views, a white gap, and up to STRIP slices along the first axis.
+
+    A view is the mean along an axis, made as bright as the volume. Pictures that are smaller than others have a white
+    margin.
+    """
+    d, h, w = volumes.shape[1:4]
+    means = [volumes.mean(axis=axis, keepdims=True) for axis in (1, 2, 3)]
+    most = [np.maximum(x.max(axis=(1, 2, 3, 4), keepdims=True), 1) for x in (volumes, *means)]
+    bright = [mean * np.minimum(most[0] / peak, 255 / peak) for mean, peak in zip(means, most[1:], strict=True)]
+    seen = [np.round(view).astype(np.uint8).squeeze(axis) for axis, view in enumerate(bright, 1)]
+    slices = volumes[:, spaced(d, STRIP)]
+    pictures = [*seen, np.full_like(seen[0], 255), *np.moveaxis(slices, 1, 0)]
+    height, width = max(h, d), max(w, h)
+
+    def framed(one: UInt8[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n H W c"]:
+        margins = [((free // 2), free - free // 2) for free in (height - one.shape[1], width - one.shape[2])]
+        return np.pad(one, ((0, 0), *margins, (0, 0)), constant_values=255)
+
+    return np.stack([framed(one) for one in pictures], axis=1)
+
+
+def spaced(count: int, most: int) -> np.ndarray:
+    """The numbers 0 .. count - 1, or `most` of them at equal distances, with the first and the last."""
+    return np.round(np.linspace(0, count - 1, min(count, most))).astype(int)
 
 
 def image_grid(
@@ -61,9 +134,10 @@ def image_grid(
 
 def _place_of_names(names: Sequence[str], columns: int) -> str:
     """Where names stand: `columns`, `rows` or `images`."""
-    if len(names) > columns and all(name == names[i % columns] for i, name in enumerate(names)):
-        return "columns"
-    return "rows" if columns > 1 and all(name == names[i - i % columns] for i, name in enumerate(names)) else "images"
+    if columns > 1 and all(name == names[i - i % columns] for i, name in enumerate(names)):
+        return "rows"
+    above = len(names) > columns and all(name == names[i % columns] for i, name in enumerate(names))
+    return "columns" if above else "images"
 
 
 def _width(text: str) -> float:
@@ -111,11 +185,16 @@ def as_pictures(samples: UInt8[Pixels, "n *s c"]) -> UInt8[np.ndarray, "n h w k"
 
     Frames of a video and slices of a volume stand side by side.
     """
-    images = np.asarray(samples)
+    images = coloured(np.asarray(samples))
     images = images.reshape(len(images), *(1,) * (4 - images.ndim), *images.shape[1:])
     while images.ndim > 4:  # the first spatial axis goes along the width
         images = np.concatenate(list(np.moveaxis(images, 1, 0)), axis=-2)
-    return images[..., : 3 if images.shape[-1] >= 3 else 1]
+    return images
+
+
+def coloured(samples: UInt8[np.ndarray, "n *s c"]) -> UInt8[np.ndarray, "n *s k"]:
+    """Samples with one channel or three: the first of two, the first three of more."""
+    return samples[..., : 3 if samples.shape[-1] >= 3 else 1]
 
 
 def png(image: UInt8[Pixels, "h w c"]) -> bytes:
@@ -129,3 +208,17 @@ def save_png(path: str | os.PathLike, image: UInt8[Pixels, "h w c"]) -> None:
     """Write an image with one channel or three, whole or not at all."""
     with replacing(Path(path)) as temporary:
         temporary.write_bytes(png(image))
+
+
+def save(path: str | os.PathLike, picture: Picture) -> list[Path]:
+    """Write a picture, whole or not at all: `path` as PNG and, if it moves, the same name as GIF. Returns the files.
+
+    The PNG comes last, so that it shows that all is there.
+    """
+    path = Path(path)
+    moving = [] if picture.moving is None else [path.with_suffix(".gif")]
+    for place in moving:
+        with replacing(place) as temporary:
+            temporary.write_bytes(picture.moving)
+    save_png(path, picture.still)
+    return [path, *moving]

@@ -1,5 +1,6 @@
 """The page of a run: what it shows, of any metrics and any config, and that a browser opens it."""
 
+import base64
 import io
 import json
 import re
@@ -10,7 +11,7 @@ from PIL import Image
 
 from diversedit_jax.analysis import known_scores, run_report
 from diversedit_jax.config import slot
-from diversedit_jax.runtime.pictures import save_png
+from diversedit_jax.runtime.pictures import picture, save, save_png
 from tests import browser
 from tests.test_train import tiny
 
@@ -53,6 +54,16 @@ def workdir(tmp_path_factory):
 def page(workdir):
     run_report.write(workdir, run_report.Facts(configured(), 8, 345_988, COMMAND))
     return (workdir / "report.html").read_text()
+
+
+def test_grids_of_videos_move_on_the_page(tmp_path):
+    videos = np.random.default_rng(0).integers(0, 256, (4, 3, 200, 300, 1), dtype=np.uint8)
+    for step in (2, 4):
+        save(tmp_path / f"{step:07d}.png", picture(videos, video=True))
+    early, last = re.findall(r"data:image/(\w+);base64,([^\"]+)", run_report.samples(tmp_path))
+    assert early[0] == "jpeg", "made smaller, so that it does not move"
+    assert last[0] == "gif"
+    assert base64.b64decode(last[1]) == (tmp_path / "0000004.gif").read_bytes()
 
 
 def rows(page: str) -> list[str]:

@@ -86,6 +86,13 @@ def test_one_channel_stays_one_channel(tmp_path):
     np.testing.assert_array_equal(found.read(0, 7), IMAGES[..., :1])
 
 
+def test_videos_are_read_like_images(tmp_path):
+    videos = np.stack([IMAGES[:3], IMAGES[3:6]])
+    found = open_samples(stored(tmp_path, videos))
+    assert (found.count, found.shape) == (2, (3, 4, 6, 3))
+    np.testing.assert_array_equal(found.read(1, 5), videos[1:])
+
+
 def refused(path, words, kind=DataError):
     with pytest.raises(kind, match=words) as error:
         open_samples(path)

@@ -150,6 +150,12 @@ def test_references_of_something_else_are_refused():
     refused([narrow], "the reference has 3 spatial features, inception has 4")
     large = good._replace(images=file_of(random_images(3, side=8)))
     refused([large], "samples have 4 x 4 pixels and 1 channels, the reference's images 8 x 8 pixels and 1 channels")
+    of_images, said = (
+        [Reference({}, file_of(random_images(3)), {})],
+        "samples have 2 x 4 x 4 pixels and 1 channels, the",
+    )
+    with pytest.raises(ConfigError, match=said):
+        scoring.check_reference([linear()], of_images, (2, 4, 4, 1))
     many = image_files.SampleFiles(Path("set"), 1_281_167, (4, 4, 1), None, None)
     refused([Reference({}, many, {})], "has 1281167 images, more than 100000: make statistics of them once")
     refused([good._replace(about={"made": {"size": [8, 8]}})], "samples have 4 x 4 pixels, the reference is of 8 x 8")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from diversedit_jax.runtime.cli import _not_routine, silence
 from diversedit_jax.runtime.metric_writer import MetricWriter
-from diversedit_jax.runtime.pictures import LINE, image_grid, save_png
+from diversedit_jax.runtime.pictures import LINE, image_grid, picture, save_png
 from diversedit_jax.runtime.progress import Progress, duration
 from diversedit_jax.runtime.versions import parameter_overview, versions
 
@@ -79,6 +79,15 @@ def test_tensorboard_reads_every_kind(tmp_path):
     assert image.shape == (8, 8, 3)
     assert (image == 128).all()
     assert (events.Images("coloured")[0].height, events.Images("coloured")[0].width) == (16, 24)
+
+
+def test_tensorboard_gets_pictures_that_move(tmp_path):
+    moving = picture(np.random.default_rng(0).integers(0, 256, (1, 3, 32, 48, 1), dtype=np.uint8), video=True).moving
+    with MetricWriter(tmp_path) as writer:
+        writer.write_moving(3, {"samples_moving": moving})
+    (found,) = events_of(tmp_path).Images("samples_moving")
+    assert (found.step, found.height, found.width) == (3, 36, 52)
+    assert found.encoded_image_string == moving
 
 
 # Progress.

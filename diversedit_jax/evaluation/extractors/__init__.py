@@ -14,7 +14,7 @@ from diversedit_jax.errors import ConfigError
 
 
 class Features(NamedTuple):
-    """Features of images, float32. None: the network does not have them.
+    """Features of images or videos, float32. None: the network does not have them.
 
     pool:    [b d], of the whole image: for Frechet and kernel distance, precision and recall.
     spatial: [b s], of places in the image: for sFID.
@@ -33,9 +33,9 @@ class Extractor(NamedTuple):
 
     name:      part of the names of scores; `inception` gives FID.
     init:      () -> weights, on the host; the first call reads the file.
-    apply:     (weights, images uint8 [b h w c]) -> Features.
+    apply:     (weights, images uint8 [b h w c] or videos [b f h w c]) -> Features. ConfigError for another shape.
     about:     everything that can change the features: `weights` with a `digest` of their values, `resize`.
-    reference: () -> images uint8 [n h w c] to compare with if no reference is given; None: there are none.
+    reference: () -> samples uint8 [n *s c] to compare with if no reference is given; None: there are none.
     chunk:     images that a device takes at a time, the same on every machine because last bits may depend on it.
     match:     (weights, Features, stored conditions y [b ...]) -> `Features.match`. None: it sees images alone.
     check:     of an extractor with `match`: raises ConfigError for conditions y that it cannot read.
@@ -45,7 +45,7 @@ class Extractor(NamedTuple):
     init: Callable[[], Params]
     apply: Callable[[Params, Array], Features]
     about: Mapping[str, Any]
-    reference: Callable[[], UInt8[np.ndarray, "n h w c"]] | None = None
+    reference: Callable[[], UInt8[np.ndarray, "n *s c"]] | None = None
     chunk: int = 16
     match: Callable[[Params, Features, Array], Array] | None = None
     check: Callable[[Condition], None] | None = None
