@@ -45,7 +45,8 @@ CHOSEN += ["mean_flow:xl2,diversedit", "reg:b2", "photos:", "mmdit:repa,diversed
 CHOSEN += ["uvit:l4,sra,disp,diversedit_const"]
 OTHERS = ["default:", "digits:", "diversedit:b2,gated", "dit:512", "reg:xl2", "reg:xl2,diversedit", "reg:b2,512"]
 OTHERS += [f"mmdit:coco{method}" for method in ("", ",repa", ",sra", ",disp", ",diversedit", ",sra,disp")]
-OTHERS += ["captioned_digits:", "moving_digits:", "mmdit:uvit,repa", "video:l2,joint", "video:b2,joint,diversedit"]
+OTHERS += ["captioned_digits:", "moving_digits:", "solids:", "mmdit:uvit,repa"]
+OTHERS += ["video:l2,joint", "video:b2,joint,diversedit"]
 OTHERS += ["uvit:h2", "uvit:l2", "uvit:coco,stored", "uvit:coco,repa,sra,disp,diversedit", "uvit:h4,repa,diversedit"]
 OTHERS += [f"{name}:{size},{side}" for name in RECIPES for size in ("b2", "l2", "xl2") for side in (256, 512)]
 OTHERS += [f"{name}:{size},diversedit" for name in RECIPES[2:] for size in ("b2", "l2", "xl2")]
@@ -89,8 +90,8 @@ def latents(tmp_path_factory):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_one_step_traces_at_full_size(name, latents):
     config = recipe(name)
-    fixed = {"digits:": 8, "moving_digits:": 8, "captioned_digits:": 16}
-    side = fixed.get(name, 64 if re.search("512|[hl]4", name) else 32)
+    small = {"digits:": 8, "moving_digits:": 8, "captioned_digits:": 16, "solids:": 16}
+    side = small.get(name, 64 if re.search("512|[hl]4", name) else 32)
     side = 16 if name.startswith("video:") else side  # the frames of a clip
     if config.data.name == "latents":
         config.data.data_dir = latents[side]
@@ -125,7 +126,7 @@ def test_one_step_traces_at_full_size(name, latents):
     assert [leaf.shape for leaf in jax.tree.leaves(after)] == [leaf.shape for leaf in jax.tree.leaves(state)]
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves((state["params"], state["ema"])))
     assert {"loss/total", "loss/objective", "grad_norm"} <= metrics.keys()
-    assert ("loss/diversity" in metrics) == ("diversedit" in name or name.endswith(("digits:", "photos:")))
+    assert ("loss/diversity" in metrics) == ("diversedit" in name or name.endswith(("digits:", "photos:", "solids:")))
     words = name.replace("reg:", "repa:").replace(":", ",").split(",")
     for word, loss in {"repa": "repa", "sra": "sra", "disp": "dispersive"}.items():
         assert any(key.startswith(f"loss/{loss}") for key in metrics) == (word in words)

@@ -9,6 +9,7 @@ Installs what is needed and trains the default model on handwritten digits, then
 RECIPE:
   captioned_digits      a text-to-image model, on digits by colour, size and place
   moving_digits         a model of videos, on digits that move and bounce
+  solids                a model of volumes, on solids in a grid of voxels
 
   WORKDIR=DIR           where the run is kept (default: runs/RECIPE in the repository, or runs/digits); a run found there
                         is resumed
@@ -24,7 +25,7 @@ fi
 recipe=digits extras=""
 case ${1:-} in
   captioned_digits) recipe=$1 extras=text && shift ;;
-  moving_digits) recipe=$1 && shift ;;
+  moving_digits | solids) recipe=$1 && shift ;;
 esac
 
 # shellcheck source-path=SCRIPTDIR source=environment.sh

@@ -50,20 +50,20 @@ MAX_PIXELS = 2**27  # of an image: a larger one could exhaust the memory. Pillow
 INDEX = "dataset.json"
 SPLIT = re.compile(r"(train|training|val|valid|validation|dev|eval|test|testing)[-_]?\d*", re.IGNORECASE)
 MAX_BESIDE = 1 << 20  # bytes of a file that holds the label or the caption of one image
-ONE = {"images": "an image", "videos": "a video"}
+ONE = {"images": "an image", "videos": "a video", "volumes": "a volume"}
 Place = tuple[Path, int, int]  # a tar file, and offset and size of an image in it
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """A collection of images, or of videos as `data.videos` opens them.
+    """A collection of images, of videos as `data.videos` opens them, or of volumes as `data.volumes` does.
 
     Many threads may read it, and it can be sent to other processes.
 
     path: where it lies, with the split if that is a folder. keys: unique names of the images.
     labels: int32 [n], all 0 without classes. classes: their names, or ().
-    read: index -> the encoded image, or the frames of a video. ignored: kind of other file -> how many there are.
-    what: `images` or `videos`.
+    read: index -> the encoded image or volume, or the frames of a video.
+    ignored: kind of other file -> how many there are. what: `images`, `videos` or `volumes`.
     """
 
     kind: str
@@ -135,7 +135,7 @@ def _kind(path: Path) -> str:
 
 
 def split_of(path: Path, split: str | None, what: str = "images") -> Path:
-    """The folder of a split: `path` itself if it has no splits and none is asked for. what: `images` or `videos`."""
+    """The folder of a split: `path` itself if it has no splits and none is asked for. what: as in `ImageFiles`."""
     below = []
     if path.is_dir():
         below = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not _is_hidden(entry.name))

@@ -472,7 +472,7 @@ def make(
     read_blocks: blocks whose features losses read one at a time.
 
     size: `S`, `B`, `L` or `XL`. depth, width, heads: replace single numbers of it.
-    patch, patch_frames, positions, base_grid: see `patches.patches_of`.
+    patch, patch_frames, positions, base_grid: see `models.patches.patches_of`.
     attention_axes, pairing: for videos, see `check_axes`.
     mlp_ratio: hidden units of a block, in widths.
     qk_norm: LayerNorm on queries and on keys, each with its own parameters.

@@ -105,18 +105,24 @@ def _first_line(build: Callable) -> str:
 
 
 def documented(build: Callable) -> dict[str, str]:
-    """option -> meaning, from the docstring of a factory, and from those of its module that it names in backquotes."""
-    names, doc = list(options(build)), inspect.getdoc(build) or ""
-    found = meanings(doc, names)
-    own = {name: said for name, said in found.items() if not said.lower().startswith("see `")}
-    for word in re.findall(r"`([\w.]+)`", doc):
+    """option -> meaning, from the docstring of a factory, and from those that it names in backquotes."""
+    names, found = list(options(build)), {}
+    for source in (*named_by(build), build):
+        said = meanings(inspect.getdoc(source) or "", names)
+        found |= {name: text for name, text in said.items() if not text.lower().startswith("see `")}
+    return found
+
+
+def named_by(build: Callable, known: frozenset = frozenset()) -> Iterator[Callable]:
+    """The functions and classes that a docstring names in backquotes, and those that these name, the nearest last."""
+    for word in re.findall(r"`([\w.]+)`", inspect.getdoc(build) or ""):
         module, _, last = word.rpartition(".")
         with contextlib.suppress(ImportError):
             place = importlib.import_module(f"diversedit_jax.{module}") if module else inspect.getmodule(build)
             other = getattr(place, last, None)
-            if inspect.isfunction(other) or inspect.isclass(other):
-                found |= meanings(inspect.getdoc(other) or "", names)
-    return found | own
+            if (inspect.isfunction(other) or inspect.isclass(other)) and other not in known:
+                yield from named_by(other, known | {build})
+                yield other
 
 
 def meanings(doc: str, names: list[str]) -> dict[str, str]:
@@ -133,8 +139,16 @@ def meanings(doc: str, names: list[str]) -> dict[str, str]:
 
 
 def limits(build: Callable) -> dict[str, str]:
-    """option -> its range in words, from the calls of `in_range` and `one_of` in a factory."""
-    found, names = {}, options(build)
+    """option -> its range in words, from the calls of `in_range` and `one_of` in a factory and in what it names."""
+    found: dict[str, str] = {}
+    for source in (*filter(inspect.isfunction, named_by(build)), build):
+        found |= _limits(source, options(build))
+    return found
+
+
+def _limits(build: Callable, names: Mapping[str, Any]) -> dict[str, str]:
+    """`limits`, from the calls in this function alone."""
+    found = {}
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(build)))
     except (OSError, SyntaxError):  # a factory without a source

@@ -210,6 +210,7 @@ READERS = {
     "meanflow_pt": Reader(latents("meanflow_pt", num_classes=3), sealed=True),
     "cifar10": Reader(photographs),
     "lightningdit": Reader(latents("lightningdit", mirror=True)),
+    "volumes": Reader(latents("volumes", mirror=(0,))),
     "torch zip": Reader(weights, sealed=True),
     "torch legacy": Reader(weights),
     "torch attack": Reader(weights),

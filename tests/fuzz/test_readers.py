@@ -26,6 +26,7 @@ from tests.data import (
     test_in_memory,
     test_latents,
     test_videos,
+    test_volumes,
 )
 from tests.evaluation import test_feature_cache, test_image_files, test_reference_statistics
 from tests.fuzz.readers import READERS
@@ -205,6 +206,7 @@ MAKERS = {
     **{name: layouts[name][0] for name in ("repa", "repa-zip", "meanflow_lmdb", "meanflow_pt", "lightningdit")},
     "cifar10": photographs,
     "edm2-zip": lambda path: test_foreign_latents.labelled(path.with_suffix(".zip"), True),
+    "volumes": test_volumes.write,
     "torch zip": copied(DATA / "weights_zip.pt"),
     "torch legacy": copied(DATA / "weights_legacy.pt"),
     "torch attack": attack,

@@ -65,6 +65,11 @@ def diversity(config: ConfigDict) -> None:
     config.losses.diversity = slot("losses", "diversity", preset="release")
 
 
+def factorised(config: ConfigDict) -> None:
+    """Let blocks attend within a frame and across frames in turn."""
+    config.model.attention_axes = "factorised"
+
+
 def same_kind(config: ConfigDict) -> None:
     """Join and compare blocks that attend along the same axis."""
     if config.model.skip != "none":
@@ -114,6 +119,8 @@ KINDS = {
     "+ diversity loss, same kind": (diversity, same_kind),
     "DiverseDiT, same kind": (*DIVERSEDIT, same_kind),
 }
+VIDEOS = {"SiT, joint attention": ()}
+VIDEOS |= {name: (factorised, *changes) for name, changes in (PARTS | KINDS).items()}
 METHODS = PARTS | {
     "REPA": (repa,),
     "REPA + DiverseDiT": (repa, *DIVERSEDIT),
@@ -157,7 +164,7 @@ class Example(NamedTuple):
 FRAMES = {"frechet_frame": "Fréchet distance of frames", "frechet_clip": "of videos"}
 EXAMPLES = {
     "digits": Example(METHODS, {"accuracy": "accuracy"}, {"frechet": "Fréchet distance"}),
-    "moving_digits": Example(PARTS | KINDS, {"all": "all right", "digit": "digit", "motion": "motion"}, FRAMES),
+    "moving_digits": Example(VIDEOS, {"all": "all right", "digit": "digit", "motion": "motion"}, FRAMES),
     "solids": Example(PARTS, {"accuracy": "accuracy", "one_piece": "one piece"}, {"frechet": "Fréchet distance"}),
 }
 COMPARED = 1024  # most tokens for the similarity of blocks: CKA has a matrix of tokens x tokens
