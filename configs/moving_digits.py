@@ -6,10 +6,10 @@ python -m diversedit_jax.sample --workdir=runs/moving_digits --labels=14 --num=9
 Hardware: any; 2 CPU cores take about 7 minutes. Expected after 3,000 steps: an independent judge sees the digit, one
 digit in all frames, the direction and the motion, each in at least 95% of the samples. All four were right in 97.8% of
 400, and in 99.3% of real held-out videos. The Frechet distance of whole videos to training videos was 0.008, and 0.002
-for held-out videos; with cfg_scale = 1 it was 0.004, and all was right in 89.5%. The motion follows from the class; what
-varies is the digit. Times are nearer to noise than elsewhere, since 8 frames may show a digit through more noise than one;
-this was not compared. Long residuals make blocks differ from the start, so the adaptive weight of the diversity loss is
-soon 0 here.
+for held-out videos; with cfg_scale = 1 it was 0.004, and all was right in 89.5%. The motion follows from the class;
+what varies is the digit. Times are nearer to noise than elsewhere: 8 frames may show a digit through more noise than
+one. That was not compared. Long residuals make blocks differ from the start, so the adaptive weight of the diversity
+loss is soon 0 here.
 """
 
 from ml_collections import ConfigDict
