@@ -181,11 +181,12 @@ def test_an_interrupted_evaluation_ends_in_the_same_score(undisturbed, source, j
 def test_a_grid_shows_captions(source, judges, tmp_path, monkeypatch):
     shown = []
 
-    def image_grid(images, columns, names):
+    def picture(samples, names, *options):
         shown.extend(names)
-        return images[0]
+        return drawing(samples, names, *options)
 
-    monkeypatch.setattr(evaluate, "image_grid", image_grid)
+    drawing = evaluate.pictures.picture
+    monkeypatch.setattr(evaluate.pictures, "picture", picture)
     scored(judges, drawn(source, 11), tmp_path)
     assert shown == source.named(source.conditions("shuffled", 10, 0))
     assert len(set(shown)) == 10
