@@ -16,12 +16,10 @@ from diversedit_jax.config import slot
 from diversedit_jax.data import Dataset
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.runs import build, trained
-from diversedit_jax.runtime import cli
 from diversedit_jax.training.checkpoint import Checkpoints
 from tests import captioned
-from tests.test_train import assert_same_bits, losses
+from tests.test_train import assert_one_device_is_as_eight, assert_resumed_to_the_bit
 from tools import convert_checkpoint
-from tools.chaos.processes import Processes
 
 PROMPTS = ["a small red seven", "a blue bus", ""]
 
@@ -39,23 +37,12 @@ def straight(tmp_path_factory):
 
 
 def test_stopped_and_resumed_it_is_the_same_to_the_bit(straight, tmp_path):
-    config = tiny()
-    config.evaluators.stop = slot("evaluators", "tests.parts:make_terminate", marker=str(tmp_path / "stopped"))
-    config.evaluators.stop.every = 3
-    with pytest.raises(cli.Stopped, match="stopped at step 3 of 4"):
-        train.run(config, tmp_path / "run")
-    assert_same_bits(train.run(tiny(), tmp_path / "run"), straight[1])
-    assert losses(tmp_path / "run") == losses(straight[0])
+    assert_resumed_to_the_bit(tiny, straight, tmp_path)
 
 
 @pytest.mark.slow
 def test_one_device_trains_as_eight_do(straight, tmp_path):
-    file = tmp_path / "config.py"
-    file.write_text("from tests.test_text_to_image import tiny as get_config\n")
-    command = ["diversedit_jax.train", f"--config={file}", f"--workdir={tmp_path / 'run'}"]
-    with Processes(command, 1, 1, tmp_path) as run:
-        assert run.wait() == [0], run.out()
-    assert losses(tmp_path / "run") == pytest.approx(losses(straight[0]), rel=1e-5)
+    assert_one_device_is_as_eight("tests.test_text_to_image.tiny()", straight, tmp_path)
 
 
 def test_it_says_what_it_read(straight):

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -86,6 +86,27 @@ def assert_same_bits(found, expected):
         assert same, f"{jax.tree_util.keystr(path)} differs"
 
     jax.tree_util.tree_map_with_path(compare, found, expected)
+
+
+def assert_resumed_to_the_bit(make: Callable[[], ConfigDict], straight, folder: Path) -> None:
+    """A run of 4 steps that is stopped after 3 and resumed is the undisturbed one: `straight`, (workdir, state)."""
+    config = make()
+    config.evaluators.stop = slot("evaluators", "tests.parts:make_terminate", marker=str(folder / "stopped"))
+    config.evaluators.stop.every = 3
+    with pytest.raises(cli.Stopped, match="stopped at step 3 of 4"):
+        train.run(config, folder / "run")
+    assert_same_bits(train.run(make(), folder / "run"), straight[1])
+    assert losses(folder / "run") == losses(straight[0])
+
+
+def assert_one_device_is_as_eight(call: str, straight, folder: Path) -> None:
+    """A process with one device trains as the undisturbed run did. call: makes its config, `module.name(arguments)`."""
+    file = folder / "config.py"
+    file.write_text(f"import {call.rpartition('.')[0]}\n\n\ndef get_config():\n    return {call}\n")
+    command = ["diversedit_jax.train", f"--config={file}", f"--workdir={folder / 'run'}"]
+    with Processes(command, 1, 1, folder) as run:
+        assert run.wait() == [0], run.out()
+    assert losses(folder / "run") == pytest.approx(losses(straight[0]), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import numpy as np
@@ -16,13 +17,11 @@ from diversedit_jax.config import slot
 from diversedit_jax.configs import uvit as recipe
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.runs import trained
-from diversedit_jax.runtime import cli
 from diversedit_jax.weights import dit as releases
 from tests import ROOT, captioned, test_train, untrained, whole_clip
 from tests.data import test_captioned_latents
-from tests.test_train import assert_same_bits, losses, records
+from tests.test_train import assert_one_device_is_as_eight, assert_resumed_to_the_bit, losses, records
 from tools import convert_checkpoint
-from tools.chaos.processes import Processes
 
 NUM = {"steps": 110, "continuous": 110, "text": 40}  # scored samples: digits have 96 features, texts 64 held-out images
 KINDS = {"steps": "h2,diversedit", "continuous": "l2,diversedit_const", "text": "coco,diversedit"}
@@ -68,24 +67,12 @@ def straight(kind, judge, tmp_path_factory):
 
 @pytest.mark.slow
 def test_stopped_and_resumed_it_is_the_same_to_the_bit(kind, straight, tmp_path):
-    config = tiny(kind)
-    config.evaluators.stop = slot("evaluators", "tests.parts:make_terminate", marker=str(tmp_path / "stopped"))
-    config.evaluators.stop.every = 3
-    with pytest.raises(cli.Stopped, match="stopped at step 3 of 4"):
-        train.run(config, tmp_path / "run")
-    assert_same_bits(train.run(tiny(kind), tmp_path / "run"), straight[1])
-    assert losses(tmp_path / "run") == losses(straight[0])
+    assert_resumed_to_the_bit(partial(tiny, kind), straight, tmp_path)
 
 
 @pytest.mark.slow
 def test_one_device_trains_as_eight_do(kind, straight, tmp_path):
-    file = tmp_path / "config.py"
-    file.write_text(f"from tests.test_uvit_end_to_end import tiny\n\n\ndef get_config():\n    return tiny({kind!r})\n")
-    with Processes(
-        ["diversedit_jax.train", f"--config={file}", f"--workdir={tmp_path / 'run'}"], 1, 1, tmp_path
-    ) as run:
-        assert run.wait() == [0], run.out()
-    assert losses(tmp_path / "run") == pytest.approx(losses(straight[0]), rel=1e-5)
+    assert_one_device_is_as_eight(f"tests.test_uvit_end_to_end.tiny({kind!r})", straight, tmp_path)
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """Runs on videos and volumes: resumed to the bit, on one device and on eight, and started from a network of images."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -12,9 +14,7 @@ from diversedit_jax.configs import moving_digits, solids
 from diversedit_jax.data import Dataset
 from diversedit_jax.data import moving_digits as videos
 from diversedit_jax.runs import trained
-from diversedit_jax.runtime import cli
-from tests.test_train import assert_same_bits, losses
-from tools.chaos.processes import Processes
+from tests.test_train import assert_one_device_is_as_eight, assert_resumed_to_the_bit, losses
 
 KINDS = ("joint", "factorised", "volumes")
 
@@ -56,24 +56,12 @@ def straight(kind, tmp_path_factory):
 
 @pytest.mark.slow
 def test_stopped_and_resumed_it_is_the_same_to_the_bit(kind, straight, tmp_path):
-    config = tiny(kind)
-    config.evaluators.stop = slot("evaluators", "tests.parts:make_terminate", marker=str(tmp_path / "stopped"))
-    config.evaluators.stop.every = 3
-    with pytest.raises(cli.Stopped, match="stopped at step 3 of 4"):
-        train.run(config, tmp_path / "run")
-    assert_same_bits(train.run(tiny(kind), tmp_path / "run"), straight[1])
-    assert losses(tmp_path / "run") == losses(straight[0])
+    assert_resumed_to_the_bit(partial(tiny, kind), straight, tmp_path)
 
 
 @pytest.mark.slow
 def test_one_device_trains_as_eight_do(kind, straight, tmp_path):
-    file = tmp_path / "config.py"
-    file.write_text(f"from tests.test_video_runs import tiny\n\n\ndef get_config():\n    return tiny({kind!r})\n")
-    with Processes(
-        ["diversedit_jax.train", f"--config={file}", f"--workdir={tmp_path / 'run'}"], 1, 1, tmp_path
-    ) as run:
-        assert run.wait() == [0], run.out()
-    assert losses(tmp_path / "run") == pytest.approx(losses(straight[0]), rel=1e-5)
+    assert_one_device_is_as_eight(f"tests.test_video_runs.tiny({kind!r})", straight, tmp_path)
 
 
 @pytest.mark.slow
