@@ -115,11 +115,11 @@ PARTS = {
     "DiverseDiT (both)": DIVERSEDIT,
 }
 KINDS = {
-    "+ long residuals, same kind": (residuals, same_kind),
-    "+ diversity loss, same kind": (diversity, same_kind),
-    "DiverseDiT, same kind": (*DIVERSEDIT, same_kind),
+    "+ long residuals (same kind)": (residuals, same_kind),
+    "+ diversity loss (same kind)": (diversity, same_kind),
+    "DiverseDiT (same kind)": (*DIVERSEDIT, same_kind),
 }
-VIDEOS = {"SiT, joint attention": ()}
+VIDEOS = {"SiT (joint attention)": ()}
 VIDEOS |= {name: (factorised, *changes) for name, changes in (PARTS | KINDS).items()}
 METHODS = PARTS | {
     "REPA": (repa,),
