@@ -6,14 +6,17 @@ an image, uint8 [h w c]. The trainer logs it as LABEL/name, with the label of th
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from diversedit_jax import registry, sharding
 from diversedit_jax.api import Condition
 from diversedit_jax.data import Dataset
+from diversedit_jax.errors import ConfigError
 from diversedit_jax.runs.build import Experiment, open_data, sample_shape
+
+Source = TypeVar("Source")
 
 
 class SampleSpec(NamedTuple):
@@ -36,6 +39,18 @@ class SampleSpec(NamedTuple):
         shape = sample_shape(codec, codec.shape(experiment.space.shape))
         batch = sharding.filled(config.sampler.batch_size)
         return cls(shape, batch, experiment.conditions, experiment, partial(open_data, config))
+
+    def judged(self, name: str, source: type[Source], what: str, shape: tuple[int, ...]) -> Source:
+        """The training source of the data `name`, for an evaluator that judges no other. ConfigError for other data.
+
+        source: the class of its sources. what, shape: its samples in a word, and the shape of one.
+        """
+        if self.shape != shape:
+            raise ConfigError(f"{name}: the samples are {self.shape or 'latents'}, wanted {what} {shape}")
+        train = self.data("train").source
+        if not isinstance(train, source):
+            raise ConfigError(f"{name}: the run has other data: it judges config.data.name = {name!r}")
+        return train
 
 
 class Current(NamedTuple):

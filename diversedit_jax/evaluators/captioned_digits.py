@@ -16,7 +16,6 @@ from diversedit_jax.data.captioned_digits import (
     CaptionedDigits,
     resized,
 )
-from diversedit_jax.errors import ConfigError
 from diversedit_jax.evaluators import SampleSpec
 from diversedit_jax.registry import in_range
 
@@ -84,11 +83,7 @@ def make(spec: SampleSpec, *, num: int = 512) -> Callable[[Sample], Iterable[tup
     Raises ConfigError if the data of the run are not `data.captioned_digits`.
     """
     in_range("captioned_digits: num", num, 1, MOST)
-    if spec.shape != SHAPE:
-        raise ConfigError(f"captioned_digits: the samples are {spec.shape or 'latents'}, wanted images {SHAPE}")
-    train = spec.data("train").source
-    if not isinstance(train, CaptionedDigits):
-        raise ConfigError("captioned_digits: the run has other data: it judges config.data.name = 'captioned_digits'")
+    train = spec.judged("captioned_digits", CaptionedDigits, "images", SHAPE)
 
     @cache  # read and fit once, at the first run
     def prepared() -> tuple[Judge, dict[str, CaptionedDigits]]:

@@ -10,7 +10,6 @@ from sklearn.svm import SVC
 
 from diversedit_jax.data import digits
 from diversedit_jax.data.moving_digits import CLASSES, FRAMES, PATHS, SHAPE, SIDE, MovingDigits
-from diversedit_jax.errors import ConfigError
 from diversedit_jax.evaluation.extractors.moving_digits import REFERENCE, first, of_clips, of_frames
 from diversedit_jax.evaluators import SampleSpec
 from diversedit_jax.metrics.frechet import frechet_distance, moments
@@ -121,11 +120,7 @@ def make(spec: SampleSpec, *, num: int = 400) -> Callable[[Sample], Iterable[tup
     Raises ConfigError if the data of the run are not `data.moving_digits`.
     """
     in_range("moving_digits: num", num, LEAST, MOST)
-    if spec.shape != SHAPE:
-        raise ConfigError(f"moving_digits: the samples are {spec.shape or 'latents'}, wanted videos {SHAPE}")
-    train = spec.data("train").source
-    if not isinstance(train, MovingDigits):
-        raise ConfigError("moving_digits: the run has other data: it judges config.data.name = 'moving_digits'")
+    train = spec.judged("moving_digits", MovingDigits, "videos", SHAPE)
 
     @cache  # read and fit once, at the first run
     def prepared() -> tuple[Judge, Callable, dict[str, float]]:
