@@ -60,6 +60,7 @@ setup(
         "pillow>=11.0",  # PNG
         "protobuf>=5",  # TensorFlow's graph with the weights of FID's Inception, without TensorFlow
         "safetensors>=0.5",  # weights of public releases, without pickle
+        "scipy>=1.13",  # pieces of a volume, for the judge of solids; jax brings it
         "scikit-learn>=1.6",  # the bundled digits, and the classifier that judges samples
         "tensorstore>=0.1.80",  # the index of the folders that orbax writes; orbax brings it
         "tensorboardX>=2.6.4",  # TensorBoard files without TensorFlow

@@ -44,7 +44,7 @@ FLOORS = {
     "runs": "",
     "evaluation": "matplotlib",
     "analysis": "",
-    "evaluators": "",
+    "evaluators": "scipy",
     "sample": "",
     "evaluate": "",
     "analyze": "",

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
+from scipy import ndimage
 from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsClassifier
 
 from diversedit_jax.data.solids import NAMES, SHAPE, SIDE, SIZES, Solids
-from diversedit_jax.errors import ConfigError
 from diversedit_jax.evaluators import SampleSpec
 from diversedit_jax.metrics.frechet import frechet_distance, moments
 from diversedit_jax.registry import in_range
@@ -52,15 +52,8 @@ def statistics(volumes: UInt8[np.ndarray, "n 16 16 16 1"]) -> Iterable[tuple[str
 
 def in_one_piece(full: Bool[np.ndarray, "d h w"]) -> bool:
     """Whether there are full voxels and all are connected: by faces, edges or corners."""
-    full = np.pad(full, 1)  # so that rolling never leaves the grid
-    reached, grown = np.zeros_like(full), np.zeros_like(full)
-    grown.flat[full.argmax()] = full.any()
-    while (grown != reached).any():
-        reached = grown
-        for axis in range(3):
-            grown = grown | np.roll(grown, 1, axis) | np.roll(grown, -1, axis)
-        grown &= full
-    return bool(reached.any() and (reached == full).all())
+    _, pieces = ndimage.label(full, np.ones((3, 3, 3)))
+    return pieces == 1
 
 
 class Judge(NamedTuple):
@@ -107,11 +100,7 @@ def make(spec: SampleSpec, *, num: int = 512) -> Callable[[Sample], Iterable[tup
     Raises ConfigError if the data of the run are not `data.solids`.
     """
     in_range("solids: num", num, 2, SIZES["test"])
-    if spec.shape != SHAPE:
-        raise ConfigError(f"solids: the samples are {spec.shape or 'latents'}, wanted volumes {SHAPE}")
-    train = spec.data("train").source
-    if not isinstance(train, Solids):
-        raise ConfigError("solids: the run has other data: it judges config.data.name = 'solids'")
+    train = spec.judged("solids", Solids, "volumes", SHAPE)
 
     @cache  # fit once, at the first run
     def prepared() -> tuple[Judge, dict[str, float]]:
