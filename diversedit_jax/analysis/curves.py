@@ -78,7 +78,7 @@ def against_scores(folder: Path, studies: Sequence[Study]) -> ReportFigure | Non
                 axes.set_yscale("log")
                 axes.yaxis.set_major_formatter("{x:g}")
             axes.grid(alpha=0.25, linewidth=0.5)
-            if len(set(x)) > 1 and min(y) > 0:
+            if min(len(set(x)), len(set(y))) > 1 and min(y) > 0:
                 r = float(np.corrcoef(x, np.log(y))[0, 1])
                 correlations.append(f"{r:.2f} ({known_scores.title(name)}, {len(x)} checkpoints)")
         legend(figure, figure.axes[0])

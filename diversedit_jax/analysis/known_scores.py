@@ -67,7 +67,7 @@ def column(known: Sequence[Mapping[str, float]], kinds: Sequence[str]) -> str | 
     found = [
         (sum(name in scores for scores in known), -kinds.index(kind), -names.index(name), name)
         for name in names
-        if (kind := kind_of(name)) in kinds and not name.endswith(("_std", "_floor")) and "float16" not in name
+        if (kind := kind_of(name)) in kinds and of_samples(name)
     ]
     return max(found)[-1] if found else None
 
@@ -92,5 +92,15 @@ def lower_is_better(name: str) -> bool | None:
 
 
 def is_distance(name: str) -> bool:
-    """Whether a score is a Fréchet distance: lower is better."""
-    return kind_of(name) in DISTANCES and not name.endswith(("_std", "_floor"))
+    """Whether a score is a Fréchet distance of samples: lower is better."""
+    return kind_of(name) in DISTANCES and of_samples(name)
+
+
+def is_about(name: str) -> bool:
+    """Whether a score tells about another one: its spread, its limit, its value in half precision."""
+    return name.endswith(("_std", "_floor")) or "float16" in name
+
+
+def of_samples(name: str) -> bool:
+    """Whether a score is of samples: not about another one, and not of real data, LABEL/real/NAME."""
+    return not is_about(name) and "/real/" not in name

@@ -107,13 +107,14 @@ def chosen(curves: Mapping[str, Curve], judges: tuple[str, ...]) -> list[str]:
         rank = next((i for i, begin in enumerate(order) if name.startswith(begin)), None)
         return rank if rank is not None else 3 if "/" in name and not name.startswith("learning_rate") else 4
 
-    names = [name for name in curves if name not in SHARED and not is_about(name)]
+    names = [name for name in curves if name not in SHARED and not known_scores.is_about(name)]
     return sorted((name for name in names if place(name) < 5 or len(set(curves[name].values)) > 1), key=place)
 
 
-def is_about(name: str) -> bool:
-    """Whether a metric tells about another score: its spread, its limit, its value in half precision."""
-    return name.endswith(("_std", "_floor")) or "float16" in name
+def limit(name: str, curves: Mapping[str, Curve]) -> Curve | None:
+    """The score of perfect samples or of real data, LABEL/NAME_floor or LABEL/real/NAME, if it is known."""
+    label, _, score = name.partition("/")
+    return curves.get(f"{name}_floor", curves.get(f"{label}/real/{score}"))
 
 
 # Curves.
@@ -131,7 +132,7 @@ def draw(names: Sequence[str], curves: Mapping[str, Curve], judges: tuple[str, .
         for axes in grid[len(names) :]:
             axes.set_axis_off()
         for number, (axes, name) in enumerate(zip(grid, names, strict=False)):
-            panel(axes, name, curves[name], name.startswith(judges), curves.get(f"{name}_floor"))
+            panel(axes, name, curves[name], name.startswith(judges), limit(name, curves))
             axes.set_xlim(0, last * 1.02)
             axes.xaxis.set_major_locator(MaxNLocator(4, steps=ROUND, integer=True))
             axes.xaxis.set_major_formatter(drawing.thousands)
@@ -270,7 +271,7 @@ def scores_section(curves: Mapping[str, Curve], judges: tuple[str, ...], config:
     """A table of the last value of each score, and of the best one with its step."""
     rows = [["score", "last", "at step", "best", "at step"]]
     for name, (steps, values) in curves.items():
-        if not name.startswith(judges) or is_about(name):
+        if not name.startswith(judges) or known_scores.is_about(name):
             continue
         spread, lower = curves.get(f"{name}_std"), known_scores.lower_is_better(name)
         if config.checkpoint.best and name == config.checkpoint.metric:

@@ -327,6 +327,8 @@ def test_scores_are_found_by_step(workdir, tmp_path):
         "IS (digits)",
     ]
     assert not known_scores.is_distance("digits/frechet_floor")
+    assert not known_scores.is_distance("solids/real/frechet"), "it is of real data"
+    assert known_scores.column([{"a/real/accuracy": 1.0, "a/accuracy": 0.5}], ["accuracy"]) == "a/accuracy"
 
 
 # --- The report.
