@@ -8,10 +8,9 @@ rates of configs/finetune.py. The same command goes on after the seeds that OUT 
 beside it (.md). The flags are those of tools.studies.methods.
 """
 
-import json
 import statistics
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,18 +21,15 @@ from ml_collections import ConfigDict
 
 from diversedit_jax import config as configs
 from diversedit_jax.config import slot
-from diversedit_jax.errors import ConfigError
 from diversedit_jax.runs import starting
 from diversedit_jax.runtime import cli
-from diversedit_jax.runtime.files import write_json, write_text
-from diversedit_jax.runtime.versions import versions
 from diversedit_jax.training import optimizer
 from diversedit_jax.training.step import started_from
 from diversedit_jax.weights import dit as releases
 from diversedit_jax.weights.formats.weights_file import write_safetensors
 from tools.studies import methods
 from tools.studies.evidence.statistics import paired_ratio
-from tools.studies.methods import BATCH, NUM, OUT, SEEDS, STEPS, Method
+from tools.studies.methods import BATCH, NUM, STEPS, Method, Results
 
 FAMILY, PLAIN = "official_sit", "goes on as it is"
 SCORES = {"frechet": ("Fréchet distance", 3), "accuracy": ("accuracy, %", 1), "similarity": ("similarity of blocks", 3)}
@@ -108,7 +104,7 @@ def write_release(method: Method, params: Any, file: Path) -> None:
     write_safetensors(file, releases.export(jax.device_get(params), FAMILY, arch, space.shape[:2]))
 
 
-def of_seed(first: Method, rows: Mapping[str, Method], seed: int) -> dict[str, dict[str, float]]:
+def of_seed(first: Method, rows: Mapping[str, Method], seed: int) -> Results:
     """Train a SiT with one seed, and let all rows start from its file."""
     ema = trained(first, seed)
     results = {"before": scores(first, ema, seed)}
@@ -121,7 +117,7 @@ def of_seed(first: Method, rows: Mapping[str, Method], seed: int) -> dict[str, d
     return results
 
 
-def table(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+def table(results: Mapping[str, Results]) -> str:
     """Write means over seeds ± standard deviations as a Markdown table, and the ratio to the first row."""
     titles = [*(title for title, _ in SCORES.values()), "Fréchet distance, times the first row"]
     lines = [f"| | {' | '.join(titles)} |", f"|---|{'---|' * len(titles)}"]
@@ -139,24 +135,17 @@ def table(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def of_seeds(seeds: Sequence[int]) -> Iterator[tuple[int, Results]]:
+    """Train all rows with each seed."""
+    first = methods.prepare((official,)) if seeds else None
+    rows = {name: methods.prepare(changes) for name, changes in ROWS.items()} if seeds else {}
+    yield from ((seed, of_seed(first, rows, seed)) for seed in seeds)
+
+
 def main() -> None:
     """Train the seeds that --out does not hold yet."""
     cli.silence()
-    out = Path(OUT.value)
-    asked = {"steps": STEPS.value, "batch_size": BATCH.value, "num": NUM.value}
-    stored = json.loads(out.read_text()) if out.exists() else {"flags": asked, "seeds": {}}
-    if stored["flags"] != asked:
-        raise ConfigError(f"{out} holds another comparison ({stored['flags']}): remove it, or give its flags")
-    todo = [seed for seed in range(SEEDS.value) if str(seed) not in stored["seeds"]]
-    first = methods.prepare((official,)) if todo else None
-    rows = {name: methods.prepare(changes) for name, changes in ROWS.items()} if todo else {}
-    for seed in todo:
-        stored["seeds"][str(seed)] = of_seed(first, rows, seed)
-        stored["versions"] = versions()
-        write_json(out, stored)
-    text = table(stored["seeds"])
-    write_text(out.with_suffix(".md"), text)
-    print(text)
+    methods.study({"steps": STEPS.value, "batch_size": BATCH.value, "num": NUM.value}, of_seeds, table)
 
 
 if __name__ == "__main__":

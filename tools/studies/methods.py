@@ -167,6 +167,7 @@ EXAMPLES = {
     "moving_digits": Example(VIDEOS, {"all": "all right", "digit": "digit", "motion": "motion"}, FRAMES),
     "solids": Example(PARTS, {"accuracy": "accuracy", "one_piece": "one piece"}, {"frechet": "Fréchet distance"}),
 }
+Results = dict[str, dict[str, float]]  # row -> column -> number
 COMPARED = 1024  # most tokens for the similarity of blocks: CKA has a matrix of tokens x tokens
 
 
@@ -233,7 +234,7 @@ def similarity(method: Method, params: Any) -> float:
     return float(mean(params, method.frozen))
 
 
-def train(methods: dict[str, Method], seed: int) -> dict[str, dict[str, float]]:
+def train(methods: dict[str, Method], seed: int) -> Results:
     """Train all rows with one seed, in turn, and score them."""
     key_init, key_run = jax.random.split(jax.random.key(seed))
     loaders = {name: batches(method.built.config, seed) for name, method in methods.items()}
@@ -268,7 +269,7 @@ def train(methods: dict[str, Method], seed: int) -> dict[str, dict[str, float]]:
     return results
 
 
-def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
+def table(results: dict[str, Results]) -> str:
     """Write means over seeds ± standard deviations as a Markdown table."""
     seeds, columns = list(results.values()), EXAMPLES[EXAMPLE.value].columns
     lines = [f"| | {' | '.join(title for title, _ in columns.values())} |", f"|---|{'---|' * len(columns)}"]
@@ -282,32 +283,46 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def study(
+    asked: dict[str, Any], of_seeds: Callable[[list[int]], Iterator[tuple[int, Results]]], table: Callable
+) -> None:
+    """Go on with a study: add the seeds that --out lacks, and write the table.
+
+    asked: the settings; another study in --out is an error. of_seeds: seeds -> each with its results.
+    table: results of all seeds -> Markdown.
+    """
+    out = Path(OUT.value)
+    stored = json.loads(out.read_text()) if out.exists() else {"flags": asked, "seeds": {}}
+    if stored["flags"] != asked:
+        raise ConfigError(f"{out} holds another comparison ({stored['flags']}): remove it, or give its flags")
+    for seed, results in of_seeds([seed for seed in range(SEEDS.value) if str(seed) not in stored["seeds"]]):
+        stored["seeds"][str(seed)] = results
+        stored["versions"] = versions()
+        write_json(out, stored)
+    text = table(stored["seeds"])
+    write_text(out.with_suffix(".md"), text)
+    print(text)
+
+
 def main() -> None:
     """Train the seeds that --out does not hold yet."""
     silence()
-    out = Path(OUT.value)
     rows = EXAMPLES[one_of("--example", EXAMPLE.value, EXAMPLES)].rows
     names = ONLY.value or list(rows)
     asked = {"steps": STEPS.value, "batch_size": BATCH.value, "num": NUM.value, "rows": names}
     if EXAMPLE.value != "digits" or RATE.value:
         asked |= {"example": EXAMPLE.value, "learning_rate": RATE.value}
-    stored = json.loads(out.read_text()) if out.exists() else {"flags": asked, "seeds": {}}
-    if stored["flags"] != asked:
-        raise ConfigError(f"{out} holds another comparison ({stored['flags']}): remove it, or give its flags")
     changes = {name: rows[one_of("--only", name, rows)] for name in names}
-    todo = [seed for seed in range(SEEDS.value) if str(seed) not in stored["seeds"]]
-    with tempfile.TemporaryDirectory() as folder:
-        ENCODER["file"] = f"{folder}/encoder.safetensors"
-        if todo and EXAMPLE.value == "digits":
-            print(f"the encoder recognises {digits_encoder.train(ENCODER['file']):.1%} of the held-out digits")
-        methods = {name: prepare(change) for name, change in changes.items()} if todo else {}
-        for seed in todo:
-            stored["seeds"][str(seed)] = train(methods, seed)
-            stored["versions"] = versions()
-            write_json(out, stored)
-    text = table(stored["seeds"])
-    write_text(out.with_suffix(".md"), text)
-    print(text)
+
+    def of_seeds(seeds: list[int]) -> Iterator[tuple[int, Results]]:
+        with tempfile.TemporaryDirectory() as folder:
+            ENCODER["file"] = f"{folder}/encoder.safetensors"
+            if seeds and EXAMPLE.value == "digits":
+                print(f"the encoder recognises {digits_encoder.train(ENCODER['file']):.1%} of the held-out digits")
+            methods = {name: prepare(change) for name, change in changes.items()} if seeds else {}
+            yield from ((seed, train(methods, seed)) for seed in seeds)
+
+    study(asked, of_seeds, table)
 
 
 if __name__ == "__main__":
