@@ -5,7 +5,7 @@
 
 Variant: a size (b2, l2, xl2), a resolution (256, 512), `joint` (all tokens of all frames attend to each other) and
 `diversedit`; b2 and 256 by default. Clips have 16 frames; for others set --config.data.shape.
-Hardware: a TPU v5e-16 or larger slice, or 8 GPUs.
+Hardware: a slice of a TPU, or 8 GPUs. Its plan has not been made yet (tools.pod_plan).
 Expected: nothing is published for DiverseDiT on videos, and nobody has trained this recipe. The network is Latte's but
 for two things: the positions of frames are added to the embedding, and not behind the first block, and relative to the
 first frame. The objective is SiT's; Latte has DDPM, and clips gradients at 0.1 from step 20,000 on.

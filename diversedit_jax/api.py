@@ -116,7 +116,7 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a parameter [count ...] that are given: values[i] is row at[i]. The others keep their new values."""
+    """A parameter [count ...] of which only some rows are given: values[i] is row at[i]. The others begin anew."""
 
     at: tuple[int, ...]
     values: np.ndarray

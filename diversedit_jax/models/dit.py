@@ -357,6 +357,7 @@ class DiT(nnx.Module):
             """Deep block j with the output of its partner, block i = L - 1 - j, counted from 0. Eq. 8 of DiverseDiT:
 
             h_j <- Linear(LayerNorm(concatenate[h_j, h_i])), where h_j is what block j gives (`post`) or takes (`pre`).
+            With pairing `same_kind`, i is the mirror image of j among the blocks of its kind.
             """
             block, merge, skip = layer
             if self.skip.merge == "pre":

@@ -45,8 +45,8 @@ def patches_of(
     positions: one of POSITIONS, see `position_table`. `learned_frames`: parameters for each frame, zero at first, so
         that a network of images can be given frames. `space`: frames have no order. `auto`: `frames` for a video, else
         `axes`.
-    base_grid: positions are spread over the range of a grid with so many patches along each axis but that of frames, so
-        that a network trained there keeps its range. None: over the grid itself.
+    base_grid: positions are spread over the range of a grid with so many patches along each axis, so that a network
+        trained there keeps its range. A table over frames is never spread. None: over the grid itself.
     """
     sides = sides_of(space, patch, patch_frames)
     *given, _ = space.shape
@@ -116,8 +116,8 @@ def position_table(grid: tuple[int, ...], width: int, positions: str = "axes", b
         image, half encode the column, the others the row. The others, for videos: the table of one frame for all, and
         with `frames` one over frames of the full width is added to it, as in Latte (arXiv 2401.03048). It is taken
         relative to the first frame, so a video of one frame has the positions of an image.
-    base: places lie at i base / side along each axis but that of frames: a network that has learned the places of
-        `base` patches keeps their range. None: at i.
+    base: places lie at i base / side along each axis: a network that has learned the places of `base` patches keeps
+        their range. The table over frames stays. None: at i.
     """
     if positions != "axes":
         frame = np.tile(position_table(grid[1:], width, base=base), (grid[0], 1))
