@@ -3,8 +3,9 @@
     python -m tools.prepare_latents VIDEOS LATENTS --vae=sd-vae-ft-ema --frames=16 --interval=3
     python -m diversedit_jax.train --config=configs/video.py:xl2,diversedit --workdir=DIR --config.data.data_dir=LATENTS
 
-Variant: a size (b2, l2, xl2), a resolution (256, 512), `joint` (all tokens of all frames attend to each other) and
-`diversedit`; b2 and 256 by default. Clips have 16 frames; for others set --config.data.shape.
+Variant: a size (b2, l2, xl2), a resolution (256, 512), `joint` (all tokens of all frames attend to each other), and
+methods, `diversedit`, `repa` and `sra`; b2 and 256 by default. Clips have 16 frames; for others set
+--config.data.shape. For `repa` prepare the latents with --image=jpeg, and give --config.encoders.dinov2.file.
 Hardware: a slice of a TPU, or 8 GPUs. Its plan has not been made yet (tools.pod_plan).
 Expected: nothing is published for DiverseDiT on videos, and nobody has trained this recipe. The network is Latte's but
 for two things: the positions of frames are added to the embedding, and not behind the first block, and relative to the
@@ -16,14 +17,15 @@ With `diversedit` the long residuals join blocks of the same kind, and the loss 
 
 from ml_collections import ConfigDict
 
-from diversedit_jax.configs import diversedit, sit, variants
+from diversedit_jax.config import slot
+from diversedit_jax.configs import diversedit, repa, sit, sra, variants
 
 FRAMES = 16
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """SiT's recipe on clips of 16 frames."""
-    size, resolution, added = variants.read(variant, "joint", "diversedit")
+    size, resolution, added = variants.read(variant, "joint", "diversedit", "repa", "sra")
     config = sit.get_config(f"{size},{resolution}")
     config.total_steps = 1_000_000
     config.batch_size = 64
@@ -33,9 +35,15 @@ def get_config(variant: str = "") -> ConfigDict:
     if "diversedit" in added:
         diversedit.diversify(config)
         config.losses.diversity.groups = 1
-    if set(added) == {"diversedit"}:
-        config.model.pairing = "same_kind"
-        config.losses.diversity.kinds = 2
+        if "joint" not in added:
+            config.model.pairing = "same_kind"
+            config.losses.diversity.kinds = 2
+    if "sra" in added:
+        block, teacher = sra.BLOCKS[size]
+        options = {"block": block, "teacher_block": teacher, "decay_epochs": None}
+        config.losses.sra = slot("losses", "sra", **options, dtype="bfloat16")
+    if "repa" in added:
+        repa.align(config, ("dinov2", repa.BLOCKS[size]))
     config.sampler.batch_size = 16
     config.samples.num = 16
     return config

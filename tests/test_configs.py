@@ -34,26 +34,26 @@ from diversedit_jax.sampling import sampler
 from diversedit_jax.training import optimizer
 from diversedit_jax.training.step import initializer, train_step
 from tests import ROOT, captioned
-from tests.data.test_latents import write
+from tests.data.test_latents import png, write
 from tests.reference import DATA
 
 NAMES = sorted({path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__", "variants"})
 RECIPES = ("sit", "diversedit", "repa", "sra", "disp", "mean_flow")  # in all sizes
 # By default the largest of each kind; the others differ in a size or lack a loss. Tracing takes seconds.
 CHOSEN = ["diversedit:xl2,512", "dit:", "repa:l2,diversedit", "repa:dinov2@5,mae@10", "disp:b2,diversedit,sra"]
-CHOSEN += ["mean_flow:xl2,diversedit", "reg:b2", "photos:", "mmdit:repa,diversedit", "video:xl2,diversedit"]
+CHOSEN += ["mean_flow:xl2,diversedit", "reg:b2", "photos:", "mmdit:repa,diversedit", "video:xl2,repa,diversedit"]
 CHOSEN += ["uvit:l4,sra,disp,diversedit_const"]
 OTHERS = ["default:", "digits:", "diversedit:b2,gated", "dit:512", "reg:xl2", "reg:xl2,diversedit", "reg:b2,512"]
 OTHERS += [f"mmdit:coco{method}" for method in ("", ",repa", ",sra", ",disp", ",diversedit", ",sra,disp")]
 OTHERS += ["captioned_digits:", "moving_digits:", "solids:", "mmdit:uvit,repa"]
-OTHERS += ["video:l2,joint", "video:b2,joint,diversedit"]
+OTHERS += ["video:l2,joint", "video:b2,joint,diversedit", "video:l2,sra,repa"]
 OTHERS += ["uvit:h2", "uvit:l2", "uvit:coco,stored", "uvit:coco,repa,sra,disp,diversedit", "uvit:h4,repa,diversedit"]
 OTHERS += [f"{name}:{size},{side}" for name in RECIPES for size in ("b2", "l2", "xl2") for side in (256, 512)]
 OTHERS += [f"{name}:{size},diversedit" for name in RECIPES[2:] for size in ("b2", "l2", "xl2")]
 VARIANTS = CHOSEN + [pytest.param(name, marks=pytest.mark.slow) for name in OTHERS if name not in CHOSEN]
 MILLIONS = {"sit:b2": 130.30, "sit:l2": 457.82, "sit:xl2": 674.82}
 MILLIONS["mmdit:coco"] = 505.07
-MILLIONS |= {"video:xl2,diversedit": 712.06, "video:l2,joint": 457.82}  # attention over frames has no parameters
+MILLIONS |= {"video:xl2,repa,diversedit": 712.06, "video:l2,joint": 457.82}  # attention over frames has no parameters
 MILLIONS |= {"uvit:h2": 500.83, "uvit:l2": 286.76}  # its authors: 501 and 287
 MILLIONS["dit:"] = 674.83  # its authors count the position table too: 675.13
 MILLIONS |= {"diversedit:b2": 137.40, "diversedit:l2": 483.05, "diversedit:xl2": 712.06}
@@ -82,7 +82,10 @@ def latents(tmp_path_factory):
         side: write(tmp_path_factory.mktemp(f"l{side}"), 4, (2, side, side, 8), label=label, more=image(side))
         for side in (32, 64)
     }
-    videos = write(tmp_path_factory.mktemp("videos"), 2, (2, 16, 32, 32, 8), label=label)
+    frame = np.zeros((256, 256, 3), np.uint8)
+    frames = tfds.features.Sequence(tfds.features.Image(shape=frame.shape, encoding_format="png"), length=16)
+    pictures = {"image": (frames, lambda index: [png(frame)] * 16)}
+    videos = write(tmp_path_factory.mktemp("videos"), 2, (2, 16, 32, 32, 8), label=label, more=pictures)
     (Path(videos) / "latents.json").write_text(json.dumps({"format": FORMAT, "moments": MOMENTS, "video": True}))
     return made | {16: videos}
 

@@ -83,6 +83,8 @@ def features(
         found["label"] = tfds.features.ClassLabel(names=list(classes)) if classes else tfds.features.Scalar(np.int32)
     if image is not None:
         found["image"] = tfds.features.Image(shape=(size, size, 3), encoding_format=image)
+        if len(sides) == 3:
+            found["image"] = tfds.features.Sequence(found["image"], length=sides[0])
     return tfds.features.FeaturesDict(found | {name: both(*shape) for name, shape in cached.items()})
 
 

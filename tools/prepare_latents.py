@@ -15,7 +15,8 @@ With --frames=16 --interval=3 the collection holds videos: a folder of class fol
 files or of folders of frames. Every third frame is used, 16 make a clip, and each clip becomes a record: the moments of
 its frames [f h w 2c], each encoded as an image is. All clips of a video are taken that do not overlap; with
 --windows=first only the first one. A video without one whole clip is skipped. The mirror images of all frames belong
-together. See diversedit_jax/data/videos.py; video files need the extra `video`.
+together. --image and --encoder work as for images; a clip has no class token. See diversedit_jax/data/videos.py; video
+files need the extra `video`.
 
 After a kill, run the same command again: it goes on, and the records are those of an undisturbed run. Several processes
 may share the work, on one machine or on several that see OUT: --process_index=0 .. n-1 --process_count=n. Images that
@@ -210,7 +211,7 @@ def check(options: Options) -> None:
     in_range("--batch_size", options.batch_size, 1)
     in_range("--per_shard", options.per_shard, 1)
     in_range("--process_index", options.process_index, 0, options.process_count - 1)
-    for name in ("image", "encoder", "tokenizer", "captions") if options.frames else ():
+    for name in ("tokenizer", "captions") if options.frames else ():
         if getattr(options, name):
             raise ConfigError(f"--{name} is for images, and --frames for videos: give one of them")
     if options.sampling:
@@ -271,10 +272,11 @@ Encode = Callable[[np.ndarray], dict[str, np.ndarray]]
 def encoder(
     release: vae_files.Release, chosen: dict[str, dict[str, Any]], options: Options
 ) -> tuple[Encode, dict[str, tuple[int, ...]]]:
-    """What computes moments and features, and the shapes of one image's features by name.
+    """What computes moments and features, and the shapes of the features of one image or clip by name.
 
     It maps crops, uint8 [b size size 3], to float16 [b 2 ...] by name: of the crop, then of its mirror image. A batch
-    is filled up to a fixed size: one program is compiled, and no result depends on the number of processes.
+    is filled up to a fixed size: one program is compiled, and no result depends on the number of processes. Of the
+    frames of a clip the class tokens are left out, see `encoders.tokens`.
     """
     layout = sharding.make()
     network = vae_model.network(release.arch, options.precision)
@@ -286,7 +288,9 @@ def encoder(
         found = {"moments": moments(network, frozen["vae"], crops)}
         for name, one in made.items():
             patches, token = one.apply(frozen[name], crops)
-            found |= {f"features/{name}": patches} | ({} if token is None else {f"token/{name}": token})
+            found[f"features/{name}"] = patches
+            if token is not None and options.sampling is None:
+                found[f"token/{name}"] = token
         return jax.tree.map(lambda x: x.astype(jnp.float16), found)
 
     @cache
@@ -312,7 +316,10 @@ def encoder(
     abstract |= {name: jax.eval_shape(one.init) for name, one in made.items()}
     crops = jax.ShapeDtypeStruct((1, options.size, options.size, 3), np.uint8)
     found = jax.eval_shape(compute, abstract, crops)
-    return encode, {name: leaf.shape[1:] for name, leaf in found.items() if name != "moments"}
+    shapes = {name: leaf.shape[1:] for name, leaf in found.items() if name != "moments"}
+    if options.sampling:
+        shapes = {name: (options.frames * n, d) for name, (n, d) in shapes.items()}
+    return encode, shapes
 
 
 def described(images: ImageFiles, captions: Captions | None, indices: range, skipped: dict[str, str]) -> Sequence[int]:
@@ -398,17 +405,23 @@ def encoded(
 
 
 def by_frame(encode: Encode, crops: np.ndarray, size: int) -> dict[str, np.ndarray]:
-    """`encode` for images [b H W 3], or for clips [b f H W 3], which gives arrays [b 2 f ...]. size: of its batches."""
+    """`encode` for images [b H W 3], or for clips [b f H W 3]. size: of its batches.
+
+    Of clips it gives moments [b 2 f h w 2c], and features [b 2 (f n) d].
+    """
     if crops.ndim == 4:
         return encode(crops)
     frames = crops.reshape(-1, *crops.shape[2:])
     parts = [encode(frames[first : first + size]) for first in range(0, len(frames), size)]
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return {name: np.moveaxis(x.reshape(*crops.shape[:2], *x.shape[1:]), 2, 1) for name, x in joined.items()}
+    found = {name: np.moveaxis(x.reshape(*crops.shape[:2], *x.shape[1:]), 2, 1) for name, x in joined.items()}
+    return {name: x if name == "moments" else x.reshape(len(x), 2, -1, x.shape[-1]) for name, x in found.items()}
 
 
-def compressed(crop: np.ndarray, kind: str) -> bytes:
-    """A crop as PNG or JPEG."""
+def compressed(crop: np.ndarray, kind: str) -> bytes | list[bytes]:
+    """A crop as PNG or JPEG; of a clip, each of its frames."""
+    if crop.ndim == 4:
+        return [compressed(frame, kind) for frame in crop]
     file = io.BytesIO()
     quality = {"quality": JPEG_QUALITY, "subsampling": 0} if kind == "jpeg" else {}
     Image.fromarray(crop).save(file, kind, **quality)
@@ -520,7 +533,7 @@ def verify(out: str | Path, vae: str | Path | None, precision: str) -> None:
     if about["image"] is None:
         print("  the crops are not stored: the upper row of the picture is the lower one")
     else:
-        crops = np.stack([dataset.source[row]["image"] for row in some(dataset)])
+        crops = np.stack([dataset.source[row]["image"][at] for row, frames in some(dataset).items() for at in frames])
     compare(crops, decoded, folder / "verified.png")
 
 

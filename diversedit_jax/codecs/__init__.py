@@ -10,7 +10,7 @@ from jaxtyping import Array
 from diversedit_jax import registry
 from diversedit_jax.api import Batch, Codec, Condition, Conditions, Params, Space
 from diversedit_jax.data.levels import VALUES, Levels
-from diversedit_jax.encoders import Encoder, TextEncoder
+from diversedit_jax.encoders import Encoder, TextEncoder, tokens
 from diversedit_jax.errors import ConfigError
 
 # make(name, **options): the codec `name`; the options are the keywords of `codecs.<name>.make`.
@@ -42,10 +42,10 @@ def null_condition(codec: Codec, frozen: Params, null):
 
 
 def with_encoders(codec: Codec, encoders: Mapping[str, Encoder]) -> Codec:
-    """A codec that also runs frozen encoders on the raw `image` [b h w c], values 0 .. 255.
+    """A codec that also runs frozen encoders on the raw `image` [b h w c] or [b f h w c], values 0 .. 255.
 
-    The batch gets the patch tokens, `features/<label>` float32 [b n d], and if the encoder has one the class token,
-    `token/<label>` float32 [b d]. No gradient passes.
+    The batch gets the patch tokens, `features/<label>` float32 [b n d], and if there is one the class token,
+    `token/<label>` float32 [b d], see `encoders.tokens`. No gradient passes.
     """
 
     def init() -> Params:
@@ -61,7 +61,7 @@ def with_encoders(codec: Codec, encoders: Mapping[str, Encoder]) -> Codec:
         for label, encoder in encoders.items():
             if f"features/{label}" in batch:
                 raise ConfigError(f"features/{label} are in the data already: remove config.encoders.{label}")
-            patches, token = encoder.apply(frozen["encoders"][label], batch["image"])
+            patches, token = tokens(encoder, frozen["encoders"][label], batch["image"])
             found = {"features": patches} | ({} if token is None else {"token": token})
             batch |= {f"{kind}/{label}": jax.lax.stop_gradient(x.astype(jnp.float32)) for kind, x in found.items()}
         return batch

@@ -14,7 +14,7 @@ Every record has `moments`, and either `label` or `tokens`. It may have the othe
     tokens    Tensor(shape=(None, n), dtype=int32, encoding='bytes'): token ids of the captions of the image.
     text      Sequence(Text): these captions. Training does not read them.
     image     Image(shape=(H, W, k), encoding_format='png' or 'jpeg'), or Tensor of this shape and uint8: the pixels
-              of the image, not mirrored.
+              of the image, not mirrored. Of a clip: Sequence(Image(...), length=f).
     key       Text: the name of the image. Training does not read it.
     features/NAME, token/NAME
               Tensor(shape=(2, n, d)) and Tensor(shape=(2, d)), dtype=float16, encoding='bytes': patch tokens and class
@@ -104,7 +104,7 @@ def check(
     """
     *sides, channels = shape
     wanted = {"moments": ((2, *sides, 2 * channels), np.float16), condition[0]: condition[1:]}
-    wanted |= {"image": ((None, None, None), np.uint8)} if image else {}
+    wanted |= {"image": ((None,) * len(shape), np.uint8)} if image else {}
     wanted |= {name: ((2, *[None] * (CACHED[name.partition("/")[0]] - 1)), np.float16) for name in cached}
     for name, (wanted_shape, wanted_dtype) in wanted.items():
         if name not in features:
@@ -117,7 +117,8 @@ def check(
         if not np.issubdtype(given.np_dtype, wanted_dtype):
             raise DataError(f"latents: {name} is {np.dtype(given.np_dtype)}, wanted {wanted_dtype.__name__}")
         as_bytes = type(given) is tfds.features.Tensor and given._encoding == tfds.features.Encoding.BYTES
-        as_image = type(given) is tfds.features.Image and given.shape[-1] in (1, 3)
+        kind = given.feature if type(given) is tfds.features.Sequence else given
+        as_image = type(kind) is tfds.features.Image and kind.shape[-1] in (1, 3)
         if given.shape and not as_image and not as_bytes:
             wanted_kind = "Tensor(encoding='bytes') or Image with 1 or 3 channels"
             raise DataError(f"latents: {name} is stored as {given}; wanted {wanted_kind}")
@@ -128,10 +129,15 @@ def decoded(feature: Any, value: Any) -> Any:
     if not value.bytes_list.value:
         (number,) = value.int64_list.value
         return number
-    (content,) = value.bytes_list.value
-    if type(feature) is tfds.features.Image:  # tfds would let Pillow decode all that it can
-        return np.asarray(decode(content))[..., : feature.shape[-1]]
-    return np.frombuffer(content, feature.np_dtype).reshape([-1 if n is None else n for n in feature.shape])
+    if type(feature) is tfds.features.Tensor:
+        (content,) = value.bytes_list.value
+        return np.frombuffer(content, feature.np_dtype).reshape([-1 if n is None else n for n in feature.shape])
+    # tfds would let Pillow decode all that it can
+    found = [np.asarray(decode(content)) for content in value.bytes_list.value]
+    pixels = (found[0] if type(feature) is tfds.features.Image else np.stack(found))[..., : feature.shape[-1]]
+    if pixels.shape != feature.shape:
+        raise DataError(f"the stored pixels are {list(pixels.shape)}, wanted {list(feature.shape)}")
+    return pixels
 
 
 @dataclass(frozen=True)
@@ -215,7 +221,7 @@ def chosen(example: dict, mirror: bool) -> dict:
     same = {name: example[name] for name in ("y", "captions") if name in example}
     parts = {name: value[int(mirror)] for name, value in example.items() if name not in (*same, "image")}
     if "image" in example:
-        parts["image"] = example["image"][:, ::-1] if mirror else example["image"]
+        parts["image"] = example["image"][..., ::-1, :] if mirror else example["image"]
     return parts | same
 
 
@@ -256,8 +262,9 @@ def make(
     shape: of the latents, h w c or f h w c; by default as stored.
     num_classes: by default the number of stored class names; needed if the data have none. Not for captions.
     mirror: each draw takes the mirror image with probability 1/2, in every feature.
-    image: also read `image`, uint8 [H W k], which encoders run on.
-    cached: also read stored encoder outputs, float16: `features/NAME` [n d] or `token/NAME` [d].
+    image: also read `image`, uint8 [H W k] or [f H W k], which encoders run on.
+    cached: also read stored encoder outputs, float16: `features/NAME` [n d] or `token/NAME` [d]. Patch tokens of a
+        video are those of its frames, one after another, and it has no class token.
 
     Raises DataError if the directory, the split, a feature or a label is not as the module describes.
     """

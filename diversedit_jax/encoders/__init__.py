@@ -56,6 +56,18 @@ class TextEncoder(NamedTuple):
 make = partial(registry.make, "encoders")
 
 
+def tokens(encoder: Encoder, frozen: Params, images: Array) -> tuple[Float[Array, "b n d"], Float[Array, "b d"] | None]:
+    """The patch tokens and the class token of images [b h w c], or of videos [b f h w c], values 0 .. 255.
+
+    Each frame of a video is encoded alone: its patch tokens are [b (f n) d], frame after frame. A video has no class
+    token.
+    """
+    if images.ndim == 4:
+        return encoder.apply(frozen, images)
+    patches, _ = encoder.apply(frozen, images.reshape(-1, *images.shape[-3:]))
+    return patches.reshape(len(images), -1, patches.shape[-1]), None
+
+
 def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Float[Array, "b h w c"]:
     """(images / 255 - mean) / std, channel by channel, in float32."""
     mean, std = (np.asarray(values, np.float32) for values in (mean, std))

@@ -87,7 +87,7 @@ def make(
         if name not in batch:
             raise ConfigError(
                 f"objective reg needs the class tokens {name}, but the batch has {', '.join(sorted(batch))}: "
-                f"configure config.encoders.{encoder}"
+                f"configure config.encoders.{encoder}, an encoder that gives them; videos have none"
             )
         key_t, key_noise, key_token, key_drop = jax.random.split(context.key, 4)
         x, token = batch["x"], batch[name].astype(jnp.float32)

@@ -408,6 +408,15 @@ def test_what_latents_json_says_is_checked(written, tmp_path):
         make(str(path))
 
 
+def test_pixels_of_another_shape_than_the_metadata_say_are_named(tmp_path):
+    image = tfds.features.Image(shape=(8, 12, 3), encoding_format="png")
+    path = write(tmp_path / "a", count=2, more={"image": (image, lambda i: png(pixels(i)[: 8 - 2 * i]))})
+    source = make(path, image=True).source
+    assert source[0]["image"].shape == (8, 12, 3)
+    with pytest.raises(DataError, match=r"record 1 .*: the stored pixels are \[6, 12, 3\], wanted \[8, 12, 3\]"):
+        source[1]
+
+
 def test_stored_images_are_decoded_as_images_alone(tmp_path):
     """tfds would let Pillow decode whatever it can, for EPS by starting Ghostscript."""
     feature = tfds.features.Image(shape=(8, 12, 3), encoding_format="png")

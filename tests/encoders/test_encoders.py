@@ -436,6 +436,18 @@ def test_latents_take_the_image_that_is_stored(tmp_path):
         made.encode(made.init(), batch | {"features/toy": jnp.ones((2, 16, 16))}, jax.random.key(0))
 
 
+def test_each_frame_of_a_video_is_encoded_as_an_image(tmp_path):
+    encoder = encoders.make("dinov2", **toy(tmp_path))
+    made = with_encoders(codecs.make("pixels"), {"toy": encoder})
+    clips = images(8, 1, 6).reshape(2, 3, 8, 8, 1)
+    batch = prepared(made, {"x": jnp.asarray(clips / 127.5 - 1, jnp.float32), "y": jnp.arange(2)})
+    assert "token/toy" not in batch, "a video has no class token"
+    assert batch["features/toy"].shape == (2, 3 * 16, 16)
+    for frame in range(3):
+        patches, _ = jax.jit(encoder.apply)(encoder.init(), clips[:, frame])
+        np.testing.assert_allclose(batch["features/toy"][:, 16 * frame : 16 * (frame + 1)], patches, atol=1e-5)
+
+
 def test_cached_features_reach_the_losses_in_float32():
     batch = {"moments": jnp.ones((2, 4, 4, 8), jnp.float16), "y": jnp.arange(2), "image": jnp.asarray(images(8))}
     cached = {"features/dinov2": jnp.full((2, 4, 3), 0.1, jnp.float16), "token/dinov2": jnp.ones((2, 3), jnp.float16)}

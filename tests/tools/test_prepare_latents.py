@@ -285,14 +285,17 @@ def test_without_classes_every_label_is_the_null_label(home, tmp_path):
     assert {int(dataset.source[i]["y"]) for i in range(len(dataset.source))} == {0}
 
 
-def test_features_of_encoders_are_stored(home, tmp_path):
-    arch = vit.Architecture(
-        depth=1, width=8, heads=2, hidden=16, patch=4, channels=3, side=4, layer_scale=True
-    )  # a DINOv2 for 16 pixels
+def small_encoder(folder: Path) -> Path:
+    """A DINOv2 for 16 pixels, which has 16 patches of 4 pixels and 2 heads."""
+    arch = vit.Architecture(depth=1, width=8, heads=2, hidden=16, patch=4, channels=3, side=4, layer_scale=True)
     params = jax.jit(vit.network(arch).init)(jax.random.key(0))
-    arrays = published_encoders.export(jax.device_get(params), "original", arch)
-    write_safetensors(tmp_path / "encoder.safetensors", arrays)
-    file = tmp_path / "encoder.safetensors"
+    file = folder / "encoder.safetensors"
+    write_safetensors(file, published_encoders.export(jax.device_get(params), "original", arch))
+    return file
+
+
+def test_features_of_encoders_are_stored(home, tmp_path):
+    file = small_encoder(tmp_path)
     with pytest.raises(ConfigError, match="the number of heads cannot be read from arrays of width 8"):
         prepare(home, tmp_path / "out", encoder=(f"dinov2={file}",))
     out = prepare(home, tmp_path / "out", encoder=(f"dinov2={file},heads=2,side=16",))

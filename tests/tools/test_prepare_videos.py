@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diversedit_jax import codecs, data
+from diversedit_jax import codecs, data, encoders
 from diversedit_jax.codecs.vae import mean_encoder
 from diversedit_jax.data import videos
 from diversedit_jax.errors import ConfigError, DataError
@@ -17,7 +18,7 @@ from diversedit_jax.models import vae
 from diversedit_jax.runtime.files import write_json
 from diversedit_jax.weights import vae as published
 from tests.data.test_videos import folder_of_frames, frames, moving_picture, tar, write
-from tests.tools.test_prepare_latents import ARCH, SIZE, content, killed_and_run_again
+from tests.tools.test_prepare_latents import ARCH, SIZE, content, killed_and_run_again, small_encoder
 from tools import latent_shards, prepare_latents
 from tools.prepare_latents import Options
 
@@ -102,6 +103,32 @@ def test_the_way_back_decodes_each_frame_as_an_image(home, straight):
     assert (found.shape, found.dtype) == ((4, FRAMES, SIZE, SIZE, 3), np.uint8)
     for frame in range(FRAMES):
         np.testing.assert_array_equal(found[:, frame], decode(codec.init(), x[:, frame]))
+
+
+def test_frames_are_stored_for_encoders_and_so_are_their_features(home, tmp_path):
+    file, out = small_encoder(tmp_path), tmp_path / "out"
+    prepare(home, out, image="png", encoder=(f"dinov2={file},heads=2,side=16",))
+    options = {"data_dir": str(out), "image": True, "cached": ("features/dinov2",)}
+    dataset = data.make("latents", "train", mirror=True, **options)
+    encoder = encoders.make("dinov2", file=str(file), heads=2, side=16)
+    tokens = jax.jit(partial(encoders.tokens, encoder))
+    for row, key in enumerate(CLIPS):
+        example, clip = dataset.source[row], crops(key)
+        np.testing.assert_array_equal(example["image"], clip)
+        features, none = tokens(encoder.init(), np.stack([clip, clip[:, :, ::-1]]))
+        assert none is None
+        np.testing.assert_allclose(example["features/dinov2"], features, rtol=2e-3, atol=2e-3)  # float16
+    drawn = [dataset.transform(example, np.random.default_rng(seed)) for seed in range(8)]
+    for one in drawn:
+        mirrored = np.array_equal(one["moments"], example["moments"][1])
+        np.testing.assert_array_equal(one["image"], clip[:, :, ::-1] if mirrored else clip)
+        np.testing.assert_array_equal(one["features/dinov2"], example["features/dinov2"][int(mirrored)])
+    np.testing.assert_array_equal(data.make("latents", "train", **options).source[row]["image"], clip)
+    with pytest.raises(DataError, match="no feature 'token/dinov2'"):
+        data.make("latents", "train", data_dir=str(out), cached=("token/dinov2",))
+    prepare_latents.verify(out, home / "vae", "highest")
+    with Image.open(out / "verified.png") as picture, Image.open(out / "mosaic.png") as mosaic:
+        np.testing.assert_array_equal(np.asarray(picture), np.asarray(mosaic))
 
 
 def test_videos_that_are_given_become_latents_frame_by_frame(home, encoded):
@@ -211,9 +238,8 @@ def test_what_cannot_work_is_said_at_once(home, tmp_path):
         ({"frames": -1}, "--frames = -1: must be at least 1"),
         ({"interval": 0}, "--interval = 0: must be at least 1"),
         ({"frames": 0}, "--interval and --windows are for videos: give --frames, the number of frames of a clip"),
-        ({"image": "png"}, "--image is for images, and --frames for videos: give one of them"),
-        ({"encoder": ("dinov2=x",)}, "--encoder is for images, and --frames for videos"),
-        ({"tokenizer": "clip"}, "--tokenizer is for images, and --frames for videos"),
+        ({"tokenizer": "clip"}, "--tokenizer is for images, and --frames for videos: give one of them"),
+        ({"captions": "file.csv"}, "--captions is for images, and --frames for videos"),
         ({"kind": "zip"}, "videos: kind = 'zip' is unknown; known: folder, tar"),
     ]:
         with pytest.raises(ConfigError, match=words):
