@@ -7,6 +7,7 @@ import numpy as np
 
 from diversedit_jax.api import Conditions, Space
 from diversedit_jax.data import Dataset
+from diversedit_jax.errors import ConfigError
 from diversedit_jax.registry import in_range, one_of
 
 POOL = 256  # distinct examples
@@ -33,6 +34,7 @@ def make(
     shape: tuple[int, ...] = (32, 32, 4),
     num_classes: int = 1000,
     tokens: int = 0,
+    video: bool = False,
     size: int = 65_536,
     seed: int = 0,
 ) -> Dataset:
@@ -41,6 +43,7 @@ def make(
     shape: (*spatial, channels): (h, w, c) of an image, (f, h, w, c) of a video, (d, h, w, c) of a volume.
     num_classes: number of labels. size: number of examples. seed: of their values.
     tokens: so many labels are one condition, as the token ids of a text are. 0: one label is.
+    video: the first axis of `shape` (f, h, w, c) is time.
 
     The same arguments give the same examples; `train` and `test` differ. Only 256 examples are distinct.
     """
@@ -52,7 +55,9 @@ def make(
     in_range("synthetic: shape", min(shape, default=0), 1)
     in_range("synthetic: shape", math.prod(shape), 1, 2**24)
     rng = np.random.default_rng([seed, split == "test"])
+    if video and len(shape) != 4:
+        raise ConfigError(f"synthetic: a video has shape (f, h, w, c), given {tuple(shape)}")
     pool = rng.standard_normal((min(POOL, size), *shape), dtype=np.float32)
     labels = rng.integers(max(num_classes, 1), size=(POOL, tokens) if tokens else size, dtype=np.int32)
     conditions = Conditions(np.zeros(tokens, np.int32)) if tokens else Conditions.labels(num_classes)
-    return Dataset(Noise(size, pool, labels), None, Space(tuple(shape), conditions))
+    return Dataset(Noise(size, pool, labels), None, Space(tuple(shape), conditions, video))

@@ -1,4 +1,4 @@
-"""What a run would do: its shapes, memory, images, steps and hours. Nothing is written."""
+"""What a run would do: its shapes, memory, examples, steps and hours. Nothing is written."""
 
 import itertools
 import math
@@ -37,7 +37,8 @@ def with_data(config: ConfigDict) -> tuple[ConfigDict, str | None]:
     shape, classes = tuple(config.data.get("shape") or LATENTS), config.data.get("num_classes") or 1000
     texts = config.text_encoder is not None
     own = {"tokens": clip_tokenizer.LENGTH, "size": COCO} if texts else {"size": IMAGENET}
-    config.data = configs.slot("data", "synthetic", shape=shape, num_classes=classes, **own)
+    video = len(shape) == 4 and config.codec.name == "vae"  # which encodes frames
+    config.data = configs.slot("data", "synthetic", shape=shape, num_classes=classes, video=video, **own)
     config.codec = configs.slot("codecs", "pixels")
     kind = f"with {clip_tokenizer.LENGTH} random tokens" if texts else f"of {classes:,} classes"
     what = f"{own['size']:,} random latents {list(shape)} {kind}"
@@ -73,9 +74,9 @@ def report(planned: Planned) -> Iterator[str]:
     yield row("batch", ", ".join(f"{name} {shape(leaf)}" for name, leaf in sharding.by_name(planned.batch).items()))
     yield row("mesh", f"{', '.join(f'{axis} {size}' for axis, size in layout.mesh.shape.items())} on {devices}")
     left = config.total_steps - planned.begin
-    images = left * config.batch_size
-    epochs = f"{images / planned.examples:.3g} epochs of {planned.examples:,}"
-    yield row("training", f"{left:,} steps of {config.batch_size} = {images:,} images, {epochs}")
+    examples = left * config.batch_size
+    epochs = f"{examples / planned.examples:.3g} epochs of {planned.examples:,}"
+    yield row("training", f"{left:,} steps of {config.batch_size} = {examples:,} examples, {epochs}")
 
     shardings = sharding.shardings(abstract, layout)
     placed = sharding.placed(abstract, shardings)

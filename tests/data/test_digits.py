@@ -171,3 +171,6 @@ def test_synthetic_examples_repeat_and_are_not_zeros():
             data.make("synthetic", "train", **options)
     with pytest.raises(ConfigError, match=r"split = 'val' is unknown; known: train, test"):
         data.make("synthetic", "val")
+    assert data.make("synthetic", "train", shape=(2, 4, 4, 1), video=True).space.video
+    with pytest.raises(ConfigError, match=r"a video has shape \(f, h, w, c\), given \(4, 4, 1\)"):
+        data.make("synthetic", "train", shape=(4, 4, 1), video=True)

@@ -9,7 +9,7 @@ import pytest
 
 from diversedit_jax import train
 from diversedit_jax.config import slot
-from diversedit_jax.configs import digits, mmdit, sit
+from diversedit_jax.configs import digits, mmdit, sit, video
 from diversedit_jax.data import clip_tokenizer
 from diversedit_jax.errors import ConfigError, RunError
 from diversedit_jax.runs import dry_run
@@ -37,7 +37,7 @@ def test_it_says_what_a_run_would_do_and_writes_nothing(config, tmp_path, monkey
     assert lines["network"] == f"dit: {re.search('Total: ([0-9,]+)', found)[1]} parameters"
     assert lines["losses"] == "diversity (diversity)"
     assert lines["batch"] == "x float32 [16, 8, 8, 1], y int32 [16]"
-    assert lines["training"].startswith("30 steps of 16 = 480 images, 0.334 epochs of 1,437")
+    assert lines["training"].startswith("30 steps of 16 = 480 examples, 0.334 epochs of 1,437")
     assert re.match(r"[\d.]+ [kMG]B a device for the state, [\d.]+ [kMG]B in a step \(compiled\), of", lines["memory"])
     assert lines["checkpoint"].endswith("every 500 steps; the newest 3 stay")
     assert re.match(r"\d+s at [\d.,]+ steps/s, measured on \d+ x cpu", lines["time"])
@@ -62,6 +62,18 @@ def test_data_that_are_not_given_have_a_stand_in_of_the_recipes_shape():
     assert config.data.shape == (64, 64, 4)
     config, assumed = dry_run.with_data(digits.get_config())
     assert (config.data.name, assumed) == ("digits", None)
+
+
+@pytest.mark.parametrize("words", ["", "joint"])
+def test_videos_that_are_not_given_have_a_stand_in_too(words, monkeypatch, capsys):
+    monkeypatch.setattr(dry_run, "SECONDS", 0.1)
+    config = video.get_config(words)
+    config.model.update({"depth": 4, "width": 16, "heads": 2, "dtype": "float32"})
+    config.data.shape, config.batch_size = (2, 8, 8, 4), 8
+    train.dry_run(config)
+    said = capsys.readouterr()
+    assert "random latents [2, 8, 8, 4] of 1,000 classes stand in for the data" in said.out + said.err
+    assert "x float32 [8, 2, 8, 8, 4]" in said.out
 
 
 def test_every_error_of_the_config_is_found(config):
