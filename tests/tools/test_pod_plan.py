@@ -14,7 +14,7 @@ import pytest
 from diversedit_jax import encoders
 from diversedit_jax.api import Conditions, Space
 from diversedit_jax.config import slot
-from diversedit_jax.configs import diversedit, repa
+from diversedit_jax.configs import diversedit, repa, video
 from diversedit_jax.errors import ConfigError
 from diversedit_jax.runtime import flops
 from tests import ROOT
@@ -162,6 +162,11 @@ def test_shapes_without_data():
     assert (batch["y"].shape, batch.keys()) == ((8,), {"moments", "y"})
     batch = stand_ins.stored(repa.get_config("dinov2@5,mae@5"), Space((32, 32, 4), Conditions.labels(1000)))
     assert (batch["image"].shape, batch["image"].dtype) == ((256, 256, 256, 3), np.uint8)
+    clips = video.get_config("repa")
+    space = stand_ins.space(clips)
+    assert space.video
+    batch = stand_ins.stored(clips, space)
+    assert (batch["moments"].shape, batch["image"].shape) == ((64, 16, 32, 32, 8), (64, 16, 256, 256, 3))
     config.data = slot("data", "synthetic", shape=(8, 8, 1), num_classes=10, size=4)
     config.codec = slot("codecs", "pixels")
     space = stand_ins.space(config)

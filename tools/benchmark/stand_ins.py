@@ -49,11 +49,12 @@ def space(config: ConfigDict) -> Space:
 def stored(config: ConfigDict, space: Space) -> dict[str, Any]:
     """The shapes of a batch of the config's data."""
     *sides, c = space.shape
+    *frames, height, width = sides
     if config.data.get("cached"):
         raise ConfigError("config.data.cached: the shapes of stored features are not known without the data")
     moments = config.codec.name == "vae"
     one = {"moments": np.empty((*sides, 2 * c), np.float16)} if moments else {"x": np.empty(space.shape, np.float32)}
-    one |= {"image": np.empty((*(8 * side for side in sides), 3), np.uint8)} if config.data.get("image") else {}
+    one |= {"image": np.empty((*frames, 8 * height, 8 * width, 3), np.uint8)} if config.data.get("image") else {}
     one |= {"y": space.conditions.null}
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((config.batch_size, *np.shape(x)), np.asarray(x).dtype), one)
 
