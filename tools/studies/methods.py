@@ -1,7 +1,8 @@
 """Compare the methods, alone and together, on a small example: one table, over several seeds.
 
     python -m tools.studies.methods --out=tools/benchmark/records/methods_digits.json
-    python -m tools.studies.methods --example=moving_digits --steps=600 --out=tools/studies/records/moving_digits.json
+    python -m tools.studies.methods --example=moving_digits --steps=1000 --num=200 \\
+        --out=tools/studies/records/moving_digits.json
 
 Each row is the recipe of the example with another method: digits (all methods), moving_digits (videos) or solids
 (volumes; the parts of DiverseDiT). REPA and REG align to a small vision transformer that is trained first, see
