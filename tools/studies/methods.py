@@ -143,12 +143,13 @@ class Example(NamedTuple):
     """A recipe whose evaluator of the same name judges samples.
 
     rows: label -> changes to the recipe without long residuals and losses.
-    shares, distances: scores of the evaluator, name -> title of the column. Shares are shown in percent.
+    shares: scores of the evaluator that are shown in percent, name -> title of the column.
+    distances: other scores, name -> (title, decimal places).
     """
 
     rows: dict[str, tuple[Callable[[ConfigDict], None], ...]]
     shares: dict[str, str]
-    distances: dict[str, str]
+    distances: dict[str, tuple[str, int]]
 
     @property
     def columns(self) -> dict[str, tuple[str, int]]:
@@ -156,17 +157,18 @@ class Example(NamedTuple):
         return {
             "loss": ("error", 3),
             **{name: (f"{title}, %", 1) for name, title in self.shares.items()},
-            **{name: (title, 2) for name, title in self.distances.items()},
+            **self.distances,
             "similarity": ("CKA of blocks", 3),
             "rate": ("steps/s", 1),
         }
 
 
-FRAMES = {"frechet_frame": "Fréchet distance of frames", "frechet_clip": "of videos"}
+FRECHET = {"frechet": ("Fréchet distance", 2)}
+FRAMES = {"frechet_frame": ("Fréchet distance of frames", 3), "frechet_clip": ("of videos", 3)}
 EXAMPLES = {
-    "digits": Example(METHODS, {"accuracy": "accuracy"}, {"frechet": "Fréchet distance"}),
+    "digits": Example(METHODS, {"accuracy": "accuracy"}, FRECHET),
     "moving_digits": Example(VIDEOS, {"all": "all right", "digit": "digit", "motion": "motion"}, FRAMES),
-    "solids": Example(PARTS, {"accuracy": "accuracy", "one_piece": "one piece"}, {"frechet": "Fréchet distance"}),
+    "solids": Example(PARTS, {"accuracy": "accuracy", "one_piece": "one piece"}, FRECHET),
 }
 Results = dict[str, dict[str, float]]  # row -> column -> number
 COMPARED = 1024  # most tokens for the similarity of blocks: CKA has a matrix of tokens x tokens
