@@ -9,9 +9,10 @@ Variant: a network, `h2`, `l2` (256 pixels), `h4`, `l4` (512) or `coco`; and met
 `diversedit` or `diversedit_const`; h2 alone by default. `coco` is U-ViT-S/2 (deep) on latents with token ids, see
 configs/mmdit.py; --config.model.size=S is the other one, with FID 5.95. With `stored` it reads the folders of U-ViT's
 scripts, which hold text features; the text encoder is then for prompts alone.
-Hardware: a slice of a TPU, or 8 GPUs; its authors used 8, and 4 for `coco`. Its plan for a slice has not been made yet
-(tools.pod_plan). By --dry_run on a CPU the state of h2 takes 8 GB, and each example 0.47 GB, or 0.18 with
---config.model.remat=full: set that and --config.mesh.fsdp.
+Hardware: a TPU v5e-16 or larger slice, or 8 GPUs; its authors used 8, and 4 for `coco`. The state of h2 takes 8 GB: set
+--config.mesh.data=1 --config.mesh.fsdp=-1. Plans for h2, compiled and not run (tools/benchmark/records/pod_plan.md): a
+v5e-16 with --config.model.remat=full, 12.6 of 15.75 GiB a chip, 620 to 1,598 images/s, 3.7 to 9.6 days; a v5p-32, 22.8
+of 95.7 GiB, 1,471 to 4,463 images/s, 1.3 to 4.0 days.
 Expected: FID after the authors' steps (their README). Methods have no published score on U-ViT.
 
     | variant |  FID | steps, batch | guidance | trained on                | sampled with      |
