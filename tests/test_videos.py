@@ -92,7 +92,7 @@ def test_videos_are_scored_by_a_network_of_videos(workdir, source, tmp_path):
     of_file = evaluate.of_file(tmp_path / "samples.npz", None)
     assert (of_file.shape, of_file.video) == (SHAPE, True)
     ((_, again),) = evaluate.run(judges, [{}], lambda point: of_file, tmp_path / "file")
-    assert again == found
+    assert again == pytest.approx(found, rel=1e-6)  # features in other batches differ in the last bit
 
 
 def test_a_network_of_images_refuses_videos(workdir):
