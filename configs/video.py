@@ -7,8 +7,9 @@ Variant: a size (b2, l2, xl2), a resolution (256, 512), `joint` (all tokens of a
 methods, `diversedit`, `repa` and `sra`; b2 and 256 by default. Clips have 16 frames; for others set
 --config.data.shape. For `repa` prepare the latents with --image=jpeg, and give --config.encoders.dinov2.file.
 Hardware: a TPU v5e-16 or larger slice, or 8 GPUs. The plan of `xl2,diversedit` for a v5e-16, compiled and not run
-(tools/benchmark/records/pod_plan.md): with --config.mesh.data=1 --config.mesh.fsdp=-1 --config.model.remat=full it takes
-8.7 of 15.75 GiB a chip, 40 to 99 clips/s, 7.5 to 18.7 days. It is of blocks in a loop (--config.model.unroll=False).
+(tools/benchmark/records/pod_plan.md): with --config.mesh.data=1 --config.mesh.fsdp=-1 --config.model.remat=full it
+takes 8.7 of 15.75 GiB a chip, 40 to 99 clips/s, 7.5 to 18.7 days. Its blocks stand in a loop
+(--config.model.unroll=False).
 Expected: nothing is published for DiverseDiT on videos, and nobody has trained this recipe. The network is Latte's but
 for two things: the positions of frames are added to the embedding, and not behind the first block, and relative to the
 first frame. The objective is SiT's; Latte has DDPM, and clips gradients at 0.1 from step 20,000 on.
