@@ -137,8 +137,8 @@ def table(results: Mapping[str, Results]) -> str:
 
 def of_seeds(seeds: Sequence[int]) -> Iterator[tuple[int, Results]]:
     """Train all rows with each seed."""
-    first = methods.prepare((official,)) if seeds else None
-    rows = {name: methods.prepare(changes) for name, changes in ROWS.items()} if seeds else {}
+    first = methods.prepare((official,))
+    rows = {name: methods.prepare(changes) for name, changes in ROWS.items()}
     yield from ((seed, of_seed(first, rows, seed)) for seed in seeds)
 
 

@@ -298,7 +298,8 @@ def study(
     stored = json.loads(out.read_text()) if out.exists() else {"flags": asked, "seeds": {}}
     if stored["flags"] != asked:
         raise ConfigError(f"{out} holds another comparison ({stored['flags']}): remove it, or give its flags")
-    for seed, results in of_seeds([seed for seed in range(SEEDS.value) if str(seed) not in stored["seeds"]]):
+    todo = [seed for seed in range(SEEDS.value) if str(seed) not in stored["seeds"]]
+    for seed, results in of_seeds(todo) if todo else ():
         stored["seeds"][str(seed)] = results
         stored["versions"] = versions()
         write_json(out, stored)
@@ -320,9 +321,9 @@ def main() -> None:
     def of_seeds(seeds: list[int]) -> Iterator[tuple[int, Results]]:
         with tempfile.TemporaryDirectory() as folder:
             ENCODER["file"] = f"{folder}/encoder.safetensors"
-            if seeds and EXAMPLE.value == "digits":
+            if EXAMPLE.value == "digits":
                 print(f"the encoder recognises {digits_encoder.train(ENCODER['file']):.1%} of the held-out digits")
-            methods = {name: prepare(change) for name, change in changes.items()} if seeds else {}
+            methods = {name: prepare(change) for name, change in changes.items()}
             yield from ((seed, train(methods, seed)) for seed in seeds)
 
     study(asked, of_seeds, table)
