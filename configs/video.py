@@ -27,7 +27,7 @@ FRAMES = 16
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """SiT's recipe on clips of 16 frames."""
+    """SiT's recipe on clips of 16 frames, with methods. REPA and SRA align the same blocks as on images."""
     size, resolution, added = variants.read(variant, "joint", "diversedit", "repa", "sra")
     config = sit.get_config(f"{size},{resolution}")
     config.total_steps = 1_000_000
