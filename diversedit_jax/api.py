@@ -58,6 +58,14 @@ class Space(NamedTuple):
     conditions: Conditions
     video: bool = False
 
+    @property
+    def kind(self) -> str:
+        """What the examples are, in a word."""
+        if self.video:
+            return "videos"
+        axes = len(self.shape) - 1
+        return {2: "images", 3: "volumes"}.get(axes, f"examples with {axes} axes")
+
 
 @jax.tree_util.register_pytree_node_class
 class Features(tuple):

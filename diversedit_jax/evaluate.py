@@ -186,7 +186,7 @@ def evaluate(
             if whole:
                 say(f"going on: {len(whole)} of {len(firsts)} parts are there")
         whole = sharding.agreed(whole)
-        with Ticker(images.num, sum(min(images.batch, images.num - first) for first in whole)) as ticker:
+        with Ticker(images.num, "samples", sum(min(images.batch, images.num - first) for first in whole)) as ticker:
             for first in [first for first in firsts if first not in whole]:
                 count = min(images.batch, images.num - first)
                 batch = images.read(first, count)

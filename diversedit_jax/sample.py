@@ -54,7 +54,7 @@ def run(
     begin = time.monotonic()
     if jax.process_index() == 0:
         say(f"sampling {source.name}: {num} samples, {source.options['solver']}, {source.options['steps']} steps")
-    with Ticker(num) as ticker:
+    with Ticker(num, source.space.kind) as ticker:
         size = sharding.filled(min(source.options["batch_size"], num))
 
         def between() -> None:

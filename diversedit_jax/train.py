@@ -175,7 +175,9 @@ class Trainer(Plan):
         """Open the progress bar, metrics, loggers and profiles. Of several processes only the first writes."""
         config, main = self.config, jax.process_index() == 0
         stream = None if main else stack.enter_context(open(os.devnull, "w"))  # noqa: SIM115 (on the stack)
-        self.progress = stack.enter_context(Progress(config.total_steps, self.begin, config.batch_size, stream=stream))
+        kind = self.experiment.space.kind
+        progress = Progress(config.total_steps, self.begin, config.batch_size, kind, stream=stream)
+        self.progress = stack.enter_context(progress)
         self.note = self.progress.note
         self.writer = None
         if main:
@@ -396,7 +398,8 @@ class Trainer(Plan):
             from diversedit_jax.analysis import run_report  # loads matplotlib, which the training does not need
 
             self.check_lock()
-            facts = run_report.Facts(self.config, step, versions.parameter_count(self.state["params"]), command)
+            count, kind = versions.parameter_count(self.state["params"]), self.experiment.space.kind
+            facts = run_report.Facts(self.config, step, count, command, kind)
             run_report.write(self.workdir, facts)
         except Exception as error:
             self.note(f"no report: {cli.reason(error)}")

@@ -139,7 +139,7 @@ def prepare(source: str | Path, out: str | Path, options: Options) -> None:
     total, left = (sum(len(plan.images(shard)) for shard in shards) for shards in (mine, todo))
     with (
         ThreadPoolExecutor(options.workers) as pool,
-        Ticker(total, total - left) as ticker,
+        Ticker(total, "clips" if options.frames else "images", total - left) as ticker,
     ):
         for shard in todo:
             skipped: dict[str, str] = {}
@@ -518,7 +518,7 @@ def verify(out: str | Path, vae: str | Path | None, precision: str) -> None:
     if release is not None and release.digest != about["vae"]["sha256"]:
         raise ConfigError(f"--vae={vae} is not the autoencoder that made {folder}: the checksum differs")
     begin, count = time.monotonic(), 0
-    with Ticker(about["records"]) as ticker:
+    with Ticker(about["records"], "records") as ticker:
         for records in latent_shards.verify(folder):
             count += records
             ticker.update(records)

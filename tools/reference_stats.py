@@ -99,7 +99,7 @@ def compute(
     totals: dict[str, scoring.Totals] = {one.name: scoring.Totals() for one in networks}
     single: dict[str, list[np.ndarray]] = {one.name: [] for one in networks}
     whole, done = [], 0
-    with Ticker(images.count) as ticker:
+    with Ticker(images.count, "images") as ticker:
         while part := list(islice(images.stream, batch)):
             if done == 0:
                 scoring.features_of(networks, part[0].shape)  # raises before anything compiles

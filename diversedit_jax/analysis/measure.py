@@ -244,7 +244,7 @@ def _over_batches(
     parts, sums, labels = {}, {}, []
     key = jax.random.fold_in(jax.random.key(ready.settings.seed), draw)
     size = sharding.filled(ready.settings.batch)
-    with Ticker(size * len(shown), leave=False) as ticker:
+    with Ticker(size * len(shown), "examples", leave=False) as ticker:
         for number, batch in enumerate(shown):
             now = jax.random.fold_in(key, number)
             out = jax.device_get(ready.run(learned, frozen, batch, jnp.float32(t), now, hidden))

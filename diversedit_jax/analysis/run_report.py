@@ -48,12 +48,18 @@ class Curve(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What the trainer knows of a run. step: that it has reached. command: starts it again; None if not known."""
+    """What the trainer knows of a run.
+
+    step:    that it has reached.
+    command: starts it again; None if not known.
+    kind:    what its examples are, in a word.
+    """
 
     config: ConfigDict
     step: int
     parameters: int
     command: str | None
+    kind: str
 
 
 def write(workdir: Path, facts: Facts) -> None:
@@ -197,7 +203,7 @@ def described(facts: Facts) -> str:
     model, data = part("model", config.model), part("data", config.data)
     terms = [part("objective", config.objective)]
     terms += [part(f"losses.{label}", slot) for label, slot in config.losses.items()]
-    length = f"{config.total_steps:,} steps of {config.batch_size:,} images"
+    length = f"{config.total_steps:,} steps of {config.batch_size:,} {facts.kind}"
     return f"{model} with {facts.parameters:,} parameters on {data}, trained by {' + '.join(terms)} for {length}."
 
 
@@ -210,7 +216,7 @@ def overview(facts: Facts, curves: Mapping[str, Curve], versions: Mapping[str, s
     }
     if speed is not None:
         rate = float(np.median(speed.values))
-        found["speed"] = f"{brief(rate)} steps/s, {brief(rate * config.batch_size)} images/s (median)"
+        found["speed"] = f"{brief(rate)} steps/s, {brief(rate * config.batch_size)} {facts.kind}/s (median)"
     if (work := curves.get("mfu")) is not None:
         found["MFU"] = f"{100 * float(np.median(work.values)):.0f}% (median)"
     return found

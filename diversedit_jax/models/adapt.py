@@ -22,14 +22,6 @@ def check_name(was: Made, now: Made) -> None:
         raise ConfigError(f"its network is a {old}: --config.model.name must be {old!r}, given {new!r}")
 
 
-def kind(made: Made) -> str:
-    """What a network makes, in a word."""
-    if made.space.video:
-        return "videos"
-    axes = len(made.space.shape) - 1
-    return {2: "images", 3: "volumes"}.get(axes, f"examples with {axes} axes")
-
-
 def patch_sides(made: Made) -> tuple[int, ...]:
     """The sides of a patch along each spatial axis."""
     return sides_of(made.space, made.options["patch"], made.options.get("patch_frames", 1))

@@ -628,10 +628,10 @@ def adapted(was: Made, now: Made) -> tuple[Params, list[str]]:
     The other may have other classes, another grid, other patches; an image network may become one of videos.
     """
     adapt.check_name(was, now)
-    to_video = adapt.kind(was) == "images" and now.space.video
-    if not to_video and adapt.kind(was) != adapt.kind(now):
+    to_video = was.space.kind == "images" and now.space.video
+    if not to_video and was.space.kind != now.space.kind:
         raise ConfigError(
-            f"its network makes {adapt.kind(was)}, that of this run {adapt.kind(now)}: only a network of images can "
+            f"its network makes {was.space.kind}, that of this run {now.space.kind}: only a network of images can "
             "become another, one of videos"
         )
     check_merges(was, now)

@@ -302,8 +302,8 @@ def adapted(was: Made, now: Made) -> tuple[Params, list[str]]:
     See `api.Model`.
     """
     adapt.check_name(was, now)
-    if adapt.kind(was) != adapt.kind(now):
-        raise ConfigError(f"its network makes {adapt.kind(was)}, that of this run {adapt.kind(now)}")
+    if was.space.kind != now.space.kind:
+        raise ConfigError(f"its network makes {was.space.kind}, that of this run {now.space.kind}")
     params, told = adapt.new_labels(was, now, was.params)
     old, new = (adapt.grid(made) for made in (was, now))
     if old != new and "positions" in params:

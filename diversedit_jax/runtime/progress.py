@@ -35,13 +35,21 @@ class Progress(contextlib.AbstractContextManager):
     """The progress of a run: one line per report, and on a terminal a live bar below.
 
     total, start: steps of the run, and those done before. Steps are counted from 1: call `update` after each.
+    kind: what examples are, in a word.
     Rates leave out the first step (compilation) and the time in `pause()`.
     """
 
     def __init__(
-        self, total: int, start: int, batch_size: int, *, stream: io.TextIOBase | None = None, clock=time.monotonic
+        self,
+        total: int,
+        start: int,
+        batch_size: int,
+        kind: str,
+        *,
+        stream: io.TextIOBase | None = None,
+        clock=time.monotonic,
     ):
-        self._total, self._batch_size = total, batch_size
+        self._total, self._batch_size, self._kind = total, batch_size, kind
         self._stream, self._clock = stream or (io.StringIO() if quiet() else sys.stderr), clock
         self._first: tuple[int, float] | None = None  # step and time of the first update
         self._last: tuple[int, float] | None = None  # of the report before
@@ -72,7 +80,8 @@ class Progress(contextlib.AbstractContextManager):
             rate = (step - self._last[0]) / (now - self._last[1])
             rates = {"steps_per_sec": rate, "images_per_sec": rate * self._batch_size}
             left = (self._total - step) * (now - self._first[1]) / (step - self._first[0])
-            parts = [f"{brief(rate)} steps/s", f"{brief(rate * self._batch_size)} images/s", f"eta {duration(left)}"]
+            examples = f"{brief(rate * self._batch_size)} {self._kind}/s"
+            parts = [f"{brief(rate)} steps/s", examples, f"eta {duration(left)}"]
             self._last = (step, now)
         if self._bar is not None:
             self._bar.set_postfix_str("  ".join(parts))
@@ -101,16 +110,19 @@ class Progress(contextlib.AbstractContextManager):
 
 
 class Ticker(contextlib.AbstractContextManager):
-    """Progress through a number of images: a bar on a terminal, which stays if `leave`; elsewhere lines."""
+    """Progress through a number of things: a bar on a terminal, which stays if `leave`; elsewhere lines.
 
-    def __init__(self, total: int, done: int = 0, leave: bool = True):
+    kind: what they are, in a word.
+    """
+
+    def __init__(self, total: int, kind: str, done: int = 0, leave: bool = True):
         tty = sys.stderr.isatty() and not quiet()
-        self.bar = tqdm(total=total, initial=done, unit=" images", smoothing=0.05, disable=not tty, leave=leave)
-        self.total, self.done, self.first = total, done, done
+        self.bar = tqdm(total=total, initial=done, unit=f" {kind}", smoothing=0.05, disable=not tty, leave=leave)
+        self.total, self.kind, self.done, self.first = total, kind, done, done
         self.start = self.said = time.monotonic()
 
     def update(self, count: int) -> None:
-        """So many more images are done."""
+        """So many more are done."""
         self.bar.update(count)
         self.done += count
         now = time.monotonic()
@@ -118,7 +130,7 @@ class Ticker(contextlib.AbstractContextManager):
             self.said = now
             rate = (self.done - self.first) / (now - self.start)
             left = duration((self.total - self.done) / rate)
-            say(f"{self.done} of {self.total} images, {rate:.1f} images/s, {left} left")
+            say(f"{self.done} of {self.total} {self.kind}, {rate:.1f} {self.kind}/s, {left} left")
 
     def __exit__(self, *error: object) -> None:
         self.bar.close()

@@ -52,7 +52,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(workdir):
-    run_report.write(workdir, run_report.Facts(configured(), 8, 345_988, COMMAND))
+    run_report.write(workdir, run_report.Facts(configured(), 8, 345_988, COMMAND, "videos"))
     return (workdir / "report.html").read_text()
 
 
@@ -75,10 +75,10 @@ def test_a_page_says_what_was_trained(page):
     said = re.search("<p>(<strong>dit.*?)</p>", page)[1]
     assert re.sub("</?strong>", "", said) == (
         "dit (depth 4, heads 2, size &lt;&amp;&gt;, skip release, width 16) with 345,988 parameters on digits, "
-        "trained by flow_matching (time logit_normal) + diversity for 8 steps of 16 images."
+        "trained by flow_matching (time logit_normal) + diversity for 8 steps of 16 videos."
     )
     assert "<dd>8 of 8</dd>" in page
-    assert "<dd>4 steps/s, 64 images/s (median)</dd>" in page
+    assert "<dd>4 steps/s, 64 videos/s (median)</dd>" in page
     assert "# train on, after a stop or with more steps\npython -m diversedit_jax.train --config=configs/digits" in page
     for program in ("sample", "evaluate", "analyze"):
         assert re.search(rf"python -m diversedit_jax.{program} --workdir=&#x27;/.*a &lt;run&gt;&#x27;", page)

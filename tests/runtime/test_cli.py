@@ -19,7 +19,8 @@ import pathlib, sys, time
 from diversedit_jax.runtime import cli, progress
 
 def main(arguments):
-    with progress.Progress(1000, 0, 1) as shown, cli.stop_requests(shown.note) as stop, cli.watchdog(2) as alive:
+    shown = progress.Progress(1000, 0, 1, "images")
+    with shown, cli.stop_requests(shown.note) as stop, cli.watchdog(2) as alive:
         for step in range(1, 1001):
             alive()
             print("result", step, "x" * 100)
@@ -177,7 +178,7 @@ from diversedit_jax.runtime import cli, progress
 
 def main():
     progress.say("a note")
-    with progress.Progress(2, 0, 1) as shown, progress.Ticker(2) as ticker:
+    with progress.Progress(2, 0, 1, "images") as shown, progress.Ticker(2, "images") as ticker:
         for step in (1, 2):
             shown.report(step, {"loss": 1.0})
             ticker.update(1)

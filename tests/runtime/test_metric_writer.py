@@ -109,7 +109,7 @@ class Terminal(io.StringIO):
 
 def test_plain_lines_off_a_terminal():
     stream, clock = io.StringIO(), Clock()
-    with Progress(1500, 0, 128, stream=stream, clock=clock) as progress:
+    with Progress(1500, 0, 128, "images", stream=stream, clock=clock) as progress:
         for step in range(1, 201):
             clock.now += 30 if step == 1 else 0.1
             progress.update(step)
@@ -128,7 +128,7 @@ def test_plain_lines_off_a_terminal():
 
 def test_the_rate_leaves_out_compilation_and_pauses():
     clock = Clock()
-    progress = Progress(40, 10, 8, stream=io.StringIO(), clock=clock)
+    progress = Progress(40, 10, 8, "images", stream=io.StringIO(), clock=clock)
     clock.now += 60  # compilation
     progress.update(11)
     assert progress.report(11, {}) == {}
@@ -143,7 +143,7 @@ def test_the_rate_leaves_out_compilation_and_pauses():
 
 def test_a_bar_on_a_terminal():
     stream, clock = Terminal(), Clock()
-    with Progress(20, 10, 4, stream=stream, clock=clock) as progress:
+    with Progress(20, 10, 4, "videos", stream=stream, clock=clock) as progress:
         for step in range(11, 21):
             clock.now += 0.5
             progress.update(step)
@@ -152,8 +152,8 @@ def test_a_bar_on_a_terminal():
         progress.note("a note")
         progress.report(20, {"loss": 0.5, "diversity": -0.0})
     shown = stream.getvalue()
-    assert "20/20, 2 steps/s  8 images/s  eta 0s" in shown
-    for line in ("a note", "step 15/20  2 steps/s  8 images/s  eta 2s  loss 0.75"):
+    assert "20/20, 2 steps/s  8 videos/s  eta 0s" in shown
+    for line in ("a note", "step 15/20  2 steps/s  8 videos/s  eta 2s  loss 0.75"):
         assert f"\r{line}\n" in shown  # on a line of its own, the bar cleared before it: losses stay on the screen
     assert "eta 0s  loss 0.5  diversity 0\n" in shown
 
