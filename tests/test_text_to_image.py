@@ -36,6 +36,7 @@ def straight(tmp_path_factory):
     return workdir, train.run(tiny(), workdir)
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_it_is_the_same_to_the_bit(straight, tmp_path):
     assert_resumed_to_the_bit(tiny, straight, tmp_path)
 
