@@ -64,7 +64,7 @@ class Space(NamedTuple):
         if self.video:
             return "videos"
         axes = len(self.shape) - 1
-        return {2: "images", 3: "volumes"}.get(axes, f"examples with {axes} axes")
+        return {2: "images", 3: "volumes"}.get(axes, f"{axes}-D examples")
 
 
 @jax.tree_util.register_pytree_node_class

@@ -53,6 +53,12 @@ def frames(path):
         return opened.n_frames
 
 
+def test_every_space_has_a_word_for_its_examples():
+    kinds = {(8, 8, 1): "images", (4, 8, 8, 1): "volumes", (8, 1): "1-D examples"}
+    assert {shape: Space(shape, Conditions.labels(10)).kind for shape in kinds} == kinds
+    assert SPACE.kind == "videos"
+
+
 def test_samples_are_videos_in_every_file(source, tmp_path):
     sample.run(source, num=3, out=tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"grid.png", "grid.gif", "samples.npz"}
@@ -121,7 +127,9 @@ def test_a_run_of_videos_resumes_and_shows_itself(tmp_path):
     train.run(whole, tmp_path / "whole")
     for name in ("samples.gif", "samples/0000002.gif", "samples/0000004.gif"):
         assert frames(tmp_path / "whole" / name) == 8
-    assert "data:image/gif" in (tmp_path / "whole" / "report.html").read_text()
+    page = (tmp_path / "whole" / "report.html").read_text()
+    assert "data:image/gif" in page
+    assert "for 4 steps of 8 videos." in page
     records = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     found = {name: value for record in records for name, value in record.items()}
     assert found["moving_digits/real/all"] > 0.95
