@@ -34,5 +34,9 @@ def test_an_unknown_program_suggests_one(capsys, monkeypatch):
 
 
 def test_it_runs_a_program_with_its_flags():
+    done = run("sample", "--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Sample from a trained run")
+    assert "\n  --num=N " in done.stdout, "the program's own flags"
     done = run("sample", "--workdir=nowhere", "--num=2")
     assert (done.returncode, done.stderr) == (78, f"error: {ROOT / 'nowhere'} holds no run: it has no config.json\n")

@@ -132,7 +132,7 @@ def assert_close(found, wanted, tolerance=2e-5):
 
 CASES = [(skip, depth, both) for skip in SKIPS for depth in (2, 3, 4, 5) for both in (False, True)]
 CASES = [case for case in CASES if case[0] != "none" or not case[2]]
-CHOSEN = [("release", 3, True), ("paper", 2, True)]
+CHOSEN = [("release", 5, True), ("paper", 2, True)]
 
 
 @pytest.mark.parametrize(("skip", "depth", "both"), first_and_slow(CHOSEN, CASES))
